@@ -1,0 +1,37 @@
+"""Random sketches of gradients and Hessians for PyTorch Lightning.
+
+The public names are found on first use: importing the package imports neither torch nor Lightning.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_sketch.callbacks import SpectrumMonitor as SpectrumMonitor
+    from lightning_sketch.operators import AFFD as AFFD
+    from lightning_sketch.operators import AFJL as AFJL
+    from lightning_sketch.operators import FFD as FFD
+    from lightning_sketch.operators import FJL as FJL
+    from lightning_sketch.operators import QK as QK
+    from lightning_sketch.operators import BlockSRHT as BlockSRHT
+    from lightning_sketch.operators import CountSketch as CountSketch
+    from lightning_sketch.operators import Gaussian as Gaussian
+    from lightning_sketch.operators import make_sketch as make_sketch
+
+_ROOMS = {
+    "callbacks": ["SpectrumMonitor"],
+    "operators": ["AFFD", "AFJL", "FFD", "FJL", "QK", "BlockSRHT", "CountSketch", "Gaussian", "make_sketch"],
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_ROOM_OF)
+
+
+def __getattr__(name: str):
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

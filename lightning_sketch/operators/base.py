@@ -1,0 +1,118 @@
+"""What every linear map in this package can do: `matvec`, `rmatvec`, `.T`, `@`."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class LinearOperator(ABC):
+    """A linear map A: R^n -> R^m that is never stored as a matrix.
+
+    A subclass gives `shape`, `matvec` and `rmatvec`; it is final: nothing inherits from it.
+    """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """(m, n): output size, input size."""
+
+    @abstractmethod
+    def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
+        """A x for each vector along the last axis."""
+
+    @abstractmethod
+    def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
+        """Aᵀ y for each vector along the last axis."""
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Promise that what the map depends on stays as it is, so that products can share work."""
+        yield
+
+    @property
+    def T(self) -> "LinearOperator":
+        """The adjoint, Aᵀ."""
+        return Transposed(self)
+
+    def __matmul__(self, right: "LinearOperator") -> "LinearOperator":
+        return Composed(self, right)
+
+    def as_matrix(self, **factory) -> Float[Tensor, "m n"]:
+        """The dense matrix: m·n numbers, for tests and small problems only."""
+        return self.matvec(torch.eye(self.shape[1], **factory)).T
+
+
+@dataclass(frozen=True)
+class Transposed(LinearOperator):
+    """Aᵀ."""
+
+    of: LinearOperator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, m) where A has (m, n)."""
+        return self.of.shape[::-1]
+
+    def matvec(self, x: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
+        """Aᵀ x."""
+        return self.of.rmatvec(x)
+
+    def rmatvec(self, y: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
+        """A y."""
+        return self.of.matvec(y)
+
+    @property
+    def T(self) -> LinearOperator:
+        """A itself."""
+        return self.of
+
+
+@dataclass(frozen=True)
+class Composed(LinearOperator):
+    """A B: first B, then A.
+
+    Raises:
+        ValueError: if A takes vectors of another size than B gives.
+    """
+
+    left: LinearOperator
+    right: LinearOperator
+
+    def __post_init__(self):
+        if self.left.shape[1] != self.right.shape[0]:
+            raise ValueError(
+                f"cannot compose {self.left.shape} with {self.right.shape}: the left operator takes "
+                f"vectors of size {self.left.shape[1]}, the right one gives size {self.right.shape[0]}."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of A, columns of B."""
+        return self.left.shape[0], self.right.shape[1]
+
+    def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
+        """A (B x)."""
+        return self.left.matvec(self.right.matvec(x))
+
+    def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
+        """Bᵀ (Aᵀ y)."""
+        return self.right.rmatvec(self.left.rmatvec(y))
+
+
+def check_vectors(x: Tensor, size: int, what: str) -> None:
+    """Refuse what is not a real floating-point tensor with `size` numbers along its last axis."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{what} takes a torch tensor, got {type(x).__name__}; use torch.as_tensor.")
+    if not x.is_floating_point():
+        way_out = "sketch real and imaginary parts apart" if x.is_complex() else "convert it with .float()"
+        raise TypeError(f"{what} takes real floating-point numbers, got {x.dtype}; {way_out}.")
+    if x.ndim == 0 or x.shape[-1] != size:
+        raise ValueError(
+            f"{what} takes vectors of size {size} along the last axis, got shape {tuple(x.shape)}; "
+            f"move that axis last, or build an operator of the right size."
+        )

@@ -1,0 +1,78 @@
+"""Sketches that mix all coordinates before they shrink.
+
+    S x = scale · R H_N (s ∘ pad(x))
+
+pad   zero-padding from n to N, the next power of two
+s     N random signs
+H_N   Walsh-Hadamard matrix with entries ±1
+R     what the kind does with the mixed vector, R^N -> R^dim
+
+Such a sketch needs the whole vector: `columns` costs what the whole does. O(N log N) time; scratch
+memory N numbers (one vector of a batch at a time) and a few pieces of 2^18; no diagonal is stored.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_sketch.operators.hadamard import CACHED, transform_
+from lightning_sketch.operators.precision import full_precision
+from lightning_sketch.operators.random import flip_
+from lightning_sketch.operators.sketch import Sketch
+
+
+class FullSketch(Sketch):
+    """A sketch behind a full Hadamard transform; a subclass gives `scale`, `reduce` and `expand`."""
+
+    streams = False
+
+    @property
+    def padded(self) -> int:
+        """N: the power of two at or above n."""
+        return 1 << (self.n - 1).bit_length()
+
+    @property
+    @abstractmethod
+    def scale(self) -> float:
+        """A factor in front of the product."""
+
+    @abstractmethod
+    def reduce(self, u: Float[Tensor, " padded"]) -> Float[Tensor, " dim"]:
+        """R u; may overwrite u."""
+
+    @abstractmethod
+    def expand(self, y: Float[Tensor, " dim"]) -> Float[Tensor, " padded"]:
+        """Rᵀ y."""
+
+    def forward(self, x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
+        """S[:, start : start + size] x."""
+        out = x.new_empty(len(x), self.dim, dtype=torch.promote_types(x.dtype, torch.float32))
+        with full_precision(x.device):
+            for row, vector in zip(out, x, strict=True):
+                u = row.new_zeros(self.padded)
+                u[start : start + len(vector)] = vector
+                row[:] = self.reduce(transform_(self._flip_(u)))
+        return out.mul_(self.scale)
+
+    def adjoint(self, y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
+        """S[:, start : stop]ᵀ y."""
+        y = self.scale * y.to(torch.promote_types(y.dtype, torch.float32))
+        out = y.new_empty(len(y), stop - start)
+        with full_precision(y.device):
+            for row, vector in zip(out, y, strict=True):
+                row[:] = self._flip_(transform_(self.expand(vector)))[start:stop]
+        return out
+
+    def pieces(self) -> Iterator[slice]:
+        """[0, N) in pieces of at least one sketch width, and of a size that stays in cache."""
+        step = min(self.padded, max(CACHED, self.width))
+        for start in range(0, self.padded, step):
+            yield slice(start, start + step)
+
+    def _flip_(self, u: Tensor) -> Tensor:
+        for piece in self.pieces():
+            flip_(u[piece], self.key("signs"), piece.start)
+        return u

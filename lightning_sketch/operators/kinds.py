@@ -1,0 +1,42 @@
+"""From the name of a kind, or a spec read from a file, to the sketch."""
+
+from lightning_sketch.operators.affd import AFFD
+from lightning_sketch.operators.afjl import AFJL
+from lightning_sketch.operators.block_srht import BlockSRHT
+from lightning_sketch.operators.count_sketch import CountSketch
+from lightning_sketch.operators.ffd import FFD
+from lightning_sketch.operators.fjl import FJL
+from lightning_sketch.operators.gaussian import Gaussian
+from lightning_sketch.operators.qk import QK
+from lightning_sketch.operators.random import RNG
+from lightning_sketch.operators.sketch import Sketch
+
+KINDS: dict[str, type[Sketch]] = {
+    sketch.kind: sketch for sketch in (BlockSRHT, AFFD, AFJL, QK, FFD, FJL, Gaussian, CountSketch)
+}
+
+
+def make_sketch(kind: str, *, n: int, dim: int, seed: int = 0, rng: str = RNG) -> Sketch:
+    """The sketch of this kind: `make_sketch(**sketch.spec()) == sketch`.
+
+    Args:
+        kind: block_srht, affd, afjl, qk, ffd, fjl, gaussian or count_sketch.
+        n: size of the vectors to sketch.
+        dim: size of a sketch.
+        seed: 0 <= seed < 2^63.
+        rng: version of the random bits the sketch was made with.
+
+    Raises:
+        ValueError: if the kind or the version of the random bits is unknown here.
+
+    >>> make_sketch("affd", n=1000, dim=64, seed=0)
+    AFFD(n=1000, dim=64, seed=0)
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of sketch {kind!r}; choose one of {', '.join(KINDS)}.")
+    if rng != RNG:
+        raise ValueError(
+            f"the sketch was made with random bits {rng!r}, this version of lightning_sketch makes {RNG!r}; "
+            f"install the version that wrote it."
+        )
+    return KINDS[kind](n=n, dim=dim, seed=seed)

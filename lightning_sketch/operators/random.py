@@ -1,0 +1,115 @@
+"""Random numbers as a pure function: (seed, stream, index) -> number. Version "v1".
+
+    h = lo ^ k0 ^ a(hi)          index = 2^32 hi + lo,   64-bit key (k0, k1)
+    h = (h ^ h >> 16) m1
+    h = h ^ k1 ^ b(hi)           all modulo 2^32
+    h = (h ^ h >> 15) m2
+    word = h ^ h >> 16
+
+No generator, no state, no buffer: any slice can be made on any device at any time, bit for bit the
+same, so that a sketch is described wholly by its few integers. Every product stays below 2^63:
+nothing relies on how a device wraps around. For a fixed `hi`, index -> word is a bijection.
+
+A word is 32 signs. Bit k of word w of a block is the sign of its element k·W + w, with W = 256 words
+a block: unpacking then runs along contiguous memory for each bit.
+
+Changing anything here changes every sketch ever stored: a new version needs a new name (`RNG`).
+
+Source: the finaliser has the shape of Wellons' lowbias32 (2018), with a second multiplier below 2^31.
+"""
+
+import functools
+import hashlib
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+RNG = "v1"
+
+_MASK = 0xFFFFFFFF
+_M1, _M2 = 0x7FEB352D, 0x5BD1E995
+_W = 256
+_BLOCK = 32 * _W
+
+FLIP_SLACK = 2 * _BLOCK
+
+
+class Key(tuple):
+    """A 64-bit key, as two halves of 32 bits."""
+
+    def __new__(cls, seed: int, stream: str):
+        """The key of a named stream of a seed, e.g. `Key(0, "affd/signs")`."""
+        digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
+        return super().__new__(cls, divmod(int.from_bytes(digest, "little"), 1 << 32))
+
+
+def words(key: Key, start: int, stop: int, device=None) -> Int[Tensor, " count"]:
+    """Independent uniform integers in [0, 2^32), one for each index in [start, stop)."""
+    k0, k1 = key
+    index = torch.arange(start, stop, dtype=torch.int64, device=device)
+    h = index & _MASK
+    if stop > _MASK:
+        h ^= (index >> 32) * _M2 & _MASK
+    h ^= k0
+    h ^= h >> 16
+    h.mul_(_M1).bitwise_and_(_MASK)
+    h ^= k1
+    if stop > _MASK:
+        h ^= (index >> 32) * _M1 & _MASK
+    h ^= h >> 15
+    h.mul_(_M2).bitwise_and_(_MASK)
+    h ^= h >> 16
+    return h
+
+
+def flip_(x: Float[Tensor, "... count"], key: Key, start: int, spare: Tensor | None = None) -> Tensor:
+    """Multiply x[..., i] by the sign at index start + i, in place; x is contiguous.
+
+    A sign is applied by xor of the float's own sign bit: exact, and cheaper than a product. `spare` is
+    scratch memory of x's type, at least `count + FLIP_SLACK` numbers.
+    """
+    ints = {4: torch.int32, 8: torch.int64}[x.element_size()]
+    top = torch.iinfo(ints).bits - 1
+    stop = start + x.shape[-1]
+    first, last = start // _BLOCK, -(-stop // _BLOCK)
+    word = words(key, first * _W, last * _W, x.device)
+    if ints == torch.int32:
+        word = (word ^ 1 << 31) - (1 << 31)  # the same 32 bits as a signed number: exact to convert
+    shift = (top - torch.arange(32, device=x.device)).to(ints)[:, None]
+    if spare is None:
+        spare = x.new_empty((last - first) * _BLOCK)
+    mask = spare.view(ints)[: (last - first) * _BLOCK].view(-1, 32, _W)
+    torch.bitwise_left_shift(word.to(ints).view(-1, 1, _W), shift, out=mask)
+    mask &= torch.iinfo(ints).min
+    x.view(ints).bitwise_xor_(mask.view(-1)[start - first * _BLOCK : stop - first * _BLOCK])
+    return x
+
+
+def signs(key: Key, start: int, stop: int, dtype=torch.float32, device=None) -> Tensor:
+    """Rademacher variables: -1 or +1 with equal probability, for each index in [start, stop)."""
+    return flip_(torch.ones(stop - start, dtype=dtype, device=device), key, start)
+
+
+def integers(key: Key, start: int, stop: int, below: int, device=None) -> Int[Tensor, " count"]:
+    """Uniform integers in [0, below) for below <= 2^31; no value is off by more than below / 2^32."""
+    return words(key, start, stop, device) * below >> 32
+
+
+def normals(key: Key, start: int, stop: int, dtype=torch.float32, device=None) -> Tensor:
+    """Standard normal variables on a grid of 2^16 quantiles, two to a word.
+
+    Mean 0 and variance 1 hold exactly over the table; the largest value is 4.3. A table in place of
+    `log` and `cos`, since those differ in the last bit between devices.
+    """
+    word = words(key, start // 2, -(-stop // 2), device)
+    halves = torch.stack((word & 0xFFFF, word >> 16), dim=-1).view(-1)
+    return _quantiles(dtype, device)[halves[start % 2 :][: stop - start]]
+
+
+@functools.lru_cache(maxsize=4)  # 2^16 numbers each, whatever n is
+def _quantiles(dtype: torch.dtype, device) -> Tensor:
+    upper = torch.special.ndtri((torch.arange(1 << 15, dtype=torch.float64) + 0.5) / (1 << 16))
+    table = torch.cat((upper, -upper))
+    table /= table.square().mean().sqrt()
+    return table.float().to(device, dtype)

@@ -1,0 +1,84 @@
+"""Sketches that are a sum over chunks of the vector, each chunk mapped on its own.
+
+    S x = scale · sum_c M_c x_c          x_c: the c-th chunk of `chunk` coordinates, the last one zero-padded
+
+Such a sketch streams: a range of coordinates costs what the range costs, in any order, on any rank.
+Chunks are taken in groups that stay in cache. Scratch memory: a few buffers of max(2^18, chunk)
+numbers, whatever n is.
+"""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_sketch.operators.hadamard import CACHED
+from lightning_sketch.operators.precision import full_precision
+from lightning_sketch.operators.random import FLIP_SLACK
+from lightning_sketch.operators.sketch import Sketch
+
+
+class StreamingSketch(Sketch):
+    """A sketch that maps each chunk on its own; a subclass gives `chunk`, `gather` and `scatter`."""
+
+    streams = True
+
+    @property
+    @abstractmethod
+    def chunk(self) -> int:
+        """Coordinates in a chunk."""
+
+    @property
+    def scale(self) -> float:
+        """A factor in front of the sum."""
+        return 1.0
+
+    @abstractmethod
+    def gather(self, chunks: Float[Tensor, "rows group chunk"], first: int, spare: list[Tensor], total: Tensor) -> None:
+        """Add sum_c M_c x_c over the chunks first, first + 1, ... to `total`; overwrites the others."""
+
+    @abstractmethod
+    def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
+        """M_cᵀ y for the chunks first, first + 1, ..., held in `chunks` or in `spare`."""
+
+    def forward(self, x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
+        """S[:, start : start + size] x."""
+        out = x.new_zeros(len(x), self.dim, dtype=torch.promote_types(x.dtype, torch.float32))
+        with full_precision(x.device):
+            for rows, first, low, high, group, spare in self._groups(out, start, start + x.shape[1]):
+                chunks = group.view(rows.stop - rows.start, -1)
+                head, tail = low - first * self.chunk, high - first * self.chunk
+                chunks[:, :head] = 0
+                chunks[:, head:tail] = x[rows, low - start : high - start]
+                chunks[:, tail:] = 0
+                self.gather(group, first, spare, out[rows])
+        return out.mul_(self.scale)
+
+    def adjoint(self, y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
+        """S[:, start : stop]ᵀ y."""
+        y = self.scale * y.to(torch.promote_types(y.dtype, torch.float32))
+        out = y.new_empty(len(y), stop - start)
+        with full_precision(y.device):
+            for rows, first, low, high, group, spare in self._groups(y, start, stop):
+                chunks = self.scatter(y[rows], first, spare, group).view(rows.stop - rows.start, -1)
+                head, tail = low - first * self.chunk, high - first * self.chunk
+                out[rows, low - start : high - start] = chunks[:, head:tail]
+        return out
+
+    def _groups(
+        self, like: Tensor, start: int, stop: int
+    ) -> Iterator[tuple[slice, int, int, int, Tensor, list[Tensor]]]:
+        """Rows, first chunk, range of coordinates, and buffers, for each group of chunks."""
+        most_rows = max(1, CACHED // self.chunk)
+        first, last = start // self.chunk, -(-stop // self.chunk)
+        for row in range(0, len(like), most_rows):
+            rows = slice(row, min(row + most_rows, len(like)))
+            count = rows.stop - rows.start
+            size = min(max(1, CACHED // (self.chunk * count)), last - first)
+            buffer, *spare = like.new_empty(3, count * size * self.chunk + FLIP_SLACK)
+            for c in range(first, last, size):
+                group = min(size, last - c)
+                low, high = max(start, c * self.chunk), min(stop, (c + group) * self.chunk)
+                yield rows, c, low, high, buffer[: count * group * self.chunk].view(count, group, self.chunk), spare
