@@ -16,6 +16,11 @@ class LinearOperator(ABC):
     A subclass gives `shape`, `matvec` and `rmatvec`; it is final: nothing inherits from it.
     """
 
+    dtype: torch.dtype = torch.float32
+    """What a vector made for it should be, where that is not left to the caller."""
+    device: torch.device = torch.device("cpu")
+    """Where a vector made for it should be, likewise."""
+
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:

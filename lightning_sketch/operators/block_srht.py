@@ -66,7 +66,7 @@ class BlockSRHT(StreamingSketch):
         return self._mix(chunks, "out", "in", first, spare)
 
     def _mix(self, x: Tensor, before: str, after: str, first: int, spare: list[Tensor]) -> Tensor:
-        """after ∘ H (before ∘ x), with the signs of these two streams."""
+        """The signs of stream `after`, times H, times the signs of stream `before`, times x."""
         start, flat, (second, mask) = first * self.chunk, (len(x), -1), spare
         flip_(x.view(flat), self.key(before), start, mask)
         mixed = transform(x, second[: x.numel()].view_as(x))

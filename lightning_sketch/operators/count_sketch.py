@@ -40,7 +40,7 @@ class CountSketch(StreamingSketch):
 
     @property
     def chunk(self) -> int:
-        """dim."""
+        """As many coordinates as the sketch has numbers."""
         return self.dim
 
     def gather(self, chunks: Float[Tensor, "rows group chunk"], first: int, spare: list[Tensor], total: Tensor) -> None:

@@ -1,0 +1,76 @@
+"""The Lanczos recurrence with three vectors, and how linear an operator really is.
+
+    β_j v_{j+1} = A v_j - α_j v_j - β_{j-1} v_{j-1},     α_j = v_jᵀ A v_j,   β_j = ||what remains||
+
+It holds to rounding even after the v_j have lost their orthogonality, which they soon do: A V_m = V_{m+1} T̄_m
+with T̄_m tridiagonal, (m+1) x m. No v_j is kept.
+
+Source: Lanczos (1950); Paige (1976), "Error analysis of the Lanczos algorithm", doi:10.1093/imamat/18.3.341.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_sketch.operators.base import LinearOperator
+from lightning_sketch.operators.random import Key, flip_
+
+_CHUNK = 1 << 18
+
+
+def start_vector(operator: LinearOperator, seed: int, index: int) -> Float[Tensor, " n"]:
+    """A random unit vector with entries ±1 / √n: the same on every device and rank."""
+    n = operator.shape[1]
+    v = torch.full((n,), n**-0.5, dtype=operator.dtype, device=operator.device)
+    for start, piece in zip(range(0, n, _CHUNK), v.split(_CHUNK), strict=True):
+        flip_(piece, Key(seed, f"lanczos/{index}"), start)
+    return v
+
+
+def lanczos(operator: LinearOperator, seed: int) -> Iterator[tuple[Tensor, float, float]]:
+    """Yields v_{j+1}, α_j, β_j for j = 1, 2, ..., from `start_vector(operator, seed, 0)`.
+
+    Where the Krylov space ends (β_j is rounding), β_j = 0 and v_{j+1} is a new random vector: the relation
+    A V_m = V_{m+1} T̄_m goes on to hold, and what the first start could not see comes into view.
+    """
+    v, previous, beta = start_vector(operator, seed, 0), None, 0.0
+    size, restarts = 0.0, 0
+    while True:
+        w = operator.matvec(v)
+        if w.data_ptr() == v.data_ptr():  # an operator may return its argument
+            w = w.clone()
+        if previous is not None:
+            w.add_(previous, alpha=-beta)
+        previous = None  # one vector fewer while the dot products run
+        alpha = dot(w, v)
+        w.add_(v, alpha=-alpha)
+        beta = dot(w, w) ** 0.5
+        size = max(size, abs(alpha), beta)
+        if beta <= 10 * torch.finfo(w.dtype).eps * size:
+            restarts += 1
+            beta, w = 0.0, start_vector(operator, seed, restarts)
+        else:
+            w.div_(beta)
+        yield w, alpha, beta
+        v, previous = w, v
+
+
+def linearity_defect(operator: LinearOperator, u: Float[Tensor, " n"], v: Float[Tensor, " n"]) -> float:
+    """||A(u + v) - A u - A v|| / ||A(u + v)||: rounding for a map that is linear, large for one that is not.
+
+    Three products. It also sees batches that change from one product to the next, and live dropout.
+    """
+    rest = operator.matvec(u + v)
+    size = dot(rest, rest) ** 0.5
+    rest -= operator.matvec(u)
+    rest -= operator.matvec(v)
+    defect = dot(rest, rest) ** 0.5
+    return defect / size if defect else 0.0
+
+
+def dot(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
+    """The inner product, summed up in float64 by chunks: no copy of size n."""
+    chunks = zip(x.split(_CHUNK), y.split(_CHUNK), strict=True)
+    return float(sum(a.double() @ b.double() for a, b in chunks))

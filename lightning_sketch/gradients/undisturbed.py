@@ -1,0 +1,124 @@
+"""Look at a module without leaving a trace: what a forward pass changes is put back."""
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_PLAIN = (bool, int, float, str, type(None), tuple)
+_OF_TORCH = frozenset(vars(nn.Module()))
+
+
+@contextmanager
+def undisturbed(module: nn.Module, mode: str = "eval") -> Iterator[None]:
+    """Run the module inside, as a pure function of its parameters as far as that is possible.
+
+    Inside: evaluation mode, gradients on, autocast off, compiled parts run eagerly, attention by plain
+    operations (the fused kernels have no second derivative).
+
+    Put back after, also after an error: the random state of Python, numpy and torch on every device, the
+    mode of every submodule, buffers, states of metrics, and number, string, list, dict, set and deque
+    attributes of modules, however deep. Costs a copy of the buffers. Not put back: files, globals, and
+    tensors that a plain attribute holds and that are changed in place.
+
+    Args:
+        module: where to look.
+        mode: "eval", or "train" to leave every submodule in the mode it is in.
+    """
+    if mode not in ("eval", "train"):
+        raise ValueError(f"mode is 'eval' or 'train', got {mode!r}.")
+    with ExitStack() as stack:
+        stack.enter_context(_random_state())
+        stack.callback(_snapshot(module))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in {p.device.type for p in module.parameters()}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if mode == "eval":
+            for part in module.modules():
+                part.training = False
+        yield
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def _snapshot(module: nn.Module) -> Callable[[], None]:
+    """Remember all parts of a module; what is returned puts them back."""
+    restore: list[Callable[[], None]] = []
+    for part in module.modules():
+        restore.append(_attributes(part))
+        states = getattr(part, "_defaults", {}) if hasattr(part, "_update_count") else {}  # of a torchmetrics metric
+        tensors = [*part._buffers.values(), *(getattr(part, name, None) for name in states)]
+        restore += [_tensor(t) for t in tensors if isinstance(t, Tensor)]
+    return lambda: [put_back() for put_back in restore] and None
+
+
+def _tensor(tensor: Tensor) -> Callable[[], None]:
+    version, copy = tensor._version, tensor.detach().clone()
+
+    def put_back() -> None:
+        if tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(copy)
+
+    return put_back
+
+
+def _attributes(part: nn.Module) -> Callable[[], None]:
+    before = {name: value for name, value in vars(part).items() if name not in _OF_TORCH}
+    training, buffers = part.training, dict(part._buffers)
+    seen: set[int] = set()
+    contents = [_contents(value, seen) for value in before.values()]
+
+    def put_back() -> None:
+        part.training = training
+        part._buffers.clear()
+        part._buffers.update(buffers)
+        for name in vars(part).keys() - before.keys() - _OF_TORCH:
+            del part.__dict__[name]
+        for name, value in before.items():
+            part.__dict__[name] = value
+        for restore in contents:
+            restore()
+
+    return put_back
+
+
+def _contents(value: object, seen: set[int]) -> Callable[[], None]:
+    """Remember what is in a container, and in the containers in it."""
+    if id(value) in seen:
+        return lambda: None
+    seen.add(id(value))
+    if type(value) in (list, deque):
+        items, inner = list(value), value
+    elif type(value) is dict:
+        items, inner = dict(value), value.values()
+    elif type(value) is set:
+        items, inner = set(value), ()
+    else:
+        return lambda: None
+    deeper = [_contents(v, seen) for v in inner if not isinstance(v, _PLAIN)]
+
+    def put_back() -> None:
+        value.clear()
+        (value.extend if isinstance(value, list | deque) else value.update)(items)
+        for restore in deeper:
+            restore()
+
+    return put_back

@@ -1,0 +1,170 @@
+"""Named parameters <-> one flat vector, in a fixed order."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Float
+from torch import Size, Tensor, nn
+
+from lightning_sketch.operators.hadamard import CACHED
+from lightning_sketch.operators.sketch import Sketch
+
+_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which parameters make up the flat vector, in which order and shape.
+
+    Made once, from what is trainable at that moment; a hook that freezes parameters later changes nothing.
+
+    >>> layout = Layout.of(nn.Linear(3, 2))
+    >>> layout.names, layout.n
+    (('weight', 'bias'), 8)
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[Size, ...]
+
+    @classmethod
+    def of(cls, module: nn.Module, pattern: str | Sequence[str] = "*") -> "Layout":
+        """The trainable parameters of a module whose name matches, shared ones once, in their own order.
+
+        Args:
+            module: names are taken without the prefixes that torch.compile, FSDP, DDP and
+                activation checkpointing add.
+            pattern: shell-style, e.g. `"blocks.*.attn.*"`, or several; a shared parameter is found
+                under each of its names and listed under the first.
+
+        Raises:
+            ValueError: if no parameter is trainable, or none that is matches.
+            TypeError: if one of them is complex.
+        """
+        found = _trainable(module)
+        patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+        chosen = {
+            names[0]: parameter
+            for parameter, names in found.values()
+            if any(fnmatchcase(name, p) for name in names for p in patterns)
+        }
+        if not found:
+            raise ValueError(
+                f"{type(module).__name__} has no trainable parameter; set requires_grad=True on what you want to look at."
+            )
+        if not chosen:
+            known = ", ".join(names[0] for _, names in itertools.islice(found.values(), 10))
+            raise ValueError(f"no trainable parameter matches {pattern!r}; the names start with {known}.")
+        for name, parameter in chosen.items():
+            if parameter.is_complex():
+                raise TypeError(f"parameter {name} is {parameter.dtype}; hold it as two real parameters.")
+        return cls(tuple(chosen), tuple(p.shape for p in chosen.values()))
+
+    @property
+    def n(self) -> int:
+        """Total number of scalars."""
+        return sum(shape.numel() for shape in self.shapes)
+
+    def parameters(self, module: nn.Module) -> list[nn.Parameter]:
+        """The parameters of the module, in this order."""
+        found = {names[0]: parameter for parameter, names in _trainable(module, frozen=True).values()}
+        missing = [
+            name for name in self.names if name not in found or found[name].shape != self.shapes[self.names.index(name)]
+        ]
+        if missing:
+            raise ValueError(f"{type(module).__name__} lacks parameters of the layout: {', '.join(missing)}.")
+        return [found[name] for name in self.names]
+
+    def flatten(self, tensors: Sequence[Tensor | None], like: Tensor) -> Float[Tensor, " n"]:
+        """One vector, of the type and on the device of `like`; None is zero."""
+        vector = like.new_zeros(self.n)
+        for part, tensor in zip(vector.split(self._sizes), tensors, strict=True):
+            if tensor is not None:
+                part.view(tensor.shape).copy_(tensor)
+        return vector
+
+    def unflatten(self, vector: Float[Tensor, " n"]) -> list[Tensor]:
+        """Views into the vector, in the parameters' shapes."""
+        return [part.view(shape) for part, shape in zip(vector.split(self._sizes), self.shapes, strict=True)]
+
+    def sketch(self, sketch: Sketch, tensors: Mapping[str, Tensor | None]) -> Float[Tensor, " dim"]:
+        """The sketch of the flat vector of these tensors, without making that vector if the sketch streams.
+
+        Args:
+            sketch: with n as here.
+            tensors: by name, e.g. gradients, on any device, in any floating type; one that is missing or
+                None is zero, a sparse one is coalesced.
+
+        Raises:
+            ValueError: if sizes disagree or a name is unknown.
+            TypeError: if a tensor is complex or sharded.
+        """
+        self._check(sketch, tensors)
+        like = next((t for t in tensors.values() if t is not None), torch.zeros(()))
+        total = torch.zeros(sketch.dim, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        if not sketch.streams:
+            vector = self.flatten([_dense(tensors.get(name)) for name in self.names], total)
+            return sketch.matvec(vector)
+        for start, piece in self._pieces(tensors):
+            total += sketch.columns(start, start + len(piece)).matvec(piece).to(total)
+        return total
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [shape.numel() for shape in self.shapes]
+
+    def _check(self, sketch: Sketch, tensors: Mapping[str, Tensor | None]) -> None:
+        if sketch.n != self.n:
+            raise ValueError(
+                f"the sketch takes n={sketch.n} numbers, the layout has {self.n}; build it with n={self.n}."
+            )
+        shapes = dict(zip(self.names, self.shapes, strict=True))
+        for name, tensor in tensors.items():
+            if name not in shapes:
+                raise ValueError(f"{name} is not in the layout; it starts with {', '.join(self.names[:10])}.")
+            if tensor is None:
+                continue
+            if tensor.shape != shapes[name]:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the layout says {tuple(shapes[name])}.")
+            if tensor.is_complex():
+                raise TypeError(f"{name} is {tensor.dtype}; sketch its real and imaginary parts apart.")
+            if hasattr(tensor, "placements"):
+                raise TypeError(f"{name} is sharded (a DTensor); pass tensor.full_tensor().")
+
+    def _pieces(self, tensors: Mapping[str, Tensor | None]) -> Iterator[tuple[int, Tensor]]:
+        """Flat ranges of coordinates: small neighbours together, since part of a chunk costs a chunk."""
+        pending: list[Tensor] = []
+        start = offset = 0
+        for name, size in zip(self.names, self._sizes, strict=True):
+            piece = _dense(tensors.get(name))
+            fits = (
+                piece is not None and pending and pending[0].dtype == piece.dtype and pending[0].device == piece.device
+            )
+            if pending and (not fits or offset - start + size > CACHED):
+                yield start, torch.cat(pending)
+                pending = []
+            if piece is not None:
+                start = start if pending else offset
+                pending.append(piece.reshape(-1))
+            offset += size
+        if pending:
+            yield start, torch.cat(pending)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return tensor.to_dense() if tensor is not None and tensor.layout != torch.strided else tensor
+
+
+def _trainable(module: nn.Module, frozen: bool = False) -> dict[int, tuple[nn.Parameter, list[str]]]:
+    """Each parameter with all its names, by identity."""
+    while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        module = module.module
+    found: dict[int, tuple[nn.Parameter, list[str]]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad or frozen:
+            for prefix in _WRAPPERS:
+                name = name.replace(prefix, "")
+            found.setdefault(id(parameter), (parameter, []))[1].append(name)
+    return found
