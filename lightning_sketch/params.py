@@ -52,7 +52,7 @@ class Layout:
         }
         if not found:
             raise ValueError(
-                f"{type(module).__name__} has no trainable parameter; set requires_grad=True on what you want to look at."
+                f"{type(module).__name__} has no trainable parameter; set requires_grad=True on what is to be looked at."
             )
         if not chosen:
             known = ", ".join(names[0] for _, names in itertools.islice(found.values(), 10))

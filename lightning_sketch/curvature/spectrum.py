@@ -47,7 +47,7 @@ class Spectrum:
 
     eigenvalues: Float[Tensor, " r"]
     residuals: Float[Tensor, " r"]
-    """Some eigenvalue lies within this distance (the factor for the sketch is in it)."""
+    """Some eigenvalue lies within this distance; the factor for the sketch and the rounding of the products are in it."""
     tol: float
     """A pair is accepted while residual <= tol · |eigenvalue|."""
     linearity_defect: float
@@ -178,8 +178,9 @@ def spectrum(
             previous = v if done < 4 else None
             if done == num_matvecs or done % _CHECK_EVERY == 0:
                 tau = min(max(30 * defect, 100 * torch.finfo(operator.dtype).eps), 0.03)
-                pairs = rayleigh_ritz(alphas, betas, torch.stack(columns, dim=1), tau, exact=sketch is None)
-                result = Spectrum(*pairs, tol=tol, linearity_defect=defect, num_products=done + 6)
+                values, residuals = rayleigh_ritz(alphas, betas, torch.stack(columns, dim=1), tau, sketch is None)
+                residuals += defect * values.abs().max()  # the products themselves are no better than that
+                result = Spectrum(values, residuals, tol=tol, linearity_defect=defect, num_products=done + 6)
                 if done == num_matvecs or _found(result, top_k, bottom_k):
                     break
     if defect > DEFECT_WARNED:

@@ -1,0 +1,71 @@
+"""Where we lean on Lightning beyond its documented interface: both namespaces, the step of the loggers, the bar."""
+
+from importlib.util import find_spec
+
+import pytorch_lightning as pl
+
+# A class is a callback for the Trainer and the CLI of a namespace only if it descends from that namespace's Callback.
+if find_spec("lightning") is not None:
+    import lightning.pytorch as lp
+
+    class CallbackBase(pl.Callback, lp.Callback):
+        """A callback for `pytorch_lightning` and for `lightning.pytorch`."""
+else:
+
+    class CallbackBase(pl.Callback):
+        """A callback for `pytorch_lightning`."""
+
+
+def logged_step(trainer: pl.Trainer) -> int:
+    """The step at which Lightning logs what belongs to the training batch just done, as its own callbacks do."""
+    return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+
+
+def state_key(callback: pl.Callback, **identity: str) -> str:
+    """The key of a callback's state in a checkpoint, told apart by what identifies it."""
+    return callback._generate_state_key(**identity)
+
+
+class BarText:
+    """Words in front of the Trainer's training progress bar, for as long as the context lasts."""
+
+    def __init__(self, trainer: pl.Trainer):
+        bar = trainer.progress_bar_callback
+        self.bar = bar if bar is not None and bar.is_enabled else None
+
+    def __enter__(self) -> "BarText":
+        self.before = self._description()
+        return self
+
+    def show(self, text: str) -> None:
+        """Replace the words."""
+        if self.before is not None:
+            self._describe(text)
+
+    def __exit__(self, *_: object) -> None:
+        self.show(self.before)
+
+    def _description(self) -> str | None:
+        if self.bar is None or getattr(self.bar, "_train_progress_bar", True) is None:
+            return None
+        if getattr(self.bar, "train_progress_bar_id", True) is None:
+            return None
+        line = getattr(self.bar, "train_progress_bar", None)
+        return None if line is None else str(getattr(line, "desc", getattr(line, "description", "")))
+
+    def _describe(self, text: str) -> None:
+        line = self.bar.train_progress_bar
+        if hasattr(line, "set_description_str"):  # tqdm
+            line.set_description_str(text)
+        else:  # rich
+            self.bar.progress.update(self.bar.train_progress_bar_id, description=text)
+            self.bar.refresh()
+
+
+def say(trainer: pl.Trainer, text: str) -> None:
+    """One line for a person, on rank zero, without breaking the progress bar."""
+    bar = trainer.progress_bar_callback
+    if bar is not None and bar.is_enabled:
+        bar.print(text)
+    else:
+        pl.utilities.rank_zero_info(text)
