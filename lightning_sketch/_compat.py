@@ -43,7 +43,7 @@ class BarText:
             self._describe(text)
 
     def __exit__(self, *_: object) -> None:
-        self.show(self.before)
+        self.show(self.before or "")
 
     def _description(self) -> str | None:
         if self.bar is None or getattr(self.bar, "_train_progress_bar", True) is None:

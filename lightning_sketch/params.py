@@ -1,5 +1,6 @@
 """Named parameters <-> one flat vector, in a fixed order."""
 
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -51,9 +52,7 @@ class Layout:
             if any(fnmatchcase(name, p) for name in names for p in patterns)
         }
         if not found:
-            raise ValueError(
-                f"{type(module).__name__} has no trainable parameter; set requires_grad=True on what is to be looked at."
-            )
+            raise ValueError(f"{type(module).__name__} has no trainable parameter; set requires_grad=True on some.")
         if not chosen:
             known = ", ".join(names[0] for _, names in itertools.islice(found.values(), 10))
             raise ValueError(f"no trainable parameter matches {pattern!r}; the names start with {known}.")
@@ -102,8 +101,9 @@ class Layout:
             TypeError: if a tensor is complex or sharded.
         """
         self._check(sketch, tensors)
-        like = next((t for t in tensors.values() if t is not None), torch.zeros(()))
-        total = torch.zeros(sketch.dim, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        given = [tensor for tensor in tensors.values() if tensor is not None]
+        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in given), torch.float32)
+        total = torch.zeros(sketch.dim, dtype=dtype, device=given[0].device if given else None)
         if not sketch.streams:
             vector = self.flatten([_dense(tensors.get(name)) for name in self.names], total)
             return sketch.matvec(vector)
@@ -138,7 +138,7 @@ class Layout:
         pending: list[Tensor] = []
         start = offset = 0
         for name, size in zip(self.names, self._sizes, strict=True):
-            piece = _dense(tensors.get(name))
+            piece = _dense(tensors.get(name)) if size else None
             fits = (
                 piece is not None and pending and pending[0].dtype == piece.dtype and pending[0].device == piece.device
             )

@@ -6,7 +6,7 @@ _TOP, _BOTTOM, _REST = "#0072B2", "#D55E00", "#999999"  # Okabe & Ito: told apar
 
 
 def spectrum_over_time(
-    time: Sequence[float],
+    time: Sequence[int | float],
     values: Sequence[Sequence[float]],
     errors: Sequence[Sequence[float]],
     converged: Sequence[Sequence[bool]],

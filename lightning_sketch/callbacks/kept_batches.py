@@ -32,8 +32,8 @@ class KeptBatches:
         self.complete = bool(self.batches)
 
     def on_device(self, module: pl.LightningModule) -> list[Any]:
-        """The batches where the module is; copies, so that a step that changes them in place can do no harm."""
-        return [module.transfer_batch_to_device(copy.deepcopy(b), module.device, 0) for b in self.batches]
+        """The batches where the module is."""
+        return [module.transfer_batch_to_device(batch, module.device, 0) for batch in self.batches]
 
     def fingerprint(self) -> str:
         """A hash of everything in them."""

@@ -1,5 +1,6 @@
 """Log the ends of the Hessian's spectrum while training."""
 
+import copy
 import math
 import time
 import warnings
@@ -242,8 +243,10 @@ class SpectrumMonitor(CallbackBase):
         )
 
     def _hessian(self, pl_module: pl.LightningModule) -> Hessian:
-        batches = self._kept.on_device(pl_module)
-        return Hessian(self.loss_fn or training_step_loss, pl_module, batches, parameters=self.parameters)
+        def loss(module: torch.nn.Module, batch: Any) -> Tensor:
+            return (self.loss_fn or training_step_loss)(module, copy.deepcopy(batch))  # it may change it in place
+
+        return Hessian(loss, pl_module, self._kept.on_device(pl_module), parameters=self.parameters)
 
     def _first_look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         hessian = self._hessian(pl_module)

@@ -1,40 +1,64 @@
 """Say which operation has no second derivative, and what to do about it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.utils.hooks import RemovableHandle
 
-_SIGNS = ("is not implemented", "once_differentiable", "does not have a double backward", "not supported")
+_SIGNS = ("is not implemented", "does not have a double backward", "not supported")
+_MARKED = once_differentiable(lambda ctx: None).__code__
 
 
 @contextmanager
-def second_derivative_errors(outputs: Sequence[Tensor | None]) -> Iterator[None]:
-    """Re-raise what autograd says of a missing second derivative, with the operation's name in front."""
+def second_derivative_errors() -> Iterator[None]:
+    """Re-raise what autograd says of a missing second derivative, with a way out."""
     try:
         yield
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _SIGNS):
             raise
-        raise ValueError(
-            f"the loss holds an operation that PyTorch cannot differentiate twice: {_name(error, outputs)}. "
-            'Replace it by plain operations, or leave the parameters before it out with parameters="...".'
-        ) from error
+        raise _refusal(str(error).splitlines()[0].rstrip(".")) from error
 
 
-def _name(error: RuntimeError, outputs: Sequence[Tensor | None]) -> str:
-    """What the error names; for a Python function marked once_differentiable it names nothing, so search."""
-    if "once_differentiable" not in str(error):
-        return str(error).splitlines()[0]
-    nodes = [tensor.grad_fn for tensor in outputs if tensor is not None]
-    seen, custom = set(), set()
+@contextmanager
+def nothing_dropped(loss: Tensor) -> Iterator[None]:
+    """Refuse a gradient that is taken inside through a Python function marked once_differentiable.
+
+    Autograd raises only if the gradient that comes in at such a function depends on something; where it is a
+    constant, as behind a mean, the function is silently taken for a linear one.
+    """
+    met: list[str] = []
+
+    def meet(node: BackwardCFunction) -> RemovableHandle:
+        return node.register_prehook(lambda _: met.append(type(node).__name__.removesuffix("Backward")))
+
+    hooks = [meet(node) for node in _nodes(loss) if isinstance(node, BackwardCFunction) and _is_marked(node)]
+    yield
+    for hook in hooks:
+        hook.remove()
+    if met:
+        raise _refusal(f"{met[0]} is marked once_differentiable")
+
+
+def _is_marked(node: BackwardCFunction) -> bool:
+    return getattr(node._forward_cls.backward, "__code__", None) is _MARKED
+
+
+def _nodes(loss: Tensor) -> Iterator[object]:
+    """The operations that made the loss, each once."""
+    nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            custom.add(type(node).__name__.removesuffix("Backward"))
-        nodes += [following for following, _ in node.next_functions]
-    return f"one of {', '.join(sorted(custom))}, marked once_differentiable" if custom else str(error)
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            yield node
+
+
+def _refusal(what: str) -> ValueError:
+    return ValueError(
+        f"the loss holds an operation that PyTorch cannot differentiate twice: {what}. "
+        'Replace it by plain operations, or leave the parameters before it out with parameters="...".'
+    )

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.curvature.errors import second_derivative_errors
+from lightning_sketch.curvature.errors import nothing_dropped, second_derivative_errors
 from lightning_sketch.gradients import num_examples, undisturbed
 from lightning_sketch.operators.base import LinearOperator, check_vectors
 from lightning_sketch.params import Layout
@@ -61,7 +61,7 @@ class Hessian(LinearOperator):
     ):
         if isinstance(batches, Tensor):
             raise TypeError("batches is a list of batches, got one tensor; pass [batch].")
-        if iter(batches) is batches:
+        if isinstance(batches, Iterator):
             raise TypeError(
                 f"batches is read again for every product, got a {type(batches).__name__} that can be read only "
                 "once; pass list(batches)."
@@ -100,15 +100,15 @@ class Hessian(LinearOperator):
                     if product is not None:
                         part.add_(product, alpha=count)
                 examples += count
-            return total.div_(examples)
+            return total.div_(_some(examples))
 
     rmatvec = matvec
 
     def loss(self) -> float:
         """L(θ): the mean loss over all batches, in loss units."""
-        with self.hold(), torch.no_grad():
-            weighted = [(num_examples(batch), self._scalar_loss(batch).double()) for batch in self.batches]
-        return float(sum(count * loss for count, loss in weighted) / sum(count for count, _ in weighted))
+        with self.hold():
+            weighted = [(num_examples(batch), float(self._scalar_loss(batch).detach())) for batch in self.batches]
+        return sum(count * loss for count, loss in weighted) / _some(sum(count for count, _ in weighted))
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -135,7 +135,7 @@ class Hessian(LinearOperator):
         if not pairs:  # the loss is linear in the parameters
             return [None] * len(pieces)
         outputs, directions = zip(*pairs, strict=True)
-        with second_derivative_errors(gradients):
+        with second_derivative_errors():
             return torch.autograd.grad(
                 outputs, self.parameters, directions, retain_graph=self._graph is not None, allow_unused=True
             )
@@ -147,7 +147,7 @@ class Hessian(LinearOperator):
                 f"the loss does not depend on the parameters {', '.join(self.layout.names[:5])}, ...; "
                 "it may have been computed under no_grad or from detached tensors."
             )
-        with second_derivative_errors([loss]):
+        with second_derivative_errors(), nothing_dropped(loss):
             return torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
 
     def _scalar_loss(self, batch: Any) -> Tensor:
@@ -161,6 +161,11 @@ class Hessian(LinearOperator):
         """Whether the graph may be kept: one batch, and a loss that is not drawn anew at each call."""
         if not isinstance(self.batches, list | tuple) or len(self.batches) > 1:
             return False
-        with torch.no_grad():
-            first, second = self._scalar_loss(batch), self._scalar_loss(batch)
+        first, second = (self._scalar_loss(batch).detach() for _ in range(2))
         return torch.allclose(first, second, rtol=1e-5, atol=0, equal_nan=True)
+
+
+def _some(examples: int) -> int:
+    if not examples:
+        raise ValueError("batches holds no example, so there is no loss to differentiate; pass at least one batch.")
+    return examples

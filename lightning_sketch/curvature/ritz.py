@@ -29,11 +29,16 @@ class RitzPairs(NamedTuple):
     values: Float[Tensor, " r"]
     """θ: real parts; complex pairs arise only among values that have not converged."""
     residuals: Float[Tensor, " r"]
-    """c ||S (A x - θ x)|| / ||S x||: some eigenvalue lies within that distance of θ."""
+    """c ||S (A x - θ x)|| / ||S x||, and the error of the products: some eigenvalue lies within that of θ."""
 
 
 def rayleigh_ritz(
-    alpha: list[float], beta: list[float], sketched: Float[Tensor, "dim steps_and_one"], tau: float, exact: bool
+    alpha: list[float],
+    beta: list[float],
+    sketched: Float[Tensor, "dim steps_and_one"],
+    tau: float,
+    defect: float,
+    exact: bool,
 ) -> RitzPairs:
     """Ritz values of A on the span of v_1 ... v_m.
 
@@ -42,6 +47,7 @@ def rayleigh_ritz(
         beta: β_1 ... β_m.
         sketched: S v_1 ... S v_{m+1} as columns.
         tau: singular values of S V_m below tau times the largest are dropped.
+        defect: relative error of a product A v. In A x, with x = V_m c, it is multiplied by ||c|| / ||x||.
         exact: S is the identity, so that residuals are no estimates.
 
     With a sketch, residuals are multiplied by c = √((1 + e) / (1 - e)), e = √(r / dim): the basis was
@@ -56,12 +62,15 @@ def rayleigh_ritz(
     u, s, wh = torch.linalg.svd(sketched[:, :m], full_matrices=False)
     r = int((s > tau * s[0]).sum())
     u = u[:, :r]
-    image = sketched @ tridiagonal @ (wh[:r].T / s[:r])
+    whitened = wh[:r].T / s[:r]
+    image = sketched @ tridiagonal @ whitened
     theta, y = torch.linalg.eig(u.T @ image)
     rest = image.to(y.dtype) @ y - u.to(y.dtype) @ y * theta
     residuals = rest.norm(dim=0) / y.norm(dim=0)
     if not exact:
         e = math.sqrt(r / len(sketched))
         residuals *= math.sqrt((1 + e) / (1 - e))
+    coefficients = (whitened.to(y.dtype) @ y).norm(dim=0) / y.norm(dim=0)
+    residuals += defect * theta.abs().max() * coefficients.clamp(min=1)
     order = theta.real.argsort(descending=True, stable=True)
     return RitzPairs(theta.real[order], residuals[order])

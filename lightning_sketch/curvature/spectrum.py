@@ -19,6 +19,7 @@ from lightning_sketch.operators.block_srht import BlockSRHT
 
 DEFECT_WARNED, DEFECT_REFUSED = 3e-3, 0.05
 _CHECK_EVERY = 8
+_NOT_FINITE = "a product with the operator is not finite; the loss is NaN or infinite at these parameters."
 
 
 class Count(int):
@@ -47,7 +48,7 @@ class Spectrum:
 
     eigenvalues: Float[Tensor, " r"]
     residuals: Float[Tensor, " r"]
-    """Some eigenvalue lies within this distance; the factor for the sketch and the rounding of the products are in it."""
+    """Some eigenvalue lies within this distance (sketch and rounding included)."""
     tol: float
     """A pair is accepted while residual <= tol · |eigenvalue|."""
     linearity_defect: float
@@ -108,7 +109,7 @@ class Spectrum:
         converged = self.residuals <= self.tol * self.eigenvalues.abs()
         walked = int(converged.cumprod(0).sum())  # converged from the top inwards
         count = int(above.sum())
-        complete = count < walked or count == walked == len(self.eigenvalues)
+        complete = count < walked
         return Count(count if complete else min(count, walked), at_least=not complete)
 
 
@@ -145,10 +146,10 @@ def spectrum(
             finite, or the operator is not linear (`linearity_defect` above 0.05).
 
     >>> from lightning_sketch.operators import BlockSRHT
-    >>> s = BlockSRHT(n=200, dim=20, seed=0)
-    >>> sp = spectrum(s.T @ s, top_k=2, bottom_k=0)  # 20 eigenvalues near 10, 180 zeros
+    >>> s = BlockSRHT(n=256, dim=16, seed=0)
+    >>> sp = spectrum(s.T @ s, top_k=2, bottom_k=0)  # n / dim = 16, dim times; the rest are zeros
     >>> sp.top(2)
-    tensor([10.0000, 10.0000], dtype=torch.float64)
+    tensor([16.0000, 16.0000], dtype=torch.float64)
     """
     n = _check(operator, num_matvecs, dim, top_k, bottom_k, tol)
     sketch = BlockSRHT(n, dim, seed) if dim < n else None
@@ -164,9 +165,7 @@ def spectrum(
         del start
         for v, alpha, beta in lanczos(operator, seed):
             if not (alpha == alpha and beta < float("inf")):
-                raise ValueError(
-                    "a product with the operator is not finite; the loss is NaN or infinite at these parameters."
-                )
+                raise ValueError(_NOT_FINITE)
             columns.append(sketched(v))
             alphas.append(alpha)
             betas.append(beta)
@@ -178,9 +177,8 @@ def spectrum(
             previous = v if done < 4 else None
             if done == num_matvecs or done % _CHECK_EVERY == 0:
                 tau = min(max(30 * defect, 100 * torch.finfo(operator.dtype).eps), 0.03)
-                values, residuals = rayleigh_ritz(alphas, betas, torch.stack(columns, dim=1), tau, sketch is None)
-                residuals += defect * values.abs().max()  # the products themselves are no better than that
-                result = Spectrum(values, residuals, tol=tol, linearity_defect=defect, num_products=done + 6)
+                pairs = rayleigh_ritz(alphas, betas, torch.stack(columns, dim=1), tau, defect, exact=sketch is None)
+                result = Spectrum(*pairs, tol=tol, linearity_defect=defect, num_products=done + 6)
                 if done == num_matvecs or _found(result, top_k, bottom_k):
                     break
     if defect > DEFECT_WARNED:
@@ -199,10 +197,12 @@ def _found(result: Spectrum, top_k: int, bottom_k: int) -> bool:
 
 
 def _checked_defect(defect: float) -> float:
-    if not defect <= DEFECT_REFUSED:
+    if not defect < float("inf"):
+        raise ValueError(_NOT_FINITE)
+    if defect > DEFECT_REFUSED:
         raise ValueError(
             f"the operator is not linear: A(u + v) differs from A u + A v by {defect:.1%}. A loss that changes between "
-            "calls does this: live dropout, batches that are drawn anew at each pass, a NaN. Fix the batches and use "
+            "calls does this: live dropout, batches that are drawn anew at each pass. Fix the batches and use "
             "mode='eval'."
         )
     return defect

@@ -23,14 +23,13 @@ def training_step_loss(module: nn.Module, batch: Any) -> Tensor:
             f"{type(module).__name__} optimizes by hand, so its training_step has side effects and need not return a "
             "loss; pass loss_fn=lambda module, batch: ..."
         )
-    arguments = {"batch": batch, "batch_idx": 0, "dataloader_idx": 0}
     parameters = inspect.signature(module.training_step).parameters
     if "dataloader_iter" in parameters:
         raise ValueError(
             "training_step(dataloader_iter) fetches its own batches; pass loss_fn=lambda module, batch: ..."
         )
     with _silent(module):
-        output = module.training_step(*list(arguments.values())[: len(parameters)])
+        output = module.training_step(batch, 0) if _takes_two(parameters) else module.training_step(batch)
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None:
         raise ValueError(
@@ -38,6 +37,13 @@ def training_step_loss(module: nn.Module, batch: Any) -> Tensor:
             "or pass loss_fn=lambda module, batch: ..."
         )
     return loss
+
+
+def _takes_two(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether Lightning would pass `batch_idx` as well; further arguments keep their defaults."""
+    kinds = [parameter.kind for parameter in parameters.values()]
+    named = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) + kinds.count(inspect.Parameter.POSITIONAL_ONLY)
+    return named > 1 or inspect.Parameter.VAR_POSITIONAL in kinds
 
 
 @contextmanager

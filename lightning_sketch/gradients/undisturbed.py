@@ -1,7 +1,7 @@
 """Look at a module without leaving a trace: what a forward pass changes is put back."""
 
 import random
-from collections import deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -70,12 +70,13 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
 
 
 def _tensor(tensor: Tensor) -> Callable[[], None]:
-    version, copy = tensor._version, tensor.detach().clone()
+    copy = tensor.detach().clone()
 
     def put_back() -> None:
-        if tensor._version != version:
-            with torch.no_grad():
-                tensor.copy_(copy)
+        # Versions say nothing: batch norm changes its buffers without counting. And none is counted here, so
+        # that a graph which saved the buffer before can still run backward.
+        if tensor.layout != torch.strided or not torch.equal(tensor, copy):
+            tensor.data.copy_(copy)
 
     return put_back
 
@@ -107,7 +108,7 @@ def _contents(value: object, seen: set[int]) -> Callable[[], None]:
     seen.add(id(value))
     if type(value) in (list, deque):
         items, inner = list(value), value
-    elif type(value) is dict:
+    elif type(value) in (dict, defaultdict, OrderedDict, Counter):
         items, inner = dict(value), value.values()
     elif type(value) is set:
         items, inner = set(value), ()

@@ -6,8 +6,6 @@ Nothing is saved for the backward. The arithmetic itself happens on plain tensor
 `forward` and `adjoint`.
 """
 
-import json
-
 import torch
 from torch import Tensor
 
@@ -15,7 +13,7 @@ from torch import Tensor
 def apply(sketch, start: int, stop: int, adjoint: bool, x: Tensor) -> Tensor:
     """S x (or Sᵀ x if `adjoint`) along the last axis of x, for the columns [start, stop) of S."""
     if torch.compiler.is_compiling():  # traced as one opaque operation: the loops inside do not unroll
-        return _compiled(x, json.dumps(sketch.spec()), start, stop, adjoint)
+        return _compiled(x, sketch.kind, sketch.n, sketch.dim, sketch.seed, start, stop, adjoint)
     return _Apply.apply(x, sketch, start, stop, adjoint)
 
 
@@ -49,15 +47,15 @@ class _Apply(torch.autograd.Function):
 
 
 @torch.library.custom_op("lightning_sketch::apply", mutates_args=())
-def _compiled(x: Tensor, spec: str, start: int, stop: int, adjoint: bool) -> Tensor:
+def _compiled(x: Tensor, kind: str, n: int, dim: int, seed: int, start: int, stop: int, adjoint: bool) -> Tensor:
     from lightning_sketch.operators.kinds import make_sketch  # the table of kinds imports this file
 
-    return _run(x, make_sketch(**json.loads(spec)), start, stop, adjoint)
+    return _run(x, make_sketch(kind, n=n, dim=dim, seed=seed), start, stop, adjoint)
 
 
 @_compiled.register_fake
-def _(x: Tensor, spec: str, start: int, stop: int, adjoint: bool) -> Tensor:
-    size = stop - start if adjoint else json.loads(spec)["dim"]
+def _(x: Tensor, kind: str, n: int, dim: int, seed: int, start: int, stop: int, adjoint: bool) -> Tensor:
+    size = stop - start if adjoint else dim
     return x.new_empty((*x.shape[:-1], size), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
@@ -67,8 +65,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad):
-    spec, start, stop, adjoint = ctx.map
-    return _compiled(grad, spec, start, stop, not adjoint).to(ctx.dtype), None, None, None, None
+    *fields, adjoint = ctx.map
+    return _compiled(grad, *fields, not adjoint).to(ctx.dtype), *[None] * len(ctx.map)
 
 
 _compiled.register_autograd(_backward, setup_context=_setup_context)

@@ -41,6 +41,8 @@ def transform_(x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
     scratch memory is three of those. Run it under `full_precision`.
     """
     m = x.shape[-1]
+    if m < 1 or m & (m - 1):
+        raise ValueError(f"hadamard needs a last axis of size 2^k, got {m}; zero-pad it to {1 << m.bit_length()}.")
     inner = min(m, CACHED)
     spare = x.new_empty(2, CACHED)
     rows = x.view(-1, inner)
@@ -70,8 +72,6 @@ def transform(x: Float[Tensor, "... m"], spare: Float[Tensor, "... m"]) -> Float
 
 def _along_axis(x: Tensor, spare: Tensor, m: int, inner: int) -> Tensor:
     """H along the middle axis of x seen as (..., m, inner)."""
-    if m & (m - 1):
-        raise ValueError(f"hadamard needs a last axis of size 2^k, got {m}; zero-pad it to {1 << m.bit_length()}.")
     for factor in _factors(m):
         matrix = _matrix(factor, x.dtype, x.device)
         if inner == 1:

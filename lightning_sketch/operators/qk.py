@@ -93,7 +93,7 @@ class QK(Sketch):
         """The Q_i."""
         qs = []
         for i, (dim, size) in enumerate(self.factors):
-            gaussian = normals(self.key(f"factor {i}"), 0, size * dim, torch.float64).view(size, dim)
+            gaussian = normals(self.key(f"factor {i}"), 0, size * dim, torch.float64, "cpu").view(size, dim)
             q, r = torch.linalg.qr(gaussian)
             qs.append((q * r.diagonal().sign()).T.to(like))
         return qs

@@ -1,0 +1,115 @@
+"""With the monitor attached training is the same, bit for bit: weights, buffers, optimizer, logs, lists, randomness."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from models import DigitsData, fit, loader
+from pytorch_lightning.loggers import CSVLogger, WandbLogger
+
+from lightning_sketch import SpectrumMonitor
+
+
+def outcome(model):
+    """Everything that a run leaves behind."""
+    optimizer = model.trainer.optimizers[0].state_dict()
+    return {
+        "weights": model.state_dict(),
+        "optimizer": optimizer["state"],
+        "losses": model.losses,
+        "calls": model.calls,
+        "modes": {name: part.training for name, part in model.named_modules()},
+        "metrics": {k: v for k, v in model.trainer.callback_metrics.items() if not k.startswith("hessian")},
+        # not Python's own generator: the type checks of the test run draw from it
+        "random": (torch.get_rng_state(), np.random.get_state()[1].tolist()),
+        "gradients": [p.grad for p in model.parameters()],
+    }
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def monitor(**arguments):
+    return SpectrumMonitor(num_matvecs=14, dim=64, num_batches=2, **arguments)
+
+
+CADENCES = [{"at_start": True}, {"every_n_train_steps": 3}]
+
+
+@pytest.mark.parametrize("cadence", CADENCES, ids=str)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shuffled_loader_with_dropout_and_batchnorm(tmp_path, workers, cadence):
+    watch = monitor(**cadence)
+    watched = fit(tmp_path, watch, data=loader(workers))
+    assert len(watch.history) >= 3
+    assert_same(outcome(watched), outcome(fit(tmp_path, data=loader(workers))))
+
+
+@pytest.mark.parametrize("cadence", CADENCES, ids=str)
+def test_gradient_accumulation_and_clipping(tmp_path, cadence):
+    arguments = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
+    watched = fit(tmp_path, monitor(**cadence), **arguments)
+    assert_same(outcome(watched), outcome(fit(tmp_path, **arguments)))
+
+
+def test_a_datamodule(tmp_path):
+    watched = fit(tmp_path, monitor(), data=DigitsData())
+    assert_same(outcome(watched), outcome(fit(tmp_path, data=DigitsData())))
+
+
+def test_an_offline_wandb_run_in_both_arms(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    def run(name, *callbacks):
+        logger = WandbLogger(name=name, save_dir=tmp_path, offline=True)
+        model = fit(tmp_path, *callbacks, logger=logger, log_every_n_steps=1)
+        logger.experiment.finish()
+        return outcome(model)
+
+    assert_same(run("watched", monitor()), run("alone"))
+
+
+def test_what_the_user_logs_is_logged_as_before(tmp_path):
+    """A second call of training_step would overwrite `train_loss` if its logging were not silenced."""
+
+    def rows(name, *callbacks):
+        logger = CSVLogger(tmp_path, name=name)
+        fit(tmp_path, *callbacks, logger=logger, log_every_n_steps=1)
+        with open(f"{logger.log_dir}/metrics.csv") as file:
+            rows = [{k: v for k, v in row.items() if v and not k.startswith("hessian")} for row in csv.DictReader(file)]
+        return [row for row in rows if row.keys() != {"step"}]
+
+    watched = rows("watched", monitor(every_n_train_steps=3))
+    assert watched == rows("alone")
+    assert any("train_loss_epoch" in row for row in watched)
+    assert any("train_acc" in row for row in watched)
+
+
+def test_a_frozen_batchnorm_stays_frozen(tmp_path):
+    """Modes are put back part by part: `module.train()` would thaw what the user froze."""
+    from models import Digits
+
+    class Frozen(Digits):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.net[1].eval()
+
+    assert_same(outcome(fit(tmp_path, monitor(), model=Frozen())), outcome(fit(tmp_path, model=Frozen())))
+
+
+def test_a_step_that_changes_its_batch_in_place(tmp_path):
+    """The monitor's copies are its own, in both directions."""
+    from models import Digits
+
+    class InPlace(Digits):
+        def training_step(self, batch, batch_idx):
+            batch[0].mul_(0.5)
+            return super().training_step(batch, batch_idx)
+
+    watch = monitor()
+    watched = fit(tmp_path, watch, model=InPlace())
+    assert_same(outcome(watched), outcome(fit(tmp_path, model=InPlace())))
+    kept = watch._kept.fingerprint()
+    watch.measure(watched)
+    assert watch._kept.fingerprint() == kept

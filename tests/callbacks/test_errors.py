@@ -1,0 +1,167 @@
+"""What cannot work is refused at construction, at setup or on the first batch, with the way out."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Digits, fit, loader, trainer
+from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_sketch import SpectrumMonitor
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"curvature": "ggn"}, r"curvature='ggn'\) is not in this version; use 'hessian'"),
+        ({"curvature": "fisher"}, "curvature='fisher'"),
+        ({"method": "projected"}, r"method='projected'\) is not in this version; use 'lanczos'"),
+        ({"density_probes": 3}, r"density_probes=3\) is not in this version; use 0"),
+        ({"data": "val"}, "data='val'.* use 'train'"),
+        ({"on_error": "ignore"}, "on_error='ignore'.* use 'warn' or 'raise'"),
+        ({"every_n_epochs": 1, "every_n_train_steps": 10}, "set every_n_epochs or every_n_train_steps, got both"),
+        ({"every_n_epochs": 0}, "need every_n_epochs >= 1, got 0"),
+        ({"every_n_train_steps": -1}, "need every_n_train_steps >= 1, got -1"),
+        ({"num_batches": 0}, "need num_batches >= 1"),
+        ({"top_k": 0}, "need top_k >= 1"),
+        ({"num_matvecs": 5}, "num_matvecs=5 products .* top_k=10"),
+        ({"bottom_k": -1}, "bottom_k=-1"),
+        ({"dim": 100}, "need dim >= 2 num_matvecs = 192, got dim=100"),
+        ({"tol": 0.0}, "need 0 < tol < 1"),
+    ],
+)
+def test_at_construction(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SpectrumMonitor(**arguments)
+
+
+def test_manual_optimization_without_a_loss(tmp_path):
+    class Manual(Digits):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self.net(batch[0]), batch[1]))
+            optimizer.step()
+
+    with pytest.raises(MisconfigurationException, match=r"optimizes by hand.*loss_fn"):
+        fit(tmp_path, SpectrumMonitor(), model=Manual())
+    watch = SpectrumMonitor(loss_fn=lambda m, batch: F.cross_entropy(m.net(batch[0]), batch[1]), num_batches=1)
+    fit(tmp_path, watch, model=Manual(), max_epochs=1)
+    assert watch.history[0].lambda_max > 0
+
+
+def with_loss(loss):
+    class Other(Digits):
+        def training_step(self, batch, batch_idx):
+            return loss(self, *batch)
+
+    return Other()
+
+
+class Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return grad.clone()
+
+
+def cdist(module, images, labels):
+    x = module.net(images)
+    return F.cross_entropy(-torch.cdist(x, x.detach() + 1, p=3.5), labels % len(labels))
+
+
+@pytest.mark.parametrize(
+    ("loss", "error", "message"),
+    [
+        (
+            lambda m, x, y: F.cross_entropy(m.net(x), y, reduction="none"),
+            ValueError,
+            r"scalar tensor; got a tensor of shape",
+        ),
+        (lambda m, x, y: None, ValueError, "returned no loss"),
+        (lambda m, x, y: torch.zeros(()), ValueError, "does not depend on the parameters"),
+        (
+            lambda m, x, y: F.cross_entropy(Rounded.apply(m.net(x)), y),
+            ValueError,
+            r"differentiate twice: Rounded is marked once_differentiable",
+        ),
+        (cdist, ValueError, r"differentiate twice.*cdist"),
+    ],
+)
+def test_on_the_first_batch(tmp_path, loss, error, message):
+    model = with_loss(loss)
+    with pytest.raises(error, match=message):
+        fit(tmp_path, SpectrumMonitor(), model=model)
+    assert model.trainer.global_step == 0
+
+
+def test_no_trainable_parameter(tmp_path):
+    model = Digits().requires_grad_(False)
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        fit(tmp_path, SpectrumMonitor(), model=model)
+    with pytest.raises(
+        ValueError, match=r"no trainable parameter matches 'head\.\*'; the names start with net.0.weight"
+    ):
+        fit(tmp_path, SpectrumMonitor(parameters="head.*"))
+
+
+def test_a_module_without_values(tmp_path):
+    with torch.device("meta"):
+        model = Digits()
+    with pytest.raises(MisconfigurationException, match="meta device"):
+        SpectrumMonitor().on_fit_start(trainer(tmp_path), model)
+
+
+def test_early_stopping_on_a_value_that_may_be_nan(tmp_path):
+    stopping = EarlyStopping(monitor="hessian/lambda_max", mode="min", check_finite=True)
+    with pytest.raises(MisconfigurationException, match=r"not converged.*set check_finite=False"):
+        fit(tmp_path, SpectrumMonitor(), stopping)
+    stopping = EarlyStopping(monitor="hessian/lambda_max", mode="max", check_finite=False, patience=5)
+    fit(tmp_path, SpectrumMonitor(num_batches=1), stopping)
+
+
+def test_more_than_one_rank(tmp_path):
+    run = trainer(tmp_path, devices=2, strategy="ddp")
+    with pytest.raises(MisconfigurationException, match=r"one process in this version, got 2; use devices=1"):
+        SpectrumMonitor().setup(run, Digits(), "fit")
+
+
+@pytest.mark.parametrize("on_error", ["warn", "raise"])
+def test_a_loss_that_turns_nan_later(tmp_path, on_error):
+    """By default training goes on and NaN is logged; on_error="raise" stops it."""
+
+    class Diverging(Digits):
+        def on_train_epoch_end(self):
+            with torch.no_grad():
+                self.net[5].bias.fill_(float("nan"))
+
+    watch = SpectrumMonitor(num_batches=1, on_error=on_error)
+    if on_error == "raise":
+        with pytest.raises(ValueError, match=r"not linear|not finite"):
+            fit(tmp_path, watch, model=Diverging(), max_epochs=2)
+    else:
+        with pytest.warns(UserWarning, match="hessian: no measurement at step 16"):
+            metrics = fit(tmp_path, watch, model=Diverging(), max_epochs=2).trainer.callback_metrics
+        assert math.isnan(metrics["hessian/lambda_max"])
+    assert [m.step for m in watch.history] == [8]
+
+
+def test_half_precision_says_what_to_do(tmp_path):
+    with pytest.raises(TypeError, match=r"bfloat16, too coarse for curvature"):
+        fit(tmp_path, SpectrumMonitor(), precision="bf16-true", data=loader())
+
+
+def test_autocast_is_off_inside(tmp_path):
+    watch = SpectrumMonitor(num_batches=1)
+    fit(tmp_path, watch, precision="bf16-mixed", max_epochs=1)
+    assert watch.history[0].linearity_defect < 5e-6

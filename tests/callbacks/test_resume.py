@@ -1,0 +1,69 @@
+"""A history survives its process: checkpoints hold it, load safely, and hold nothing of the parameters' size."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import Digits, fit, loader, trainer
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from lightning_sketch import SpectrumMonitor
+
+# The checkpoints are made by a ModelCheckpoint that the resuming Trainers do without, and Lightning says so.
+pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
+
+RESUME = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from models import Digits, fit, loader
+from lightning_sketch import SpectrumMonitor
+
+watch = SpectrumMonitor(num_batches=2)
+fit(sys.argv[2], watch, data=loader(shuffle=False), max_epochs=4, resume=sys.argv[3])
+print([m.step for m in watch.history], repr(watch.history[0].lambda_max))
+"""
+
+
+def saved_run(tmp_path, **arguments):
+    watch = SpectrumMonitor(num_batches=2)
+    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, filename="{epoch}")
+    fit(tmp_path, watch, checkpoint, data=loader(shuffle=False), enable_checkpointing=True, **arguments)
+    return watch, sorted((tmp_path / "checkpoints").iterdir())
+
+
+def test_a_new_process_goes_on_with_the_history(tmp_path):
+    watch, files = saved_run(tmp_path)
+    assert len(files) == 2
+    script = RESUME.replace("resume=sys.argv[3]", "ckpt_path=sys.argv[3]")
+    arguments = [str(Path(__file__).parent), str(tmp_path), str(files[-1])]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip().endswith(f"[8, 16, 24, 32] {watch.history[0].lambda_max!r}")
+
+
+def test_from_an_older_checkpoint_later_measurements_are_taken_anew(tmp_path):
+    watch, files = saved_run(tmp_path, max_epochs=3)
+    run = trainer(tmp_path, watch, max_epochs=2)
+    run.fit(Digits(), loader(shuffle=False), ckpt_path=files[0])
+    assert [m.step for m in watch.history] == [8, 16]
+
+
+def test_checkpoints_hold_nothing_of_the_parameters_size(tmp_path):
+    _, files = saved_run(tmp_path)
+    state = torch.load(files[-1], weights_only=True)
+    (key,) = (key for key in state["callbacks"] if "SpectrumMonitor" in key)
+    assert "hessian" in key
+    sizes = [v.numel() for m in state["callbacks"][key]["history"] for v in m.values() if torch.is_tensor(v)]
+    assert sizes
+    assert max(sizes) <= 96 < sum(p.numel() for p in Digits().parameters())
+
+
+def test_other_batches_after_resuming_are_said(tmp_path):
+    _, files = saved_run(tmp_path)
+    watch = SpectrumMonitor(num_batches=2)
+    run = trainer(tmp_path, watch, max_epochs=3)
+    with pytest.warns(UserWarning, match="the first batches differ from those before the checkpoint"):
+        run.fit(Digits(), loader(shuffle=True), ckpt_path=files[-1])

@@ -1,0 +1,225 @@
+"""SpectrumMonitor: the numbers are right, come when they should, and go where people look."""
+
+import csv
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Digits, dataset, fit, loader
+from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+from lightning_sketch import SpectrumMonitor
+from lightning_sketch.callbacks.measurement import Measurement
+
+SCALARS = {"lambda_max", "lambda_min", "rneg", "rneg_error", "num_outliers", "loss", "seconds"}
+
+
+def monitor(**arguments):
+    return SpectrumMonitor(**{"num_matvecs": 32, "dim": 64, "num_batches": 2, "top_k": 3, "bottom_k": 1, **arguments})
+
+
+def dense_hessian(model, images, labels):
+    """By autodiff, one row at a time, independent of the package."""
+    model.eval()
+    parameters = list(model.parameters())
+    loss = F.cross_entropy(model.net(images), labels)
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, create_graph=True)])
+    rows = [torch.autograd.grad(g, parameters, retain_graph=True) for g in gradient]
+    return torch.stack([torch.cat([r.flatten() for r in row]) for row in rows])
+
+
+def test_the_eigenvalues_are_those_of_the_dense_hessian_on_the_first_batches(tmp_path):
+    watch = monitor(num_matvecs=96, dim=512, tol=1e-3)
+    model = fit(tmp_path, watch, data=loader(shuffle=False))
+    images, labels = dataset()[:64]  # two batches of 32
+    truth = torch.linalg.eigvalsh(dense_hessian(model, images, labels).double())
+    last = watch.history[-1]
+    torch.testing.assert_close(last.top(3), truth.flip(0)[:3], rtol=1e-3, atol=0)
+    torch.testing.assert_close(last.bottom(1), truth[:1], rtol=1e-3, atol=0)
+    assert last.loss == pytest.approx(F.cross_entropy(model.eval().net(images), labels).item(), rel=1e-5)
+
+
+def test_the_start_is_measured_at_the_initial_weights(tmp_path):
+    """Although it is measured two batches later, when the data are known."""
+    initial = {}
+
+    class Remember(Digits):
+        def on_train_start(self):
+            initial.update({k: v.clone() for k, v in self.state_dict().items()})
+
+    watch = monitor(num_matvecs=96, dim=512, tol=1e-3, at_start=True)
+    model = fit(tmp_path, watch, model=Remember(), data=loader(shuffle=False), max_epochs=1)
+    model.load_state_dict(initial)
+    truth = torch.linalg.eigvalsh(dense_hessian(model, *dataset()[:64]).double())
+    assert [m.step for m in watch.history] == [0, 8]
+    torch.testing.assert_close(watch.history[0].top(3), truth.flip(0)[:3], rtol=1e-3, atol=0)
+
+
+def test_a_loss_of_ones_own_and_a_choice_of_parameters(tmp_path):
+    """Half the squared logits: quadratic in the last layer, whose Hessian is then the Gram matrix of its inputs."""
+
+    def loss_fn(module, batch):
+        return module.net(batch[0]).square().sum(1).mean() / 2
+
+    watch = monitor(loss_fn=loss_fn, parameters="net.5.weight", num_batches=1, num_matvecs=64, dim=512, bottom_k=0)
+    model = fit(tmp_path, watch, data=loader(shuffle=False))
+    features = model.eval().net[:5](dataset()[:32][0]).detach().double()
+    truth = torch.linalg.eigvalsh(features.T @ features / 32).flip(0)
+    assert watch.history[-1].lambda_max == pytest.approx(truth[0].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "trainer_arguments", "steps"),
+    [
+        ({}, {"max_epochs": 3}, [8, 16, 24]),
+        ({"every_n_epochs": 2}, {"max_epochs": 5}, [16, 32]),
+        ({"every_n_train_steps": 3}, {"max_epochs": 2}, [3, 6, 9, 12, 15]),
+        ({"every_n_train_steps": 2}, {"max_epochs": 2, "accumulate_grad_batches": 2}, [2, 4, 6, 8]),
+        ({"every_n_train_steps": 1, "num_batches": 4}, {"max_steps": 6, "max_epochs": -1}, [4, 5, 6]),
+        ({"every_n_train_steps": 4, "num_batches": 50}, {"max_epochs": 2}, [12, 16]),
+    ],
+)
+def test_it_measures_when_it_should(tmp_path, arguments, trainer_arguments, steps):
+    """In optimizer steps, also under accumulation; not before all batches to measure on are known."""
+    watch = monitor(**{"num_matvecs": 4, "top_k": 1, "bottom_k": 0, **arguments})
+    fit(tmp_path, watch, **trainer_arguments)
+    assert [m.step for m in watch.history] == steps
+
+
+def test_without_a_logger_the_values_are_in_callback_metrics(tmp_path):
+    watch = monitor()
+    metrics = fit(tmp_path, watch).trainer.callback_metrics
+    assert {f"hessian/{key}" for key in SCALARS} <= metrics.keys()
+    assert metrics["hessian/lambda_max"] == pytest.approx(watch.history[-1].lambda_max)
+    assert metrics["hessian_eigenvalues/top_02"] == pytest.approx(watch.history[-1].eigenvalues[1].item())
+
+
+def test_a_checkpoint_can_be_chosen_by_sharpness(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="hessian/lambda_max", filename="sharp", mode="max")
+    watch = monitor()
+    fit(tmp_path, watch, checkpoint, enable_checkpointing=True)
+    assert checkpoint.best_model_score == pytest.approx(max(m.lambda_max for m in watch.history))
+
+
+def test_csv(tmp_path):
+    logger = CSVLogger(tmp_path)
+    watch = monitor()
+    fit(tmp_path, watch, logger=logger)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["hessian/lambda_max"]]
+    assert [int(row["step"]) for row in rows] == [7, 15]  # the step that Lightning logs the epoch's own means at
+    assert [float(row["hessian/lambda_max"]) for row in rows] == pytest.approx([m.lambda_max for m in watch.history])
+    assert {f"hessian/{key}" for key in SCALARS} <= rows[0].keys()
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path)
+    watch = monitor()
+    fit(tmp_path, watch, logger=logger)
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    got = [event.value for event in events.Scalars("hessian/lambda_max")]
+    assert got == pytest.approx([m.lambda_max for m in watch.history])
+
+
+def test_wandb_offline_read_back_from_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    watch = monitor()
+    fit(tmp_path, watch, logger=logger)
+    logger.experiment.finish()
+    (run,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    lines = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.splitlines()
+    history = [r["history"]["item"] for r in map(json.loads, lines) if r.get("type") == "history"]
+    rows = [row for row in history if "hessian/lambda_max" in row]
+    assert [float(row["hessian/lambda_max"]) for row in rows] == pytest.approx([m.lambda_max for m in watch.history])
+    assert [int(row["trainer/global_step"]) for row in rows] == [7, 15]
+    assert "hessian_eigenvalues/top_01" in rows[0]
+
+
+def test_the_progress_bar_tells_how_far_a_measurement_is_and_what_it_cost(tmp_path, capsys):
+    from models import Trainer
+
+    run = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[TQDMProgressBar(), monitor()],
+        default_root_dir=tmp_path,
+    )
+    run.fit(Digits(), loader())
+    shown = capsys.readouterr()
+    text = shown.out + shown.err
+    assert "hessian 7/32:" in text
+    assert "products" in text
+    assert "every_n_epochs=" in text
+    assert "Epoch 0" in text[text.rindex("hessian ") :]  # the bar has its own words back
+
+
+def test_what_has_not_converged_is_nan_in_scalars_and_marked_in_the_history(tmp_path):
+    watch = monitor(num_matvecs=4, top_k=2, bottom_k=1, tol=1e-4)
+    metrics = fit(tmp_path, watch, max_epochs=1).trainer.callback_metrics
+    (measured,) = watch.history
+    assert not measured.converged.any()
+    assert math.isfinite(measured.lambda_max)
+    for key in ("lambda_max", "lambda_min", "rneg", "num_outliers"):
+        assert math.isnan(metrics[f"hessian/{key}"])
+    assert math.isfinite(metrics["hessian/rneg_error"])
+
+
+def test_rneg_is_judged_by_its_own_error():
+    """Known to 0.5 %, although the smallest eigenvalue itself is known only to half its size."""
+    values = torch.tensor([10.0, 5.0, -0.1], dtype=torch.float64)
+    residuals = torch.tensor([1e-6, 1e-6, 0.05], dtype=torch.float64)
+    rest = {
+        "tol": 1e-2,
+        "linearity_defect": 1e-7,
+        "num_products": 9,
+        "epoch": 0,
+        "step": 1,
+        "loss": 1.0,
+        "seconds": 1.0,
+    }
+    scalars = Measurement(values, residuals, **rest).scalars("hessian", 2, 1)
+    assert math.isnan(scalars["hessian/lambda_min"])
+    assert scalars["hessian/rneg"] == pytest.approx(0.01)
+    assert scalars["hessian/rneg_error"] == pytest.approx(0.005, rel=1e-3)
+    residuals[-1] = 0.5
+    assert math.isnan(Measurement(values, residuals, **rest).scalars("hessian", 2, 1)["hessian/rneg"])
+
+
+def test_two_monitors_with_two_names(tmp_path):
+    head, all_of_it = monitor(name="head", parameters="net.5.*"), monitor()
+    metrics = fit(tmp_path, head, all_of_it).trainer.callback_metrics
+    assert 0 < metrics["head/lambda_max"] <= metrics["hessian/lambda_max"] * (1 + 1e-5)  # a principal submatrix
+
+
+def test_plot_draws_every_measurement(tmp_path):
+    watch = monitor()
+    with pytest.raises(ValueError, match="no measurement was taken yet"):
+        watch.plot()
+    fit(tmp_path, watch, max_epochs=3)
+    figure = watch.plot()
+    upper, _ = figure.axes
+    assert upper.lines[0].get_xdata() == pytest.approx([8, 16, 24])
+    assert upper.lines[0].get_ydata() == pytest.approx([m.lambda_max for m in watch.history])
+    figure.savefig(tmp_path / "spectrum.png")
+    assert (tmp_path / "spectrum.png").stat().st_size > 10_000
+
+
+def test_fast_dev_run(tmp_path):
+    watch = monitor()
+    fit(tmp_path, watch, fast_dev_run=True)
+    assert len(watch.history) == 1
+    assert not list(tmp_path.iterdir())

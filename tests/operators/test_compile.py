@@ -1,0 +1,13 @@
+"""Sketches in compiled code: the theorems of `compiled.py`, in a process without the checkers of types."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+THEOREMS = Path(__file__).with_name("compiled.py")
+
+
+def test_sketches_compile_without_a_graph_break():
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", str(THEOREMS)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
