@@ -71,7 +71,8 @@ def print_table(monitor, csv_logger):
     with open(f"{csv_logger.log_dir}/metrics.csv") as file:
         accuracy = {int(row["epoch"]): float(row["val_acc"]) for row in csv.DictReader(file) if row["val_acc"]}
     print(
-        f"{'epoch':>5} {'loss':>7} {'val acc':>7}   {'three largest eigenvalues':<45} {'smallest':>9} {'RNEG':>6} {'outliers':>8}"
+        f"{'epoch':>5} {'loss':>7} {'val acc':>7}   {'three largest eigenvalues':<45} "
+        f"{'smallest':>9} {'RNEG':>6} {'outliers':>8}"
     )
     for m in monitor.history:
         known = m.converged.tolist()

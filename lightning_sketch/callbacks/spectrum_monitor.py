@@ -130,7 +130,7 @@ class SpectrumMonitor(CallbackBase):
         self.name, self.on_error, self.seed = name or curvature, on_error, seed
 
         self.history: list[Measurement] = []
-        self._kept = KeptBatches(num_batches)
+        self._kept = KeptBatches(num_batches)  # made anew at each fit
         self._last_step = -1
         self._initial: list[Tensor] | None = None
         self._resumed_from: str | None = None
@@ -152,9 +152,10 @@ class SpectrumMonitor(CallbackBase):
         self._resumed_from = state["batches"]
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse what cannot work."""
+        """Refuse what cannot work; forget the batches of an earlier fit."""
         if stage != "fit":
             return
+        self._kept, self._last_step = KeptBatches(self._kept.num_batches), -1
         if trainer.world_size > 1:
             raise MisconfigurationException(
                 f"SpectrumMonitor measures on one process in this version, got {trainer.world_size}; use devices=1."

@@ -72,9 +72,9 @@ def trainer(tmp_path, *callbacks, logger=False, **arguments) -> Trainer:
 
 
 def fit(tmp_path, *callbacks, model=None, data=None, logger=False, ckpt_path=None, **arguments) -> LightningModule:
-    """Train from one seed; returns the trained module, whose `trainer` is the one used."""
+    """Train `model`, a module or a class that is made after seeding; returns the module, its `trainer` still on it."""
     seed_everything(3, verbose=False)
-    model = Digits() if model is None else model
+    model = (model or Digits)() if model is None or isinstance(model, type) else model
     run = trainer(tmp_path, *callbacks, logger=logger, **arguments)
     if isinstance(data, LightningDataModule):
         run.fit(model, datamodule=data)

@@ -5,7 +5,7 @@ import csv
 import numpy as np
 import pytest
 import torch
-from models import DigitsData, fit, loader
+from models import Digits, DigitsData, fit, loader
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
 from lightning_sketch import SpectrumMonitor
@@ -89,18 +89,26 @@ def test_what_the_user_logs_is_logged_as_before(tmp_path):
 
 def test_a_frozen_batchnorm_stays_frozen(tmp_path):
     """Modes are put back part by part: `module.train()` would thaw what the user froze."""
-    from models import Digits
 
     class Frozen(Digits):
         def on_train_batch_start(self, batch, batch_idx):
             self.net[1].eval()
 
-    assert_same(outcome(fit(tmp_path, monitor(), model=Frozen())), outcome(fit(tmp_path, model=Frozen())))
+    assert_same(outcome(fit(tmp_path, monitor(), model=Frozen)), outcome(fit(tmp_path, model=Frozen)))
+
+
+def test_a_step_that_draws_random_numbers(tmp_path):
+    """Torch's and numpy's generators go on as if nobody had looked."""
+
+    class Drawing(Digits):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + 0 * (torch.rand(()) + np.random.rand())
+
+    assert_same(outcome(fit(tmp_path, monitor(), model=Drawing)), outcome(fit(tmp_path, model=Drawing)))
 
 
 def test_a_step_that_changes_its_batch_in_place(tmp_path):
     """The monitor's copies are its own, in both directions."""
-    from models import Digits
 
     class InPlace(Digits):
         def training_step(self, batch, batch_idx):
@@ -108,8 +116,8 @@ def test_a_step_that_changes_its_batch_in_place(tmp_path):
             return super().training_step(batch, batch_idx)
 
     watch = monitor()
-    watched = fit(tmp_path, watch, model=InPlace())
-    assert_same(outcome(watched), outcome(fit(tmp_path, model=InPlace())))
+    watched = fit(tmp_path, watch, model=InPlace)
+    assert_same(outcome(watched), outcome(fit(tmp_path, model=InPlace)))
     kept = watch._kept.fingerprint()
     watch.measure(watched)
     assert watch._kept.fingerprint() == kept

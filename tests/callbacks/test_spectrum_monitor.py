@@ -86,9 +86,22 @@ def test_a_loss_of_ones_own_and_a_choice_of_parameters(tmp_path):
 )
 def test_it_measures_when_it_should(tmp_path, arguments, trainer_arguments, steps):
     """In optimizer steps, also under accumulation; not before all batches to measure on are known."""
+    logger = CSVLogger(tmp_path)
     watch = monitor(**{"num_matvecs": 4, "top_k": 1, "bottom_k": 0, **arguments})
-    fit(tmp_path, watch, **trainer_arguments)
+    fit(tmp_path, watch, logger=logger, log_every_n_steps=1000, **trainer_arguments)
     assert [m.step for m in watch.history] == steps
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        assert sum(bool(row["hessian/seconds"]) for row in csv.DictReader(file)) == len(steps)
+
+
+def test_a_second_fit_has_its_own_history_and_its_own_batches(tmp_path):
+    watch = monitor()
+    fit(tmp_path, watch, data=loader(shuffle=False), max_epochs=3)
+    model = fit(tmp_path, watch, data=loader(shuffle=False, batch_size=64), max_epochs=2)
+    assert [m.step for m in watch.history] == [4, 8]
+    images, labels = dataset()[:128]  # two batches of 64
+    loss = F.cross_entropy(model.eval().net(images), labels).item()
+    assert watch.history[-1].loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_without_a_logger_the_values_are_in_callback_metrics(tmp_path):

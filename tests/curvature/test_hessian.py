@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, hessian
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_sketch.curvature import Hessian
@@ -50,25 +49,6 @@ class Tied(nn.Module):
 
     def forward(self, x):
         return self.last(torch.tanh(self.first(x)))
-
-
-class Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.qkv = nn.Linear(4, 12)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x)[:, None].chunk(3, dim=-1)
-        return nn.functional.scaled_dot_product_attention(q, k, v).flatten(1)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.last(checkpoint(lambda z: torch.tanh(self.first(z)), x, use_reentrant=False))
 
 
 def test_a_product_is_that_of_the_dense_hessian(case):
@@ -123,68 +103,11 @@ def test_batch_axes_are_independent():
     assert h.matvec(v[:0]).shape == (0, 3, h.shape[0])
 
 
-def central_differences(loss_fn, module, batch):
-    """Of the gradient, which needs no second derivative; right to 1e-9 at this step."""
-    parameters = list(module.parameters())
-
-    def gradient(entries, i, value):
-        entries[i] = value
-        return torch.cat([g.flatten() for g in torch.autograd.grad(loss_fn(module, batch), parameters)])
-
-    rows = []
-    for entries in [p.detach().view(-1) for p in parameters]:
-        for i, value in enumerate(entries.tolist()):
-            ahead, behind = (gradient(entries, i, value + step) for step in (1e-5, -1e-5))
-            entries[i] = value
-            rows.append((ahead - behind) / 2e-5)
-    return torch.stack(rows)
-
-
-@pytest.mark.parametrize(
-    ("make", "shape"),
-    [
-        (Attention, (2, 3, 4)),
-        (lambda: nn.TransformerEncoderLayer(4, 2, 5, batch_first=True), (2, 3, 4)),
-        (Checkpointed, (5, 3)),
-    ],
-    ids=["attention", "encoder layer", "checkpointing"],
-)
-def test_networks_that_need_care(make, shape):
-    """With one batch, whose graph is kept over the products, and with two, where it is not."""
-    module, x = seeded(make), normal(*shape)
-    expected = central_differences(quartic, module, x)
-    for batches in ([x], [x, x]):
-        h = Hessian(quartic, module, batches)
-        torch.testing.assert_close(h.as_matrix(dtype=torch.float64), expected, rtol=1e-6, atol=1e-7)
-
-
 def test_a_compiled_module_runs_eagerly():
     module, x = tanh_net(), normal(5, 3)
     h = Hessian(quartic, torch.compile(module), [x])
     assert h.layout.names == ("0.weight", "0.bias", "2.weight", "2.bias")
     torch.testing.assert_close(h.as_matrix(dtype=torch.float64), truth(quartic, module, x))
-
-
-def test_the_loss_may_take_derivatives_itself():
-    """As physics-informed losses do: ∂u/∂x is part of the loss."""
-
-    def equation(module, x):
-        x = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
-        return (slope - x).square().sum(-1).mean()
-
-    module, x = tanh_net(), normal(6, 3)
-    w1, b1, w2, b2 = module.parameters()
-
-    def by_hand(flat):
-        w1, b1, w2, _ = (p.view(q.shape) for p, q in zip(flat.split([12, 4, 8, 2]), module.parameters(), strict=True))
-        slope = (1 - torch.tanh(x @ w1.T + b1).square()) * w2.sum(0) @ w1
-        return (slope - x).square().sum(-1).mean()
-
-    flat = torch.cat([p.detach().flatten() for p in (w1, b1, w2, b2)])
-    h = Hessian(equation, module, [x])
-    torch.testing.assert_close(h.as_matrix(dtype=torch.float64), hessian(by_hand)(flat))
-    assert h.loss() == pytest.approx(by_hand(flat).item())
 
 
 def test_a_loss_linear_in_the_parameters_has_no_curvature():
