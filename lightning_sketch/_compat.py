@@ -4,24 +4,30 @@ from importlib.util import find_spec
 
 import pytorch_lightning as pl
 
-# A class is a callback for the Trainer and the CLI of a namespace only if it descends from that namespace's Callback.
+# The two namespaces hold two copies of each class. A callback is one for the Trainer and the CLI of a namespace only
+# if it descends from that namespace's Callback.
 if find_spec("lightning") is not None:
     import lightning.pytorch as lp
+
+    Trainer = pl.Trainer | lp.Trainer
+    LightningModule = pl.LightningModule | lp.LightningModule
 
     class CallbackBase(pl.Callback, lp.Callback):
         """A callback for `pytorch_lightning` and for `lightning.pytorch`."""
 else:
+    Trainer = pl.Trainer
+    LightningModule = pl.LightningModule
 
     class CallbackBase(pl.Callback):
         """A callback for `pytorch_lightning`."""
 
 
-def logged_step(trainer: pl.Trainer) -> int:
+def logged_step(trainer: Trainer) -> int:
     """The step at which Lightning logs what belongs to the training batch just done, as its own callbacks do."""
     return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
 
-def state_key(callback: pl.Callback, **identity: str) -> str:
+def state_key(callback: CallbackBase, **identity: str) -> str:
     """The key of a callback's state in a checkpoint, told apart by what identifies it."""
     return callback._generate_state_key(**identity)
 
@@ -29,7 +35,7 @@ def state_key(callback: pl.Callback, **identity: str) -> str:
 class BarText:
     """Words in front of the Trainer's training progress bar, for as long as the context lasts."""
 
-    def __init__(self, trainer: pl.Trainer):
+    def __init__(self, trainer: Trainer):
         bar = trainer.progress_bar_callback
         self.bar = bar if bar is not None and bar.is_enabled else None
 
@@ -62,7 +68,7 @@ class BarText:
             self.bar.refresh()
 
 
-def say(trainer: pl.Trainer, text: str) -> None:
+def say(trainer: Trainer, text: str) -> None:
     """One line for a person, on rank zero, without breaking the progress bar."""
     bar = trainer.progress_bar_callback
     if bar is not None and bar.is_enabled:

@@ -4,9 +4,10 @@ import copy
 import hashlib
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
+
+from lightning_sketch._compat import LightningModule
 
 
 class KeptBatches:
@@ -20,7 +21,7 @@ class KeptBatches:
         self.batches: list[Any] = []
         self.complete = False
 
-    def offer(self, module: pl.LightningModule, batch: Any) -> None:
+    def offer(self, module: LightningModule, batch: Any) -> None:
         """Keep a copy of the batch if there is room, before a training step can change it in place."""
         if not self.complete:
             on_cpu = module.transfer_batch_to_device(batch, torch.device("cpu"), 0)
@@ -31,7 +32,7 @@ class KeptBatches:
         """Take what is there for all there will be: the epoch had no more."""
         self.complete = bool(self.batches)
 
-    def on_device(self, module: pl.LightningModule) -> list[Any]:
+    def on_device(self, module: LightningModule) -> list[Any]:
         """The batches where the module is."""
         return [module.transfer_batch_to_device(batch, module.device, 0) for batch in self.batches]
 

@@ -7,13 +7,12 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sketch import plots
-from lightning_sketch._compat import BarText, CallbackBase, logged_step, say, state_key
+from lightning_sketch._compat import BarText, CallbackBase, LightningModule, Trainer, logged_step, say, state_key
 from lightning_sketch.callbacks.kept_batches import KeptBatches
 from lightning_sketch.callbacks.measurement import Measurement
 from lightning_sketch.curvature import Hessian, spectrum
@@ -151,7 +150,7 @@ class SpectrumMonitor(CallbackBase):
         self.history = [Measurement(**m) for m in state["history"]]
         self._resumed_from = state["batches"]
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; forget the batches of an earlier fit."""
         if stage != "fit":
             return
@@ -175,15 +174,13 @@ class SpectrumMonitor(CallbackBase):
                     "eigenvalue that has not converged, which is logged as NaN; set check_finite=False."
                 )
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without trainable or without real parameters."""
         layout = Layout.of(pl_module, self.parameters)
         if any(p.is_meta for p in layout.parameters(pl_module)):
             raise MisconfigurationException("the module is on the meta device; give it values before fit.")
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the first batches; on the very first, take one product, so that what cannot work fails now."""
         if self._kept.complete:
             return
@@ -195,7 +192,7 @@ class SpectrumMonitor(CallbackBase):
             self._data_known(trainer, pl_module)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Measure if it is time; before all batches are known there is nothing to measure on."""
         step = trainer.global_step
@@ -205,7 +202,7 @@ class SpectrumMonitor(CallbackBase):
         if self._kept.complete:
             self._measure_and_log(trainer, pl_module, logged_step(trainer))
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if it is time."""
         if not self._kept.complete:
             self._kept.close()
@@ -213,7 +210,7 @@ class SpectrumMonitor(CallbackBase):
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._measure_and_log(trainer, pl_module, logged_step(trainer))
 
-    def measure(self, pl_module: pl.LightningModule, epoch: int = 0, step: int = 0, on_product=None) -> Measurement:
+    def measure(self, pl_module: LightningModule, epoch: int = 0, step: int = 0, on_product=None) -> Measurement:
         """The spectrum of the module as it is now, on the kept batches."""
         start = time.perf_counter()
         hessian = self._hessian(pl_module)
@@ -243,19 +240,19 @@ class SpectrumMonitor(CallbackBase):
             title=f"{self.curvature.capitalize()} eigenvalues while training",
         )
 
-    def _hessian(self, pl_module: pl.LightningModule) -> Hessian:
+    def _hessian(self, pl_module: LightningModule) -> Hessian:
         def loss(module: torch.nn.Module, batch: Any) -> Tensor:
             return (self.loss_fn or training_step_loss)(module, copy.deepcopy(batch))  # it may change it in place
 
         return Hessian(loss, pl_module, self._kept.on_device(pl_module), parameters=self.parameters)
 
-    def _first_look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _first_look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         hessian = self._hessian(pl_module)
         hessian.matvec(torch.ones(hessian.shape[1], dtype=hessian.dtype, device=hessian.device))
         if self.at_start and trainer.global_step == 0:
             self._initial = [t.detach().clone() for t in _state(pl_module)]
 
-    def _data_known(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _data_known(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed_from not in (None, self._kept.fingerprint()):
             warnings.warn(
                 f"{self.name}: the first batches differ from those before the checkpoint, so that the curve is not on "
@@ -272,7 +269,7 @@ class SpectrumMonitor(CallbackBase):
                 _set(pl_module, now)
 
     def _measure_and_log(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, logged: int, step: int | None = None
+        self, trainer: Trainer, pl_module: LightningModule, logged: int, step: int | None = None
     ) -> None:
         step = trainer.global_step if step is None else step
         since = time.perf_counter() - self._clock

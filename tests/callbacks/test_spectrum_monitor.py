@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import Digits, dataset, fit, loader
-from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
+from pytorch_lightning import Trainer
+from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_sketch import SpectrumMonitor
@@ -159,16 +160,16 @@ def test_wandb_offline_read_back_from_disk(tmp_path, monkeypatch):
     assert "hessian_eigenvalues/top_01" in rows[0]
 
 
-def test_the_progress_bar_tells_how_far_a_measurement_is_and_what_it_cost(tmp_path, capsys):
-    from models import Trainer
-
+@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
+def test_the_progress_bar_tells_how_far_a_measurement_is_and_what_it_cost(tmp_path, capsys, bar, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws no bar where there is no terminal
     run = Trainer(
         max_epochs=1,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
-        callbacks=[TQDMProgressBar(), monitor()],
+        callbacks=[bar(), monitor()],
         default_root_dir=tmp_path,
     )
     run.fit(Digits(), loader())

@@ -1,0 +1,40 @@
+"""What we show is run: every script in examples/, and the code in the README."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import Digits, DigitsData
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_example(script, tmp_path):
+    """In a process of its own, as a reader runs it; it says what it wrote and writes it."""
+    quiet = {**os.environ, "WANDB_SILENT": "true", "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=quiet)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (picture,) = re.findall(r"^picture: (.+)$", done.stdout, re.MULTILINE)
+    assert Path(picture).stat().st_size > 10_000
+
+
+def test_the_readme(tmp_path, monkeypatch):
+    """With a model and data of one's own, the first block trains; the last block's numbers agree as it says."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    first, last = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    own = {"model": Digits(), "data": DigitsData()}
+    exec(first.replace("max_epochs=10", 'max_epochs=1, accelerator="cpu"'), own)
+    own["trainer"].logger.experiment.finish()
+    assert (tmp_path / "spectrum.png").exists()
+
+    torch.manual_seed(0)
+    exec(last, own)
+    x, y, sketch = own["x"], own["y"], own["sketch"]
+    assert abs(sketch.matvec(x) @ sketch.matvec(y) / (x @ y) - 1) < 5 * (2 / sketch.dim) ** 0.5
