@@ -1,71 +1,132 @@
-"""See what each sketch costs in time and memory, beside a copy of its input and beside TRAK and dattri (5 minutes).
+"""See what a sketch costs in time and memory, next to a copy of its input, TRAK and dattri (4 minutes).
 
-One table; a line is a kind at a size, float32 on the CPU. Times are for one vector of a batch:
+One table, float32 on the CPU. Each line is measured in a process of its own; times are for one vector of a batch:
 
-ms        of matvec, S x: the median of several calls
-GB/s      of x, read once
-copies    the median of (time of a call) / (time of out.copy_(x) just after it): what does not depend on the machine
-adjoint   rmatvec, Sᵀ y, in ms and in the same copies. It returns new memory, and touching that for the
-          first time costs more than a copy: the line x.clone() does nothing else
-extra MB  the most memory in use at once beyond x and the result, for matvec and rmatvec; in a fresh
-          process, by the high-water mark that the system keeps
+ms        of matvec, S x: median of several calls
+GB/s      of x, which is read once
+copies    median of (time of a call) / (time of the out.copy_(x) right after it)
+adjoint   rmatvec, Sᵀ y, in ms and in the same copies. Like x.clone() it returns new memory, and touching that
+          for the first time can take longer than a copy: compare that line
+extra MB  the most memory in use at once beyond x, y and the result, in matvec and rmatvec
 
-The projectors of TRAK and dattri multiply by a dense random matrix, made anew at every call as ours of
-kind gaussian is, so they are measured at a smaller n; a batch shares the making. Without the packages
-their lines say how to get them. Another program at work moves all numbers, copies the least.
+On a CPU, TRAK and dattri multiply by a dense normal matrix, made anew in every call if dim is over 100; our kind
+`gaussian` does the same. These get a smaller n; a batch shares the making. Another program at work can double
+`copies`.
 """
 
+import functools
+import importlib.util
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from lightning_sketch import make_sketch
 
 THREADS = 2
-REPEATS = 15  # calls, fewer where they take over
-SECONDS = 3.0  # in all, but at least three
-MB = 1e6  # bytes
+REPEATS = 15  # calls; fewer, but three at least, once they took
+SECONDS = 4.0  # in all
 
-BIG, HUGE = 1 << 24, 1 << 26  # numbers in a vector: 67 and 268 MB
-ROWS = [  # (kind, n, dim, batch)
-    ("x.clone()", BIG, 1 << 12, 1),
-    *((kind, BIG, 1 << bits, 1) for kind in ("block_srht", "count_sketch") for bits in (8, 10, 12, 15)),
-    *((kind, HUGE, 1 << 12, 1) for kind in ("block_srht", "count_sketch")),
-    *((kind, BIG, 1 << 12, 1) for kind in ("affd", "afjl", "qk", "ffd", "fjl")),
-    *(
-        (kind, *size)
-        for size in ((1 << 20, 1 << 8, 1), (1 << 20, 1 << 8, 16), (1 << 18, 1 << 12, 1))
-        for kind in ("block_srht", "gaussian", "traker normal", "traker rademacher", "dattri normal")
-    ),
+ROWS = [  # kind, log2 n, log2 dim, batch
+    ("x.clone()", 24, 12, 1),
+    *[(kind, 24, dim, 1) for kind in ("block_srht", "count_sketch") for dim in (8, 10, 12, 15)],
+    *[(kind, 26, 12, 1) for kind in ("block_srht", "count_sketch")],
+    *[(kind, 24, 12, 1) for kind in ("affd", "afjl", "qk", "ffd", "fjl")],
+    *[
+        (kind, *sizes)
+        for sizes in ((20, 8, 1), (20, 8, 16), (18, 12, 1))
+        for kind in ("block_srht", "gaussian", "traker", "dattri")
+    ],
 ]
 
 
-def product(kind: str, n: int, dim: int) -> tuple[Callable, Callable | None]:
-    """S as a function of x of shape (batch, n), and Sᵀ of shape (batch, dim) where there is one."""
-    package, _, entries = kind.partition(" ")
-    if package == "traker":
+def products(kind: str, n: int, dim: int) -> list[Callable]:
+    """S, for x of shape (batch, n), and Sᵀ, for y of shape (batch, dim), where there is one."""
+    if kind == "x.clone()":
+        return [torch.clone]
+    if kind == "traker":
         from trak.projectors import BasicProjector, ProjectionType
 
-        projector = BasicProjector(n, dim, seed=0, proj_type=ProjectionType(entries), device="cpu")
-        return lambda x: projector.project(x, model_id=0), None
-    if package == "dattri":
+        projector = BasicProjector(n, dim, seed=0, proj_type=ProjectionType.normal, device=torch.device("cpu"))
+        return [functools.partial(projector.project, model_id=0)]
+    if kind == "dattri":
         from dattri.func.projection import ProjectionType, make_random_projector
 
-        projector = make_random_projector(
-            [n], 1, dim, proj_max_batch_size=8, device=torch.device("cpu"), proj_type=ProjectionType(entries)
-        )
-        return lambda x: projector.project(x, ensemble_id=0), None
-    if kind == "x.clone()":
-        return torch.clone, lambda y: y.new_zeros(len(y), n)
+        projector = make_random_projector([n], 1, dim, 8, torch.device("cpu"), proj_type=ProjectionType.normal)
+        return [functools.partial(projector.project, ensemble_id=0)]
     sketch = make_sketch(kind, n=n, dim=dim, seed=0)
-    return sketch.matvec, sketch.rmatvec
+    return [sketch.matvec, sketch.rmatvec]
 
 
-def measure(row: tuple[str, int, int, int]) -> str:
-    """The line of a row; to be called in a process of its own."""
-    kind, n, dim, batch = row
+def measure(row: tuple[str, int, int, int]) -> list[float] | None:
+    """ms, copies, adjoint ms, its copies, extra MB; None if the package is missing. Call it in a new process."""
+    kind, n, dim, batch = row[0], 1 << row[1], 1 << row[2], row[3]
+    if kind in ("traker", "dattri") and not importlib.util.find_spec({"traker": "trak"}.get(kind, kind)):
+        return None
     torch.set_num_threads(THREADS)
-    for call, size in zip(product(kind, dim, dim), (dim, dim), strict=True):  # what the first call ever allocates
-        if call:
-            call(torch.ones(1, size))
+    for product in products(kind, dim, dim):  # imports, tables, threads: once in a process, whatever n is
+        product(torch.ones(1, dim))
     x, y, out = torch.randn(batch, n), torch.randn(batch, dim), torch.ones(batch, n)
+    ballast = torch.ones(1 << 24)  # more than was freed since the start: the high-water mark is now
+    before, extra, times = high_water(), 0, []
+    for product, vectors in zip(products(kind, n, dim), (x, y), strict=False):
+        result = product(vectors)
+        extra = max(extra, high_water() - before - result.nbytes)
+        del result
+        pairs = []
+        while len(pairs) < 3 or (len(pairs) < REPEATS and sum(map(sum, pairs)) < SECONDS):
+            pairs.append((seconds(product, vectors), seconds(out.copy_, x)))
+        times.append(statistics.median(call for call, _ in pairs) * 1e3 / batch)
+        times.append(statistics.median(call / copy for call, copy in pairs))
+    del ballast
+    return [*times, *[float("nan")] * (4 - len(times)), extra / 1e6]
+
+
+def high_water() -> int:
+    """The most bytes this process ever held in memory at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def seconds(call: Callable, argument: torch.Tensor) -> float:
+    start = time.perf_counter()
+    call(argument)
+    return time.perf_counter() - start
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    return next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor())
+
+
+def main():
+    print(f"{cpu()}, {THREADS} threads, torch {torch.__version__}, float32")
+    print(f"{'kind':12}    n   dim batch        ms    GB/s  copies   adjoint  copies  extra MB")
+    copies, extra = {}, 0.0
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for (kind, n, dim, batch), numbers in zip(ROWS, pool.imap(measure, ROWS), strict=True):
+            start = f"{kind:12} 2^{n:<2}  2^{dim:<2} {batch:4}"
+            if numbers is None:
+                print(f"{start}  not installed: pip install {kind}", flush=True)
+                continue
+            ms, ratio, adjoint_ms, adjoint_ratio, mb = numbers
+            adjoint = f"{adjoint_ms:9.1f} {adjoint_ratio:7.1f}".replace("nan", "  -")
+            print(f"{start} {ms:9.1f} {4e-6 * 2**n / ms:7.3f} {ratio:7.1f} {adjoint} {mb:9.0f}", flush=True)
+            if n >= 24 and kind in ("block_srht", "count_sketch"):
+                copies[kind, n, dim], extra = ratio, max(mb, extra)
+
+    count = max(ratio for row, ratio in copies.items() if row[0] == "count_sketch")
+    srht = {dim: copies["block_srht", 24, dim] for dim in (8, 12, 15)}
+    print(
+        f"BlockSRHT at 2^12: {srht[12]:.1f} copies (at most 15); CountSketch: {count:.1f} copies (at most 12); "
+        f"BlockSRHT at 2^15: {srht[15] / srht[8]:.2f} times 2^8 (at most 1.8); both: {extra:.0f} MB extra (under 64)"
+    )
+
+
+if __name__ == "__main__":
+    main()

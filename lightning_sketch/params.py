@@ -70,7 +70,9 @@ class Layout:
         """The parameters of the module, in this order."""
         found = {names[0]: parameter for parameter, names in _trainable(module, frozen=True).values()}
         missing = [
-            name for name in self.names if name not in found or found[name].shape != self.shapes[self.names.index(name)]
+            name
+            for name, shape in zip(self.names, self.shapes, strict=True)
+            if name not in found or found[name].shape != shape
         ]
         if missing:
             raise ValueError(f"{type(module).__name__} lacks parameters of the layout: {', '.join(missing)}.")
@@ -78,10 +80,11 @@ class Layout:
 
     def flatten(self, tensors: Sequence[Tensor | None], like: Tensor) -> Float[Tensor, " n"]:
         """One vector, of the type and on the device of `like`; None is zero."""
-        vector = like.new_zeros(self.n)
-        for part, tensor in zip(vector.split(self._sizes), tensors, strict=True):
+        vector, start = like.new_zeros(self.n), 0
+        for size, tensor in zip(self._sizes, tensors, strict=True):
             if tensor is not None:
-                part.view(tensor.shape).copy_(tensor)
+                vector[start : start + size].view(tensor.shape).copy_(tensor)
+            start += size
         return vector
 
     def unflatten(self, vector: Float[Tensor, " n"]) -> list[Tensor]:

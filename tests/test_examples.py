@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_example(script, tmp_path):
     """In a process of its own, as a reader runs it; it says what it wrote and writes it."""
-    quiet = {**os.environ, "WANDB_SILENT": "true", "MPLBACKEND": "agg"}
+    quiet = {**os.environ, "WANDB_SILENT": "true", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=quiet)
     assert done.returncode == 0, done.stderr[-3000:]
     (picture,) = re.findall(r"^picture: (.+)$", done.stdout, re.MULTILINE)

@@ -71,11 +71,14 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
 
 def _tensor(tensor: Tensor) -> Callable[[], None]:
     copy = tensor.detach().clone()
+    if tensor.layout != torch.strided:
+        version = tensor._version
+        return lambda: tensor.copy_(copy) if tensor._version != version else None
 
     def put_back() -> None:
-        # Versions say nothing: batch norm changes its buffers without counting. And none is counted here, so
-        # that a graph which saved the buffer before can still run backward.
-        if tensor.layout != torch.strided or not torch.equal(tensor, copy):
+        # Versions say nothing here: batch norm changes its buffers without counting. And none is counted now,
+        # so that a graph which saved the buffer before can still run backward.
+        if not torch.equal(tensor, copy):
             tensor.data.copy_(copy)
 
     return put_back

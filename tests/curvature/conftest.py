@@ -1,6 +1,7 @@
 """Two classifiers of digits, at the start and trained, with the dense Hessian of each: the truth."""
 
 import copy
+import dataclasses
 import functools
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from lightning_sketch.curvature import Hessian
+from lightning_sketch.curvature import Hessian, Spectrum, spectrum
 from lightning_sketch.operators import LinearOperator
 
 
@@ -18,6 +19,7 @@ from lightning_sketch.operators import LinearOperator
 class Case:
     """A network in float64 and evaluation mode, one batch, and what we know of its Hessian."""
 
+    name: str
     module: nn.Module
     batch: tuple[Tensor, Tensor]
     dense: Tensor
@@ -26,6 +28,10 @@ class Case:
 
     def hessian(self, dtype=torch.float64) -> Hessian:
         return Hessian(cross_entropy, copy.deepcopy(self.module).to(dtype), [self.batch])
+
+    def spectrum(self, dtype, num_matvecs=64, seed=0) -> Spectrum:
+        """A run that does not stop early, judged at tol=1e-2; made once for all tests."""
+        return dataclasses.replace(measured(self.name, dtype, num_matvecs, seed), tol=1e-2)
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,25 @@ class Dense(LinearOperator):
 
     def rmatvec(self, y):
         return y @ self.matrix
+
+
+class Diagonal(LinearOperator):
+    """A diagonal matrix, with an error of relative size `noise` in every product."""
+
+    def __init__(self, values: Tensor, noise: float = 0.0):
+        self.values, self.dtype, self.noise = values, values.dtype, noise
+        self.generator = torch.Generator().manual_seed(0)
+
+    @property
+    def shape(self):
+        return len(self.values), len(self.values)
+
+    def matvec(self, x):
+        y = self.values * x
+        noise = torch.randn(y.shape, dtype=y.dtype, generator=self.generator)
+        return y + self.noise * y.norm() * noise / noise.norm()
+
+    rmatvec = matvec
 
 
 def cross_entropy(module, batch):
@@ -109,7 +134,12 @@ def make_case(name: str) -> Case:
     module.double().eval()
     batch = x[:examples].double(), y[:examples]
     dense = dense_hessian(module, batch)
-    return Case(module, batch, dense, torch.linalg.eigvalsh(dense).flip(0))
+    return Case(name, module, batch, dense, torch.linalg.eigvalsh(dense).flip(0))
+
+
+@functools.cache
+def measured(name, dtype, num_matvecs, seed):
+    return spectrum(make_case(name).hessian(dtype), num_matvecs=num_matvecs, tol=0.0, seed=seed)
 
 
 CASES = ["mlp start", "mlp trained", "cnn start", "cnn trained"]
@@ -128,6 +158,14 @@ def cases():
 @pytest.fixture
 def dense_operator():
     return Dense
+
+
+@pytest.fixture
+def outliers():
+    """Makes an operator with eigenvalues 5, 4, 3, 2, -2 and a bulk between -0.5 and 1; takes its noise."""
+    values = torch.linspace(-0.5, 1, 3000, dtype=torch.float64)
+    values[:5] = torch.tensor([5.0, 4, 3, 2, -2])
+    return functools.partial(Diagonal, values)
 
 
 @pytest.fixture

@@ -1,0 +1,57 @@
+"""How many examples a batch has: the first axis of the first tensor in it."""
+
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sketch.gradients import num_examples
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclass
+class Graphs:
+    name: str
+    nodes: Tensor
+
+
+class Encoding(UserDict):
+    """As tokenizers return: a mapping, though no dict."""
+
+
+X = torch.zeros(8, 3)
+BATCHES = {
+    "tensor": X,
+    "pair": (X, torch.zeros(5)),
+    "list": [X, X],
+    "named tuple": Pair("label", X),
+    "dict": {"x": X, "y": torch.zeros(5)},
+    "nested": {"text": ["a", "b"], "inputs": ({"ids": X},)},
+    "scalar first": (torch.tensor(1.0), X),
+    "number first": (3, None, X),
+    "dataclass": Graphs("g", X),
+    "encoding": Encoding(input_ids=X, labels=torch.zeros(5)),
+}
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_the_first_axis_of_the_first_tensor_counts(batch):
+    assert num_examples(batch) == 8
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind"),
+    [
+        (["a", "b"], "list"),
+        (torch.tensor(1.0), "Tensor"),
+        ({"loss": torch.tensor(1.0)}, "dict"),
+        ((), "tuple"),
+        (3, "int"),
+    ],
+)
+def test_a_batch_without_examples_is_refused(batch, kind):
+    with pytest.raises(ValueError, match=f"no tensor with a first axis in a batch of type {kind}, .* unknown; use"):
+        num_examples(batch)

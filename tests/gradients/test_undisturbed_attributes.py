@@ -1,0 +1,74 @@
+"""A look at a module changes nothing in what it keeps: its attributes, and the states of its metrics."""
+
+from collections import Counter, OrderedDict, defaultdict, deque
+
+import torch
+from torch import nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from lightning_sketch.gradients import undisturbed
+
+
+def test_attributes_are_put_back_however_deep():
+    module = nn.Module()
+    module.part = nn.Module()
+    part, inner = module.part, [1, {"a": {2, 3}}]
+    part.steps, part.name, part.nothing = 3, "x", None
+    part.outputs, part.window, part.ids = [inner, inner], deque([1, 2], maxlen=2), {1}
+    part.table = {"deep": {"deeper": [deque([4])]}}
+    part.by_key, part.counts, part.ordered = defaultdict(list, a=[1]), Counter("aab"), OrderedDict(b=[1], a=[2])
+    part.itself = [part.outputs]
+    part.itself.append(part.itself)
+    kept = {name: id(value) for name, value in vars(part).items()}
+    with undisturbed(module):
+        part.steps, part.name, part.nothing, part.new = 4, "y", 1, []
+        part.outputs.append(1)
+        inner[1]["a"].add(9)
+        inner[0] = 5
+        part.window.append(3)
+        part.ids.clear()
+        part.table["deep"]["deeper"][0].append(5)
+        part.table["deep"]["other"] = 1
+        part.by_key["b"].append(1)
+        part.by_key["a"].append(1)
+        part.counts.update("bb")
+        part.ordered.move_to_end("b")
+        part.ordered["a"].append(1)
+        part.itself.clear()
+        del part.ids
+    assert (part.steps, part.name, part.nothing) == (3, "x", None)
+    assert not hasattr(part, "new")
+    assert part.outputs == [[1, {"a": {2, 3}}]] * 2
+    assert part.window == deque([1, 2])
+    assert part.ids == {1}
+    assert part.table == {"deep": {"deeper": [deque([4])]}}
+    assert part.by_key == {"a": [1]}
+    assert part.counts == Counter("aab")
+    assert list(part.ordered.items()) == [("b", [1]), ("a", [2])]
+    assert part.itself[0] is part.outputs
+    assert {name: id(value) for name, value in vars(part).items()} == kept
+
+
+def test_metrics_are_put_back():
+    """States that are tensors changed in place, tensors replaced, and lists."""
+    accuracy, average = MulticlassAccuracy(3), MeanMetric()
+    module = nn.Module()
+    module.metrics = MetricCollection({"accuracy": accuracy, "again": MulticlassAccuracy(3, average="micro")})
+    module.average, module.seen = average, MeanMetric()
+    guesses, labels = torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 2, 1])
+    module.metrics.update(guesses, labels)
+    module.average.update(3.0)
+    before = {k: v.clone() for k, v in module.metrics.compute().items()}, module.average.compute().clone()
+    with undisturbed(module):
+        module.metrics.update(labels, guesses)
+        module.metrics(labels * 0, guesses)
+        module.average.update(torch.tensor([9.0, 9.0]))
+        module.average.compute()
+        module.seen(5.0)
+    for metric in (*module.metrics.values(), module.average):
+        metric._computed = None  # nothing is read from the cache
+    assert {k: v.item() for k, v in module.metrics.compute().items()} == {k: v.item() for k, v in before[0].items()}
+    assert module.average.compute() == before[1]
+    assert module.seen.update_count == 0
+    assert module.seen.weight == 0
