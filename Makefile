@@ -17,7 +17,7 @@ bench: .venv/dev  ## the benchmarks that need no peer; minutes
 	$(BIN)/python benchmarks/sketch_speed.py
 
 .venv/bin/python:
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv module is missing: apt install python3-venv"; exit 1; }
 
 .venv/run: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install -c constraints.txt -e '.[wandb,plots]' scikit-learn

@@ -1,8 +1,11 @@
 """Where we lean on Lightning beyond its documented interface: both namespaces, the step of the loggers, the bar."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import pytorch_lightning as pl
+from pytorch_lightning.loggers.logger import DummyLogger
 
 # The two namespaces hold two copies of each class. A callback is one for the Trainer and the CLI of a namespace only
 # if it descends from that namespace's Callback.
@@ -22,9 +25,20 @@ else:
         """A callback for `pytorch_lightning`."""
 
 
-def logged_step(trainer: Trainer) -> int:
-    """The step at which Lightning logs what belongs to the training batch just done, as its own callbacks do."""
-    return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+def batches_done(trainer: Trainer) -> int:
+    """The step at which Lightning's own callbacks log during training."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+@contextmanager
+def muted_loggers(trainer: Trainer) -> Iterator[None]:
+    """Loggers that swallow everything, as under `fast_dev_run`: a training_step may log to `self.logger.experiment`."""
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
 
 
 def state_key(callback: CallbackBase, **identity: str) -> str:

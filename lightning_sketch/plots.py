@@ -71,3 +71,34 @@ def spectrum_over_time(
         fontsize="small",
     )
     return figure
+
+
+def spectrum(values: Sequence[float], errors: Sequence[float], converged: Sequence[bool]):
+    """Eigenvalues by rank, on a symmetric-log scale, with error bars, hollow where not converged.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; pip install 'lightning-sketch[plots]'.") from error
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for known, face, label in ((True, _TOP, "converged"), (False, "white", "not converged: do not rely on it")):
+        chosen = [
+            (i + 1, v, e) for i, (v, e, c) in enumerate(zip(values, errors, converged, strict=True)) if c == known
+        ]
+        if chosen:
+            ranks, heights, bars = zip(*chosen, strict=True)
+            axes.errorbar(
+                ranks, heights, bars, fmt="o", ms=4, color=_TOP, mfc=face, elinewidth=1, ls="none", label=label
+            )
+    axes.set_yscale("symlog", linthresh=max(max(map(abs, values)) * 1e-3, 1e-30))
+    axes.axhline(0, color=_REST, lw=0.8)
+    axes.set_xlabel("rank, largest first")
+    axes.set_ylabel("eigenvalue (loss / parameter²)")
+    axes.legend(frameon=False, fontsize="small")
+    axes.grid(alpha=0.2)
+    return figure

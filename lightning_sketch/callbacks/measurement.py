@@ -1,4 +1,4 @@
-"""A spectrum with the moment it was taken: what a monitor logs, and what a checkpoint keeps of it."""
+"""A spectrum with the moment it was taken: what a monitor logs and says, and what a checkpoint keeps of it."""
 
 import math
 from dataclasses import dataclass, fields
@@ -7,6 +7,14 @@ from typing import Any
 from lightning_sketch.curvature import Spectrum
 
 _RNEG_KNOWN = 0.02
+_FEW = ("lambda_max", "lambda_min", "rneg", "rneg_error", "num_outliers", "loss", "seconds")
+
+
+def nothing_known(name: str, top_k: int, bottom_k: int) -> dict[str, float]:
+    """Every key that a monitor logs, with NaN."""
+    ranks = [f"top_{i + 1:02d}" for i in range(top_k)] + [f"bottom_{i + 1:02d}" for i in range(bottom_k)]
+    keys = [f"{name}/{key}" for key in _FEW] + [f"{name}_eigenvalues/{rank}" for rank in ranks]
+    return dict.fromkeys(keys, math.nan)
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +43,19 @@ class Measurement(Spectrum):
         }
         ranks = {f"top_{i + 1:02d}": float(v) for i, v in enumerate(believed[:top_k])}
         ranks |= {f"bottom_{i + 1:02d}": float(v) for i, v in enumerate(believed.flip(0)[:bottom_k])}
-        return {f"{name}/{key}": value for key, value in few.items()} | {
-            f"{name}_eigenvalues/{key}": value for key, value in ranks.items()
-        }
+        scalars = nothing_known(name, top_k, bottom_k)
+        scalars |= {f"{name}/{key}": value for key, value in few.items()}
+        return scalars | {f"{name}_eigenvalues/{key}": value for key, value in ranks.items()}
+
+    def cost(self, name: str, since: float, cadence: str, every: int) -> str:
+        """One line for a person: what it cost, beside the seconds `since` the last, and how to make it cost less."""
+        line = f"{name}: {self.num_products} products, {self.seconds:.1f} s"
+        if self.step == 0:
+            return line
+        share = self.seconds / since
+        line += f", {share:.0%} of the time since the last"
+        rarer = math.ceil(10 * share)
+        return line if share <= 0.1 else f"{line}; {cadence}={rarer * every} would make it {share / rarer:.0%}"
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain numbers, as a checkpoint may hold them."""

@@ -1,7 +1,6 @@
 """Log the ends of the Hessian's spectrum while training."""
 
 import copy
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -9,13 +8,26 @@ from typing import Any
 
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from lightning_sketch import plots
-from lightning_sketch._compat import BarText, CallbackBase, LightningModule, Trainer, logged_step, say, state_key
+from lightning_sketch._compat import (
+    BarText,
+    CallbackBase,
+    LightningModule,
+    Trainer,
+    batches_done,
+    muted_loggers,
+    say,
+    state_key,
+)
+from lightning_sketch.callbacks.initial_weights import InitialWeights
 from lightning_sketch.callbacks.kept_batches import KeptBatches
-from lightning_sketch.callbacks.measurement import Measurement
+from lightning_sketch.callbacks.measurement import Measurement, nothing_known
 from lightning_sketch.curvature import Hessian, spectrum
+from lightning_sketch.curvature.lanczos import start_vector
+from lightning_sketch.curvature.spectrum import check_arguments, checked_defect
 from lightning_sketch.gradients import training_step_loss
 from lightning_sketch.params import Layout
 
@@ -33,8 +45,8 @@ class SpectrumMonitor(CallbackBase):
     logged as NaN. `monitor.history` holds everything, with residuals; `monitor.plot()` draws it.
 
     Training is not touched: final weights are the same, bit for bit, with and without the monitor.
-    A measurement costs at most `num_matvecs` + 6 Hessian-vector products over `num_batches` batches, each about
-    two gradients, and memory for about five vectors of the parameters' size. What it took is printed.
+    A measurement costs at most 1.25 `num_matvecs` + 6 Hessian-vector products over `num_batches` batches, each
+    about two gradients, and memory for about five vectors of the parameters' size. What it took is printed.
 
     Args:
         curvature: "hessian".
@@ -50,7 +62,8 @@ class SpectrumMonitor(CallbackBase):
         parameters: which parameters, as a shell pattern on their names, e.g. "blocks.*.attn.*".
         every_n_epochs: epochs between two measurements; 1 if neither cadence is set.
         every_n_train_steps: optimizer steps between two measurements, instead of epochs.
-        at_start: measure the initial weights too (once the batches are known; logged at step 0).
+        at_start: measure the initial weights too, logged at step 0; until `num_batches` batches are known, a
+            copy of them is kept.
         loss_fn: (module, batch) -> mean loss; the module's own `training_step` if None, its logging silenced.
         name: prefix of the log keys and part of the checkpoint key; the curvature if None.
         on_error: what to do if a measurement fails later than on the first batch: "warn" logs NaN and
@@ -112,15 +125,7 @@ class SpectrumMonitor(CallbackBase):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"need {argument} >= 1, got {value}.")
-        if num_matvecs < top_k + bottom_k or bottom_k < 0:
-            raise ValueError(
-                f"num_matvecs={num_matvecs} products show at most that many eigenvalues, asked for top_k={top_k} and "
-                f"bottom_k={bottom_k}; raise num_matvecs, 96 is usual."
-            )
-        if dim < 2 * num_matvecs:
-            raise ValueError(f"need dim >= 2 num_matvecs = {2 * num_matvecs}, got dim={dim}.")
-        if not 0 < tol < 1:
-            raise ValueError(f"need 0 < tol < 1, got {tol}; 1e-2 is usual.")
+        check_arguments(num_matvecs, dim, top_k, bottom_k, tol)
         self.curvature, self.method, self.data, self.density_probes = curvature, method, data, density_probes
         self.top_k, self.bottom_k, self.num_matvecs, self.dim, self.tol = top_k, bottom_k, num_matvecs, dim, tol
         self.parameters, self.loss_fn, self.at_start = parameters, loss_fn, at_start
@@ -131,7 +136,7 @@ class SpectrumMonitor(CallbackBase):
         self.history: list[Measurement] = []
         self._kept = KeptBatches(num_batches)  # made anew at each fit
         self._last_step = -1
-        self._initial: list[Tensor] | None = None
+        self._initial: InitialWeights | None = None
         self._resumed_from: str | None = None
         self._clock = 0.0
 
@@ -142,7 +147,7 @@ class SpectrumMonitor(CallbackBase):
 
     def state_dict(self) -> dict[str, Any]:
         """The history and a fingerprint of the batches; nothing of the parameters' size."""
-        batches = self._kept.fingerprint() if self._kept.complete else self._resumed_from
+        batches = self._kept.fingerprint if self._kept.complete else self._resumed_from
         return {"history": [m.state() for m in self.history], "batches": batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -151,10 +156,12 @@ class SpectrumMonitor(CallbackBase):
         self._resumed_from = state["batches"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; forget the batches of an earlier fit."""
+        """Refuse what cannot work; forget an earlier fit."""
         if stage != "fit":
             return
-        self._kept, self._last_step = KeptBatches(self._kept.num_batches), -1
+        self._kept, self._initial, self._resumed_from = KeptBatches(self._kept.num_batches), None, None
+        if trainer.global_step == 0:  # a checkpoint is loaded after this
+            self.history = []
         if trainer.world_size > 1:
             raise MisconfigurationException(
                 f"SpectrumMonitor measures on one process in this version, got {trainer.world_size}; use devices=1."
@@ -164,29 +171,34 @@ class SpectrumMonitor(CallbackBase):
                 f"{type(pl_module).__name__} optimizes by hand, so its training_step need not return the loss; pass "
                 "SpectrumMonitor(loss_fn=lambda module, batch: ...)."
             )
+        if any(p.is_meta for p in pl_module.parameters()) and not is_overridden("configure_model", pl_module):
+            raise MisconfigurationException(
+                f"parameters of {type(pl_module).__name__} are on the meta device; make them in configure_model."
+            )
         for callback in trainer.callbacks:
             key = getattr(callback, "monitor", None) or ""
-            if key.split("/")[0] in (self.name, f"{self.name}_eigenvalues") and getattr(
-                callback, "check_finite", False
-            ):
+            ours = key.startswith((f"{self.name}/", f"{self.name}_eigenvalues/"))
+            if ours and getattr(callback, "check_finite", False):
                 raise MisconfigurationException(
                     f"{type(callback).__name__}(monitor={key!r}, check_finite=True) would stop training at the first "
                     "eigenvalue that has not converged, which is logged as NaN; set check_finite=False."
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a module without trainable or without real parameters."""
-        layout = Layout.of(pl_module, self.parameters)
-        if any(p.is_meta for p in layout.parameters(pl_module)):
-            raise MisconfigurationException("the module is on the meta device; give it values before fit.")
+        """Refuse a module without trainable parameters, or none of that name."""
+        Layout.of(pl_module, self.parameters)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Steps before this one are done."""
+        self._last_step = trainer.global_step
+        self._clock = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the first batches; on the very first, take one product, so that what cannot work fails now."""
+        """Keep the first batches; on the very first, take three products, so that what cannot work fails now."""
         if self._kept.complete:
             return
-        self._kept.offer(pl_module, batch)
+        self._kept.offer(batch)
         if len(self._kept.batches) == 1:
-            self._clock = time.perf_counter()
             self._first_look(trainer, pl_module)
         if self._kept.complete:
             self._data_known(trainer, pl_module)
@@ -200,7 +212,7 @@ class SpectrumMonitor(CallbackBase):
             return
         self._last_step = step  # under gradient accumulation a step has several batches
         if self._kept.complete:
-            self._measure_and_log(trainer, pl_module, logged_step(trainer))
+            self._measure_and_log(trainer, pl_module, batches_done(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if it is time."""
@@ -208,7 +220,8 @@ class SpectrumMonitor(CallbackBase):
             self._kept.close()
             self._data_known(trainer, pl_module)
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._measure_and_log(trainer, pl_module, logged_step(trainer))
+            # one less, as Lightning does where it logs the means of the epoch
+            self._measure_and_log(trainer, pl_module, batches_done(trainer) - 1)
 
     def measure(self, pl_module: LightningModule, epoch: int = 0, step: int = 0, on_product=None) -> Measurement:
         """The spectrum of the module as it is now, on the kept batches."""
@@ -241,19 +254,21 @@ class SpectrumMonitor(CallbackBase):
         )
 
     def _hessian(self, pl_module: LightningModule) -> Hessian:
-        def loss(module: torch.nn.Module, batch: Any) -> Tensor:
-            return (self.loss_fn or training_step_loss)(module, copy.deepcopy(batch))  # it may change it in place
+        def loss(module: torch.nn.Module, indexed: tuple[int, Any]) -> Tensor:
+            index, batch = indexed[0], copy.deepcopy(indexed[1])  # a step may change its batch in place
+            return self.loss_fn(module, batch) if self.loss_fn else training_step_loss(module, batch, index)
 
-        return Hessian(loss, pl_module, self._kept.on_device(pl_module), parameters=self.parameters)
+        return Hessian(loss, pl_module, self._kept.on_device(pl_module.device), parameters=self.parameters)
 
     def _first_look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         hessian = self._hessian(pl_module)
-        hessian.matvec(torch.ones(hessian.shape[1], dtype=hessian.dtype, device=hessian.device))
+        with muted_loggers(trainer), hessian.hold():
+            checked_defect(hessian, *(start_vector(hessian, self.seed, name) for name in ("0", "defect")))
         if self.at_start and trainer.global_step == 0:
-            self._initial = [t.detach().clone() for t in _state(pl_module)]
+            self._initial = InitialWeights(pl_module)
 
     def _data_known(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed_from not in (None, self._kept.fingerprint()):
+        if self._resumed_from not in (None, self._kept.fingerprint):
             warnings.warn(
                 f"{self.name}: the first batches differ from those before the checkpoint, so that the curve is not on "
                 "the same data throughout; keep the loader's order (seed_everything, or no shuffling).",
@@ -261,20 +276,17 @@ class SpectrumMonitor(CallbackBase):
             )
         if self._initial is not None:
             initial, self._initial = self._initial, None
-            now = [t.data for t in _state(pl_module)]
-            try:
-                _set(pl_module, initial)
+            with initial.in_place(pl_module):
                 self._measure_and_log(trainer, pl_module, 0, step=0)
-            finally:
-                _set(pl_module, now)
 
     def _measure_and_log(
         self, trainer: Trainer, pl_module: LightningModule, logged: int, step: int | None = None
     ) -> None:
         step = trainer.global_step if step is None else step
         since = time.perf_counter() - self._clock
+        scalars = nothing_known(self.name, self.top_k, self.bottom_k)
         try:
-            with BarText(trainer) as bar:
+            with muted_loggers(trainer), BarText(trainer) as bar:
                 measured = self.measure(
                     pl_module, trainer.current_epoch, step, lambda done, of: bar.show(f"{self.name} {done}/{of}: ")
                 )
@@ -282,34 +294,12 @@ class SpectrumMonitor(CallbackBase):
             if self.on_error == "raise":
                 raise
             warnings.warn(f"{self.name}: no measurement at step {step}: {error}", stacklevel=2)
-            scalars = {f"{self.name}/{key}": math.nan for key in ("lambda_max", "lambda_min", "rneg")}
         else:
             self.history = [m for m in self.history if m.step < step] + [measured]
             scalars = measured.scalars(self.name, self.top_k, self.bottom_k)
-            say(trainer, self._cost(measured, since))
+            cadence = "every_n_train_steps" if self.every_n_train_steps else "every_n_epochs"
+            say(trainer, measured.cost(self.name, since, cadence, getattr(self, cadence)))
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=logged)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
         self._clock = time.perf_counter()
-
-    def _cost(self, measured: Measurement, since: float) -> str:
-        """What a measurement cost, and how to make it cost less."""
-        share = measured.seconds / since
-        line = (
-            f"{self.name}: {measured.num_products} products, {measured.seconds:.1f} s, {share:.0%} of the time since "
-        )
-        line += "the last" if len(self.history) > 1 else "the first batch"
-        if share <= 0.1:
-            return line
-        cadence = "every_n_train_steps" if self.every_n_train_steps else "every_n_epochs"
-        rarer = math.ceil(10 * share)
-        return f"{line}; {cadence}={rarer * getattr(self, cadence)} would make it {share / rarer:.0%}"
-
-
-def _state(module: torch.nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _set(module: torch.nn.Module, values: list[Tensor]) -> None:
-    for tensor, value in zip(_state(module), values, strict=True):
-        tensor.data = value

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-_SIGNS = ("is not implemented", "does not have a double backward", "not supported")
+_SIGNS = ("is not implemented", "does not have a double backward", "not supported", ".grad()", "cudnn RNN backward")
 _MARKED = once_differentiable(lambda ctx: None).__code__
 
 

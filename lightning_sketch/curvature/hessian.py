@@ -75,7 +75,10 @@ class Hessian(LinearOperator):
                     f"parameter {name} is on the meta device and has no values; materialize the module first."
                 )
             if parameter.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"parameter {name} is {parameter.dtype}, too coarse for curvature; use module.float().")
+                raise TypeError(
+                    f"parameter {name} is {parameter.dtype}, too coarse for curvature; "
+                    "hold them in float32: module.float(), or Trainer(precision='bf16-mixed')."
+                )
         self.dtype = max((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
         self.device = self.parameters[0].device
         self._held = False

@@ -15,27 +15,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.operators.base import LinearOperator
-from lightning_sketch.operators.random import Key, flip_
+from lightning_sketch.operators.random import Key, normals
 
 _CHUNK = 1 << 18
 
 
-def start_vector(operator: LinearOperator, seed: int, index: int) -> Float[Tensor, " n"]:
-    """A random unit vector with entries ±1 / √n: the same on every device and rank."""
+def start_vector(operator: LinearOperator, seed: int, name: str) -> Float[Tensor, " n"]:
+    """A random unit vector of normal entries, uniform on the sphere: the same on every device and rank."""
     n = operator.shape[1]
-    v = torch.full((n,), n**-0.5, dtype=operator.dtype, device=operator.device)
+    v = torch.empty(n, dtype=operator.dtype, device=operator.device)
     for start, piece in zip(range(0, n, _CHUNK), v.split(_CHUNK), strict=True):
-        flip_(piece, Key(seed, f"lanczos/{index}"), start)
-    return v
+        piece[:] = normals(Key(seed, f"lanczos/{name}"), start, start + len(piece), v.dtype, v.device)
+    return v.div_(dot(v, v) ** 0.5)
 
 
-def lanczos(operator: LinearOperator, seed: int) -> Iterator[tuple[Tensor, float, float]]:
-    """Yields v_{j+1}, α_j, β_j for j = 1, 2, ..., from `start_vector(operator, seed, 0)`.
+def lanczos(operator: LinearOperator, seed: int, start: int = 0) -> Iterator[tuple[Tensor, float, float]]:
+    """Yields v_{j+1}, α_j, β_j for j = 1, 2, ..., from `start_vector(operator, seed, f"{start}")`.
 
     Where the Krylov space ends (β_j is rounding), β_j = 0 and v_{j+1} is a new random vector: the relation
     A V_m = V_{m+1} T̄_m goes on to hold, and what the first start could not see comes into view.
     """
-    v, previous, beta = start_vector(operator, seed, 0), None, 0.0
+    v, previous, beta = start_vector(operator, seed, f"{start}"), None, 0.0
     size, restarts = 0.0, 0
     while True:
         w = operator.matvec(v)
@@ -50,7 +50,7 @@ def lanczos(operator: LinearOperator, seed: int) -> Iterator[tuple[Tensor, float
         size = max(size, abs(alpha), beta)
         if beta <= 10 * torch.finfo(w.dtype).eps * size:
             restarts += 1
-            beta, w = 0.0, start_vector(operator, seed, restarts)
+            beta, w = 0.0, start_vector(operator, seed, f"{start}/{restarts}")
         else:
             w.div_(beta)
         yield w, alpha, beta
@@ -76,4 +76,6 @@ def linearity_defect(operator: LinearOperator, u: Float[Tensor, " n"], v: Float[
 def dot(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
     """The inner product, summed up in float64 by chunks: no copy of size n."""
     chunks = zip(x.split(_CHUNK), y.split(_CHUNK), strict=True)
+    if x.device.type == "mps":  # knows no float64
+        return float(sum(a.cpu().double() @ b.cpu().double() for a, b in chunks))
     return float(sum(a.double() @ b.double() for a, b in chunks))

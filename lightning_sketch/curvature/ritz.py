@@ -16,6 +16,8 @@ eigenvalue problems", SIAM J. Matrix Anal. Appl. 45(2), arXiv:2111.00113, sectio
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -32,43 +34,51 @@ class RitzPairs(NamedTuple):
     """c ||S (A x - θ x)|| / ||S x||, and the error of the products: some eigenvalue lies within that of θ."""
 
 
-def rayleigh_ritz(
-    alpha: list[float],
-    beta: list[float],
-    sketched: Float[Tensor, "dim steps_and_one"],
-    tau: float,
-    defect: float,
-    exact: bool,
-) -> RitzPairs:
-    """Ritz values of A on the span of v_1 ... v_m.
+@dataclass
+class SketchedRun:
+    """What is kept of one Lanczos run: S v_1 ... S v_{m+1}, α_1 ... α_m, β_1 ... β_m."""
+
+    columns: list[Float[Tensor, " dim"]]
+    alpha: list[float] = field(default_factory=list)
+    beta: list[float] = field(default_factory=list)
+
+    def basis(self) -> Float[Tensor, "dim m"]:
+        """S V_m."""
+        return torch.stack(self.columns[:-1], dim=1)
+
+    def image(self) -> Float[Tensor, "dim m"]:
+        """S A V_m = S V_{m+1} T̄_m."""
+        m = len(self.alpha)
+        tridiagonal = torch.zeros(m + 1, m, dtype=torch.float64)
+        tridiagonal[range(m), range(m)] = torch.tensor(self.alpha, dtype=torch.float64)
+        tridiagonal[range(1, m + 1), range(m)] = torch.tensor(self.beta, dtype=torch.float64)
+        tridiagonal[range(m - 1), range(1, m)] = torch.tensor(self.beta[:-1], dtype=torch.float64)
+        return torch.stack(self.columns, dim=1) @ tridiagonal
+
+
+def rayleigh_ritz(runs: Sequence[SketchedRun], tau: float, defect: float, exact: bool) -> RitzPairs:
+    """Ritz values of A on the span of the Lanczos vectors of all runs together.
 
     Args:
-        alpha: α_1 ... α_m.
-        beta: β_1 ... β_m.
-        sketched: S v_1 ... S v_{m+1} as columns.
-        tau: singular values of S V_m below tau times the largest are dropped.
-        defect: relative error of a product A v. In A x, with x = V_m c, it is multiplied by ||c|| / ||x||.
+        runs: of one operator and one sketch, from independent starts.
+        tau: singular values of S V below tau times the largest are dropped.
+        defect: relative error of a product A v. In A x, with x = V c, it is multiplied by ||c|| / ||x||.
         exact: S is the identity, so that residuals are no estimates.
 
     With a sketch, residuals are multiplied by c = √((1 + e) / (1 - e)), e = √(r / dim): the basis was
     fitted inside the sketch, which biases them low.
     """
-    m = len(alpha)
-    tridiagonal = torch.zeros(m + 1, m, dtype=torch.float64)
-    tridiagonal[range(m), range(m)] = torch.tensor(alpha, dtype=torch.float64)
-    tridiagonal[range(1, m + 1), range(m)] = torch.tensor(beta, dtype=torch.float64)
-    tridiagonal[range(m - 1), range(1, m)] = torch.tensor(beta[:-1], dtype=torch.float64)
-
-    u, s, wh = torch.linalg.svd(sketched[:, :m], full_matrices=False)
+    basis = torch.cat([run.basis() for run in runs], dim=1)
+    u, s, wh = torch.linalg.svd(basis, full_matrices=False)
     r = int((s > tau * s[0]).sum())
     u = u[:, :r]
     whitened = wh[:r].T / s[:r]
-    image = sketched @ tridiagonal @ whitened
+    image = torch.cat([run.image() for run in runs], dim=1) @ whitened
     theta, y = torch.linalg.eig(u.T @ image)
     rest = image.to(y.dtype) @ y - u.to(y.dtype) @ y * theta
     residuals = rest.norm(dim=0) / y.norm(dim=0)
     if not exact:
-        e = math.sqrt(r / len(sketched))
+        e = math.sqrt(r / len(basis))
         residuals *= math.sqrt((1 + e) / (1 - e))
     coefficients = (whitened.to(y.dtype) @ y).norm(dim=0) / y.norm(dim=0)
     residuals += defect * theta.abs().max() * coefficients.clamp(min=1)

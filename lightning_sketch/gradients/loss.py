@@ -2,17 +2,19 @@
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 """(module, batch) -> mean loss of the batch, a scalar."""
 
 
-def training_step_loss(module: nn.Module, batch: Any) -> Tensor:
+def training_step_loss(module: nn.Module, batch: Any, batch_idx: int = 0) -> Tensor:
     """The loss that the module's own `training_step` returns, with its logging silenced.
 
     Raises:
@@ -29,7 +31,16 @@ def training_step_loss(module: nn.Module, batch: Any) -> Tensor:
             "training_step(dataloader_iter) fetches its own batches; pass loss_fn=lambda module, batch: ..."
         )
     with _silent(module):
-        output = module.training_step(batch, 0) if _takes_two(parameters) else module.training_step(batch)
+        try:
+            output = module.training_step(batch, batch_idx) if _takes_two(parameters) else module.training_step(batch)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            mode = "training" if module.training else "evaluation"
+            raise RuntimeError(
+                f"training_step of {type(module).__name__} failed when called for its loss, in {mode} mode: "
+                f"{type(error).__name__}: {error}. Pass loss_fn=lambda module, batch: ..."
+            ) from error
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None:
         raise ValueError(
@@ -62,31 +73,30 @@ def _silent(module: nn.Module) -> Iterator[None]:
 
 
 def num_examples(batch: Any) -> int:
-    """How many examples a batch has: the first axis of the first tensor in it, as Lightning counts.
+    """How many examples a batch has: the first axis of the first tensor in it, or the length of a list of strings.
 
     >>> import torch
     >>> num_examples({"x": (torch.zeros(8, 3), torch.zeros(8))})
     8
     """
-    size = next(_sizes(batch), None)
+    size = next(itertools.chain(_sizes(batch, Tensor), _sizes(batch, str)), None)
     if size is None:
         raise ValueError(
             f"found no tensor with a first axis in a batch of type {type(batch).__name__}, so its number of examples "
-            "is unknown; use batches that are tensors or collections of tensors."
+            "is unknown; use batches that are tensors or collections of tensors or strings."
         )
     return size
 
 
-def _sizes(batch: Any) -> Iterator[int]:
+def _sizes(batch: Any, kind: type) -> Iterator[int]:
+    """First axes of the tensors in a batch, or lengths of the lists of strings."""
     if isinstance(batch, Tensor):
-        if batch.ndim:
+        if kind is Tensor and batch.ndim:
             yield batch.shape[0]
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _sizes(value)
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _sizes(value)
+    elif kind is str and isinstance(batch, list | tuple) and batch and all(isinstance(item, str) for item in batch):
+        yield len(batch)
     elif dataclasses.is_dataclass(batch):
-        for field in dataclasses.fields(batch):
-            yield from _sizes(getattr(batch, field.name))
+        yield from _sizes(vars(batch), kind)
+    elif isinstance(batch, Mapping | list | tuple):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _sizes(value, kind)

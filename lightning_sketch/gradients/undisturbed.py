@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 _PLAIN = (bool, int, float, str, type(None), tuple)
+_SMALL = 1 << 20
 _OF_TORCH = frozenset(vars(nn.Module()))
 
 
@@ -21,10 +22,14 @@ def undisturbed(module: nn.Module, mode: str = "eval") -> Iterator[None]:
     Inside: evaluation mode, gradients on, autocast off, compiled parts run eagerly, attention by plain
     operations (the fused kernels have no second derivative).
 
+    Inside, hooks on gradients do not fire, nor do those of `wandb.watch`: they would change the products, or
+    count them as training.
+
     Put back after, also after an error: the random state of Python, numpy and torch on every device, the
-    mode of every submodule, buffers, states of metrics, and number, string, list, dict, set and deque
-    attributes of modules, however deep. Costs a copy of the buffers. Not put back: files, globals, and
-    tensors that a plain attribute holds and that are changed in place.
+    mode of every submodule, buffers, frozen parameters, states of metrics, and number, string, list, dict,
+    set, deque and small tensor attributes of modules, however deep. Costs a copy of these. Not put back:
+    files, globals, what is inside other objects, tensor attributes of more than 2^20 numbers, and frozen
+    parameters where they outnumber the trainable ones (a large frozen base is never copied).
 
     Args:
         module: where to look.
@@ -35,6 +40,7 @@ def undisturbed(module: nn.Module, mode: str = "eval") -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_random_state())
         stack.callback(_snapshot(module))
+        stack.enter_context(_no_hooks(module))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device in {p.device.type for p in module.parameters()}:
@@ -48,14 +54,37 @@ def undisturbed(module: nn.Module, mode: str = "eval") -> Iterator[None]:
 
 
 @contextmanager
+def _no_hooks(module: nn.Module) -> Iterator[None]:
+    """Take away hooks on gradients, and forward hooks that only watch; their handles stay valid."""
+    tables = [p._backward_hooks for p in module.parameters() if p._backward_hooks]
+    for part in module.modules():
+        tables += [part._backward_hooks, part._backward_pre_hooks]
+    held = [(table, dict(table)) for table in tables if table]
+    for part in module.modules():
+        watching = {k: h for k, h in part._forward_hooks.items() if getattr(h, "__module__", "").startswith("wandb.")}
+        held += [(part._forward_hooks, watching)] if watching else []
+    for table, hooks in held:
+        for key in hooks:
+            del table[key]
+    try:
+        yield
+    finally:
+        for table, hooks in held:
+            table.update(hooks)
+
+
+@contextmanager
 def _random_state() -> Iterator[None]:
     python, numpy = random.getstate(), np.random.get_state()
+    mps = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
             yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+        if mps is not None:
+            torch.mps.set_rng_state(mps)
 
 
 def _snapshot(module: nn.Module) -> Callable[[], None]:
@@ -65,8 +94,23 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
         restore.append(_attributes(part))
         states = getattr(part, "_defaults", {}) if hasattr(part, "_update_count") else {}  # of a torchmetrics metric
         tensors = [*part._buffers.values(), *(getattr(part, name, None) for name in states)]
+        tensors += [t for t in vars(part).values() if isinstance(t, Tensor) and t.numel() <= _SMALL]
         restore += [_tensor(t) for t in tensors if isinstance(t, Tensor)]
+    frozen = [p for p in module.parameters() if not p.requires_grad]
+    if sum(p.numel() for p in frozen) <= sum(p.numel() for p in module.parameters() if p.requires_grad):
+        restore += [_parameter(p) for p in frozen]
     return lambda: [put_back() for put_back in restore] and None
+
+
+def _parameter(parameter: nn.Parameter) -> Callable[[], None]:
+    """A frozen parameter, as of a teacher that follows the student: changed in place, or given another tensor."""
+    data, values = parameter.data, _tensor(parameter.data)
+
+    def put_back() -> None:
+        parameter.data = data
+        values()
+
+    return put_back
 
 
 def _tensor(tensor: Tensor) -> Callable[[], None]:

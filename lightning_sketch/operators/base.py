@@ -48,8 +48,8 @@ class LinearOperator(ABC):
         return Composed(self, right)
 
     def as_matrix(self, **factory) -> Float[Tensor, "m n"]:
-        """The dense matrix: m·n numbers, for tests and small problems only."""
-        return self.matvec(torch.eye(self.shape[1], **factory)).T
+        """The dense matrix: m·n numbers, for tests and small problems only. `dtype` and `device` as in `torch.eye`."""
+        return self.matvec(torch.eye(self.shape[1], **{"dtype": self.dtype, "device": self.device, **factory})).T
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """With the monitor attached training is the same, bit for bit: weights, buffers, optimizer, logs, lists, randomness."""
 
+import copy
 import csv
 
 import numpy as np
@@ -118,6 +119,87 @@ def test_a_step_that_changes_its_batch_in_place(tmp_path):
     watch = monitor()
     watched = fit(tmp_path, watch, model=InPlace)
     assert_same(outcome(watched), outcome(fit(tmp_path, model=InPlace)))
-    kept = watch._kept.fingerprint()
+    kept = copy.deepcopy(watch._kept.batches)
     watch.measure(watched)
-    assert watch._kept.fingerprint() == kept
+    assert_same(watch._kept.batches, kept)
+
+
+def test_a_teacher_that_follows_in_the_step(tmp_path):
+    """Frozen parameters that training_step itself updates, in place or by a new tensor."""
+
+    class Teacher(Digits):
+        def __init__(self):
+            super().__init__()
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            for old, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                old.data.mul_(0.9).add_(new.data, alpha=0.1)
+            self.teacher[5].bias.data = self.net[5].bias.data * 0.5
+            return super().training_step(batch, batch_idx)
+
+    assert_same(outcome(fit(tmp_path, monitor(), model=Teacher)), outcome(fit(tmp_path, model=Teacher)))
+
+
+def test_a_module_that_wandb_watches(tmp_path, monkeypatch):
+    """Its hooks would count our products as training: the same histograms at the same steps, in both arms."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+    class Counting(Digits):
+        def on_train_start(self):
+            self.trainer.loggers[0].watch(self, log="all", log_freq=4, log_graph=False)
+
+    def run(*callbacks):
+        logger = WandbLogger(save_dir=tmp_path, offline=True)
+        logged = []
+        monkeypatch.setattr(logger.experiment, "log", wraps(logger.experiment.log, logged))
+        monkeypatch.setattr(logger.experiment, "_log", wraps(logger.experiment._log, logged))
+        model = fit(tmp_path, *callbacks, logger=logger, model=Counting)
+        logger.experiment.unwatch(model)
+        logger.experiment.finish()
+        return [keys for keys in logged if not any(key.startswith("hessian") for key in keys)]
+
+    def wraps(function, logged):
+        def log(data, *args, **kwargs):
+            logged.append(sorted(key.replace("graph_1", "") for key in data))  # a second watch in one process
+            return function(data, *args, **kwargs)
+
+        return log
+
+    watched, alone = run(monitor()), run()
+    assert any(key.startswith("gradients/") for keys in alone for key in keys)
+    assert watched == alone
+
+
+def test_a_step_that_logs_to_the_logger_itself(tmp_path):
+    seen = []
+
+    class Logging(Digits):
+        def training_step(self, batch, batch_idx):
+            self.logger.log_metrics({"mine": float(batch_idx)})
+            seen.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    def rows(name, *callbacks):
+        logger = CSVLogger(tmp_path, name=name)
+        fit(tmp_path, *callbacks, logger=logger, model=Logging)
+        with open(f"{logger.log_dir}/metrics.csv") as file:
+            return [row["mine"] for row in csv.DictReader(file) if row["mine"]]
+
+    assert rows("watched", monitor()) == rows("alone")
+    assert set(seen) == set(range(8))
+
+
+def test_hooks_on_gradients_stay_out_of_the_products(tmp_path):
+    """A hook that scales gradients would scale the eigenvalues by its square."""
+
+    class Hooked(Digits):
+        def on_train_start(self):
+            for parameter in self.parameters():
+                parameter.register_hook(lambda g: 0.1 * g)
+
+    watch, plain = monitor(at_start=True), monitor(at_start=True)
+    hooked = fit(tmp_path, watch, model=Hooked)
+    fit(tmp_path, plain)
+    assert watch.history[0].lambda_max == plain.history[0].lambda_max
+    assert_same(outcome(hooked), outcome(fit(tmp_path, model=Hooked)))

@@ -81,6 +81,7 @@ def test_a_loss_of_ones_own_and_a_choice_of_parameters(tmp_path):
         ({"every_n_epochs": 2}, {"max_epochs": 5}, [16, 32]),
         ({"every_n_train_steps": 3}, {"max_epochs": 2}, [3, 6, 9, 12, 15]),
         ({"every_n_train_steps": 2}, {"max_epochs": 2, "accumulate_grad_batches": 2}, [2, 4, 6, 8]),
+        ({"every_n_train_steps": 2, "num_batches": 1}, {"max_epochs": 1, "accumulate_grad_batches": 2}, [2, 4]),
         ({"every_n_train_steps": 1, "num_batches": 4}, {"max_steps": 6, "max_epochs": -1}, [4, 5, 6]),
         ({"every_n_train_steps": 4, "num_batches": 50}, {"max_epochs": 2}, [12, 16]),
     ],
@@ -95,9 +96,10 @@ def test_it_measures_when_it_should(tmp_path, arguments, trainer_arguments, step
         assert sum(bool(row["hessian/seconds"]) for row in csv.DictReader(file)) == len(steps)
 
 
-def test_a_second_fit_has_its_own_history_and_its_own_batches(tmp_path):
+@pytest.mark.parametrize("batch_size", [16, 128])
+def test_a_second_fit_has_its_own_history_and_its_own_batches(tmp_path, batch_size):
     watch = monitor()
-    fit(tmp_path, watch, data=loader(shuffle=False), max_epochs=3)
+    fit(tmp_path, watch, data=loader(shuffle=False, batch_size=batch_size), max_epochs=3)
     model = fit(tmp_path, watch, data=loader(shuffle=False, batch_size=64), max_epochs=2)
     assert [m.step for m in watch.history] == [4, 8]
     images, labels = dataset()[:128]  # two batches of 64
@@ -129,6 +131,16 @@ def test_csv(tmp_path):
     assert [int(row["step"]) for row in rows] == [7, 15]  # the step that Lightning logs the epoch's own means at
     assert [float(row["hessian/lambda_max"]) for row in rows] == pytest.approx([m.lambda_max for m in watch.history])
     assert {f"hessian/{key}" for key in SCALARS} <= rows[0].keys()
+
+
+def test_steps_are_logged_beside_the_loss_of_their_batch(tmp_path):
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, monitor(every_n_train_steps=4), logger=logger, log_every_n_steps=4, max_epochs=1)
+    with open(f"{logger.log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    ours = [row["step"] for row in rows if row["hessian/lambda_max"]]
+    assert ours == [row["step"] for row in rows if row["train_loss_step"]]
+    assert len(ours) == 2
 
 
 def test_tensorboard(tmp_path):
@@ -182,12 +194,12 @@ def test_the_progress_bar_tells_how_far_a_measurement_is_and_what_it_cost(tmp_pa
 
 
 def test_what_has_not_converged_is_nan_in_scalars_and_marked_in_the_history(tmp_path):
-    watch = monitor(num_matvecs=4, top_k=2, bottom_k=1, tol=1e-4)
+    watch = monitor(num_matvecs=4, top_k=2, bottom_k=1, tol=1e-9)
     metrics = fit(tmp_path, watch, max_epochs=1).trainer.callback_metrics
     (measured,) = watch.history
     assert not measured.converged.any()
     assert math.isfinite(measured.lambda_max)
-    for key in ("lambda_max", "lambda_min", "rneg", "num_outliers"):
+    for key in ("lambda_max", "lambda_min", "num_outliers"):
         assert math.isnan(metrics[f"hessian/{key}"])
     assert math.isfinite(metrics["hessian/rneg_error"])
 
@@ -211,6 +223,19 @@ def test_rneg_is_judged_by_its_own_error():
     assert scalars["hessian/rneg_error"] == pytest.approx(0.005, rel=1e-3)
     residuals[-1] = 0.5
     assert math.isnan(Measurement(values, residuals, **rest).scalars("hessian", 2, 1)["hessian/rneg"])
+
+
+def test_after_a_failure_no_value_of_an_earlier_look_remains(tmp_path):
+    class Diverging(Digits):
+        def on_train_epoch_end(self):
+            with torch.no_grad():
+                self.net[5].bias.fill_(float("nan"))
+
+    with pytest.warns(UserWarning, match="no measurement at step 16"):
+        metrics = fit(tmp_path, monitor(), model=Diverging()).trainer.callback_metrics
+    ours = {key: value for key, value in metrics.items() if key.startswith("hessian")}
+    assert ours.keys() >= {"hessian/loss", "hessian_eigenvalues/top_03", "hessian_eigenvalues/bottom_01"}
+    assert all(math.isnan(value) for value in ours.values())
 
 
 def test_two_monitors_with_two_names(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_sketch.curvature.lanczos import lanczos, start_vector
-from lightning_sketch.curvature.ritz import rayleigh_ritz
+from lightning_sketch.curvature.ritz import SketchedRun, rayleigh_ritz
 from lightning_sketch.operators import BlockSRHT
 
 N, STEPS, TAU = 600, 30, 1e-9
@@ -16,7 +16,7 @@ N, STEPS, TAU = 600, 30, 1e-9
 def run(operator, seed):
     """The Lanczos vectors themselves, α and β."""
     steps = list(itertools.islice(lanczos(operator, seed), STEPS))
-    v = torch.stack([start_vector(operator, seed, 0)] + [w for w, _, _ in steps], dim=1)
+    v = torch.stack([start_vector(operator, seed, "0")] + [w for w, _, _ in steps], dim=1)
     return v, [a for _, a, _ in steps], [b for _, _, b in steps]
 
 
@@ -38,7 +38,7 @@ def test_the_residual_is_seldom_below_the_true_one(operator, dim):
     for seed in range(20):
         v, alpha, beta = run(operator, seed)
         sketched = BlockSRHT(N, dim, seed).matvec(v.T).T
-        values, residuals = rayleigh_ritz(alpha, beta, sketched, TAU, 0.0, exact=False)
+        values, residuals = rayleigh_ritz([SketchedRun(list(sketched.T), alpha, beta)], TAU, 0.0, exact=False)
         t = torch.tensor(alpha, dtype=torch.float64).diag() + torch.tensor(beta[:-1], dtype=torch.float64).diag(1)
         t = torch.cat([t + t.triu(1).T, torch.zeros(1, STEPS).double()])
         t[-1, -1] = beta[-1]
@@ -56,7 +56,7 @@ def test_the_residual_is_seldom_below_the_true_one(operator, dim):
 
 def test_without_a_sketch_the_residual_is_the_true_one(operator):
     v, alpha, beta = run(operator, seed=0)
-    values, residuals = rayleigh_ritz(alpha, beta, v, TAU, 0.0, exact=True)
+    values, residuals = rayleigh_ritz([SketchedRun(list(v.T), alpha, beta)], TAU, 0.0, exact=True)
     q, _ = torch.linalg.qr(v[:, :-1])  # a basis of the same space: v is orthonormal only to 1e-5 by now
     expected, c = torch.linalg.eigh(q.T @ operator.matrix @ q)
     x = q @ c.flip(1)
@@ -69,7 +69,10 @@ def test_the_factor_for_the_sketch(operator):
     """√((1 + e) / (1 - e)) with e = √(r / dim)."""
     v, alpha, beta = run(operator, seed=0)
     sketched = BlockSRHT(N, 200, 0).matvec(v.T).T
-    estimates, bounds = (rayleigh_ritz(alpha, beta, sketched, TAU, 0.0, exact).residuals for exact in (True, False))
+    estimates, bounds = (
+        rayleigh_ritz([SketchedRun(list(sketched.T), alpha, beta)], TAU, 0.0, exact).residuals
+        for exact in (True, False)
+    )
     e = math.sqrt(STEPS / 200)
     torch.testing.assert_close(bounds / estimates, torch.full((STEPS,), math.sqrt((1 + e) / (1 - e))).double())
 
@@ -77,5 +80,8 @@ def test_the_factor_for_the_sketch(operator):
 def test_the_error_of_the_products_is_in_the_residual(operator):
     """At least its share of the largest eigenvalue."""
     v, alpha, beta = run(operator, seed=0)
-    plain, noisy = (rayleigh_ritz(alpha, beta, v, TAU, defect, exact=True).residuals for defect in (0.0, 1e-3))
+    plain, noisy = (
+        rayleigh_ritz([SketchedRun(list(v.T), alpha, beta)], TAU, defect, exact=True).residuals
+        for defect in (0.0, 1e-3)
+    )
     assert (noisy - plain).min() >= 1e-3 * 4 * (1 - 1e-6)

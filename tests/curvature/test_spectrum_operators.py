@@ -145,3 +145,18 @@ def test_residuals_bound_the_distance_where_the_rank_is_used_up(dense_operator):
         inside += int((distance <= sp.residuals).sum())
         values += len(distance)
     assert inside > 0.99 * values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("copies", [2, 10])
+def test_copies_are_found_or_the_ranks_below_them_are_not_believed(dense_operator, copies, dtype):
+    """At the default tol, which stops early: one start vector shows one copy, and a residual cannot count."""
+    outliers = torch.tensor([10.0, 7, 5, 4]).repeat_interleave(copies)
+    bulk = torch.linspace(-0.5, 0.5, 400)
+    sp = spectrum(dense_operator(torch.cat([outliers, bulk]).to(dtype).diag()), bottom_k=0, top_k=8)
+    believed = int(sp.converged[:8].cumprod(0).sum())
+    assert believed >= 2
+    torch.testing.assert_close(sp.top(believed), outliers[:believed].double(), rtol=1e-2, atol=0)
+    count = sp.num_outliers()
+    assert count <= len(outliers) if count.at_least else count == len(outliers)
+    assert sp.converged[:8].all() or copies == 10

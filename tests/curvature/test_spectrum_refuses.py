@@ -87,12 +87,12 @@ def test_a_product_that_overflows_on_the_way_is_refused(outliers):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dim": 127}, r"need dim >= 2 num_matvecs .* got dim=127, num_matvecs=64"),
+        ({"dim": 127}, r"need dim >= 2 num_matvecs = 128 .* got dim=127"),
         ({"num_matvecs": 5}, r"5 products show at most 5 .* top_k=5 and bottom_k=1; raise num_matvecs"),
         ({"top_k": 0, "bottom_k": 0}, "one above 0, got top_k=0, bottom_k=0"),
         ({"top_k": -1}, "got top_k=-1"),
-        ({"tol": -1.0}, "need tol >= 0, got tol=-1.0"),
-        ({"tol": float("nan")}, "need tol >= 0, got tol=nan"),
+        ({"tol": -1.0}, "need 0 <= tol < 1, got tol=-1.0"),
+        ({"tol": float("nan")}, "need 0 <= tol < 1, got tol=nan"),
     ],
 )
 def test_arguments_out_of_their_range(outliers, arguments, message):

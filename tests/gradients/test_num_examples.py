@@ -42,14 +42,18 @@ def test_the_first_axis_of_the_first_tensor_counts(batch):
     assert num_examples(batch) == 8
 
 
+def test_strings_are_counted_where_there_is_no_tensor():
+    assert num_examples({"text": ["a", "b", "c"], "name": "train"}) == 3
+
+
 @pytest.mark.parametrize(
     ("batch", "kind"),
     [
-        (["a", "b"], "list"),
         (torch.tensor(1.0), "Tensor"),
         ({"loss": torch.tensor(1.0)}, "dict"),
         ((), "tuple"),
         (3, "int"),
+        ("text", "str"),
     ],
 )
 def test_a_batch_without_examples_is_refused(batch, kind):

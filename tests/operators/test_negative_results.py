@@ -36,7 +36,7 @@ def in_one_block(values, n):
     return values.new_zeros(n).index_put((torch.arange(7 * size, 8 * size),), values)
 
 
-@pytest.mark.parametrize("dim", [16, 64, 256])
+@pytest.mark.parametrize("dim", [16, 256])
 def test_ffd_sends_a_constant_chunk_to_one_chi_square_whatever_dim_is(dim):
     """Theorem 3.1: H x = e_1, so that ||S x||² is one squared normal: mean 1, variance 2, median 0.455."""
     norms = squared_norms(FFD, in_one_block(torch.ones(dim), 10 * dim), dim)

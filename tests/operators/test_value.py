@@ -104,13 +104,14 @@ def test_the_transpose_of_the_transpose_is_the_sketch_itself(make):
 
 
 def test_operators_compose_as_matrices_do(make):
-    sketch = make(n=100, dim=33, seed=3)
-    matrix = sketch.as_matrix(dtype=torch.float64)
-    gram, projection = sketch @ sketch.T, sketch.T @ sketch
-    assert (gram.shape, projection.shape) == ((33, 33), (100, 100))
-    torch.testing.assert_close(gram.as_matrix(dtype=torch.float64), matrix @ matrix.T)
-    torch.testing.assert_close(projection.as_matrix(dtype=torch.float64), matrix.T @ matrix)
-    torch.testing.assert_close((sketch.T @ gram).T.as_matrix(dtype=torch.float64), matrix @ matrix.T @ matrix)
+    first, then = make(n=100, dim=33, seed=3), make(n=33, dim=20, seed=4)
+    a, b = first.as_matrix(dtype=torch.float64), then.as_matrix(dtype=torch.float64)
+    both = then @ first
+    assert both.shape == (20, 100)
+    torch.testing.assert_close(both.as_matrix(dtype=torch.float64), b @ a)
+    torch.testing.assert_close(both.T.as_matrix(dtype=torch.float64), (b @ a).T)
+    torch.testing.assert_close((first @ first.T).as_matrix(dtype=torch.float64), a @ a.T)
+    torch.testing.assert_close((first.T @ first).as_matrix(dtype=torch.float64), a.T @ a)
 
 
 def test_columns_are_values_too(make):

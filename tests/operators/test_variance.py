@@ -62,7 +62,7 @@ def holds(measured, predicted):
         (AFFD, 1.0),
         (FJL, 1 + 3 / 64),  # 64 reads for each row
         (CountSketch, 1.0),
-        (AFJL, 4.0),  # g² of a normal g multiplies the variance: E g⁴ + ... = 8 / dim in place of 2 / dim
+        (AFJL, 4.0),  # (g z)² of two normals has variance 9 - 1, where z² has 2
         (FFD, 1.0),
         (QK, 1.0),
     ],
@@ -73,19 +73,18 @@ def test_on_a_dense_vector(kind, predicted):
     holds((ratio, error), predicted)
 
 
-@pytest.mark.parametrize("dim", [24, 33])
-def test_gaussian_on_any_vector(dim):
+def test_gaussian_on_any_vector():
     """Exactly 2 / dim, whatever x is; a small n, since every entry is drawn."""
     x = torch.eye(100)[0] + torch.eye(100)[50:53].sum(0)
-    holds(measure(Gaussian, x, dim=dim, seeds=2000), 1.0)
+    holds(measure(Gaussian, x, dim=33, seeds=1500), 1.0)
 
 
-@pytest.mark.parametrize("dim", [33, 48, 64])
+@pytest.mark.parametrize("dim", [48, 64])
 def test_folding_to_a_dim_between_powers_of_two_costs_at_most_an_eighth(dim):
     """Of Block SRHT's outputs b - dim collect two rows, the others one: the ratio is (3 b - 2 dim) dim / b²."""
     predicted = (3 * 64 - 2 * dim) * dim / 64**2
     assert predicted <= 1.125
-    holds(measure(BlockSRHT, INPUTS["dense"][:10_000], dim=dim, seeds=1000), predicted)
+    holds(measure(BlockSRHT, INPUTS["dense"][:10_000], dim=dim, seeds=600), predicted)
 
 
 @pytest.mark.parametrize("dim", [100, 200])
@@ -94,7 +93,7 @@ def test_a_dim_between_powers_of_two_costs_nothing_elsewhere(kind, dim):
     holds(measure(kind, INPUTS["dense"][:10_000], dim=dim), 1.0)
 
 
-@pytest.mark.parametrize("kind", [BlockSRHT, CountSketch, FJL])
+@pytest.mark.parametrize("kind", [BlockSRHT, CountSketch])
 def test_no_input_is_worse_than_dense_gaussian(kind):
     """At most 1.3 times 2 / dim: the standard error of a variance over 500 seeds is 0.06."""
     ratio, _ = measure(kind, torch.stack(list(INPUTS.values())), seeds=500)
