@@ -96,7 +96,7 @@ def _sizes(batch: Any, kind: type) -> Iterator[int]:
     elif kind is str and isinstance(batch, list | tuple) and batch and all(isinstance(item, str) for item in batch):
         yield len(batch)
     elif dataclasses.is_dataclass(batch):
-        yield from _sizes(vars(batch), kind)
+        yield from _sizes([getattr(batch, field.name) for field in dataclasses.fields(batch)], kind)
     elif isinstance(batch, Mapping | list | tuple):
         for value in batch.values() if isinstance(batch, Mapping) else batch:
             yield from _sizes(value, kind)

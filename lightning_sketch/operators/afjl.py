@@ -8,7 +8,8 @@ H_D side by side, so only blocks of length D are ever transformed, after they ha
     S x = dim^(-1/2) R_dim G H_D sum_c s_c ∘ x_c    (x_c: the c-th block of length D; H_D with entries ±1)
 
 **When not to use it.** E[SᵀS] = I, but two coordinates at a distance of D share one column of H_D up to
-sign: a vector with two equal entries there is sent to zero with probability 1/2, whatever n is. And G,
+sign: a vector with two equal entries there is sent to zero with probability 1/2, whatever n is, and a few
+outlier columns of a power-of-two width spread ||S x||² 38 times as far (at dim = 256). And G,
 at the end, adds noise without mixing: Var ||S x||² is about 8 / dim for dense x, four times that of
 `BlockSRHT`. It is here to reproduce the paper. O(n) time, one pass.
 

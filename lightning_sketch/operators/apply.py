@@ -13,6 +13,8 @@ from torch import Tensor
 def apply(sketch, start: int, stop: int, adjoint: bool, x: Tensor) -> Tensor:
     """S x (or Sᵀ x if `adjoint`) along the last axis of x, for the columns [start, stop) of S."""
     if torch.compiler.is_compiling():  # traced as one opaque operation: the loops inside do not unroll
+        if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:  # it has no rule there, and would give zeros
+            raise RuntimeError("forward-mode derivatives of a sketch cannot be compiled; use torch.compiler.disable.")
         return _compiled(x, sketch.kind, sketch.n, sketch.dim, sketch.seed, start, stop, adjoint)
     return _Apply.apply(x, sketch, start, stop, adjoint)
 

@@ -26,6 +26,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
         finally:
             for flag, value in zip(flags, before, strict=True):
-                flag.fp32_precision = value
+                flag.fp32_precision = "none"  # what it inherits
+                if flag.fp32_precision != value:
+                    flag.fp32_precision = value
             if legacy:
                 torch.set_float32_matmul_precision(legacy)

@@ -109,7 +109,7 @@ def normals(key: Key, start: int, stop: int, dtype=torch.float32, device=None) -
 
 @functools.lru_cache(maxsize=4)  # 2^16 numbers each, whatever n is
 def _quantiles(dtype: torch.dtype, device) -> Tensor:
-    upper = torch.special.ndtri((torch.arange(1 << 15, dtype=torch.float64, device="cpu") + 0.5) / (1 << 16))
-    table = torch.cat((upper, -upper))
+    lower = torch.special.ndtri((torch.arange(1 << 15, dtype=torch.float64, device="cpu") + 0.5) / (1 << 16))
+    table = torch.cat((lower, -lower))
     table /= table.square().mean().sqrt()
     return table.float().to(device, dtype)

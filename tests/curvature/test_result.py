@@ -8,10 +8,10 @@ import torch
 from lightning_sketch.curvature import Count, Spectrum
 
 
-def result(eigenvalues, residuals=None, tol=1e-2, defect=1e-7):
+def result(eigenvalues, residuals=None, tol=1e-2, defect=1e-7, known=None):
     values = torch.tensor(eigenvalues, dtype=torch.float64)
     residuals = torch.zeros_like(values) if residuals is None else torch.tensor(residuals, dtype=torch.float64)
-    return Spectrum(values, residuals, tol=tol, linearity_defect=defect, num_products=10)
+    return Spectrum(values, residuals, tol=tol, linearity_defect=defect, num_products=10, known=known)
 
 
 def test_converged_walks_inwards_from_each_end():
@@ -23,6 +23,16 @@ def test_converged_walks_inwards_from_each_end():
 def test_converged_is_relative_to_each_value():
     assert result([10, -0.5], [0.09, 0.006]).converged.tolist() == [True, False]
     assert result([10, -0.5], [0.11, 0.004]).converged.tolist() == [False, True]
+
+
+def test_converged_goes_as_far_as_ranks_are_known():
+    """A residual says that an eigenvalue is there, not how often."""
+    sp = result([9, 8, 7, 6, -2, -3], known=(2, 1))
+    assert sp.accepted.all()
+    assert sp.converged.tolist() == [True, True, False, False, False, True]
+    assert str(sp.num_outliers()) == ">=2"
+    assert result([9, 8, 7], known=(3, 3)).converged.all()
+    assert not result([9, 8, 7], known=(0, 0)).converged.any()
 
 
 def test_ends_are_read_outermost_first():
@@ -79,3 +89,5 @@ def test_a_count_is_a_number():
     assert count > 6
     assert count + 1 == 8
     assert f"{count}" == f"{count!s}" == ">=7"
+    assert f"{count:>5}" == "  >=7"
+    assert str(Count(7)) == "7"

@@ -45,6 +45,17 @@ def test_a_run_that_never_gets_there_takes_all_its_products(outliers):
     assert not sp.converged[:15].all()
 
 
+@pytest.mark.parametrize("tol", [0.0, 1e-8, 1e-2])
+@pytest.mark.parametrize("num_matvecs", [6, 20, 64, 96])
+def test_the_number_of_products_is_bounded(outliers, num_matvecs, tol):
+    """`num_matvecs`, a quarter as many (at least 8) that look for copies, and 6 that measure the defect."""
+    operator, calls = outliers(), []
+    product = operator.matvec
+    operator.matvec = lambda x: calls.append(0) or product(x)
+    sp = run(operator, num_matvecs=num_matvecs, tol=tol)
+    assert sp.num_products == len(calls) <= num_matvecs + max(8, num_matvecs // 4) + 6
+
+
 def test_every_product_is_announced(outliers):
     calls = []
     sp = run(outliers(), on_product=lambda *done: calls.append(done))

@@ -18,6 +18,11 @@ class Graphs:
     nodes: Tensor
 
 
+@dataclass(slots=True)
+class Slots:
+    nodes: Tensor
+
+
 class Encoding(UserDict):
     """As tokenizers return: a mapping, though no dict."""
 
@@ -33,6 +38,8 @@ BATCHES = {
     "scalar first": (torch.tensor(1.0), X),
     "number first": (3, None, X),
     "dataclass": Graphs("g", X),
+    "dataclass with slots": Slots(X),
+    "text before": {"text": ["a", "b"], "x": X},
     "encoding": Encoding(input_ids=X, labels=torch.zeros(5)),
 }
 

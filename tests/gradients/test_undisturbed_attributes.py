@@ -1,4 +1,4 @@
-"""A look at a module changes nothing in what it keeps: its attributes, and the states of its metrics."""
+"""A look at a module changes nothing in what it keeps: its attributes, metrics, frozen parameters and hooks."""
 
 from collections import Counter, OrderedDict, defaultdict, deque
 
@@ -72,3 +72,47 @@ def test_metrics_are_put_back():
     assert module.average.compute() == before[1]
     assert module.seen.update_count == 0
     assert module.seen.weight == 0
+
+
+def test_tensors_in_attributes_are_put_back():
+    module = nn.Module()
+    module.average, module.replaced = torch.ones(3), torch.ones(3)
+    before = module.replaced
+    with undisturbed(module):
+        module.average.mul_(0.9)
+        module.replaced = module.replaced * 0.9
+    assert module.average.tolist() == [1, 1, 1]
+    assert module.replaced is before
+
+
+def test_frozen_parameters_are_put_back():
+    """As of a teacher that follows the student in every forward pass."""
+    module = nn.ModuleDict({"student": nn.Linear(3, 3), "teacher": nn.Linear(3, 3).requires_grad_(False)})
+    before = [p.clone() for p in module["teacher"].parameters()]
+    storage = [p.data_ptr() for p in module["teacher"].parameters()]
+    with undisturbed(module):
+        module["teacher"].weight.lerp_(module["student"].weight.detach(), 0.1)
+        module["teacher"].bias.data = module["student"].bias.detach()
+    after = list(module["teacher"].parameters())
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert [p.data_ptr() for p in after] == storage
+
+
+def test_hooks_on_gradients_sleep_and_wake():
+    """They would change the products, or count them as training."""
+    module, fired = nn.Linear(3, 1), []
+    x = torch.ones(2, 3, requires_grad=True)
+    handles = [
+        module.weight.register_hook(lambda grad: fired.append("tensor")),
+        module.register_full_backward_hook(lambda *args: fired.append("module")),
+        module.register_full_backward_pre_hook(lambda *args: fired.append("before")),
+    ]
+    with undisturbed(module):
+        torch.autograd.grad(module(x).sum(), [module.weight, x])
+    assert fired == []
+    torch.autograd.grad(module(x).sum(), [module.weight, x])
+    assert sorted(fired) == ["before", "module", "tensor"]
+    for handle in handles:
+        handle.remove()
+    torch.autograd.grad(module(x).sum(), [module.weight, x])
+    assert len(fired) == 3
