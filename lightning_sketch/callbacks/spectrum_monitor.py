@@ -230,7 +230,15 @@ class SpectrumMonitor(CallbackBase):
         with hessian.hold():
             loss = hessian.loss()
             measured = spectrum(
-                hessian, self.num_matvecs, self.dim, self.seed, self.top_k, self.bottom_k, self.tol, on_product
+                hessian,
+                num_matvecs=self.num_matvecs,
+                dim=self.dim,
+                seed=self.seed,
+                top_k=self.top_k,
+                bottom_k=self.bottom_k,
+                tol=self.tol,
+                density_probes=self.density_probes,
+                on_product=on_product,
             )
         return Measurement(**vars(measured), epoch=epoch, step=step, loss=loss, seconds=time.perf_counter() - start)
 

@@ -31,6 +31,7 @@ def spectrum(
     top_k: int = 10,
     bottom_k: int = 3,
     tol: float = 1e-2,
+    density_probes: int = 0,
     on_product: Callable[[int, int], None] | None = None,
 ) -> Spectrum:
     """The largest and the smallest eigenvalues of a symmetric operator.
@@ -52,6 +53,7 @@ def spectrum(
         top_k: how many of the largest eigenvalues are wanted.
         bottom_k: how many of the smallest.
         tol: largest relative residual of a converged pair; 1e-2 for "converged", 1e-3 for "certified".
+        density_probes: 0; the density of the whole spectrum is not in this version.
         on_product: called with (products done, most products) after each one of the run.
 
     Raises:
@@ -68,6 +70,8 @@ def spectrum(
     if m != n:
         raise ValueError(f"a spectrum needs a square operator, got shape {operator.shape}.")
     check_arguments(num_matvecs, dim, top_k, bottom_k, tol, n)
+    if density_probes:
+        raise ValueError(f"spectrum(density_probes={density_probes}) is not in this version; use 0.")
     sketch = BlockSRHT(n, dim, seed) if dim < n else None
 
     def sketched(v: Tensor) -> Tensor:

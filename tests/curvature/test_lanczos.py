@@ -100,6 +100,13 @@ def test_the_recurrence_goes_on_where_the_krylov_space_ends(dense_operator):
     assert torch.linalg.matrix_rank(torch.stack(v[:8])) == 8
 
 
+@pytest.mark.parametrize("function", [lambda x: x, lambda x: x * torch.linspace(-1, 1, 100)], ids=["identity", "other"])
+def test_a_vector_stays_as_it_was_handed_out(function):
+    """Though an operator may return its argument, which is then the vector itself."""
+    vectors = [v for v, _, _ in itertools.islice(lanczos(Map(function), seed=0), 10)]
+    torch.testing.assert_close(torch.stack(vectors).norm(dim=1), torch.ones(10).double())
+
+
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-14), (torch.float32, 5e-6)])
 def test_the_defect_of_a_linear_map_is_rounding(dense_operator, dtype, bar):
     operator = dense_operator(symmetric(torch.linspace(-1, 1, 100).tolist(), dtype))

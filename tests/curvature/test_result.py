@@ -91,3 +91,12 @@ def test_a_count_is_a_number():
     assert f"{count}" == f"{count!s}" == ">=7"
     assert f"{count:>5}" == "  >=7"
     assert str(Count(7)) == "7"
+
+
+def test_plot_marks_what_has_not_converged():
+    """Full and hollow markers, at the eigenvalues' own heights."""
+    values = torch.tensor([5.0, 2.0, 0.1, -1.0], dtype=torch.float64)
+    residuals = torch.tensor([1e-3, 1e-3, 0.5, 1e-3], dtype=torch.float64)
+    axes = Spectrum(values, residuals, tol=1e-2, linearity_defect=0.0, num_products=9).plot().axes[0]
+    full, hollow = (container.lines[0].get_ydata().tolist() for container in axes.containers)
+    assert (full, hollow) == ([5.0, 2.0, -1.0], [0.1])

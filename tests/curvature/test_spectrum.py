@@ -35,8 +35,9 @@ def test_it_stops_once_what_is_wanted_is_accepted(outliers):
 def test_it_stops_later_where_more_is_wanted(outliers):
     few = run(outliers(), top_k=2, bottom_k=0)
     more = run(outliers(), top_k=5, bottom_k=0)  # the fifth is the edge of the bulk
+    below = run(outliers(), top_k=2, bottom_k=2)  # and so is the second from below
     finer = run(outliers(), top_k=2, bottom_k=0, tol=1e-12)
-    assert few.num_products < min(more.num_products, finer.num_products)
+    assert few.num_products < min(more.num_products, below.num_products, finer.num_products)
 
 
 def test_a_run_that_never_gets_there_takes_all_its_products(outliers):

@@ -37,6 +37,11 @@ def dropped(module, x):
 
 
 @pytest.mark.parametrize("batches", [[X], [X, X]], ids=["one batch", "two batches"])
+def test_the_density_is_refused_by_name(outliers):
+    with pytest.raises(ValueError, match=r"density_probes=3\) is not in this version; use 0"):
+        run(outliers(), density_probes=3)
+
+
 @pytest.mark.parametrize(
     ("module", "loss_fn", "mode"),
     [(network(dropout=0.5), quartic, "train"), (network(), dropped, "eval")],
