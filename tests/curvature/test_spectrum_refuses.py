@@ -37,11 +37,6 @@ def dropped(module, x):
 
 
 @pytest.mark.parametrize("batches", [[X], [X, X]], ids=["one batch", "two batches"])
-def test_the_density_is_refused_by_name(outliers):
-    with pytest.raises(ValueError, match=r"density_probes=3\) is not in this version; use 0"):
-        run(outliers(), density_probes=3)
-
-
 @pytest.mark.parametrize(
     ("module", "loss_fn", "mode"),
     [(network(dropout=0.5), quartic, "train"), (network(), dropped, "eval")],
@@ -108,3 +103,8 @@ def test_arguments_out_of_their_range(outliers, arguments, message):
 def test_an_operator_that_is_not_square(dense_operator):
     with pytest.raises(ValueError, match=r"needs a square operator, got shape \(3, 4\)"):
         spectrum(dense_operator(torch.ones(3, 4)))
+
+
+def test_the_density_is_refused_by_name(outliers):
+    with pytest.raises(ValueError, match=r"density_probes=3\) is not in this version; use 0"):
+        run(outliers(), density_probes=3)
