@@ -21,10 +21,9 @@ def error(found, true):
     return float(((found - true[: len(found)]) / true[: len(found)]).abs().max()) if len(found) else 0.0
 
 
-def accepted(sp):
-    """How many are accepted at tol from the top, and from the bottom."""
-    good = sp.residuals <= sp.tol * sp.eigenvalues.abs()
-    return int(good.cumprod(0).sum()), int(good.flip(0).cumprod(0).sum())
+def believed(sp):
+    """How many are converged from the top inwards, and from the bottom."""
+    return int(sp.converged.cumprod(0).sum()), int(sp.converged.flip(0).cumprod(0).sum())
 
 
 def test_the_top_is_right_to_rounding_in_float64(case):
@@ -61,17 +60,17 @@ def test_both_ends_are_right_at_the_start_of_training(case):
     assert error(sp.bottom(3), case.eigenvalues.flip(0)) < 1e-5
 
 
-@pytest.mark.parametrize(("num_matvecs", "top_bar"), [(48, 0.05), (64, 0.03)])
-def test_what_is_accepted_is_right(cases, num_matvecs, top_bar):
-    """At tol=1e-2, for up to 14 values accepted at the top and 10 at the bottom, in every run.
+@pytest.mark.parametrize("num_matvecs", [48, 64])
+def test_what_is_believed_is_right(cases, num_matvecs):
+    """At tol=1e-2, for up to 14 values at the top and 10 at the bottom, in every run.
 
-    Measured over 64 runs each: 3.8e-2 and 2.9e-2 with 48 products, where one in twenty runs accepts an
-    eigenvalue before a close neighbour has come into view, so that ranks shift; 1.1e-3 and 2.5e-3 with 64.
+    Measured over 120 runs: 1.7e-3 and 2.9e-2. Errors above tol come from an eigenvalue that is accepted before
+    a close neighbour has come into view, so that ranks shift.
     """
     for case, dtype, seed in itertools.product(cases, DTYPES, range(2)):
         sp = case.spectrum(dtype, num_matvecs, seed)
-        top, bottom = accepted(sp)
-        assert error(sp.top(min(top, 14)), case.eigenvalues) < top_bar
+        top, bottom = believed(sp)
+        assert error(sp.top(min(top, 14)), case.eigenvalues) < 0.03
         assert error(sp.bottom(min(bottom, 10)), case.eigenvalues.flip(0)) < 0.05
         assert top >= 5  # the rule does not refuse everything
 
@@ -80,7 +79,7 @@ def test_what_is_accepted_is_right(cases, num_matvecs, top_bar):
 @pytest.mark.parametrize("seed", range(2))
 def test_a_tight_cluster_at_the_bottom_is_not_claimed(case, seed):
     """Negative eigenvalues 2 % apart: 64 products cannot tell them from each other, and say so."""
-    assert accepted(case.spectrum(torch.float32, seed=seed))[1] <= 1
+    assert believed(case.spectrum(torch.float32, seed=seed))[1] <= 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -112,13 +111,14 @@ def test_the_number_of_outliers_at_the_start_is_a_lower_bound(case):
     """There are more above a fifth of the largest than products: no plain number."""
     sp = case.spectrum(torch.float32)
     assert (case.eigenvalues > 0.2 * case.eigenvalues[0]).sum() > 64
-    assert str(sp.num_outliers()) == f">={accepted(sp)[0]}"
+    assert str(sp.num_outliers()) == f">={believed(sp)[0]}"
     assert sp.num_outliers() >= 10
 
 
 @pytest.mark.parametrize("case", ["mlp trained"], indirect=True)
 def test_the_outliers_alone_need_a_third_of_the_products(case):
-    """With the early stop: measured 32 of 96 products, and the wanted values to 3e-4."""
+    """With the early stop: measured 24 products, 8 that look for copies, and 6; right to 8e-7."""
     sp = spectrum(case.hessian(torch.float32), top_k=10, bottom_k=0)
     assert sp.num_products <= 40 + 6
+    assert sp.converged[:10].all()
     assert error(sp.top(10), case.eigenvalues) < 1e-2
