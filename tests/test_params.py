@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
-from lightning_sketch.operators import make_sketch
+from lightning_sketch.operators import BlockSRHT, make_sketch
 from lightning_sketch.params import Layout
 
 KINDS = ["block_srht", "count_sketch", "gaussian", "affd", "afjl", "qk", "ffd", "fjl"]
@@ -158,6 +158,15 @@ def test_big_tensors_next_to_small_ones():
     sparse = {name: named[name] for name in ("p1", "p3", "p8")}
     rest = layout.flatten([sparse.get(name) for name in layout.names], flat)
     torch.testing.assert_close(layout.sketch(sketch, sparse), sketch.matvec(rest), rtol=1e-5, atol=1e-5)
+
+
+def test_small_tensors_are_sketched_together_but_no_more_than_fit_the_cache(monkeypatch):
+    """So that a sketch of many small gradients costs one chunk, and makes no second copy of them all."""
+    columns, pieces = BlockSRHT.columns, []
+    monkeypatch.setattr(BlockSRHT, "columns", lambda self, a, b: pieces.append((a, b)) or columns(self, a, b))
+    layout = Layout(tuple("abcdef"), tuple(torch.Size([n]) for n in (10, 20, (1 << 18) - 30, 1, 300_000, 5)))
+    layout.sketch(BlockSRHT(layout.n, 8), tensors(layout)[0])
+    assert pieces == [(0, 1 << 18), (1 << 18, (1 << 18) + 1), ((1 << 18) + 1, layout.n - 5), (layout.n - 5, layout.n)]
 
 
 @pytest.mark.parametrize("kind", ["block_srht", "affd"])
