@@ -30,7 +30,7 @@ print(n, (peak() - before) / (4 * n))
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read in the unit of Linux")
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_run_takes_a_few_vectors_above_a_product(batches):
-    """Measured 3.4 vectors of size n for one batch, whose graph is kept, and 2.5 for two.
+    """Measured 3.5 to 3.9 vectors of size n for one batch, whose graph is kept, and 2.9 to 3.2 for two.
 
     v, its predecessor and A v, less what the two products before have shown already. The bar of 6 leaves room
     for the allocator; 32 Krylov vectors, or float64 copies for a dot product (8.8), break it.
