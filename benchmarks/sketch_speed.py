@@ -1,6 +1,7 @@
-"""See what a sketch costs in time and memory, next to a copy of its input, TRAK and dattri (4 minutes).
+"""See what a sketch costs in time and memory, next to a copy of its input, TRAK and dattri (5 minutes).
 
-One table, float32 on the CPU. Each line is measured in a process of its own; times are for one vector of a batch:
+One table, float32 on the CPU. All lines are measured in turn, three times over, each time in a new process, for
+machines have moods; a number is the median of the three. Times are for one vector of a batch:
 
 ms        of matvec, S x: median of several calls
 GB/s      of x, which is read once
@@ -30,8 +31,9 @@ import torch
 from lightning_sketch import make_sketch
 
 THREADS = 2
-REPEATS = 15  # calls; fewer, but three at least, once they took
-SECONDS = 4.0  # in all
+PASSES = 3  # through the table
+REPEATS = 9  # calls in a pass; fewer, but one at least, once they took
+SECONDS = 1.5  # in all
 
 ROWS = [  # kind, log2 n, log2 dim, batch
     ("x.clone()", 24, 12, 1),
@@ -80,7 +82,7 @@ def measure(row: tuple[str, int, int, int]) -> list[float] | None:
         extra = max(extra, high_water() - before - result.nbytes)
         del result
         pairs = []
-        while len(pairs) < 3 or (len(pairs) < REPEATS and sum(map(sum, pairs)) < SECONDS):
+        while not pairs or (len(pairs) < REPEATS and sum(map(sum, pairs)) < SECONDS):
             pairs.append((seconds(product, vectors), seconds(out.copy_, x)))
         times.append(statistics.median(call for call, _ in pairs) * 1e3 / batch)
         times.append(statistics.median(call / copy for call, copy in pairs))
@@ -107,16 +109,20 @@ def cpu() -> str:
 def main():
     print(f"{cpu()}, {THREADS} threads, torch {torch.__version__}, float32")
     print(f"{'kind':12}    n   dim batch        ms    GB/s  copies   adjoint  copies  extra MB")
-    copies, extra = {}, 0.0
+    found, copies, extra = {row: [] for row in ROWS}, {}, 0.0
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for (kind, n, dim, batch), numbers in zip(ROWS, pool.imap(measure, ROWS), strict=True):
+        for row, numbers in zip(ROWS * PASSES, pool.imap(measure, ROWS * PASSES), strict=True):
+            found[row].append(numbers)
+            if len(found[row]) < PASSES:
+                continue
+            kind, n, dim, batch = row
             start = f"{kind:12} 2^{n:<2}  2^{dim:<2} {batch:4}"
             if numbers is None:
                 print(f"{start}  not installed: pip install {kind}", flush=True)
                 continue
-            ms, ratio, adjoint_ms, adjoint_ratio, mb = numbers
+            ms, ratio, adjoint_ms, adjoint_ratio, mb = map(statistics.median, zip(*found[row], strict=True))
             adjoint = f"{adjoint_ms:9.1f} {adjoint_ratio:7.1f}".replace("nan", "  -")
-            print(f"{start} {ms:9.1f} {4e-6 * 2**n / ms:7.3f} {ratio:7.1f} {adjoint} {mb:9.0f}", flush=True)
+            print(f"{start} {ms:9.1f} {4e-6 * 2**n / ms:#7.2g} {ratio:7.1f} {adjoint} {mb:9.0f}", flush=True)
             if n >= 24 and kind in ("block_srht", "count_sketch"):
                 copies[kind, n, dim], extra = ratio, max(mb, extra)
 
