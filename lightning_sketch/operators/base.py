@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +63,20 @@ class Transposed(LinearOperator):
         """(n, m) where A has (m, n)."""
         return self.of.shape[::-1]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of A."""
+        return self.of.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of A."""
+        return self.of.device
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Hold A."""
+        return self.of.hold()
+
     def matvec(self, x: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
         """Aᵀ x."""
         return self.of.rmatvec(x)
@@ -99,6 +113,22 @@ class Composed(LinearOperator):
     def shape(self) -> tuple[int, int]:
         """Rows of A, columns of B."""
         return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The wider of the two."""
+        return torch.promote_types(self.left.dtype, self.right.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the one which is not on the CPU, if there is one."""
+        return self.right.device if self.left.device.type == "cpu" else self.left.device
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold both."""
+        with self.left.hold(), self.right.hold():
+            yield
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """A (B x)."""
