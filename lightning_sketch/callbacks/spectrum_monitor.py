@@ -26,8 +26,8 @@ from lightning_sketch.callbacks.initial_weights import InitialWeights
 from lightning_sketch.callbacks.kept_batches import KeptBatches
 from lightning_sketch.callbacks.measurement import Measurement, nothing_known
 from lightning_sketch.curvature import Hessian, spectrum
+from lightning_sketch.curvature.checks import check_arguments, checked_defect
 from lightning_sketch.curvature.lanczos import start_vector
-from lightning_sketch.curvature.spectrum import check_arguments, checked_defect
 from lightning_sketch.gradients import training_step_loss
 from lightning_sketch.params import Layout
 
@@ -271,7 +271,7 @@ class SpectrumMonitor(CallbackBase):
     def _first_look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         hessian = self._hessian(pl_module)
         with muted_loggers(trainer), hessian.hold():
-            checked_defect(hessian, *(start_vector(hessian, self.seed, name) for name in ("0", "defect")))
+            checked_defect(hessian, *(start_vector(hessian, self.seed, name) for name in ("0", "defect")), random=True)
         if self.at_start and trainer.global_step == 0:
             self._initial = InitialWeights(pl_module)
 

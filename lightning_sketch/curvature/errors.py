@@ -7,8 +7,20 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils.hooks import RemovableHandle
 
-_SIGNS = ("is not implemented", "does not have a double backward", "not supported", ".grad()", "cudnn RNN backward")
+_SIGNS = (
+    "is not implemented",
+    "does not have a double backward",
+    "not supported",
+    ".grad()",
+    "cudnn RNN backward",
+    "forward AD",
+    "jvp",
+)
 _MARKED = once_differentiable(lambda ctx: None).__code__
+
+
+class NoSecondDerivative(ValueError):
+    """An operation of the loss has no derivative of that kind."""
 
 
 @contextmanager
@@ -16,7 +28,7 @@ def second_derivative_errors() -> Iterator[None]:
     """Re-raise what autograd says of a missing second derivative, with a way out."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, NotImplementedError) as error:
         if not any(sign in str(error) for sign in _SIGNS):
             raise
         raise _refusal(str(error).splitlines()[0].rstrip(".")) from error
@@ -57,8 +69,9 @@ def _nodes(loss: Tensor) -> Iterator[object]:
             yield node
 
 
-def _refusal(what: str) -> ValueError:
-    return ValueError(
+def _refusal(what: str) -> NoSecondDerivative:
+    return NoSecondDerivative(
         f"the loss holds an operation that PyTorch cannot differentiate twice: {what}. "
-        'Replace it by plain operations, or leave the parameters before it out with parameters="...".'
+        'Replace it by plain operations, leave the parameters before it out with parameters="...", or, if the loss '
+        'is smooth, take finite differences (hvp="finite_differences").'
     )

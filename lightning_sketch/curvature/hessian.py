@@ -1,45 +1,45 @@
-"""The Hessian of a loss as a linear operator, by double backward.
+"""The Hessian of a loss as a linear operator.
 
-    H v = ∇(∇L(θ)ᵀ v),     L(θ) = sum_b n_b L_b(θ) / sum_b n_b          H: R^n -> R^n, symmetric
+    H = ∇²L(θ),     L(θ) = sum_b w_b L_b(θ) / sum_b w_b          H: R^n -> R^n, symmetric
 
-b      a batch, with n_b examples and mean loss L_b
+b      a batch, of weight w_b (its number of examples) and mean loss L_b
 θ      the chosen parameters, as one flat vector in the order of `Layout`
 
-One product costs about two gradients of every batch; nothing of size n² is ever made.
-
-Source: Pearlmutter (1994), "Fast exact multiplication by the Hessian", Neural Computation 6(1),
-doi:10.1162/neco.1994.6.1.147.
+One product costs about two gradients of every batch; nothing of size n² is ever made. How it is made: `hvp.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.curvature.errors import nothing_dropped, second_derivative_errors
-from lightning_sketch.gradients import num_examples, undisturbed
-from lightning_sketch.operators.base import LinearOperator, check_vectors
-from lightning_sketch.params import Layout
+from lightning_sketch.curvature.errors import NoSecondDerivative
+from lightning_sketch.curvature.hvp import double_backward, finite_differences, forward_over_reverse
+from lightning_sketch.curvature.lanczos import dot, start_vector
+from lightning_sketch.curvature.operator import CurvatureOperator, Product
+
+_STEPS_AGREE = 0.02
+_WAYS = ("auto", "double_backward", "forward_over_reverse", "finite_differences")
 
 
-class Hessian(LinearOperator):
+class Hessian(CurvatureOperator):
     """Hessian of the mean loss over batches, at the module's present parameters.
 
     Args:
         loss_fn: (module, batch) -> mean loss of the batch, a scalar.
-        module: its parameters are where the Hessian is taken; `.grad` is never touched, and buffers, modes
-            and random state are put back.
-        batches: a list of batches, or any iterable that can be read again and again. Each is weighted
-            by its number of examples (the first axis of its first tensor).
-        parameters: names of the parameters to take, as shell patterns.
-        mode: "eval", or "train" to leave dropout and batch statistics as they are; a loss that is drawn
-            anew at each call has no Hessian, and `spectrum` refuses it.
+        module: where the Hessian is taken; see `CurvatureOperator` for it and all further arguments.
+        batches: a list of batches, or any iterable that can be read again and again.
+        hvp: how products are made. "double_backward" serves most modules, and is kept ready for a single batch;
+            "forward_over_reverse" takes less memory, and fails where PyTorch has no forward derivative; "auto" is
+            the first, or the second where the first is impossible. "finite_differences" needs first derivatives only;
+            it is good to three digits on smooth losses, and refused where two step sizes disagree, as with ReLU.
+        step: of finite differences, along a unit vector of parameters.
+        **options: parameters, mode, weight_fn, micro_batch_size, distributed: see `CurvatureOperator`.
 
     Raises:
-        TypeError: if `batches` can be read only once, or parameters are not float32 or float64.
+        TypeError: as in `CurvatureOperator`.
         ValueError: at a product: if the loss is no scalar, does not depend on the parameters, or holds
             an operation that PyTorch cannot differentiate twice; the message names it.
 
@@ -56,119 +56,85 @@ class Hessian(LinearOperator):
         module: nn.Module,
         batches: Iterable[Any],
         *,
-        parameters: str | Sequence[str] = "*",
-        mode: str = "eval",
+        hvp: str = "auto",
+        step: float = 1e-3,
+        **options: Any,
     ):
-        if isinstance(batches, Tensor):
-            raise TypeError("batches is a list of batches, got one tensor; pass [batch].")
-        if isinstance(batches, Iterator):
-            raise TypeError(
-                f"batches is read again for every product, got a {type(batches).__name__} that can be read only "
-                "once; pass list(batches)."
-            )
-        self.loss_fn, self.module, self.batches, self.mode = loss_fn, module, batches, mode
-        self.layout = Layout.of(module, parameters)
-        self.parameters = self.layout.parameters(module)
-        for name, parameter in zip(self.layout.names, self.parameters, strict=True):
-            if parameter.is_meta:
-                raise ValueError(
-                    f"parameter {name} is on the meta device and has no values; materialize the module first."
-                )
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise TypeError(
-                    f"parameter {name} is {parameter.dtype}, too coarse for curvature; "
-                    "hold them in float32: module.float(), or Trainer(precision='bf16-mixed')."
-                )
-        self.dtype = max((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
-        self.device = self.parameters[0].device
-        self._held = False
-        self._graph: tuple[Tensor | None, ...] | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, n)."""
-        return self.layout.n, self.layout.n
+        super().__init__(module, batches, **options)
+        if hvp not in _WAYS:
+            raise ValueError(f"hvp is one of {', '.join(_WAYS)}, got {hvp!r}.")
+        if not step > 0:
+            raise ValueError(f"need step > 0, got {step}.")
+        self.loss_fn, self.hvp, self.step = loss_fn, hvp, step
+        self._steps_agree = False  # not looked yet
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """H x for each vector along the last axis, one after the other."""
-        check_vectors(x, self.layout.n, "Hessian.matvec")
-        if x.ndim > 1:
-            return torch.stack([self.matvec(row) for row in x]) if len(x) else torch.empty_like(x)
-        with self.hold(), torch.enable_grad():
-            pieces = self.layout.unflatten(x.detach().to(self.dtype))
-            total, examples = torch.zeros_like(x), 0
-            for batch in self.batches:
-                count = num_examples(batch)
-                for part, product in zip(self.layout.unflatten(total), self._product(batch, pieces), strict=True):
-                    if product is not None:
-                        part.add_(product, alpha=count)
-                examples += count
-            return total.div_(_some(examples))
+        if self.hvp == "finite_differences" and not self._steps_agree:
+            self._steps_agree = True
+            self._check_steps()
+        try:
+            return super().matvec(x)
+        except NoSecondDerivative as refusal:
+            if self.hvp != "auto":
+                raise
+            try:
+                self.hvp = "forward_over_reverse"
+                return super().matvec(x)
+            except Exception as second:
+                self.hvp = "auto"
+                raise refusal from second
 
     rmatvec = matvec
 
-    def loss(self) -> float:
-        """L(θ): the mean loss over all batches, in loss units."""
-        with self.hold():
-            weighted = [(num_examples(batch), float(self._scalar_loss(batch).detach())) for batch in self.batches]
-        return sum(count * loss for count, loss in weighted) / _some(sum(count for count, _ in weighted))
+    def linearize(self, batch: Any, keep: bool) -> Product:
+        """V -> ∇²L_b v."""
+        loss_now = functools.partial(self._differentiable_loss, batch)
+        if self.hvp == "finite_differences":
+            return finite_differences(loss_now, self.module, self.parameters, self.step)
+        if self.hvp == "forward_over_reverse":
+            return forward_over_reverse(loss_now, self.module, self.parameters)
+        return double_backward(loss_now, self.parameters, keep)
 
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep the module still over many products; the graph of a single fixed batch is then built once.
-
-        The parameters must not change inside.
-        """
-        if self._held:
-            yield
-            return
-        with undisturbed(self.module, self.mode):
-            self._held = True
-            try:
-                yield
-            finally:
-                self._held, self._graph = False, None
-
-    def _product(self, batch: Any, pieces: list[Tensor]) -> Sequence[Tensor | None]:
-        """The products of the batch's Hessian with the pieces of one vector, each in a parameter's shape."""
-        gradients = self._graph or self._gradients(batch)
-        if self._graph is None and self._is_fixed(batch):
-            self._graph = gradients
-        pairs = [(g, piece) for g, piece in zip(gradients, pieces, strict=True) if g is not None and g.requires_grad]
-        if not pairs:  # the loss is linear in the parameters
-            return [None] * len(pieces)
-        outputs, directions = zip(*pairs, strict=True)
-        with second_derivative_errors():
-            return torch.autograd.grad(
-                outputs, self.parameters, directions, retain_graph=self._graph is not None, allow_unused=True
-            )
-
-    def _gradients(self, batch: Any) -> tuple[Tensor | None, ...]:
-        loss = self._scalar_loss(batch)
-        if not loss.requires_grad:
-            raise ValueError(
-                f"the loss does not depend on the parameters {', '.join(self.layout.names[:5])}, ...; "
-                "it may have been computed under no_grad or from detached tensors."
-            )
-        with second_derivative_errors(), nothing_dropped(loss):
-            return torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
-
-    def _scalar_loss(self, batch: Any) -> Tensor:
+    def batch_loss(self, batch: Any) -> Tensor:
+        """L_b(θ)."""
         loss = self.loss_fn(self.module, batch)
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise ValueError(f"loss_fn returns the mean loss of a batch, a scalar tensor; got {got}; use .mean().")
         return loss
 
-    def _is_fixed(self, batch: Any) -> bool:
-        """Whether the graph may be kept: one batch, and a loss that is not drawn anew at each call."""
-        if not isinstance(self.batches, list | tuple) or len(self.batches) > 1:
-            return False
-        first, second = (self._scalar_loss(batch).detach() for _ in range(2))
-        return torch.allclose(first, second, rtol=1e-5, atol=0, equal_nan=True)
+    def _differentiable_loss(self, batch: Any) -> Tensor:
+        loss = self.batch_loss(batch)
+        if not loss.requires_grad:
+            raise ValueError(
+                f"the loss does not depend on the parameters {', '.join(self.layout.names[:5])}, ...; "
+                "it may have been computed under no_grad or from detached tensors."
+            )
+        return loss
 
+    def _check_steps(self) -> None:
+        """Compare two step sizes, on a random vector and on one that the operator has shaped."""
+        v = start_vector(self, 0, "finite differences")
+        with self.hold():
+            for vector in (v, self._smoothed(v)):
+                fine, coarse = (self._with_step(step, vector) for step in (self.step / 2, self.step))
+                rest = fine - coarse
+                change = (dot(rest, rest) / dot(fine, fine)) ** 0.5 if dot(rest, rest) else 0.0
+                if not change <= _STEPS_AGREE:
+                    raise ValueError(
+                        f"finite differences with steps of {self.step:g} and {self.step / 2:g} differ by {change:.0%}: "
+                        "the loss has kinks (ReLU, max-pooling) or the step does not fit it. Use hvp='auto', smooth "
+                        "activations, or another step."
+                    )
 
-def _some(examples: int) -> int:
-    if not examples:
-        raise ValueError("batches holds no example, so there is no loss to differentiate; pass at least one batch.")
-    return examples
+    def _with_step(self, step: float, v: Tensor) -> Tensor:
+        self.step, self._kept = step, None
+        return self.matvec(v)
+
+    def _smoothed(self, v: Tensor) -> Tensor:
+        """A³ v, scaled to length one: what a Krylov vector looks like."""
+        for _ in range(3):
+            v = self.matvec(v)
+            v = v / (dot(v, v) ** 0.5 or 1.0)
+        return v

@@ -1,4 +1,4 @@
-"""The Lanczos recurrence with three vectors, and how linear an operator really is.
+"""The Lanczos recurrence with three vectors, and how linear and symmetric an operator really is.
 
     β_j v_{j+1} = A v_j - α_j v_j - β_{j-1} v_{j-1},     α_j = v_jᵀ A v_j,   β_j = ||what remains||
 
@@ -8,7 +8,8 @@ with T̄_m tridiagonal, (m+1) x m. No v_j is kept.
 Source: Lanczos (1950); Paige (1976), "Error analysis of the Lanczos algorithm", doi:10.1093/imamat/18.3.341.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -29,14 +30,19 @@ def start_vector(operator: LinearOperator, seed: int, name: str) -> Float[Tensor
     return v.div_(dot(v, v) ** 0.5)
 
 
-def lanczos(operator: LinearOperator, seed: int, start: int = 0) -> Iterator[tuple[Tensor, float, float]]:
+def lanczos(
+    operator: LinearOperator, seed: int, start: int = 0, again: Sequence[tuple[float, float]] = ()
+) -> Iterator[tuple[Tensor, float, float]]:
     """Yields v_{j+1}, α_j, β_j for j = 1, 2, ..., from `start_vector(operator, seed, f"{start}")`.
 
     Where the Krylov space ends (β_j is rounding), β_j = 0 and v_{j+1} is a new random vector: the relation
     A V_m = V_{m+1} T̄_m goes on to hold, and what the first start could not see comes into view.
+
+    To see the vectors of a run again, pass its (α_j, β_j): they are taken as they were, since the recurrence
+    blows up any difference once values have converged. So the order of operations is the same here, too.
     """
     v, previous, beta = start_vector(operator, seed, f"{start}"), None, 0.0
-    size, restarts = 0.0, 0
+    size, restarts, known = 0.0, 0, iter(again)
     while True:
         w = operator.matvec(v)
         if w.data_ptr() == v.data_ptr():  # an operator may return its argument
@@ -44,9 +50,10 @@ def lanczos(operator: LinearOperator, seed: int, start: int = 0) -> Iterator[tup
         if previous is not None:
             w.add_(previous, alpha=-beta)
         previous = None  # one vector fewer while the dot products run
-        alpha = dot(w, v)
+        recorded = next(known, None)
+        alpha = recorded[0] if recorded else dot(w, v)
         w.add_(v, alpha=-alpha)
-        beta = dot(w, w) ** 0.5
+        beta = recorded[1] if recorded else dot(w, w) ** 0.5
         size = max(size, abs(alpha), beta)
         if beta <= 10 * torch.finfo(w.dtype).eps * size:
             restarts += 1
@@ -57,20 +64,27 @@ def lanczos(operator: LinearOperator, seed: int, start: int = 0) -> Iterator[tup
         v, previous = w, v
 
 
-def linearity_defect(operator: LinearOperator, u: Float[Tensor, " n"], v: Float[Tensor, " n"]) -> float:
-    """||A(u + v) - A u - A v|| over the largest of the three: rounding if A is linear, large if it is not.
+class Defect(NamedTuple):
+    """How far an operator is from linear and from symmetric; both are rounding if it is."""
 
-    Three products. It also sees batches that change from one product to the next, and live dropout.
-    """
+    linearity: float
+    """||A(u + v) - A u - A v|| over the largest of the three."""
+    symmetry: float
+    """|uᵀA v - vᵀA u| over ||A u|| + ||A v||, for unit vectors."""
+
+
+def defect(operator: LinearOperator, u: Float[Tensor, " n"], v: Float[Tensor, " n"]) -> Defect:
+    """Both defects from three products. Batches that change between products and live dropout show in the first."""
     rest = operator.matvec(u + v)
-    size = dot(rest, rest) ** 0.5
-    for x in (u, v):
+    sizes, crossed = [dot(rest, rest) ** 0.5], []
+    for x, other in ((u, v), (v, u)):
         image = operator.matvec(x)
-        size = max(size, dot(image, image) ** 0.5)
+        sizes.append(dot(image, image) ** 0.5)
+        crossed.append(dot(image, other) / (dot(other, other) ** 0.5 or 1.0))
         rest -= image
         del image  # one vector fewer during the next product
-    defect = dot(rest, rest) ** 0.5
-    return defect / size if defect else 0.0
+    linearity, asymmetry = dot(rest, rest) ** 0.5, abs(crossed[0] - crossed[1])
+    return Defect(linearity / max(sizes) if linearity else 0.0, asymmetry / (sizes[1] + sizes[2]) if asymmetry else 0.0)
 
 
 def dot(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:

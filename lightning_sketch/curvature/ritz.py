@@ -17,12 +17,13 @@ eigenvalue problems", SIAM J. Matrix Anal. Appl. 45(2), arXiv:2111.00113, sectio
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lightning_sketch.curvature.krylov import SketchedRun
 
 
 class RitzPairs(NamedTuple):
@@ -32,28 +33,10 @@ class RitzPairs(NamedTuple):
     """θ: real parts; complex pairs arise only among values that have not converged."""
     residuals: Float[Tensor, " r"]
     """c ||S (A x - θ x)|| / ||S x||, and the error of the products: some eigenvalue lies within that of θ."""
-
-
-@dataclass
-class SketchedRun:
-    """What is kept of one Lanczos run: S v_1 ... S v_{m+1}, α_1 ... α_m, β_1 ... β_m."""
-
-    columns: list[Float[Tensor, " dim"]]
-    alpha: list[float] = field(default_factory=list)
-    beta: list[float] = field(default_factory=list)
-
-    def basis(self) -> Float[Tensor, "dim m"]:
-        """S V_m."""
-        return torch.stack(self.columns[:-1], dim=1)
-
-    def image(self) -> Float[Tensor, "dim m"]:
-        """S A V_m = S V_{m+1} T̄_m."""
-        m = len(self.alpha)
-        tridiagonal = torch.zeros(m + 1, m, dtype=torch.float64)
-        tridiagonal[range(m), range(m)] = torch.tensor(self.alpha, dtype=torch.float64)
-        tridiagonal[range(1, m + 1), range(m)] = torch.tensor(self.beta, dtype=torch.float64)
-        tridiagonal[range(m - 1), range(1, m)] = torch.tensor(self.beta[:-1], dtype=torch.float64)
-        return torch.stack(self.columns, dim=1) @ tridiagonal
+    vectors: Float[Tensor, "dim r"]
+    """S x, of length one: the sketched eigenvectors."""
+    coefficients: Float[Tensor, "m r"]
+    """x = V c, all runs one after the other."""
 
 
 def rayleigh_ritz(runs: Sequence[SketchedRun], tau: float, defect: float, exact: bool) -> RitzPairs:
@@ -80,7 +63,8 @@ def rayleigh_ritz(runs: Sequence[SketchedRun], tau: float, defect: float, exact:
     if not exact:
         e = math.sqrt(r / len(basis))
         residuals *= math.sqrt((1 + e) / (1 - e))
-    coefficients = (whitened.to(y.dtype) @ y).norm(dim=0) / y.norm(dim=0)
-    residuals += defect * theta.abs().max() * coefficients.clamp(min=1)
+    coefficients = whitened.to(y.dtype) @ y / y.norm(dim=0)
+    residuals += defect * theta.abs().max() * coefficients.norm(dim=0).clamp(min=1)
+    vectors = u.to(y.dtype) @ y / y.norm(dim=0)
     order = theta.real.argsort(descending=True, stable=True)
-    return RitzPairs(theta.real[order], residuals[order])
+    return RitzPairs(theta.real[order], residuals[order], vectors.real[:, order], coefficients.real[:, order])

@@ -12,15 +12,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.curvature.lanczos import lanczos, linearity_defect, start_vector
+from lightning_sketch.curvature.alignment import better_of, shares, shares_by_dots
+from lightning_sketch.curvature.checks import check_arguments, checked_defect
+from lightning_sketch.curvature.krylov import Krylov
+from lightning_sketch.curvature.lanczos import dot, start_vector
+from lightning_sketch.curvature.quadrature import quadrature, trace
 from lightning_sketch.curvature.result import Spectrum
-from lightning_sketch.curvature.ritz import SketchedRun, rayleigh_ritz
+from lightning_sketch.curvature.ritz import rayleigh_ritz
 from lightning_sketch.operators.base import LinearOperator
 from lightning_sketch.operators.block_srht import BlockSRHT
 
-DEFECT_WARNED, DEFECT_REFUSED = 3e-3, 0.05
+_DEFECT_WARNED = 3e-3
 _CHECK_EVERY = 8
-_NOT_FINITE = "a product with the operator is not finite; the loss is NaN or infinite at these parameters."
 
 
 def spectrum(
@@ -32,6 +35,9 @@ def spectrum(
     bottom_k: int = 3,
     tol: float = 1e-2,
     density_probes: int = 0,
+    density_matvecs: int = 32,
+    method: str = "lanczos",
+    gradient: Float[Tensor, " n"] | None = None,
     on_product: Callable[[int, int], None] | None = None,
 ) -> Spectrum:
     """The largest and the smallest eigenvalues of a symmetric operator.
@@ -53,7 +59,12 @@ def spectrum(
         top_k: how many of the largest eigenvalues are wanted.
         bottom_k: how many of the smallest.
         tol: largest relative residual of a converged pair; 1e-2 for "converged", 1e-3 for "certified".
-        density_probes: 0; the density of the whole spectrum is not in this version.
+        density_probes: further starts, for the density of all eigenvalues and a better trace; 3 is usual. They cost
+            `density_matvecs` products each.
+        density_matvecs: steps of each start that the density is made from.
+        method: "lanczos", or "projected" for the paper's own: all of this on S A Sᵀ instead of A, S of size dim x n.
+            Residuals then say nothing of A, whose eigenvalues are 5 to 20 % off.
+        gradient: a vector of size n; how much of it lies in the top eigenvectors comes with the result.
         on_product: called with (products done, most products) after each one of the run.
 
     Raises:
@@ -69,40 +80,39 @@ def spectrum(
     m, n = operator.shape
     if m != n:
         raise ValueError(f"a spectrum needs a square operator, got shape {operator.shape}.")
-    check_arguments(num_matvecs, dim, top_k, bottom_k, tol, n)
-    if density_probes:
-        raise ValueError(f"spectrum(density_probes={density_probes}) is not in this version; use 0.")
-    sketch = BlockSRHT(n, dim, seed) if dim < n else None
-
-    def sketched(v: Tensor) -> Tensor:
-        return (v if sketch is None else sketch.matvec(v)).cpu().double()
-
-    runs: list[SketchedRun] = []
+    if method == "projected":
+        sketch = BlockSRHT(n, min(dim, n), seed)
+        operator, n = sketch @ operator @ sketch.T, sketch.dim
+        gradient = None if gradient is None else sketch.matvec(gradient)
+    check_arguments(num_matvecs, dim, top_k, bottom_k, tol, density_probes, density_matvecs, method, n)
+    krylov = Krylov(seed, BlockSRHT(n, dim, seed) if dim < n else None)
 
     def steps() -> Iterator[Tensor]:
         """The vectors of a run from a new start."""
-        start = len(runs)
-        runs.append(run := SketchedRun([sketched(start_vector(operator, seed, f"{start}"))]))
-        for v, alpha, beta in lanczos(operator, seed, start):
-            if not (alpha == alpha and beta < float("inf")):
-                raise ValueError(_NOT_FINITE)
-            run.columns.append(sketched(v))
-            run.alpha.append(alpha)
-            run.beta.append(beta)
+        for v in krylov.grow(operator, gradient):
             if on_product is not None:
-                done = sum(len(run.alpha) for run in runs)
-                on_product(done, max(done, num_matvecs))
+                on_product(krylov.num_products, max(krylov.num_products, num_matvecs))
             yield v
 
     def result(defect: float) -> Spectrum:
         tau = min(max(30 * defect, 100 * torch.finfo(operator.dtype).eps), 0.03)
-        pairs = rayleigh_ritz(runs, tau, defect, exact=sketch is None)
-        products = sum(len(run.alpha) for run in runs) + 6
-        return Spectrum(*pairs, tol=tol, linearity_defect=defect, num_products=products)
+        pairs = rayleigh_ritz(krylov.runs, tau, defect, exact=krylov.sketch is None)
+        return Spectrum(
+            pairs.values,
+            pairs.residuals,
+            tol,
+            defect,
+            num_products=krylov.num_products + 6,
+            n=n,
+            vectors=pairs.vectors,
+            coefficients=pairs.coefficients,
+            krylov=krylov,
+            sketch=krylov.sketch,
+        )
 
     with operator.hold(), torch.no_grad():
         previous = start_vector(operator, seed, "0")
-        defect = checked_defect(operator, previous, start_vector(operator, seed, "defect"))
+        defect = checked_defect(operator, previous, start_vector(operator, seed, "defect"), random=True)
         for done, v in enumerate(steps(), start=1):
             if done == min(4, num_matvecs):  # on vectors that the operator itself has shaped as well
                 defect = max(defect, checked_defect(operator, previous, v))
@@ -113,21 +123,39 @@ def spectrum(
                     break
         del v
         length = max(_CHECK_EVERY, done // 4)
-        for _ in range(max(1, (num_matvecs - done) // length)):
+        for start in range(max(1, density_probes, (num_matvecs - done) // length)):
             before = found
-            for _ in zip(range(length), steps(), strict=False):
+            for _ in zip(range(max(length, density_matvecs if start < density_probes else 0)), steps(), strict=False):
                 pass
             found = result(defect)
             found = replace(found, known=_unchanged(before, found))
-            if _enough(found, top_k, bottom_k):
+            if start + 1 >= density_probes and _enough(found, top_k, bottom_k):
                 break
-    if defect > DEFECT_WARNED:
+    if defect > _DEFECT_WARNED:
         warnings.warn(
             f"the operator is linear only to {defect:.1e} of its size; eigenvalues below {10 * defect:.0e} of the "
             "largest mean nothing. Half precision or a loss that varies between calls does this.",
             stacklevel=2,
         )
-    return found
+    value, sem = trace(krylov.runs, n)
+    density = krylov.runs[: 1 + density_probes]
+    nodes = quadrature(density, density_matvecs if density_probes else done)
+    return replace(
+        found, trace=value, trace_sem=sem, quadrature=nodes, gradient_shares=_gradient_shares(found, gradient)
+    )
+
+
+def _gradient_shares(found: Spectrum, gradient: Tensor | None) -> Tensor | None:
+    if gradient is None:
+        return None
+    krylov, norm = found.krylov, dot(gradient, gradient) ** 0.5
+    if not norm:
+        return None
+    dots = torch.tensor([d for run in krylov.runs for d in run.dots[:-1]], dtype=torch.float64)
+    by_dots = shares_by_dots(found.vectors, found.coefficients, dots, norm)
+    if krylov.sketch is None:
+        return by_dots
+    return better_of(shares(found.vectors, krylov.sketched(gradient), exact=False), by_dots)
 
 
 def _enough(found: Spectrum, top_k: int, bottom_k: int) -> bool:
@@ -148,34 +176,3 @@ def _unchanged(before: Spectrum, after: Spectrum) -> tuple[int, int]:
     top = prefix(before.eigenvalues, after.eigenvalues, after.residuals)
     bottom = prefix(before.eigenvalues.flip(0), after.eigenvalues.flip(0), after.residuals.flip(0))
     return top, bottom
-
-
-def checked_defect(operator: LinearOperator, u: Float[Tensor, " n"], v: Float[Tensor, " n"]) -> float:
-    """How far the operator is from linear on u and v; refused above 0.05."""
-    defect = linearity_defect(operator, u, v)
-    if not defect < float("inf"):
-        raise ValueError(_NOT_FINITE)
-    if defect > DEFECT_REFUSED:
-        raise ValueError(
-            f"the operator is not linear: A(u + v) differs from A u + A v by {defect:.1%}. A loss that changes between "
-            "calls does this: live dropout, batches that are drawn anew at each pass. Fix the batches and use "
-            "mode='eval'."
-        )
-    return defect
-
-
-def check_arguments(num_matvecs: int, dim: int, top_k: int, bottom_k: int, tol: float, n: int | None = None) -> None:
-    """Refuse what no spectrum can be measured with; n is the size of the operator, where it is known."""
-    if min(top_k, bottom_k) < 0 or top_k + bottom_k == 0:
-        raise ValueError(f"need top_k, bottom_k >= 0 and one above 0, got top_k={top_k}, bottom_k={bottom_k}.")
-    if num_matvecs < top_k + bottom_k:
-        raise ValueError(
-            f"num_matvecs={num_matvecs} products show at most {num_matvecs} eigenvalues, asked for top_k={top_k} and "
-            f"bottom_k={bottom_k}; raise num_matvecs, 96 is usual."
-        )
-    if dim < min(n or dim + 1, 2 * num_matvecs):
-        raise ValueError(
-            f"need dim >= 2 num_matvecs = {2 * num_matvecs} to tell the Lanczos vectors apart, got dim={dim}."
-        )
-    if not 0 <= tol < 1:
-        raise ValueError(f"need 0 <= tol < 1, got tol={tol}; 1e-2 is usual.")

@@ -1,8 +1,6 @@
-"""A module's own training loss on a batch, and how many examples a batch has."""
+"""A module's own training loss on a batch."""
 
-import dataclasses
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -70,33 +68,3 @@ def _silent(module: nn.Module) -> Iterator[None]:
         for part, own in zip(parts, before, strict=True):
             del part.__dict__["log"], part.__dict__["log_dict"]
             part.__dict__.update(own)
-
-
-def num_examples(batch: Any) -> int:
-    """How many examples a batch has: the first axis of the first tensor in it, or the length of a list of strings.
-
-    >>> import torch
-    >>> num_examples({"x": (torch.zeros(8, 3), torch.zeros(8))})
-    8
-    """
-    size = next(itertools.chain(_sizes(batch, Tensor), _sizes(batch, str)), None)
-    if size is None:
-        raise ValueError(
-            f"found no tensor with a first axis in a batch of type {type(batch).__name__}, so its number of examples "
-            "is unknown; use batches that are tensors or collections of tensors or strings."
-        )
-    return size
-
-
-def _sizes(batch: Any, kind: type) -> Iterator[int]:
-    """First axes of the tensors in a batch, or lengths of the lists of strings."""
-    if isinstance(batch, Tensor):
-        if kind is Tensor and batch.ndim:
-            yield batch.shape[0]
-    elif kind is str and isinstance(batch, list | tuple) and batch and all(isinstance(item, str) for item in batch):
-        yield len(batch)
-    elif dataclasses.is_dataclass(batch):
-        yield from _sizes([getattr(batch, field.name) for field in dataclasses.fields(batch)], kind)
-    elif isinstance(batch, Mapping | list | tuple):
-        for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _sizes(value, kind)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
 
 _PLAIN = (bool, int, float, str, type(None), tuple)
 _SMALL = 1 << 20
@@ -20,7 +21,8 @@ def undisturbed(module: nn.Module, mode: str = "eval") -> Iterator[None]:
     """Run the module inside, as a pure function of its parameters as far as that is possible.
 
     Inside: evaluation mode, gradients on, autocast off, compiled parts run eagerly, attention by plain
-    operations (the fused kernels have no second derivative).
+    operations (the fused kernels have no second derivative), and activation checkpointing of the non-reentrant
+    kind, for the same reason.
 
     Inside, hooks on gradients do not fire, nor do those of `wandb.watch`: they would change the products, or
     count them as training.
@@ -46,11 +48,31 @@ def undisturbed(module: nn.Module, mode: str = "eval") -> Iterator[None]:
         for device in {p.device.type for p in module.parameters()}:
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_checkpoints_by_hooks())
+        if any(isinstance(part, nn.RNNBase) for part in module.modules()):  # cuDNN's have no second derivative
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         if mode == "eval":
             for part in module.modules():
                 part.training = False
         yield
+
+
+@contextmanager
+def _checkpoints_by_hooks() -> Iterator[None]:
+    """Activation checkpointing of the reentrant kind as the other kind: only that can be differentiated twice."""
+    reentrant = checkpoint.CheckpointFunction
+
+    class ByHooks:
+        @staticmethod
+        def apply(function: Callable, preserve_rng_state: bool, *args: object):
+            return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    checkpoint.CheckpointFunction = ByHooks
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = reentrant
 
 
 @contextmanager
@@ -123,7 +145,8 @@ def _tensor(tensor: Tensor) -> Callable[[], None]:
         # Versions say nothing here: batch norm changes its buffers without counting. And none is counted now,
         # so that a graph which saved the buffer before can still run backward.
         if not torch.equal(tensor, copy):
-            tensor.data.copy_(copy)
+            with torch.inference_mode(tensor.is_inference()):
+                tensor.data.copy_(copy)
 
     return put_back
 

@@ -50,10 +50,19 @@ def test_no_batch_at_all():
         Hessian(squares, nn.Linear(3, 3), []).loss()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype):
-    with pytest.raises(TypeError, match=r"parameter weight is torch\..*float16, too coarse .* module.float"):
-        Hessian(squares, nn.Linear(3, 3, dtype=dtype), [X])
+def test_coarser_than_half_precision():
+    module = nn.Linear(3, 3)
+    module.weight = nn.Parameter(module.weight.detach().to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match=r"parameter weight is torch\.float8_e4m3fn; curvature needs"):
+        Hessian(squares, module, [X])
+
+
+def test_a_parameter_frozen_later():
+    module = nn.Linear(3, 3)
+    h = Hessian(squares, module, [X])
+    module.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="parameter bias was frozen after this Hessian was made; make it anew"):
+        h.matvec(torch.ones(12))
 
 
 def test_the_meta_device():

@@ -87,7 +87,7 @@ def test_a_product_that_overflows_on_the_way_is_refused(outliers):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dim": 127}, r"need dim >= 2 num_matvecs = 128 .* got dim=127"),
+        ({"dim": 127}, r"need dim >= 128, twice num_matvecs .* got dim=127"),
         ({"num_matvecs": 5}, r"5 products show at most 5 .* top_k=5 and bottom_k=1; raise num_matvecs"),
         ({"top_k": 0, "bottom_k": 0}, "one above 0, got top_k=0, bottom_k=0"),
         ({"top_k": -1}, "got top_k=-1"),
@@ -103,8 +103,3 @@ def test_arguments_out_of_their_range(outliers, arguments, message):
 def test_an_operator_that_is_not_square(dense_operator):
     with pytest.raises(ValueError, match=r"needs a square operator, got shape \(3, 4\)"):
         spectrum(dense_operator(torch.ones(3, 4)))
-
-
-def test_the_density_is_refused_by_name(outliers):
-    with pytest.raises(ValueError, match=r"density_probes=3\) is not in this version; use 0"):
-        run(outliers(), density_probes=3)

@@ -1,0 +1,70 @@
+"""The density of all eigenvalues, and their sum, from random starts: stochastic Lanczos quadrature.
+
+    n⁻¹ sum_i f(λ_i) ≈ mean over starts of sum_k w_k f(t_k),     t_k eigenvalues of T_m,  w_k = (e_1ᵀ y_k)²
+    tr A ≈ n mean of α_1                                        Hutchinson: α_1 = v_1ᵀ A v_1, E v_1 v_1ᵀ = I / n
+
+It is exact for polynomials f of degree below 2m, up to the draw of v_1. Loss of orthogonality does no harm:
+copies of an eigenvalue share its weight.
+
+The standard error of the trace is that of v_1 uniform on the sphere, 2 (||A||_F² - (tr A)² / n) n / (n + 2) for one
+start, with ||A||_F² = n E ||A v_1||² and ||A v_1||² = α_1² + β_1² from the same runs.
+
+Sources: Ubaru, Chen & Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix
+Anal. Appl. 38(4), doi:10.1137/16M1104974; Hutchinson (1990), doi:10.1080/03610919008812866.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_sketch.curvature.krylov import SketchedRun
+
+
+class Quadrature(NamedTuple):
+    """Points that stand for all eigenvalues: a fraction w of them at each t; float64, on the CPU."""
+
+    nodes: Float[Tensor, " q"]
+    """t, of all starts one after the other."""
+    weights: Float[Tensor, " q"]
+    """w, which sum to one."""
+
+    def mean(self, values: Float[Tensor, " q"]) -> float:
+        """The mean over all eigenvalues of f, given as f(t)."""
+        return float(self.weights @ values)
+
+    def density(self, grid: Float[Tensor, " g"], sigma: float) -> Float[Tensor, " g"]:
+        """The share of eigenvalues per unit, each node smoothed to a Gaussian of width sigma."""
+        distance = (grid[:, None].double() - self.nodes) / sigma
+        return (-0.5 * distance**2).exp() @ self.weights / (sigma * math.sqrt(2 * math.pi))
+
+
+class Trace(NamedTuple):
+    """The sum of all eigenvalues."""
+
+    value: float
+    sem: float
+    """Its standard error."""
+
+
+def quadrature(runs: Sequence[SketchedRun], steps: int) -> Quadrature:
+    """From the first steps of each run."""
+    nodes, weights = [], []
+    for run in runs:
+        t, y = torch.linalg.eigh(run.tridiagonal(min(steps, len(run.alpha))))
+        nodes.append(t)
+        weights.append(y[0] ** 2 / len(runs))
+    return Quadrature(torch.cat(nodes), torch.cat(weights))
+
+
+def trace(runs: Sequence[SketchedRun], n: int) -> Trace:
+    """From the first step of each run."""
+    alpha = torch.tensor([run.alpha[0] for run in runs], dtype=torch.float64)
+    beta = torch.tensor([run.beta[0] for run in runs], dtype=torch.float64)
+    value = n * float(alpha.mean())
+    frobenius = n * float((alpha**2 + beta**2).mean())
+    variance = 2 * max(frobenius - value**2 / n, 0.0) * n / (n + 2)
+    return Trace(value, math.sqrt(variance / len(runs)))
