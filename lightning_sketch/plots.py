@@ -1,8 +1,12 @@
 """Figures from plain lists. Matplotlib is imported where it is used."""
 
+import io
+import itertools
+import math
 from collections.abc import Sequence
 
-_TOP, _BOTTOM, _REST = "#0072B2", "#D55E00", "#999999"  # Okabe & Ito: told apart by colour-blind people too
+_TOP, _BOTTOM, _REST, _LINE = "#0072B2", "#D55E00", "#999999", "#009E73"  # Okabe & Ito: safe for colour-blind people
+_UNIT = "eigenvalue (loss / parameter²)"
 
 
 def spectrum_over_time(
@@ -14,6 +18,8 @@ def spectrum_over_time(
     bottom_k: int,
     title: str = "",
     xlabel: str = "optimizer step",
+    stable_below: Sequence[float] = (),
+    density: Sequence[tuple[Sequence[float], Sequence[float]]] | None = None,
 ):
     """Both ends of a spectrum at each measurement: a line a rank, error bars, hollow where not converged.
 
@@ -26,18 +32,15 @@ def spectrum_over_time(
         bottom_k: how many of the smallest.
         title: above the figure.
         xlabel: unit of `time`.
+        stable_below: the edge of stability at each measurement, drawn as a dashed line; NaN where there is none.
+        density: nodes and weights of each measurement, drawn as a heat map below.
 
     Returns:
         A matplotlib Figure.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; pip install 'lightning-sketch[plots]'.") from error
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    figure = _figure((8, 5 if density is None else 8))
+    heights = (2, 1) if density is None else (2, 1, 1.6)
+    upper, lower, *rest = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     for axes, color, ranks in ((upper, _TOP, range(top_k)), (lower, _BOTTOM, range(-1, -bottom_k - 1, -1))):
         for rank in ranks:
             points = [
@@ -58,34 +61,34 @@ def spectrum_over_time(
         axes.grid(alpha=0.2)
     upper.set_ylabel(f"{top_k} largest")
     lower.set_ylabel(f"{bottom_k} smallest")
-    figure.supylabel("eigenvalue (loss / parameter²)", fontsize="medium")
-    lower.set_xlabel(xlabel)
+    figure.supylabel(_UNIT, fontsize="medium")
+    (rest or [lower])[-1].set_xlabel(xlabel)
     upper.set_title(title)
-    upper.legend(
-        handles=[
-            Line2D([], [], marker="o", ls="none", color=_TOP, label="converged, with error bar"),
-            Line2D([], [], marker="o", ls="none", color=_TOP, mfc="white", label="not converged: do not rely on it"),
-        ],
-        loc="best",
-        frameon=False,
-        fontsize="small",
-    )
+    _stability(upper, time, stable_below)
+    _legend(upper)
+    if density is not None:
+        _heat_map(figure, rest[0], time, density)
     return figure
 
 
-def spectrum(values: Sequence[float], errors: Sequence[float], converged: Sequence[bool]):
+def spectrum(
+    values: Sequence[float],
+    errors: Sequence[float],
+    converged: Sequence[bool],
+    nodes: Sequence[float] = (),
+    weights: Sequence[float] = (),
+):
     """Eigenvalues by rank, on a symmetric-log scale, with error bars, hollow where not converged.
+
+    Beside them, if there are nodes and weights, the density of all eigenvalues on the same scale.
 
     Returns:
         A matplotlib Figure.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("plots need matplotlib; pip install 'lightning-sketch[plots]'.") from error
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    axes = figure.subplots()
+    figure = _figure((8, 4))
+    axes, *rest = figure.subplots(
+        1, 2 if nodes else 1, sharey=True, width_ratios=(2, 1) if nodes else (1,), squeeze=False
+    )[0]
     for known, face, label in ((True, _TOP, "converged"), (False, "white", "not converged: do not rely on it")):
         chosen = [
             (i + 1, v, e) for i, (v, e, c) in enumerate(zip(values, errors, converged, strict=True)) if c == known
@@ -95,10 +98,134 @@ def spectrum(values: Sequence[float], errors: Sequence[float], converged: Sequen
             axes.errorbar(
                 ranks, heights, bars, fmt="o", ms=4, color=_TOP, mfc=face, elinewidth=1, ls="none", label=label
             )
-    axes.set_yscale("symlog", linthresh=max(max(map(abs, values)) * 1e-3, 1e-30))
+    threshold = _linear_below(values)
+    axes.set_yscale("symlog", linthresh=threshold)
     axes.axhline(0, color=_REST, lw=0.8)
     axes.set_xlabel("rank, largest first")
-    axes.set_ylabel("eigenvalue (loss / parameter²)")
+    axes.set_ylabel(_UNIT)
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.2)
+    for beside in rest:
+        edges = _edges(values, threshold)
+        shares = _binned([(nodes, weights)], edges)[0]
+        beside.stairs([max(share, 1e-7) for share in shares], edges, orientation="horizontal", color=_TOP, fill=True)
+        beside.set_xscale("log")
+        beside.set_xlim(left=1e-6)
+        beside.set_xlabel("share of all eigenvalues")
+        beside.grid(alpha=0.2)
     return figure
+
+
+def layers(
+    names: Sequence[str],
+    top: Sequence[float],
+    top_errors: Sequence[float],
+    converged: Sequence[bool],
+    traces: Sequence[float],
+    trace_errors: Sequence[float],
+    title: str = "",
+):
+    """Bars for each layer: the top eigenvalue of its own block, and its trace; hollow where not converged.
+
+    Returns:
+        A matplotlib Figure.
+    """
+    figure = _figure((8, 1.2 + 0.32 * len(names)))
+    left, right = figure.subplots(1, 2, sharey=True)
+    rows = range(len(names))
+    faces = [_TOP if known else "white" for known in converged]
+    left.barh(rows, top, xerr=top_errors, color=faces, edgecolor=_TOP, capsize=2)
+    right.barh(rows, traces, xerr=trace_errors, color=_BOTTOM, edgecolor=_BOTTOM, capsize=2)
+    left.set_yticks(rows, names)
+    left.invert_yaxis()
+    left.set_xlabel("top eigenvalue (loss / parameter²)")
+    right.set_xlabel("trace ± standard error (loss / parameter²)")
+    figure.suptitle(title, fontsize="medium")
+    for axes in (left, right):
+        axes.axvline(0, color=_REST, lw=0.8)
+        axes.grid(alpha=0.2, axis="x")
+    return figure
+
+
+def _figure(size: tuple[float, float]):
+    """An empty figure that also a notebook shows in which nothing else of matplotlib was imported."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; pip install 'lightning-sketch[plots]'.") from error
+
+    figure = Figure(figsize=size, layout="constrained")
+
+    def png() -> bytes:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+    figure._repr_png_ = png
+    return figure
+
+
+def _legend(axes) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], marker="o", ls="none", color=_TOP, label="converged, with error bar"),
+        Line2D([], [], marker="o", ls="none", color=_TOP, mfc="white", label="not converged: do not rely on it"),
+    ]
+    handles += [line for line in axes.get_lines() if line.get_label().startswith("edge")]
+    axes.legend(handles=handles, loc="best", frameon=False, fontsize="small")
+
+
+def _stability(axes, time: Sequence[float], edge: Sequence[float]) -> None:
+    """The line above which gradient descent grows, where it is not far above everything."""
+    known = [(t, e) for t, e in zip(time, edge, strict=False) if math.isfinite(e)]
+    if known:
+        low, high = axes.get_ylim()
+        axes.plot(*zip(*known, strict=True), "--", color=_LINE, label="edge of stability, 2 (1 + momentum) / lr")
+        if min(e for _, e in known) > 3 * high:
+            axes.set_ylim(low, high)
+
+
+def _heat_map(figure, axes, time: Sequence[float], density: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
+    from matplotlib.colors import LogNorm
+
+    everything = [node for nodes, _ in density for node in nodes]
+    threshold = _linear_below(everything)
+    edges = _edges(everything, threshold)
+    shares = _binned(density, edges)
+    steps = [time[0], *((a + b) / 2 for a, b in itertools.pairwise(time)), time[-1]]
+    if len(time) == 1:
+        steps = [time[0] - 0.5, time[0] + 0.5]
+    columns = [[s if (s := shares[t][i]) > 1e-5 else math.nan for t in range(len(time))] for i in range(len(edges) - 1)]
+    image = axes.pcolormesh(steps, edges, columns, cmap="cividis", norm=LogNorm(vmin=1e-5, vmax=1, clip=False))
+    axes.set_yscale("symlog", linthresh=threshold)
+    axes.axhline(0, color=_REST, lw=0.8)
+    axes.set_ylabel("all")
+    figure.colorbar(image, ax=axes, label="share of eigenvalues")
+
+
+def _linear_below(values: Sequence[float]) -> float:
+    """Where a symmetric-log axis turns linear: about a thousandth of the largest, a power of ten."""
+    largest = max(map(abs, values))
+    return 10.0 ** math.floor(math.log10(largest) - 3) if largest else 1.0
+
+
+def _edges(values: Sequence[float], threshold: float) -> list[float]:
+    """Edges of bins, eight to a decade, from the smallest to the largest of the values; one bin around zero."""
+    positive = [threshold * 10 ** (i / 8) for i in range(-8, 26)]
+    low, high = min(values), max(values)
+    return [-e for e in reversed(positive) if e <= -low * 10 ** (1 / 8)] + [
+        e for e in positive if e <= high * 10 ** (1 / 8)
+    ]
+
+
+def _binned(density: Sequence[tuple[Sequence[float], Sequence[float]]], edges: Sequence[float]) -> list[list[float]]:
+    """For each density the share of all eigenvalues in each bin, smoothed over about three bins."""
+    import numpy as np
+
+    positions, binned = np.arange(len(edges) - 1), []
+    for nodes, weights in density:
+        place = np.interp(nodes, edges, np.arange(len(edges))) - 0.5
+        kernel = np.exp(-0.5 * ((positions[:, None] - place) / 1.2) ** 2)
+        binned.append((kernel / kernel.sum(0) @ np.asarray(weights)).tolist())
+    return binned

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class KeptBatches:
-    """Copies of the first `num_batches` training batches, on the CPU.
+    """Copies of the first `num_batches` batches, on the CPU.
 
     The loader is never read for this, so that its sampler, workers and random state stay untouched.
     """
@@ -27,7 +27,8 @@ class KeptBatches:
     def offer(self, batch: Any) -> None:
         """Keep a copy of the batch if there is room, before a training step can change it in place."""
         if not self.complete:
-            self.batches.append(copy.deepcopy(move_data_to_device(batch, torch.device("cpu"))))
+            with torch.inference_mode(False):  # a copy made inside could not be differentiated
+                self.batches.append(copy.deepcopy(move_data_to_device(batch, torch.device("cpu"))))
             self.complete = len(self.batches) == self.num_batches
 
     def close(self) -> None:

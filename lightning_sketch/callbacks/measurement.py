@@ -1,37 +1,82 @@
 """A spectrum with the moment it was taken: what a monitor logs and says, and what a checkpoint keeps of it."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
+from lightning_sketch.callbacks.histogram import Histogram
+from lightning_sketch.callbacks.layers import LayerCurvature
 from lightning_sketch.curvature import Spectrum
+from lightning_sketch.curvature.saved import from_plain, to_plain
 
 _RNEG_KNOWN = 0.02
 _FEW = ("lambda_max", "lambda_min", "rneg", "rneg_error", "num_outliers", "loss", "seconds")
+_MORE = (
+    "trace",
+    "trace_sem",
+    "gradient_in_top_k",
+    "gradient_in_outliers",
+    "gradient_chance",
+    "overlap",
+    "sharpness_lr",
+)
+_OF_DENSITY = ("negative_mass", "effective_rank", "density_overflow")
 
 
-def nothing_known(name: str, top_k: int, bottom_k: int) -> dict[str, float]:
-    """Every key that a monitor logs, with NaN."""
-    ranks = [f"top_{i + 1:02d}" for i in range(top_k)] + [f"bottom_{i + 1:02d}" for i in range(bottom_k)]
-    keys = [f"{name}/{key}" for key in _FEW] + [f"{name}_eigenvalues/{rank}" for rank in ranks]
-    return dict.fromkeys(keys, math.nan)
+@dataclass(frozen=True)
+class Keys:
+    """What a monitor logs, always the same: a prefix, and how many ranks."""
+
+    name: str
+    top_k: int
+    bottom_k: int
+    density: bool = False
+
+    def nothing_known(self) -> dict[str, float]:
+        """Every key, with NaN."""
+        ranks = [f"top_{i + 1:02d}" for i in range(self.top_k)] + [f"bottom_{i + 1:02d}" for i in range(self.bottom_k)]
+        keys = [f"{self.name}/{key}" for key in (*_FEW, *_MORE, *(_OF_DENSITY if self.density else ()))]
+        return dict.fromkeys(keys + [f"{self.name}_eigenvalues/{rank}" for rank in ranks], math.nan)
 
 
 @dataclass(frozen=True, eq=False)
 class Measurement(Spectrum):
     """A spectrum, and when it was taken."""
 
+    _: KW_ONLY
     epoch: int
     step: int
     """Optimizer steps done."""
     loss: float
     """Mean loss over the batches measured on, in evaluation mode."""
     seconds: float
+    lr: float = math.nan
+    """The optimizer's learning rate, where all parameters have the same."""
+    stable_below: float = math.nan
+    """Edge of stability: plain SGD with momentum β grows along eigenvectors above 2 (1 + β) / lr."""
+    overlap_with_last: float = math.nan
+    """Mean squared cosine between the top_k eigenvectors now and at the last measurement."""
+    layers: dict[str, LayerCurvature] = field(default_factory=dict)
 
-    def scalars(self, name: str, top_k: int, bottom_k: int) -> dict[str, float]:
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain numbers, as a checkpoint may hold them."""
+        return to_plain(self) | {"layers": {name: asdict(layer) for name, layer in self.layers.items()}}
+
+    @staticmethod
+    def of_state(state: dict[str, Any]) -> "Measurement":
+        """The inverse of `state`."""
+        layers = {name: LayerCurvature(**layer) for name, layer in state["layers"].items()}
+        return from_plain(state | {"layers": layers}, Measurement)
+
+    def kept(self, k: int) -> "Measurement":
+        """Without the Krylov vectors, and with k sketched eigenvectors: what stays in a history."""
+        vectors = None if self.vectors is None or not k else self.vectors[:, :k].float()
+        return replace(self, krylov=None, coefficients=None, vectors=vectors)
+
+    def scalars(self, keys: Keys) -> dict[str, float]:
         """What goes to the loggers: NaN where the number may not be believed."""
         believed = self.eigenvalues.where(self.converged, math.nan)
-        outliers = self.num_outliers()
+        outliers, in_top = self.num_outliers(), self.gradient_in_top(keys.top_k)
         few = {
             "lambda_max": float(believed[0]),
             "lambda_min": float(believed[-1]),
@@ -40,12 +85,28 @@ class Measurement(Spectrum):
             "num_outliers": math.nan if outliers.at_least else float(outliers),
             "loss": self.loss,
             "seconds": self.seconds,
+            "trace": self.trace,
+            "trace_sem": self.trace_sem,
+            "gradient_in_top_k": float(in_top),
+            "gradient_in_outliers": float(self.gradient_in_outliers),
+            "gradient_chance": in_top.chance,
+            "overlap": float(self.overlap_with_last),
+            "sharpness_lr": float(believed[0]) * self.lr,
         }
-        ranks = {f"top_{i + 1:02d}": float(v) for i, v in enumerate(believed[:top_k])}
-        ranks |= {f"bottom_{i + 1:02d}": float(v) for i, v in enumerate(believed.flip(0)[:bottom_k])}
-        scalars = nothing_known(name, top_k, bottom_k)
-        scalars |= {f"{name}/{key}": value for key, value in few.items()}
-        return scalars | {f"{name}_eigenvalues/{key}": value for key, value in ranks.items()}
+        if keys.density:
+            few |= {
+                "negative_mass": self.negative_mass,
+                "effective_rank": self.effective_rank,
+                "density_overflow": Histogram.of(self.quadrature).overflow,
+            }
+        ranks = {f"top_{i + 1:02d}": float(v) for i, v in enumerate(believed[: keys.top_k])}
+        ranks |= {f"bottom_{i + 1:02d}": float(v) for i, v in enumerate(believed.flip(0)[: keys.bottom_k])}
+        scalars = keys.nothing_known() | {f"{keys.name}/{key}": value for key, value in few.items()}
+        scalars |= {f"{keys.name}_eigenvalues/{key}": value for key, value in ranks.items()}
+        for layer, curvature in self.layers.items():
+            for key, value in curvature.scalars().items():
+                scalars[f"{keys.name}_layers/{layer}/{key}"] = value
+        return scalars
 
     def cost(self, name: str, since: float, cadence: str, every: int) -> str:
         """One line for a person: what it cost, beside the seconds `since` the last, and how to make it cost less."""
@@ -56,7 +117,3 @@ class Measurement(Spectrum):
         line += f", {share:.0%} of the time since the last"
         rarer = math.ceil(10 * share)
         return line if share <= 0.1 else f"{line}; {cadence}={rarer * every} would make it {share / rarer:.0%}"
-
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain numbers, as a checkpoint may hold them."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,9 +1,10 @@
-"""Log the ends of the Hessian's spectrum while training."""
+"""Log the spectrum of a loss's curvature while training."""
 
-import copy
+import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,39 +25,54 @@ from lightning_sketch._compat import (
 )
 from lightning_sketch.callbacks.initial_weights import InitialWeights
 from lightning_sketch.callbacks.kept_batches import KeptBatches
-from lightning_sketch.callbacks.measurement import Measurement, nothing_known
-from lightning_sketch.curvature import Hessian, spectrum
+from lightning_sketch.callbacks.layers import groups, measure_layers
+from lightning_sketch.callbacks.log_spectrum import log_figures, log_scalars, log_table
+from lightning_sketch.callbacks.matrices import KINDS, check_loss, make_matrix
+from lightning_sketch.callbacks.measurement import Keys, Measurement
+from lightning_sketch.callbacks.optimizers import learning_rate, stable_below
+from lightning_sketch.curvature import spectrum
 from lightning_sketch.curvature.checks import check_arguments, checked_defect
 from lightning_sketch.curvature.lanczos import start_vector
-from lightning_sketch.gradients import training_step_loss
+from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.params import Layout
+
+_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 class SpectrumMonitor(CallbackBase):
-    """Log the largest and smallest eigenvalues of the loss's Hessian, per epoch or every so many steps.
+    """Log the eigenvalues of the loss's curvature, per epoch or every so many steps.
 
     The Hessian is that of the mean training loss over a few fixed batches, in evaluation mode and float32,
     with respect to the parameters that are trainable at that moment. Units: loss per squared parameter.
+    `trainer.validate(model, dataloader)` takes the spectrum of a checkpoint, on the first batches of that loader.
 
-    Logs to every logger of the Trainer, and to `trainer.callback_metrics`: `hessian/lambda_max`,
-    `hessian/lambda_min`, `hessian/rneg` (|most negative| / largest), `hessian/rneg_error`,
-    `hessian/num_outliers` (eigenvalues above 20 % of the largest), `hessian/loss`, `hessian/seconds`; and the
-    ranks, `hessian_eigenvalues/top_01` ..., `hessian_eigenvalues/bottom_01` .... A number that has not converged is
-    logged as NaN. `monitor.history` holds everything, with residuals; `monitor.plot()` draws it.
+    Logs to every logger of the Trainer, and to `trainer.callback_metrics`, under `hessian/`: `lambda_max`,
+    `lambda_min`, `rneg` (|most negative| / largest), `rneg_error`, `num_outliers` (eigenvalues above 20 % of the
+    largest), `trace`, `trace_sem` (its standard error), `gradient_in_top_k` and `gradient_in_outliers` (shares of the
+    gradient in these eigenvectors; `gradient_chance` is that of a random direction), `overlap` (of the top
+    eigenvectors with the last ones), `sharpness_lr` (lambda_max times the learning rate), `loss`, `seconds`; and the
+    ranks, `hessian_eigenvalues/top_01` ..., `hessian_eigenvalues/bottom_01` .... With `density_probes` also
+    `negative_mass`, `effective_rank`, and the density as a histogram in W&B and TensorBoard. W&B also gets a picture
+    per measurement and a table at the end; beside a CSV file everything lies in safetensors. A number that has not
+    converged is logged as NaN. `monitor.history` holds all of it, with residuals; `monitor.plot()` draws it.
 
     Training is not touched: final weights are the same, bit for bit, with and without the monitor.
-    A measurement costs at most 1.25 `num_matvecs` + 6 Hessian-vector products over `num_batches` batches, each
-    about two gradients, and memory for about five vectors of the parameters' size. What it took is printed.
+    A measurement costs at most 1.25 `num_matvecs` + 32 `density_probes` + 6 products over `num_batches` batches, each
+    about two gradients, and memory for about six vectors of the parameters' size. What it took is printed.
+
+    Under DDP each rank keeps its own batches, and products are averaged over the ranks.
 
     Args:
-        curvature: "hessian".
-        method: "lanczos": on the full Hessian, with sketched Krylov vectors.
+        curvature: "hessian"; "ggn", the Gauss-Newton matrix, which is never negative; or "fisher", the empirical
+            Fisher matrix, which is slow unless `loss_fn` returns one loss per example.
+        method: "lanczos": on the full matrix, with sketched Krylov vectors; or "projected", the paper's own, on its
+            sketch, which is 5 to 20 % off.
         top_k: how many of the largest eigenvalues are wanted.
-        bottom_k: how many of the smallest.
-        num_matvecs: most Hessian-vector products of one measurement; it stops early when the wanted ones are known.
-        dim: size of the sketches, at least 2 `num_matvecs`.
+        bottom_k: how many of the smallest; none for "ggn" and "fisher", whose smallest are zeros.
+        num_matvecs: most products of one measurement; it stops early when the wanted ones are known.
+        dim: size of the sketches, at least 2 (`num_matvecs` + 32 `density_probes`).
         tol: largest relative residual of an eigenvalue that counts as converged.
-        density_probes: 0.
+        density_probes: further starts, for the density of all eigenvalues; 3 is usual.
         data: "train": the first batches of the first epoch, kept.
         num_batches: how many of them.
         parameters: which parameters, as a shell pattern on their names, e.g. "blocks.*.attn.*".
@@ -68,10 +84,17 @@ class SpectrumMonitor(CallbackBase):
         name: prefix of the log keys and part of the checkpoint key; the curvature if None.
         on_error: what to do if a measurement fails later than on the first batch: "warn" logs NaN and
             lets training go on, "raise" stops it.
-        seed: of the start vector and the sketches.
+        seed: of the start vectors and the sketches.
+        per_layer: also log the top eigenvalue and the trace of each layer's own block, under `hessian_layers/`: True
+            for every module that holds parameters, or a list of patterns. Costs up to 46 products a layer.
+        model_fn: (module, batch) -> output, and
+        output_loss_fn: (output, batch) -> mean loss: for "ggn"; see `GGN` for what is taken by default.
+        weight_fn: batch -> its weight; its number of examples if None. For a mean over tokens `num_labels`.
+        micro_batch_size: most examples differentiated at once; halved by itself when memory runs out.
+        hvp: how Hessian products are made, see `Hessian`.
 
     Raises:
-        ValueError: if an argument is out of its range, or asks for what this version lacks.
+        ValueError: if an argument is out of its range.
         MisconfigurationException: before training, if the Trainer or the module does not fit.
 
     Example::
@@ -100,18 +123,22 @@ class SpectrumMonitor(CallbackBase):
         name: str | None = None,
         on_error: str = "warn",
         seed: int = 0,
+        per_layer: bool | list[str] = False,
+        model_fn: Callable[[Any, Any], Any] | None = None,
+        output_loss_fn: Callable[[Tensor, Any], Tensor] | None = None,
+        weight_fn: Callable[[Any], float] | None = None,
+        micro_batch_size: int | None = None,
+        hvp: str = "auto",
     ):
         super().__init__()
         for argument, value, has in (
-            ("curvature", curvature, ("hessian",)),
-            ("method", method, ("lanczos",)),
-            ("density_probes", density_probes, (0,)),
+            ("curvature", curvature, KINDS),
             ("data", data, ("train",)),
             ("on_error", on_error, ("warn", "raise")),
         ):
             if value not in has:
                 choices = " or ".join(map(repr, has))
-                raise ValueError(f"SpectrumMonitor({argument}={value!r}) is not in this version; use {choices}.")
+                raise ValueError(f"SpectrumMonitor({argument}={value!r}) is not known; use {choices}.")
         if every_n_epochs is not None and every_n_train_steps is not None:
             raise ValueError(
                 f"set every_n_epochs or every_n_train_steps, got both ({every_n_epochs} and {every_n_train_steps}); "
@@ -122,18 +149,29 @@ class SpectrumMonitor(CallbackBase):
             ("every_n_train_steps", every_n_train_steps),
             ("num_batches", num_batches),
             ("top_k", top_k),
+            ("micro_batch_size", micro_batch_size),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"need {argument} >= 1, got {value}.")
-        check_arguments(num_matvecs, dim, top_k, bottom_k, tol)
+        if curvature != "ggn" and (model_fn or output_loss_fn):
+            raise ValueError(
+                f"model_fn and output_loss_fn make a Gauss-Newton matrix, got curvature={curvature!r}; use "
+                "curvature='ggn', or loss_fn."
+            )
+        check_arguments(num_matvecs, dim, top_k, bottom_k, tol, density_probes, method=method)
         self.curvature, self.method, self.data, self.density_probes = curvature, method, data, density_probes
+        bottom_k = bottom_k if curvature == "hessian" else 0  # the others are never negative: there is nothing to find
         self.top_k, self.bottom_k, self.num_matvecs, self.dim, self.tol = top_k, bottom_k, num_matvecs, dim, tol
         self.parameters, self.loss_fn, self.at_start = parameters, loss_fn, at_start
         self.every_n_train_steps = every_n_train_steps
         self.every_n_epochs = every_n_epochs or (None if every_n_train_steps else 1)
-        self.name, self.on_error, self.seed = name or curvature, on_error, seed
+        self.name = name or (curvature if method == "lanczos" else f"{curvature}_{method}")
+        self.on_error, self.seed, self.per_layer = on_error, seed, per_layer
+        self.model_fn, self.output_loss_fn, self.weight_fn = model_fn, output_loss_fn, weight_fn
+        self.micro_batch_size, self.hvp = micro_batch_size, hvp
 
         self.history: list[Measurement] = []
+        self._keys = Keys(self.name, top_k, bottom_k, density_probes > 0)
         self._kept = KeptBatches(num_batches)  # made anew at each fit
         self._last_step = -1
         self._initial: InitialWeights | None = None
@@ -152,19 +190,22 @@ class SpectrumMonitor(CallbackBase):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with the history of a checkpoint."""
-        self.history = [Measurement(**m) for m in state["history"]]
+        self.history = [Measurement.of_state(m) for m in state["history"]]
         self._resumed_from = state["batches"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; forget an earlier fit."""
-        if stage != "fit":
+        if stage not in ("fit", "validate"):
             return
         self._kept, self._initial, self._resumed_from = KeptBatches(self._kept.num_batches), None, None
-        if trainer.global_step == 0:  # a checkpoint is loaded after this
+        if stage == "fit" and trainer.global_step == 0:  # a checkpoint is loaded after this
             self.history = []
-        if trainer.world_size > 1:
+        sharded = [kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED]
+        if sharded:
             raise MisconfigurationException(
-                f"SpectrumMonitor measures on one process in this version, got {trainer.world_size}; use devices=1."
+                f"SpectrumMonitor cannot measure under {sharded[0]}: sharded parameters have no second derivatives in "
+                "PyTorch. Train with strategy='ddp', or save checkpoints and measure them in one process: "
+                "Trainer(callbacks=[SpectrumMonitor()]).validate(model, dataloader)."
             )
         if self.loss_fn is None and not pl_module.automatic_optimization:
             raise MisconfigurationException(
@@ -200,6 +241,8 @@ class SpectrumMonitor(CallbackBase):
         self._kept.offer(batch)
         if len(self._kept.batches) == 1:
             self._first_look(trainer, pl_module)
+            if self.at_start and trainer.global_step == 0:
+                self._initial = InitialWeights(pl_module)
         if self._kept.complete:
             self._data_known(trainer, pl_module)
 
@@ -223,14 +266,40 @@ class SpectrumMonitor(CallbackBase):
             # one less, as Lightning does where it logs the means of the epoch
             self._measure_and_log(trainer, pl_module, batches_done(trainer) - 1)
 
-    def measure(self, pl_module: LightningModule, epoch: int = 0, step: int = 0, on_product=None) -> Measurement:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All numbers as one table, for loggers that have tables."""
+        if trainer.is_global_zero:
+            log_table(trainer.loggers, self.name, self.history)
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Under `trainer.validate`: keep the first batches."""
+        if self._validates(trainer) and dataloader_idx == 0 and not self._kept.complete:
+            self._kept.offer(batch)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Under `trainer.validate`: measure the module as it is."""
+        if self._validates(trainer):
+            self._kept.close()
+            self._clock = time.perf_counter()
+            self._measure_and_log(trainer, pl_module, trainer.global_step, look=True)
+
+    def measure(
+        self, pl_module: LightningModule, epoch: int = 0, step: int = 0, distributed: bool = False, on_product=None
+    ) -> Measurement:
         """The spectrum of the module as it is now, on the kept batches."""
         start = time.perf_counter()
-        hessian = self._hessian(pl_module)
-        with hessian.hold():
-            loss = hessian.loss()
+        matrix = self._matrix(pl_module, self.curvature, distributed)
+        with matrix.hold():
+            loss = matrix.loss()
             measured = spectrum(
-                hessian,
+                matrix,
                 num_matvecs=self.num_matvecs,
                 dim=self.dim,
                 seed=self.seed,
@@ -238,9 +307,18 @@ class SpectrumMonitor(CallbackBase):
                 bottom_k=self.bottom_k,
                 tol=self.tol,
                 density_probes=self.density_probes,
+                method=self.method,
+                gradient=matrix.gradient(),
                 on_product=on_product,
             )
-        return Measurement(**vars(measured), epoch=epoch, step=step, loss=loss, seconds=time.perf_counter() - start)
+        layers = measure_layers(
+            lambda names: self._matrix(pl_module, self.curvature, distributed, names),
+            groups(matrix.layout, self.per_layer),
+            self.seed,
+            self.tol,
+        )
+        seconds = time.perf_counter() - start
+        return Measurement(**vars(measured), epoch=epoch, step=step, loss=loss, seconds=seconds, layers=layers)
 
     def plot(self):
         """The eigenvalues over all measurements, as a matplotlib figure.
@@ -258,25 +336,64 @@ class SpectrumMonitor(CallbackBase):
             converged=[m.converged.tolist() for m in self.history],
             top_k=self.top_k,
             bottom_k=self.bottom_k,
-            title=f"{self.curvature.capitalize()} eigenvalues while training",
+            title=f"{self.name.capitalize()} eigenvalues while training",
+            stable_below=[m.stable_below for m in self.history],
+            density=[tuple(part.tolist() for part in m.quadrature) for m in self.history]
+            if self.density_probes
+            else None,
         )
 
-    def _hessian(self, pl_module: LightningModule) -> Hessian:
-        def loss(module: torch.nn.Module, indexed: tuple[int, Any]) -> Tensor:
-            index, batch = indexed[0], copy.deepcopy(indexed[1])  # a step may change its batch in place
-            return self.loss_fn(module, batch) if self.loss_fn else training_step_loss(module, batch, index)
+    def plot_layers(self):
+        """The top eigenvalue and the trace of each layer at the last measurement, as a matplotlib figure.
 
-        return Hessian(loss, pl_module, self._kept.on_device(pl_module.device), parameters=self.parameters)
+        Raises:
+            ValueError: if no layers were measured.
+            ImportError: if matplotlib is missing.
+        """
+        if not self.history or not self.history[-1].layers:
+            raise ValueError("no layers to plot; use SpectrumMonitor(per_layer=True), then trainer.fit.")
+        last = self.history[-1]
+        return plots.layers(
+            names=list(last.layers),
+            top=[layer.lambda_max for layer in last.layers.values()],
+            top_errors=[layer.residual for layer in last.layers.values()],
+            converged=[layer.converged for layer in last.layers.values()],
+            traces=[layer.trace for layer in last.layers.values()],
+            trace_errors=[layer.trace_sem for layer in last.layers.values()],
+            title=f"{self.name.capitalize()} by layer, step {last.step}",
+        )
+
+    def _matrix(
+        self, pl_module: LightningModule, curvature: str, distributed: bool, parameters: Sequence[str] | None = None
+    ) -> CurvatureOperator:
+        return make_matrix(
+            curvature,
+            pl_module,
+            self._kept.on_device(pl_module.device),
+            loss_fn=self.loss_fn,
+            model_fn=self.model_fn,
+            output_loss_fn=self.output_loss_fn,
+            weight_fn=self.weight_fn,
+            hvp=self.hvp,
+            parameters=self.parameters if parameters is None else parameters,
+            micro_batch_size=self.micro_batch_size,
+            distributed=distributed,
+        )
 
     def _first_look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        hessian = self._hessian(pl_module)
-        with muted_loggers(trainer), hessian.hold():
-            checked_defect(hessian, *(start_vector(hessian, self.seed, name) for name in ("0", "defect")), random=True)
-        if self.at_start and trainer.global_step == 0:
-            self._initial = InitialWeights(pl_module)
+        """Take three products, so that what cannot work fails now."""
+        distributed = trainer.world_size > 1
+        matrix = self._matrix(pl_module, self.curvature, distributed)
+        with muted_loggers(trainer), matrix.hold():
+            starts = (start_vector(matrix, self.seed, name) for name in ("0", "defect"))
+            checked_defect(matrix, *starts, random=True)
+            self.micro_batch_size = matrix.micro_batch_size
+            if self.curvature == "ggn" and self.output_loss_fn is None:
+                check_loss(matrix, self._matrix(pl_module, "hessian", distributed))
 
     def _data_known(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed_from not in (None, self._kept.fingerprint):
+        # under DDP a checkpoint holds what rank zero knows
+        if trainer.is_global_zero and self._resumed_from not in (None, self._kept.fingerprint):
             warnings.warn(
                 f"{self.name}: the first batches differ from those before the checkpoint, so that the curve is not on "
                 "the same data throughout; keep the loader's order (seed_everything, or no shuffling).",
@@ -288,26 +405,53 @@ class SpectrumMonitor(CallbackBase):
                 self._measure_and_log(trainer, pl_module, 0, step=0)
 
     def _measure_and_log(
-        self, trainer: Trainer, pl_module: LightningModule, logged: int, step: int | None = None
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        logged: int,
+        step: int | None = None,
+        look: bool = False,
     ) -> None:
         step = trainer.global_step if step is None else step
         since = time.perf_counter() - self._clock
-        scalars = nothing_known(self.name, self.top_k, self.bottom_k)
+        scalars, measured = self._keys.nothing_known(), None
         try:
+            if look:
+                self._first_look(trainer, pl_module)
             with muted_loggers(trainer), BarText(trainer) as bar:
                 measured = self.measure(
-                    pl_module, trainer.current_epoch, step, lambda done, of: bar.show(f"{self.name} {done}/{of}: ")
+                    pl_module,
+                    trainer.current_epoch,
+                    step,
+                    trainer.world_size > 1,
+                    lambda done, of: bar.show(f"{self.name} {done}/{of}: "),
                 )
         except Exception as error:
-            if self.on_error == "raise":
+            if self.on_error == "raise" or look:
                 raise
             warnings.warn(f"{self.name}: no measurement at step {step}: {error}", stacklevel=2)
         else:
-            self.history = [m for m in self.history if m.step < step] + [measured]
-            scalars = measured.scalars(self.name, self.top_k, self.bottom_k)
+            measured = self._in_history(measured, trainer, step, keep_later=look)
+            scalars = measured.scalars(self._keys)
             cadence = "every_n_train_steps" if self.every_n_train_steps else "every_n_epochs"
             say(trainer, measured.cost(self.name, since, cadence, getattr(self, cadence)))
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=logged)
+        log_scalars(trainer.loggers, scalars, logged)
+        if measured is not None and trainer.is_global_zero:
+            log_figures(trainer.loggers, self.name, measured, logged, self.density_probes > 0)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
         self._clock = time.perf_counter()
+
+    def _in_history(self, measured: Measurement, trainer: Trainer, step: int, keep_later: bool) -> Measurement:
+        """Put a measurement behind those before it; returns it with all that it kept, and what the Trainer knows."""
+        earlier = [m for m in self.history if keep_later or m.step < step]
+        k, overlap = self.top_k, math.nan
+        if earlier and earlier[-1].vectors is not None:
+            overlap = float(measured.overlap(earlier[-1], k))
+        measured = replace(
+            measured, lr=learning_rate(trainer), stable_below=stable_below(trainer), overlap_with_last=overlap
+        )
+        self.history = [m.kept(0) if m.vectors is not None else m for m in earlier] + [measured.kept(k)]
+        return measured
+
+    def _validates(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == "validate"

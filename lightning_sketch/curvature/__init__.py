@@ -8,4 +8,6 @@ from lightning_sketch.curvature.output_loss import CrossEntropy as CrossEntropy
 from lightning_sketch.curvature.output_loss import SquaredError as SquaredError
 from lightning_sketch.curvature.result import Count as Count
 from lightning_sketch.curvature.result import Spectrum as Spectrum
+from lightning_sketch.curvature.saved import load_spectrum as load_spectrum
+from lightning_sketch.curvature.saved import save_spectrum as save_spectrum
 from lightning_sketch.curvature.spectrum import spectrum as spectrum

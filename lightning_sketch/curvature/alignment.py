@@ -34,7 +34,7 @@ class Share(float):
 
 def shares(vectors: Float[Tensor, "dim r"], sketched: Float[Tensor, " dim"], exact: bool) -> Float[Tensor, " r"]:
     """proj: the shares in the first 1, 2, ..., r eigenvectors."""
-    q, _ = torch.linalg.qr(vectors)
+    q, _ = torch.linalg.qr(vectors.double())
     found = ((q.T @ sketched) ** 2).cumsum(0) / (sketched @ sketched)
     return found if exact else without_chance(found, torch.arange(1, len(found) + 1), len(vectors))
 
@@ -58,7 +58,7 @@ def better_of(proj: Float[Tensor, " r"], dot: Float[Tensor, " r"]) -> Float[Tens
 
 def overlap(a: Float[Tensor, "dim k"], b: Float[Tensor, "dim k"], exact: bool) -> float:
     """Mean squared cosine of the angles between two spaces, 0 to 1."""
-    (qa, _), (qb, _) = torch.linalg.qr(a), torch.linalg.qr(b)
+    (qa, _), (qb, _) = torch.linalg.qr(a.double()), torch.linalg.qr(b.double())
     k = a.shape[1]
     found = (qa.T @ qb).square().sum() / k
     return float(found if exact else without_chance(found, torch.tensor(k), len(a)))

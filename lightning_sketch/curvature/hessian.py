@@ -43,6 +43,7 @@ class Hessian(CurvatureOperator):
         ValueError: at a product: if the loss is no scalar, does not depend on the parameters, or holds
             an operation that PyTorch cannot differentiate twice; the message names it.
 
+    >>> import torch
     >>> module = torch.nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     >>> h = Hessian(lambda module, batch: module(batch).square().mean(), module, [x])

@@ -23,6 +23,7 @@ from lightning_sketch.gradients import labels_of
 class CrossEntropy:
     """Mean cross-entropy of logits: classes along the last axis, or along the second as in `F.cross_entropy`.
 
+    >>> import torch
     >>> loss, z = CrossEntropy(), torch.zeros(1, 2)
     >>> loss.hessian_matvec(z, (None, torch.tensor([0])), torch.tensor([[1.0, 0.0]]))
     tensor([[ 0.2500, -0.2500]])

@@ -239,4 +239,7 @@ class Spectrum:
 
     def plot(self):
         """The eigenvalues with their error bars, as a matplotlib figure."""
-        return plots.spectrum(self.eigenvalues.tolist(), self.residuals.tolist(), self.converged.tolist())
+        nodes, weights = (part.tolist() for part in self.quadrature) if self.quadrature else ((), ())
+        return plots.spectrum(
+            self.eigenvalues.tolist(), self.residuals.tolist(), self.converged.tolist(), nodes, weights
+        )
