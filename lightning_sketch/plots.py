@@ -38,7 +38,7 @@ def spectrum_over_time(
     Returns:
         A matplotlib Figure.
     """
-    figure = _figure((8, 5 if density is None else 8))
+    figure = _figure(8, 5 if density is None else 8)
     heights = (2, 1) if density is None else (2, 1, 1.6)
     upper, lower, *rest = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     for axes, color, ranks in ((upper, _TOP, range(top_k)), (lower, _BOTTOM, range(-1, -bottom_k - 1, -1))):
@@ -85,7 +85,7 @@ def spectrum(
     Returns:
         A matplotlib Figure.
     """
-    figure = _figure((8, 4))
+    figure = _figure(8, 4)
     axes, *rest = figure.subplots(
         1, 2 if nodes else 1, sharey=True, width_ratios=(2, 1) if nodes else (1,), squeeze=False
     )[0]
@@ -130,7 +130,7 @@ def layers(
     Returns:
         A matplotlib Figure.
     """
-    figure = _figure((8, 1.2 + 0.32 * len(names)))
+    figure = _figure(8, 1.2 + 0.32 * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
     rows = range(len(names))
     faces = [_TOP if known else "white" for known in converged]
@@ -147,14 +147,14 @@ def layers(
     return figure
 
 
-def _figure(size: tuple[float, float]):
+def _figure(width: int, height: int | float):
     """An empty figure that also a notebook shows in which nothing else of matplotlib was imported."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots need matplotlib; pip install 'lightning-sketch[plots]'.") from error
 
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
 
     def png() -> bytes:
         buffer = io.BytesIO()

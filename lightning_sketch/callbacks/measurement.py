@@ -1,6 +1,7 @@
 """A spectrum with the moment it was taken: what a monitor logs and says, and what a checkpoint keeps of it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import Any
 
@@ -59,14 +60,22 @@ class Measurement(Spectrum):
     layers: dict[str, LayerCurvature] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
-        """Tensors and plain numbers, as a checkpoint may hold them."""
-        return to_plain(self) | {"layers": {name: asdict(layer) for name, layer in self.layers.items()}}
+        """Tensors and plain numbers, as a checkpoint may hold them; no vectors but sketched ones."""
+        layers = {name: asdict(layer) for name, layer in self.layers.items()}
+        return to_plain(self) | {"layers": layers} | ({"vectors": None} if self.sketch is None else {})
 
     @staticmethod
     def of_state(state: dict[str, Any]) -> "Measurement":
         """The inverse of `state`."""
         layers = {name: LayerCurvature(**layer) for name, layer in state["layers"].items()}
         return from_plain(state | {"layers": layers}, Measurement)
+
+    def after(self, earlier: Sequence["Measurement"], lr: float, stable_below: float, k: int) -> "Measurement":
+        """With what the Trainer knows of stability, and the overlap of the k top eigenvectors with the last ones."""
+        overlap, last = math.nan, earlier[-1] if earlier else self
+        if earlier and last.vectors is not None and (last.n, last.sketch) == (self.n, self.sketch):
+            overlap = float(self.overlap(last, k))
+        return replace(self, lr=lr, stable_below=stable_below, overlap_with_last=overlap)
 
     def kept(self, k: int) -> "Measurement":
         """Without the Krylov vectors, and with k sketched eigenvectors: what stays in a history."""

@@ -1,18 +1,13 @@
 """Log the spectrum of a loss's curvature while training."""
 
-import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from lightning_sketch import plots
 from lightning_sketch._compat import (
     BarText,
     CallbackBase,
@@ -23,20 +18,15 @@ from lightning_sketch._compat import (
     say,
     state_key,
 )
+from lightning_sketch.callbacks.fits import check_trainer
 from lightning_sketch.callbacks.initial_weights import InitialWeights
+from lightning_sketch.callbacks.instrument import Instrument
 from lightning_sketch.callbacks.kept_batches import KeptBatches
-from lightning_sketch.callbacks.layers import groups, measure_layers
 from lightning_sketch.callbacks.log_spectrum import log_figures, log_scalars, log_table
-from lightning_sketch.callbacks.matrices import KINDS, check_loss, make_matrix
 from lightning_sketch.callbacks.measurement import Keys, Measurement
 from lightning_sketch.callbacks.optimizers import learning_rate, stable_below
-from lightning_sketch.curvature import spectrum
-from lightning_sketch.curvature.checks import check_arguments, checked_defect
-from lightning_sketch.curvature.lanczos import start_vector
-from lightning_sketch.curvature.operator import CurvatureOperator
+from lightning_sketch.callbacks.pictures import by_layer, over_time
 from lightning_sketch.params import Layout
-
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 class SpectrumMonitor(CallbackBase):
@@ -131,14 +121,13 @@ class SpectrumMonitor(CallbackBase):
         hvp: str = "auto",
     ):
         super().__init__()
-        for argument, value, has in (
-            ("curvature", curvature, KINDS),
-            ("data", data, ("train",)),
-            ("on_error", on_error, ("warn", "raise")),
-        ):
-            if value not in has:
-                choices = " or ".join(map(repr, has))
-                raise ValueError(f"SpectrumMonitor({argument}={value!r}) is not known; use {choices}.")
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"SpectrumMonitor(on_error={on_error!r}) is not known; use 'warn' or 'raise'.")
+        if data != "train":
+            raise ValueError(
+                f"SpectrumMonitor(data={data!r}) is not known; use 'train', or trainer.validate(model, dataloader) for "
+                "other data."
+            )
         if every_n_epochs is not None and every_n_train_steps is not None:
             raise ValueError(
                 f"set every_n_epochs or every_n_train_steps, got both ({every_n_epochs} and {every_n_train_steps}); "
@@ -148,30 +137,34 @@ class SpectrumMonitor(CallbackBase):
             ("every_n_epochs", every_n_epochs),
             ("every_n_train_steps", every_n_train_steps),
             ("num_batches", num_batches),
-            ("top_k", top_k),
-            ("micro_batch_size", micro_batch_size),
         ):
             if value is not None and value < 1:
                 raise ValueError(f"need {argument} >= 1, got {value}.")
-        if curvature != "ggn" and (model_fn or output_loss_fn):
-            raise ValueError(
-                f"model_fn and output_loss_fn make a Gauss-Newton matrix, got curvature={curvature!r}; use "
-                "curvature='ggn', or loss_fn."
-            )
-        check_arguments(num_matvecs, dim, top_k, bottom_k, tol, density_probes, method=method)
-        self.curvature, self.method, self.data, self.density_probes = curvature, method, data, density_probes
-        bottom_k = bottom_k if curvature == "hessian" else 0  # the others are never negative: there is nothing to find
-        self.top_k, self.bottom_k, self.num_matvecs, self.dim, self.tol = top_k, bottom_k, num_matvecs, dim, tol
-        self.parameters, self.loss_fn, self.at_start = parameters, loss_fn, at_start
+        self.instrument = Instrument(
+            curvature=curvature,
+            method=method,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            num_matvecs=num_matvecs,
+            dim=dim,
+            tol=tol,
+            density_probes=density_probes,
+            parameters=parameters,
+            loss_fn=loss_fn,
+            seed=seed,
+            per_layer=per_layer,
+            model_fn=model_fn,
+            output_loss_fn=output_loss_fn,
+            weight_fn=weight_fn,
+            micro_batch_size=micro_batch_size,
+            hvp=hvp,
+        )
         self.every_n_train_steps = every_n_train_steps
         self.every_n_epochs = every_n_epochs or (None if every_n_train_steps else 1)
         self.name = name or (curvature if method == "lanczos" else f"{curvature}_{method}")
-        self.on_error, self.seed, self.per_layer = on_error, seed, per_layer
-        self.model_fn, self.output_loss_fn, self.weight_fn = model_fn, output_loss_fn, weight_fn
-        self.micro_batch_size, self.hvp = micro_batch_size, hvp
+        self.at_start, self.on_error = at_start, on_error
 
         self.history: list[Measurement] = []
-        self._keys = Keys(self.name, top_k, bottom_k, density_probes > 0)
         self._kept = KeptBatches(num_batches)  # made anew at each fit
         self._last_step = -1
         self._initial: InitialWeights | None = None
@@ -200,34 +193,11 @@ class SpectrumMonitor(CallbackBase):
         self._kept, self._initial, self._resumed_from = KeptBatches(self._kept.num_batches), None, None
         if stage == "fit" and trainer.global_step == 0:  # a checkpoint is loaded after this
             self.history = []
-        sharded = [kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED]
-        if sharded:
-            raise MisconfigurationException(
-                f"SpectrumMonitor cannot measure under {sharded[0]}: sharded parameters have no second derivatives in "
-                "PyTorch. Train with strategy='ddp', or save checkpoints and measure them in one process: "
-                "Trainer(callbacks=[SpectrumMonitor()]).validate(model, dataloader)."
-            )
-        if self.loss_fn is None and not pl_module.automatic_optimization:
-            raise MisconfigurationException(
-                f"{type(pl_module).__name__} optimizes by hand, so its training_step need not return the loss; pass "
-                "SpectrumMonitor(loss_fn=lambda module, batch: ...)."
-            )
-        if any(p.is_meta for p in pl_module.parameters()) and not is_overridden("configure_model", pl_module):
-            raise MisconfigurationException(
-                f"parameters of {type(pl_module).__name__} are on the meta device; make them in configure_model."
-            )
-        for callback in trainer.callbacks:
-            key = getattr(callback, "monitor", None) or ""
-            ours = key.startswith((f"{self.name}/", f"{self.name}_eigenvalues/"))
-            if ours and getattr(callback, "check_finite", False):
-                raise MisconfigurationException(
-                    f"{type(callback).__name__}(monitor={key!r}, check_finite=True) would stop training at the first "
-                    "eigenvalue that has not converged, which is logged as NaN; set check_finite=False."
-                )
+        check_trainer(trainer, pl_module, self.name, self.instrument.loss_fn is not None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a module without trainable parameters, or none of that name."""
-        Layout.of(pl_module, self.parameters)
+        Layout.of(pl_module, self.instrument.parameters)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Steps before this one are done."""
@@ -294,31 +264,8 @@ class SpectrumMonitor(CallbackBase):
         self, pl_module: LightningModule, epoch: int = 0, step: int = 0, distributed: bool = False, on_product=None
     ) -> Measurement:
         """The spectrum of the module as it is now, on the kept batches."""
-        start = time.perf_counter()
-        matrix = self._matrix(pl_module, self.curvature, distributed)
-        with matrix.hold():
-            loss = matrix.loss()
-            measured = spectrum(
-                matrix,
-                num_matvecs=self.num_matvecs,
-                dim=self.dim,
-                seed=self.seed,
-                top_k=self.top_k,
-                bottom_k=self.bottom_k,
-                tol=self.tol,
-                density_probes=self.density_probes,
-                method=self.method,
-                gradient=matrix.gradient(),
-                on_product=on_product,
-            )
-        layers = measure_layers(
-            lambda names: self._matrix(pl_module, self.curvature, distributed, names),
-            groups(matrix.layout, self.per_layer),
-            self.seed,
-            self.tol,
-        )
-        seconds = time.perf_counter() - start
-        return Measurement(**vars(measured), epoch=epoch, step=step, loss=loss, seconds=seconds, layers=layers)
+        batches = self._kept.on_device(pl_module.device)
+        return self.instrument.measure(pl_module, batches, epoch, step, distributed, on_product)
 
     def plot(self):
         """The eigenvalues over all measurements, as a matplotlib figure.
@@ -329,19 +276,7 @@ class SpectrumMonitor(CallbackBase):
         """
         if not self.history:
             raise ValueError("nothing to plot: no measurement was taken yet; run trainer.fit first.")
-        return plots.spectrum_over_time(
-            time=[m.step for m in self.history],
-            values=[m.eigenvalues.tolist() for m in self.history],
-            errors=[m.residuals.tolist() for m in self.history],
-            converged=[m.converged.tolist() for m in self.history],
-            top_k=self.top_k,
-            bottom_k=self.bottom_k,
-            title=f"{self.name.capitalize()} eigenvalues while training",
-            stable_below=[m.stable_below for m in self.history],
-            density=[tuple(part.tolist() for part in m.quadrature) for m in self.history]
-            if self.density_probes
-            else None,
-        )
+        return over_time(self.history, self.instrument, self.name)
 
     def plot_layers(self):
         """The top eigenvalue and the trace of each layer at the last measurement, as a matplotlib figure.
@@ -352,44 +287,11 @@ class SpectrumMonitor(CallbackBase):
         """
         if not self.history or not self.history[-1].layers:
             raise ValueError("no layers to plot; use SpectrumMonitor(per_layer=True), then trainer.fit.")
-        last = self.history[-1]
-        return plots.layers(
-            names=list(last.layers),
-            top=[layer.lambda_max for layer in last.layers.values()],
-            top_errors=[layer.residual for layer in last.layers.values()],
-            converged=[layer.converged for layer in last.layers.values()],
-            traces=[layer.trace for layer in last.layers.values()],
-            trace_errors=[layer.trace_sem for layer in last.layers.values()],
-            title=f"{self.name.capitalize()} by layer, step {last.step}",
-        )
-
-    def _matrix(
-        self, pl_module: LightningModule, curvature: str, distributed: bool, parameters: Sequence[str] | None = None
-    ) -> CurvatureOperator:
-        return make_matrix(
-            curvature,
-            pl_module,
-            self._kept.on_device(pl_module.device),
-            loss_fn=self.loss_fn,
-            model_fn=self.model_fn,
-            output_loss_fn=self.output_loss_fn,
-            weight_fn=self.weight_fn,
-            hvp=self.hvp,
-            parameters=self.parameters if parameters is None else parameters,
-            micro_batch_size=self.micro_batch_size,
-            distributed=distributed,
-        )
+        return by_layer(self.history[-1], self.name)
 
     def _first_look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take three products, so that what cannot work fails now."""
-        distributed = trainer.world_size > 1
-        matrix = self._matrix(pl_module, self.curvature, distributed)
-        with muted_loggers(trainer), matrix.hold():
-            starts = (start_vector(matrix, self.seed, name) for name in ("0", "defect"))
-            checked_defect(matrix, *starts, random=True)
-            self.micro_batch_size = matrix.micro_batch_size
-            if self.curvature == "ggn" and self.output_loss_fn is None:
-                check_loss(matrix, self._matrix(pl_module, "hessian", distributed))
+        with muted_loggers(trainer):
+            self.instrument.check(pl_module, self._kept.on_device(pl_module.device), trainer.world_size > 1)
 
     def _data_known(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # under DDP a checkpoint holds what rank zero knows
@@ -431,27 +333,21 @@ class SpectrumMonitor(CallbackBase):
                 raise
             warnings.warn(f"{self.name}: no measurement at step {step}: {error}", stacklevel=2)
         else:
-            measured = self._in_history(measured, trainer, step, keep_later=look)
+            earlier = [m for m in self.history if look or m.step < step]
+            measured = measured.after(earlier, learning_rate(trainer), stable_below(trainer), self.instrument.top_k)
+            self.history = [m.kept(0) for m in earlier] + [measured.kept(self.instrument.top_k)]
             scalars = measured.scalars(self._keys)
             cadence = "every_n_train_steps" if self.every_n_train_steps else "every_n_epochs"
             say(trainer, measured.cost(self.name, since, cadence, getattr(self, cadence)))
         log_scalars(trainer.loggers, scalars, logged)
         if measured is not None and trainer.is_global_zero:
-            log_figures(trainer.loggers, self.name, measured, logged, self.density_probes > 0)
+            log_figures(trainer.loggers, self.name, measured, logged, self._keys.density)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
         self._clock = time.perf_counter()
 
-    def _in_history(self, measured: Measurement, trainer: Trainer, step: int, keep_later: bool) -> Measurement:
-        """Put a measurement behind those before it; returns it with all that it kept, and what the Trainer knows."""
-        earlier = [m for m in self.history if keep_later or m.step < step]
-        k, overlap = self.top_k, math.nan
-        if earlier and earlier[-1].vectors is not None:
-            overlap = float(measured.overlap(earlier[-1], k))
-        measured = replace(
-            measured, lr=learning_rate(trainer), stable_below=stable_below(trainer), overlap_with_last=overlap
-        )
-        self.history = [m.kept(0) if m.vectors is not None else m for m in earlier] + [measured.kept(k)]
-        return measured
+    @property
+    def _keys(self) -> Keys:
+        return Keys(self.name, self.instrument.top_k, self.instrument.bottom_k, self.instrument.density_probes > 0)
 
     def _validates(self, trainer: Trainer) -> bool:
         return trainer.state.fn == "validate"

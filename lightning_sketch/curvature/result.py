@@ -64,8 +64,8 @@ class Spectrum:
     """Nodes and weights that stand for all eigenvalues."""
     gradient_shares: Float[Tensor, " r"] | None = None
     """Shares of the gradient in the spaces of the first 1, 2, ... eigenvectors, where a gradient was given."""
-    vectors: Float[Tensor, "dim r"] | None = None
-    """S x: sketched eigenvectors of length one."""
+    vectors: Float[Tensor, "dim k"] | None = None
+    """S x of the first k: sketched eigenvectors of length one."""
     coefficients: Float[Tensor, "m r"] | None = None
     """x = V c, from the vectors of all runs."""
     krylov: Krylov | None = None

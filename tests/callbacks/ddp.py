@@ -1,6 +1,6 @@
 """Run as a program: one fit on `devices` processes over the same data, whose history is printed as JSON by each rank.
 
-    python ddp.py FOLDER DEVICES [fail]
+python ddp.py FOLDER DEVICES [fail]
 """
 
 import json

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from models import Digits, fit, loader, trainer
 from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_sketch import SpectrumMonitor
@@ -15,11 +16,12 @@ from lightning_sketch import SpectrumMonitor
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"curvature": "ggn"}, r"curvature='ggn'\) is not in this version; use 'hessian'"),
-        ({"curvature": "fisher"}, "curvature='fisher'"),
-        ({"method": "projected"}, r"method='projected'\) is not in this version; use 'lanczos'"),
-        ({"density_probes": 3}, r"density_probes=3\) is not in this version; use 0"),
-        ({"data": "val"}, "data='val'.* use 'train'"),
+        ({"curvature": "kfac"}, "curvature='kfac' is not known; use 'hessian' or 'ggn' or 'fisher'"),
+        ({"method": "power"}, "method is 'lanczos' or 'projected', got 'power'"),
+        ({"density_probes": -1}, "need density_probes >= 0 .* got -1 and 32"),
+        ({"density_probes": 30}, "need dim >= 2112, .* got dim=1024"),
+        ({"model_fn": len}, "model_fn and output_loss_fn make a Gauss-Newton matrix, got curvature='hessian'"),
+        ({"data": "val"}, "data='val'.* use 'train', or trainer.validate"),
         ({"on_error": "ignore"}, "on_error='ignore'.* use 'warn' or 'raise'"),
         ({"every_n_epochs": 1, "every_n_train_steps": 10}, "set every_n_epochs or every_n_train_steps, got both"),
         ({"every_n_epochs": 0}, "need every_n_epochs >= 1, got 0"),
@@ -28,7 +30,7 @@ from lightning_sketch import SpectrumMonitor
         ({"top_k": 0}, "need top_k >= 1"),
         ({"num_matvecs": 5}, "num_matvecs=5 products .* top_k=10"),
         ({"bottom_k": -1}, "bottom_k=-1"),
-        ({"dim": 100}, "need dim >= 2 num_matvecs = 192 .* got dim=100"),
+        ({"dim": 100}, "need dim >= 192, twice num_matvecs .* got dim=100"),
         ({"tol": 1.0}, "need 0 <= tol < 1, got tol=1.0"),
     ],
 )
@@ -131,9 +133,9 @@ def test_early_stopping_on_a_value_that_may_be_nan(tmp_path):
     fit(tmp_path, SpectrumMonitor(num_batches=1), stopping)
 
 
-def test_more_than_one_rank(tmp_path):
-    run = trainer(tmp_path, devices=2, strategy="ddp")
-    with pytest.raises(MisconfigurationException, match=r"one process in this version, got 2; use devices=1"):
+def test_sharded_parameters(tmp_path):
+    run = trainer(tmp_path, strategy=ModelParallelStrategy(), devices=1)
+    with pytest.raises(MisconfigurationException, match=r"under ModelParallelStrategy.*strategy='ddp'.*validate"):
         SpectrumMonitor().setup(run, Digits(), "fit")
 
 
@@ -157,9 +159,11 @@ def test_a_loss_that_turns_nan_later(tmp_path, on_error):
     assert [m.step for m in watch.history] == [8]
 
 
-def test_half_precision_says_what_to_do(tmp_path):
-    with pytest.raises(TypeError, match=r"bfloat16, too coarse for curvature"):
-        fit(tmp_path, SpectrumMonitor(), precision="bf16-true", data=loader())
+def test_half_precision_is_measured_in_float32(tmp_path):
+    watch = SpectrumMonitor(num_batches=1)
+    model = fit(tmp_path, watch, precision="bf16-true", data=loader(), max_epochs=1)
+    assert watch.history[0].linearity_defect < 5e-6
+    assert model.net[0].weight.dtype == torch.bfloat16
 
 
 def test_autocast_is_off_inside(tmp_path):

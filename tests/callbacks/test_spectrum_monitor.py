@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_sketch import SpectrumMonitor
-from lightning_sketch.callbacks.measurement import Measurement
+from lightning_sketch.callbacks.measurement import Keys, Measurement
 
 SCALARS = {"lambda_max", "lambda_min", "rneg", "rneg_error", "num_outliers", "loss", "seconds"}
 
@@ -217,12 +217,12 @@ def test_rneg_is_judged_by_its_own_error():
         "loss": 1.0,
         "seconds": 1.0,
     }
-    scalars = Measurement(values, residuals, **rest).scalars("hessian", 2, 1)
+    scalars = Measurement(values, residuals, **rest).scalars(Keys("hessian", 2, 1))
     assert math.isnan(scalars["hessian/lambda_min"])
     assert scalars["hessian/rneg"] == pytest.approx(0.01)
     assert scalars["hessian/rneg_error"] == pytest.approx(0.005, rel=1e-3)
     residuals[-1] = 0.5
-    assert math.isnan(Measurement(values, residuals, **rest).scalars("hessian", 2, 1)["hessian/rneg"])
+    assert math.isnan(Measurement(values, residuals, **rest).scalars(Keys("hessian", 2, 1))["hessian/rneg"])
 
 
 def test_after_a_failure_no_value_of_an_earlier_look_remains(tmp_path):
