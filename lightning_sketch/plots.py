@@ -176,7 +176,7 @@ def _legend(axes) -> None:
     axes.legend(handles=handles, loc="best", frameon=False, fontsize="small")
 
 
-def _stability(axes, time: Sequence[float], edge: Sequence[float]) -> None:
+def _stability(axes, time: Sequence[int | float], edge: Sequence[float]) -> None:
     """The line above which gradient descent grows, where it is not far above everything."""
     known = [(t, e) for t, e in zip(time, edge, strict=False) if math.isfinite(e)]
     if known:
@@ -186,7 +186,9 @@ def _stability(axes, time: Sequence[float], edge: Sequence[float]) -> None:
             axes.set_ylim(low, high)
 
 
-def _heat_map(figure, axes, time: Sequence[float], density: Sequence[tuple[Sequence[float], Sequence[float]]]) -> None:
+def _heat_map(
+    figure, axes, time: Sequence[int | float], density: Sequence[tuple[Sequence[float], Sequence[float]]]
+) -> None:
     from matplotlib.colors import LogNorm
 
     everything = [node for nodes, _ in density for node in nodes]
