@@ -84,7 +84,6 @@ class Instrument:
                         f"{trained:.6g}; pass model_fn=lambda module, batch: output and "
                         "output_loss_fn=lambda output, batch: loss."
                     )
-        self.micro_batch_size = matrix.micro_batch_size  # what fits in memory
 
     def measure(
         self,
@@ -113,6 +112,7 @@ class Instrument:
                 gradient=matrix.gradient(),
                 on_product=on_product,
             )
+        self.micro_batch_size = matrix.micro_batch_size  # what fits in memory
         layers = measure_layers(
             lambda names: self.matrix(module, batches, distributed, parameters=names),
             groups(matrix.layout, self.per_layer),

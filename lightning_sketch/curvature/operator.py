@@ -168,13 +168,16 @@ class CurvatureOperator(LinearOperator):
         """The matrix of a batch: made once if there is one only, and a loss that is not drawn anew at each call."""
         if self._kept is not None:
             return self._kept
-        if not isinstance(self.batches, list | tuple) or sum(1 for _ in self._parts()) > 1:
+        if not isinstance(self.batches, list | tuple) or len(self.batches) > 1 or self._is_cut(self.batches[0]):
             return self.linearize(batch, keep=False)
         first, second = (self.batch_loss(batch).detach() for _ in range(2))
         keep = torch.allclose(first, second, rtol=1e-5, atol=0, equal_nan=True)
         product = self.linearize(batch, keep)
         self._kept = product if keep else None
         return product
+
+    def _is_cut(self, batch: Any) -> bool:
+        return self.micro_batch_size is not None and num_examples(batch) > self.micro_batch_size
 
     def _parts(self) -> Iterator[Any]:
         for batch in self.batches:
