@@ -6,6 +6,7 @@ b      a batch, or a part of one, of weight w_b: its number of examples, or of t
 A_b    the batch's own matrix, linear in v: what a subclass gives
 """
 
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -81,6 +82,7 @@ class CurvatureOperator(LinearOperator):
         self._widen = any(t.dtype in _HALF for t in (*module.parameters(), *module.buffers()))
         self._held = False
         self._kept: Product | None = None
+        self._cut_agrees = False  # not looked yet
 
     @abstractmethod
     def linearize(self, batch: Any, keep: bool) -> Product:
@@ -182,7 +184,28 @@ class CurvatureOperator(LinearOperator):
     def _parts(self) -> Iterator[Any]:
         for batch in self.batches:
             batch = differentiable(batch, self._widen)
-            yield from (batch,) if self.micro_batch_size is None else split_batch(batch, self.micro_batch_size)
+            if not self._is_cut(batch):
+                yield batch
+                continue
+            if not self._cut_agrees:
+                self._check_cut(batch)
+            yield from split_batch(batch, self.micro_batch_size)
+
+    def _check_cut(self, batch: Any) -> None:
+        """Refuse to cut a batch whose loss is not the mean of the losses of its parts."""
+        parts = list(split_batch(batch, self.micro_batch_size))
+        weights = [float(self.weight_fn(part)) for part in parts]
+        with torch.no_grad():
+            losses = [float(self.batch_loss(part)) for part in parts]
+            whole = float(self.batch_loss(batch))
+        mean = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
+        if not math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6) and not math.isnan(whole):
+            raise ValueError(
+                f"the loss of a batch, {whole:.6g}, is not the weighted mean of those of its parts of "
+                f"{self.micro_batch_size} examples, {mean:.6g}, so that it cannot be cut; pass weight_fn (num_labels for "
+                "a mean over tokens), or load smaller batches."
+            )
+        self._cut_agrees = True
 
     def _mean(self, total: Tensor, add: Callable[[Any, float], None]) -> Tensor:
         """Call add(part, weight) for each part of each batch; what that makes of `total`, over the sum of weights."""
