@@ -112,7 +112,7 @@ class Instrument:
                 gradient=matrix.gradient(),
                 on_product=on_product,
             )
-        self.micro_batch_size = matrix.micro_batch_size  # what fits in memory
+        self.micro_batch_size = matrix.batches.micro_batch_size  # what fits in memory
         layers = measure_layers(
             lambda names: self.matrix(module, batches, distributed, parameters=names),
             groups(matrix.layout, self.per_layer),

@@ -1,5 +1,6 @@
 """A model's loss and its gradients, without side effects."""
 
+from lightning_sketch.gradients.examples import HALF as HALF
 from lightning_sketch.gradients.examples import differentiable as differentiable
 from lightning_sketch.gradients.examples import labels_of as labels_of
 from lightning_sketch.gradients.examples import num_examples as num_examples
@@ -7,5 +8,6 @@ from lightning_sketch.gradients.examples import num_labels as num_labels
 from lightning_sketch.gradients.examples import split_batch as split_batch
 from lightning_sketch.gradients.loss import LossFn as LossFn
 from lightning_sketch.gradients.loss import training_step_loss as training_step_loss
+from lightning_sketch.gradients.substituted import in_float32 as in_float32
 from lightning_sketch.gradients.substituted import substituted as substituted
 from lightning_sketch.gradients.undisturbed import undisturbed as undisturbed

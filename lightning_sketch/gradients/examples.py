@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 def num_examples(batch: Any) -> int:
@@ -80,11 +80,11 @@ def differentiable(batch: Any, widen: bool = False) -> Any:
     """The batch as autograd can use it: no tensors made in inference mode, and no half precision if `widen`."""
 
     def needs(tensor: Tensor) -> bool:
-        return tensor.is_inference() or (widen and tensor.dtype in _HALF)
+        return tensor.is_inference() or (widen and tensor.dtype in HALF)
 
     def change(tensor: Tensor) -> Tensor:
         tensor = tensor.clone() if tensor.is_inference() else tensor
-        return tensor.float() if widen and tensor.dtype in _HALF else tensor
+        return tensor.float() if widen and tensor.dtype in HALF else tensor
 
     return _changed(batch, change) if any(map(needs, _leaves(batch, _is_tensor))) else batch
 

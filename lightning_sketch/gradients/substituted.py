@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
+from lightning_sketch.gradients.examples import HALF
+
 
 @contextmanager
 def substituted(module: nn.Module, tensors: Sequence[Tensor], by: Sequence[Tensor]) -> Iterator[None]:
@@ -27,3 +29,14 @@ def substituted(module: nn.Module, tensors: Sequence[Tensor], by: Sequence[Tenso
     finally:
         for holder, key, value in places:
             holder[key] = value
+
+
+@contextmanager
+def in_float32(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """The module on float32 copies of what it holds in half precision; yields what stands for these parameters."""
+    everything = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
+    half = [tensor for tensor in everything if tensor.dtype in HALF]
+    wide = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in half]
+    table = {id(old): new for old, new in zip(half, wide, strict=True)}
+    with substituted(module, half, wide):
+        yield [table.get(id(p), p) for p in parameters]

@@ -12,7 +12,8 @@ Y = torch.tensor([0, 1, 2, 0])
 
 
 def product(batch, module=None, **kwargs):
-    g = GGN(module or nn.Linear(3, 3), [batch], **kwargs)
+    """From two batches: of a single one, the loss is looked at before."""
+    g = GGN(module or nn.Linear(3, 3), [batch, batch], **kwargs)
     return g.matvec(torch.ones(g.shape[0]))
 
 
