@@ -7,7 +7,8 @@ It is exact for polynomials f of degree below 2m, up to the draw of v_1. Loss of
 copies of an eigenvalue share its weight.
 
 The standard error of the trace is that of v_1 uniform on the sphere, 2 (||A||_F² - (tr A)² / n) n / (n + 2) for one
-start, with ||A||_F² = n E ||A v_1||² and ||A v_1||² = α_1² + β_1² from the same runs.
+start, with ||A||_F² = n E sum_k w_k t_k² from the same run. The largest eigenvalues make most of it, and those are
+known: X of them taken out, n v_1ᵀ(I - XXᵀ)A v_1 + tr XᵀAX has the same mean and the variance of what is left.
 
 Sources: Ubaru, Chen & Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix
 Anal. Appl. 38(4), doi:10.1137/16M1104974; Hutchinson (1990), doi:10.1080/03610919008812866.
@@ -22,6 +23,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.curvature.krylov import SketchedRun
+
+_ONE_SHARE = 12.0
+"""n w of a single eigenvalue is χ² of one degree, beyond this once in two thousand; of many copies more."""
 
 
 class Quadrature(NamedTuple):
@@ -60,11 +64,26 @@ def quadrature(runs: Sequence[SketchedRun], steps: int) -> Quadrature:
     return Quadrature(torch.cat(nodes), torch.cat(weights))
 
 
-def trace(runs: Sequence[SketchedRun], n: int) -> Trace:
-    """From the first step of each run."""
-    alpha = torch.tensor([run.alpha[0] for run in runs], dtype=torch.float64)
-    beta = torch.tensor([run.beta[0] for run in runs], dtype=torch.float64)
-    value = n * float(alpha.mean())
-    frobenius = n * float((alpha**2 + beta**2).mean())
-    variance = 2 * max(frobenius - value**2 / n, 0.0) * n / (n + 2)
-    return Trace(value, math.sqrt(variance / len(runs)))
+def trace(runs: Sequence[SketchedRun], n: int, known: Float[Tensor, " k"] | None = None) -> Trace:
+    """From all runs, with what is known taken out of the draw: the starts are weighted by their own variance.
+
+    `known` are eigenvalues that have converged. Where a run has settled on one, its nodes there are replaced by
+    the eigenvalue itself, and only the rest is estimated; not so where there are copies, or may be.
+    """
+    known = torch.empty(0, dtype=torch.float64) if known is None else known
+    values, precisions = [], []
+    for run in runs:
+        t, y = torch.linalg.eigh(run.tridiagonal(len(run.alpha)))
+        w = y[0] ** 2
+        settled = run.beta[-1] * y[-1].abs() <= 1e-2 * t.abs()
+        same = (known[:, None] - t).abs() <= 1e-3 * known[:, None].abs()
+        alone = (known[:, None] - known).abs().le(1e-3 * known.abs()).sum(1) == 1
+        found = (same & settled).any(1) & alone & (n * (same * w).sum(1) < _ONE_SHARE)
+        rest = ~same[found].any(0)
+        value, frobenius = n * float(w[rest] @ t[rest]), n * float(w[rest] @ t[rest] ** 2)
+        variance = 2 * max(frobenius - value**2 / n, 0.0) * n / (n + 2)
+        values.append(float(known[found].sum()) + value)
+        precisions.append(1 / max(variance, 1e-30))
+    total = sum(precisions)
+    mean = sum(value * precision for value, precision in zip(values, precisions, strict=True)) / total
+    return Trace(mean, math.sqrt(1 / total))

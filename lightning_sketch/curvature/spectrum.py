@@ -137,7 +137,7 @@ def spectrum(
             "largest mean nothing. Half precision or a loss that varies between calls does this.",
             stacklevel=2,
         )
-    value, sem = trace(krylov.runs, n)
+    value, sem = trace(krylov.runs, n, found.eigenvalues[found.converged])
     density = krylov.runs[: 1 + density_probes]
     nodes = quadrature(density, density_matvecs if density_probes else done)
     return replace(

@@ -138,6 +138,16 @@ def test_the_model_may_be_called_otherwise():
     torch.testing.assert_close(dense(g), truth(module, (2 * x, y), entropy()))
 
 
+def test_a_batch_may_be_a_tensor_and_parameters_unused():
+    module, x = network(), normal(6, 3)
+    g = GGN(module, [x], output_loss_fn=lambda z, x: z.square().mean())
+    expected = truth(module, (x, None), lambda z, _: z.square().mean())
+    torch.testing.assert_close(dense(g), expected)
+    module.spare = nn.Linear(2, 2).double()
+    g = GGN(module, [x], model_fn=lambda m, x: m[:3](x), output_loss_fn=lambda z, x: z.square().mean())
+    torch.testing.assert_close(dense(g), functional.pad(expected, (0, 6, 0, 6)))
+
+
 def test_parameters_may_be_chosen():
     module, batch = network(), (normal(6, 3), LABELS)
     g = GGN(module, [batch], parameters="2.*")
