@@ -38,10 +38,14 @@ def spectrum_over_time(
     Returns:
         A matplotlib Figure.
     """
-    figure = _figure(8, 5 if density is None else 8)
-    heights = (2, 1) if density is None else (2, 1, 1.6)
-    upper, lower, *rest = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-    for axes, color, ranks in ((upper, _TOP, range(top_k)), (lower, _BOTTOM, range(-1, -bottom_k - 1, -1))):
+    heights = [2.0] + [1.0] * (bottom_k > 0) + [1.6] * (density is not None)
+    figure = _figure(8, 2 + sum(heights) * 1.3)
+    panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
+    upper, both = panels[0], [(panels[0], _TOP, range(top_k))]
+    if bottom_k:
+        both.append((panels[1], _BOTTOM, range(-1, -bottom_k - 1, -1)))
+        panels[1].set_ylabel(f"{bottom_k} smallest")
+    for axes, color, ranks in both:
         for rank in ranks:
             points = [
                 (t, v[rank], e[rank], c[rank])
@@ -60,14 +64,13 @@ def spectrum_over_time(
         axes.axhline(0, color=_REST, lw=0.8)
         axes.grid(alpha=0.2)
     upper.set_ylabel(f"{top_k} largest")
-    lower.set_ylabel(f"{bottom_k} smallest")
     figure.supylabel(_UNIT, fontsize="medium")
-    (rest or [lower])[-1].set_xlabel(xlabel)
+    panels[-1].set_xlabel(xlabel)
     upper.set_title(title)
     _stability(upper, time, stable_below)
     _legend(upper)
     if density is not None:
-        _heat_map(figure, rest[0], time, density)
+        _heat_map(figure, panels[-1], time, density)
     return figure
 
 
@@ -214,11 +217,9 @@ def _linear_below(values: Sequence[float]) -> float:
 
 def _edges(values: Sequence[float], threshold: float) -> list[float]:
     """Edges of bins, eight to a decade, from the smallest to the largest of the values; one bin around zero."""
-    positive = [threshold * 10 ** (i / 8) for i in range(-8, 26)]
-    low, high = min(values), max(values)
-    return [-e for e in reversed(positive) if e <= -low * 10 ** (1 / 8)] + [
-        e for e in positive if e <= high * 10 ** (1 / 8)
-    ]
+    positive = [threshold * 10 ** (i / 8) for i in range(-8, 34)]
+    below, above = (max(limit * 10 ** (1 / 8), threshold) for limit in (-min(values), max(values)))
+    return [-e for e in reversed(positive) if e <= below] + [e for e in positive if e <= above]
 
 
 def _binned(density: Sequence[tuple[Sequence[float], Sequence[float]]], edges: Sequence[float]) -> list[list[float]]:

@@ -28,7 +28,7 @@ def check_trainer(trainer: Trainer, pl_module: LightningModule, name: str, has_l
         )
     for callback in trainer.callbacks:
         key = getattr(callback, "monitor", None) or ""
-        ours = key.startswith((f"{name}/", f"{name}_eigenvalues/"))
+        ours = key.startswith((f"{name}/", f"{name}_eigenvalues/", f"{name}_layers/"))
         if ours and getattr(callback, "check_finite", False):
             raise MisconfigurationException(
                 f"{type(callback).__name__}(monitor={key!r}, check_finite=True) would stop training at the first "

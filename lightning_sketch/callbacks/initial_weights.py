@@ -10,23 +10,21 @@ class InitialWeights:
     """A copy of a module's parameters and buffers."""
 
     def __init__(self, module: nn.Module):
-        self.values = [tensor.detach().clone() for tensor in _state(module)]
+        self.values = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
 
     @contextmanager
     def in_place(self, module: nn.Module) -> Iterator[None]:
         """The module with these weights; after that with its own, the very same tensors."""
-        now = [tensor.data for tensor in _state(module)]
+        state = _state(module)  # a buffer made since then stays as it is
+        now = {name: tensor.data for name, tensor in state.items() if name in self.values}
         try:
-            _set(module, self.values)
+            for name in now:
+                state[name].data = self.values[name]
             yield
         finally:
-            _set(module, now)
+            for name, value in now.items():
+                state[name].data = value
 
 
-def _state(module: nn.Module) -> list[Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _set(module: nn.Module, values: list[Tensor]) -> None:
-    for tensor, value in zip(_state(module), values, strict=True):
-        tensor.data = value
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

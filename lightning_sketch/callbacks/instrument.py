@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from lightning_sketch.callbacks.layers import groups, measure_layers
 from lightning_sketch.callbacks.measurement import Measurement
 from lightning_sketch.curvature import GGN, EmpiricalFisher, Hessian, spectrum
-from lightning_sketch.curvature.checks import check_arguments, checked_defect
+from lightning_sketch.curvature.checks import check_arguments, check_hvp, checked_defect
 from lightning_sketch.curvature.lanczos import start_vector
 from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.gradients import num_examples, training_step_loss
+from lightning_sketch.params import Layout
 
 _KINDS = ("hessian", "ggn", "fisher")
 _LOSSES_AGREE = 1e-3
@@ -57,8 +58,17 @@ class Instrument:
                 f"model_fn and output_loss_fn make a Gauss-Newton matrix, got curvature={self.curvature!r}; use "
                 "curvature='ggn', or loss_fn."
             )
-        if self.top_k < 1:
-            raise ValueError(f"need top_k >= 1, got {self.top_k}.")
+        for name in ("top_k", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"need {name} >= 1, got {value}.")
+        check_hvp(self.hvp)
+        if self.curvature != "hessian" and self.hvp != "auto":
+            raise ValueError(f"hvp={self.hvp!r} makes products of a Hessian, got curvature={self.curvature!r}.")
+        if isinstance(self.per_layer, str):
+            raise ValueError(
+                f"per_layer is True or a list of patterns, got {self.per_layer!r}; use [{self.per_layer!r}]."
+            )
         check_arguments(
             self.num_matvecs, self.dim, self.top_k, self.bottom_k, self.tol, self.density_probes, method=self.method
         )
@@ -69,21 +79,27 @@ class Instrument:
         """Take three products, so that what cannot work fails now, in seconds.
 
         Raises:
-            ValueError: what the matrix or its products say; and if a Gauss-Newton matrix by default functions is not
-                that of the loss that is trained.
+            ValueError: what the matrix or its products say; if no parameter is in one of the layers; if a
+                Gauss-Newton matrix is not that of the loss that is trained.
         """
         matrix = self.matrix(module, batches, distributed)
+        for names in groups(matrix.layout, self.per_layer).values():
+            Layout.of(module, names)
+        self._check_loss(module, batches, distributed, matrix.loss())
         with matrix.hold():
             starts = (start_vector(matrix, self.seed, name) for name in ("0", "defect"))
             checked_defect(matrix, *starts, random=True)
-            if self.curvature == "ggn" and self.output_loss_fn is None:
-                ours, trained = matrix.loss(), self.matrix(module, batches, distributed, curvature="hessian").loss()
-                if abs(ours - trained) > _LOSSES_AGREE * max(abs(ours), abs(trained)):
-                    raise ValueError(
-                        f"the Gauss-Newton matrix would be that of a loss of {ours:.6g}, but training_step returns "
-                        f"{trained:.6g}; pass model_fn=lambda module, batch: output and "
-                        "output_loss_fn=lambda output, batch: loss."
-                    )
+
+    def _check_loss(self, module: nn.Module, batches: Sequence[Indexed], distributed: bool, loss: float) -> None:
+        """Refuse a Gauss-Newton matrix, made by default functions, of another loss than the one that is trained."""
+        if self.curvature != "ggn" or self.output_loss_fn is not None:
+            return
+        trained = self.matrix(module, batches, distributed, curvature="hessian").loss()
+        if abs(loss - trained) > _LOSSES_AGREE * max(abs(loss), abs(trained)):
+            raise ValueError(
+                f"the Gauss-Newton matrix would be of a loss of {loss:.6g}, but training_step returns {trained:.6g}; "
+                "pass model_fn=lambda module, batch: output and output_loss_fn=lambda output, batch: loss."
+            )
 
     def measure(
         self,
@@ -97,8 +113,9 @@ class Instrument:
         """The spectrum of the module as it is now."""
         start = time.perf_counter()
         matrix = self.matrix(module, batches, distributed)
+        loss = matrix.loss()
+        self._check_loss(module, batches, distributed, loss)
         with matrix.hold():
-            loss = matrix.loss()
             measured = spectrum(
                 matrix,
                 num_matvecs=self.num_matvecs,

@@ -22,16 +22,20 @@ def log_scalars(loggers: Sequence[Any], scalars: Mapping[str, float], step: int)
         logger.log_metrics(dict(scalars), step=step)
 
 
-def log_figures(loggers: Sequence[Any], name: str, measurement: Measurement, step: int, density: bool) -> None:
-    """To W&B a histogram and a picture, to TensorBoard a histogram, beside a CSV file everything in safetensors."""
+def log_figures(
+    loggers: Sequence[Any], name: str, measurement: Measurement, step: int, density: bool, unique: bool
+) -> None:
+    """To W&B a histogram and a picture, to TensorBoard a histogram, beside a CSV file everything in safetensors.
+
+    A file of the same step is replaced, as when a fit is resumed from an earlier step; not if `unique`.
+    """
     for logger in loggers:
         if _is(logger, "WandbLogger"):
             _to_wandb(logger, name, measurement, step, density)
         elif _is(logger, "TensorBoardLogger") and density:
             _to_tensorboard(logger, name, measurement, step)
         elif _is(logger, "CSVLogger"):
-            folder = Path(logger.log_dir) / f"{name}_spectra"
-            save_spectrum(measurement, folder / f"step={measurement.step:06d}.safetensors")
+            save_spectrum(measurement, _free(Path(logger.log_dir) / f"{name}_spectra", measurement, unique))
 
 
 def log_table(loggers: Sequence[Any], name: str, history: Sequence[Measurement]) -> None:
@@ -57,9 +61,9 @@ def _to_wandb(logger: Any, name: str, measurement: Measurement, step: int, densi
     shown: dict[str, Any] = {}
     if density:
         shares = Histogram.of(measurement.quadrature).shares
-        shown[f"{name}/density"] = wandb.Histogram(np_histogram=(shares.tolist(), EDGES.tolist()))
+        shown[_prefixed(logger, f"{name}/density")] = wandb.Histogram(np_histogram=(shares.tolist(), EDGES.tolist()))
     if _HAS_MATPLOTLIB:
-        shown[f"{name}/spectrum"] = wandb.Image(measurement.plot())
+        shown[_prefixed(logger, f"{name}/spectrum")] = wandb.Image(measurement.plot())
     if shown:  # without step=, which is W&B's own count; Lightning's step is a metric of its own there
         logger.experiment.log({**shown, "trainer/global_step": step})
 
@@ -67,7 +71,7 @@ def _to_wandb(logger: Any, name: str, measurement: Measurement, step: int, densi
 def _to_tensorboard(logger: Any, name: str, measurement: Measurement, step: int) -> None:
     nodes, weights = measurement.quadrature
     logger.experiment.add_histogram_raw(
-        f"{name}/density",
+        _prefixed(logger, f"{name}/density"),
         min=float(nodes.min()),
         max=float(nodes.max()),
         num=1.0,
@@ -77,6 +81,22 @@ def _to_tensorboard(logger: Any, name: str, measurement: Measurement, step: int)
         bucket_counts=Histogram.of(measurement.quadrature).shares.tolist(),
         global_step=step,
     )
+
+
+def _free(folder: Path, measurement: Measurement, unique: bool) -> Path:
+    """Where to write; under a new name if nothing may be replaced."""
+    stem = f"epoch={measurement.epoch}-step={measurement.step}"
+    path, version = folder / f"{stem}.safetensors", 0
+    while unique and path.exists():
+        version += 1
+        path = folder / f"{stem}-v{version}.safetensors"
+    return path
+
+
+def _prefixed(logger: Any, key: str) -> str:
+    """The key as the logger itself names its scalars."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}{key}" if prefix else key
 
 
 def _is(logger: Any, name: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_sketch.callbacks.histogram import Histogram
 from lightning_sketch.callbacks.layers import LayerCurvature
+from lightning_sketch.callbacks.optimizers import Stability
 from lightning_sketch.curvature import Spectrum
 from lightning_sketch.curvature.saved import from_plain, to_plain
 
@@ -70,12 +71,16 @@ class Measurement(Spectrum):
         layers = {name: LayerCurvature(**layer) for name, layer in state["layers"].items()}
         return from_plain(state | {"layers": layers}, Measurement)
 
-    def after(self, earlier: Sequence["Measurement"], lr: float, stable_below: float, k: int) -> "Measurement":
+    def after(self, earlier: Sequence["Measurement"], now: Stability, k: int) -> "Measurement":
         """With what the Trainer knows of stability, and the overlap of the k top eigenvectors with the last ones."""
         overlap, last = math.nan, earlier[-1] if earlier else self
-        if earlier and last.vectors is not None and (last.n, last.sketch) == (self.n, self.sketch):
+        if (
+            earlier
+            and last.vectors is not None
+            and (last.n, last.sketch, last.method) == (self.n, self.sketch, self.method)
+        ):
             overlap = float(self.overlap(last, k))
-        return replace(self, lr=lr, stable_below=stable_below, overlap_with_last=overlap)
+        return replace(self, lr=now.lr, stable_below=now.below, overlap_with_last=overlap)
 
     def kept(self, k: int) -> "Measurement":
         """Without the Krylov vectors, and with k sketched eigenvectors: what stays in a history."""
@@ -120,7 +125,7 @@ class Measurement(Spectrum):
     def cost(self, name: str, since: float, cadence: str, every: int) -> str:
         """One line for a person: what it cost, beside the seconds `since` the last, and how to make it cost less."""
         line = f"{name}: {self.num_products} products, {self.seconds:.1f} s"
-        if self.step == 0:
+        if self.step == 0 or since == math.inf:
             return line
         share = self.seconds / since
         line += f", {share:.0%} of the time since the last"

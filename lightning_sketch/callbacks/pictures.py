@@ -17,7 +17,7 @@ def over_time(history: Sequence[Measurement], instrument: Instrument, name: str)
         converged=[m.converged.tolist() for m in history],
         top_k=instrument.top_k,
         bottom_k=instrument.bottom_k,
-        title=f"{name.capitalize()} eigenvalues while training",
+        title=f"{name}: eigenvalues while training",
         stable_below=[m.stable_below for m in history],
         density=density,
     )
@@ -33,5 +33,5 @@ def by_layer(measurement: Measurement, name: str):
         converged=[layer.converged for layer in layers],
         traces=[layer.trace for layer in layers],
         trace_errors=[layer.trace_sem for layer in layers],
-        title=f"{name.capitalize()} by layer, step {measurement.step}",
+        title=f"{name} by layer, step {measurement.step}",
     )

@@ -1,5 +1,6 @@
 """Log the spectrum of a loss's curvature while training."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from lightning_sketch.callbacks.instrument import Instrument
 from lightning_sketch.callbacks.kept_batches import KeptBatches
 from lightning_sketch.callbacks.log_spectrum import log_figures, log_scalars, log_table
 from lightning_sketch.callbacks.measurement import Keys, Measurement
-from lightning_sketch.callbacks.optimizers import learning_rate, stable_below
+from lightning_sketch.callbacks.optimizers import UNKNOWN, Stability, stability
 from lightning_sketch.callbacks.pictures import by_layer, over_time
 from lightning_sketch.params import Layout
 
@@ -64,7 +65,7 @@ class SpectrumMonitor(CallbackBase):
         tol: largest relative residual of an eigenvalue that counts as converged.
         density_probes: further starts, for the density of all eigenvalues; 3 is usual.
         data: "train": the first batches of the first epoch, kept.
-        num_batches: how many of them.
+        num_batches: how many of them; nothing is measured before all are known.
         parameters: which parameters, as a shell pattern on their names, e.g. "blocks.*.attn.*".
         every_n_epochs: epochs between two measurements; 1 if neither cadence is set.
         every_n_train_steps: optimizer steps between two measurements, instead of epochs.
@@ -167,7 +168,8 @@ class SpectrumMonitor(CallbackBase):
         self.history: list[Measurement] = []
         self._kept = KeptBatches(num_batches)  # made anew at each fit
         self._last_step = -1
-        self._initial: InitialWeights | None = None
+        self._initial: tuple[InitialWeights, Stability] | None = None
+        self._stability = UNKNOWN
         self._resumed_from: str | None = None
         self._clock = 0.0
 
@@ -190,8 +192,10 @@ class SpectrumMonitor(CallbackBase):
         """Refuse what cannot work; forget an earlier fit."""
         if stage not in ("fit", "validate"):
             return
-        self._kept, self._initial, self._resumed_from = KeptBatches(self._kept.num_batches), None, None
-        if stage == "fit" and trainer.global_step == 0:  # a checkpoint is loaded after this
+        goes_on = stage == "fit" and trainer.global_step > 0  # a checkpoint is loaded after this
+        self._resumed_from = self._kept.fingerprint if goes_on and self._kept.complete else None
+        self._kept, self._initial = KeptBatches(self._kept.num_batches), None
+        if not goes_on:
             self.history = []
         check_trainer(trainer, pl_module, self.name, self.instrument.loss_fn is not None)
 
@@ -206,13 +210,14 @@ class SpectrumMonitor(CallbackBase):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the first batches; on the very first, take three products, so that what cannot work fails now."""
+        self._stability = stability(trainer)  # schedulers move on before the epoch ends
         if self._kept.complete:
             return
         self._kept.offer(batch)
         if len(self._kept.batches) == 1:
             self._first_look(trainer, pl_module)
             if self.at_start and trainer.global_step == 0:
-                self._initial = InitialWeights(pl_module)
+                self._initial = InitialWeights(pl_module), stability(trainer)
         if self._kept.complete:
             self._data_known(trainer, pl_module)
 
@@ -257,7 +262,7 @@ class SpectrumMonitor(CallbackBase):
         """Under `trainer.validate`: measure the module as it is."""
         if self._validates(trainer):
             self._kept.close()
-            self._clock = time.perf_counter()
+            self._stability = UNKNOWN
             self._measure_and_log(trainer, pl_module, trainer.global_step, look=True)
 
     def measure(
@@ -302,9 +307,11 @@ class SpectrumMonitor(CallbackBase):
                 stacklevel=2,
             )
         if self._initial is not None:
-            initial, self._initial = self._initial, None
+            (initial, then), self._initial = self._initial, None
+            now, self._stability = self._stability, then
             with initial.in_place(pl_module):
                 self._measure_and_log(trainer, pl_module, 0, step=0)
+            self._stability = now
 
     def _measure_and_log(
         self,
@@ -317,6 +324,7 @@ class SpectrumMonitor(CallbackBase):
         step = trainer.global_step if step is None else step
         since = time.perf_counter() - self._clock
         scalars, measured = self._keys.nothing_known(), None
+        scalars |= {key: math.nan for key in trainer.callback_metrics if key.startswith(f"{self.name}_layers/")}
         try:
             if look:
                 self._first_look(trainer, pl_module)
@@ -333,17 +341,25 @@ class SpectrumMonitor(CallbackBase):
                 raise
             warnings.warn(f"{self.name}: no measurement at step {step}: {error}", stacklevel=2)
         else:
-            earlier = [m for m in self.history if look or m.step < step]
-            measured = measured.after(earlier, learning_rate(trainer), stable_below(trainer), self.instrument.top_k)
+            earlier = [m for m in self.history if m.step < step]
+            measured = measured.after(earlier, self._stability, self.instrument.top_k)
             self.history = [m.kept(0) for m in earlier] + [measured.kept(self.instrument.top_k)]
             scalars = measured.scalars(self._keys)
             cadence = "every_n_train_steps" if self.every_n_train_steps else "every_n_epochs"
-            say(trainer, measured.cost(self.name, since, cadence, getattr(self, cadence)))
+            say(trainer, measured.cost(self.name, math.inf if look else since, cadence, getattr(self, cadence)))
         log_scalars(trainer.loggers, scalars, logged)
         if measured is not None and trainer.is_global_zero:
-            log_figures(trainer.loggers, self.name, measured, logged, self._keys.density)
+            self._log_figures(trainer, measured, logged, unique=look)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
         self._clock = time.perf_counter()
+
+    def _log_figures(self, trainer: Trainer, measured: Measurement, logged: int, unique: bool) -> None:
+        try:
+            log_figures(trainer.loggers, self.name, measured, logged, self._keys.density, unique)
+        except Exception as error:  # a full disk, or a logger of another version
+            if self.on_error == "raise":
+                raise
+            warnings.warn(f"{self.name}: no pictures or files at step {measured.step}: {error}", stacklevel=2)
 
     @property
     def _keys(self) -> Keys:

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from lightning_sketch.gradients import differentiable, num_examples, split_batch
 
+Add = Callable[[Any, float], None]
+"""Adds a part of this weight to a total."""
+
 
 class Batches:
     """Batches that are read again for each mean.
@@ -22,7 +25,6 @@ class Batches:
         distributed: sum over the ranks of the default process group, each with its own batches.
         widen: turn half-precision tensors into float32.
         device: where ranks sum up; NCCL knows no CPU.
-        loss: part -> its mean loss; tells whether a batch may be cut.
     """
 
     def __init__(
@@ -33,7 +35,6 @@ class Batches:
         distributed: bool,
         widen: bool,
         device: torch.device,
-        loss: Callable[[Any], Tensor],
     ):
         if isinstance(batches, Tensor):
             raise TypeError("batches is a list of batches, got one tensor; pass [batch].")
@@ -45,18 +46,19 @@ class Batches:
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"need micro_batch_size >= 1, got {micro_batch_size}.")
         self.batches, self.weight_fn, self.micro_batch_size = batches, weight_fn, micro_batch_size
-        self.distributed, self.widen, self.device, self.loss = distributed, widen, device, loss
-        self._cut_agrees = False  # not looked yet
+        self.distributed, self.widen, self.device = distributed, widen, device
+        self._may_be_cut: set[int] = set()  # indices of batches that were looked at
 
     @property
     def single(self) -> bool:
         """Whether there is one part only, the same each time."""
         return isinstance(self.batches, list | tuple) and len(self.batches) == 1 and not self._is_cut(self.batches[0])
 
-    def mean(self, total: Tensor, add: Callable[[Any, float], None], restart: Callable[[], None]) -> Tensor:
+    def mean(self, total: Tensor, add: Add, loss: Callable[[Any], Tensor], restart: Callable[[], None]) -> Tensor:
         """`total`, to which add(part, weight) adds each part of each batch, over the sum of all weights.
 
-        Out of memory, parts are halved, with a warning, and all is done again after restart().
+        Out of memory, parts are halved, with a warning, and all is done again after restart(). loss(part), its mean
+        loss, tells whether a batch may be cut.
 
         Raises:
             ValueError: if there is no example, or a batch may not be cut.
@@ -64,7 +66,7 @@ class Batches:
         """
         weight, failure = torch.zeros((), dtype=torch.float64), None
         try:
-            while not self._all_fit(total, weight, add):
+            while not self._all_fit(total, weight, add, loss):
                 restart()
                 total.zero_()
                 weight.zero_()
@@ -82,21 +84,22 @@ class Batches:
             raise ValueError("batches holds no example, so there is no loss to differentiate; pass at least one batch.")
         return total.div_(float(weight))
 
-    def _all_fit(self, total: Tensor, weight: Tensor, add: Callable[[Any, float], None]) -> bool:
+    def _all_fit(self, total: Tensor, weight: Tensor, add: Add, loss: Callable[[Any], Tensor]) -> bool:
         """Whether all parts went through in this size; if not, the next size is half."""
         largest = 0
         try:
-            for part in self._parts():
+            for part in self._parts(loss):
                 largest = max(largest, num_examples(part))
                 share = float(self.weight_fn(part))
-                add(part, share)
-                weight.add_(share)
+                if share:  # the mean over nothing is NaN
+                    add(part, share)
+                    weight.add_(share)
         except RuntimeError as error:
             if not _is_out_of_memory(error) or largest < 2:
                 raise
         else:
             return True
-        self.micro_batch_size, self._cut_agrees = largest // 2, False
+        self.micro_batch_size, self._may_be_cut = largest // 2, set()
         torch.cuda.empty_cache()
         warnings.warn(
             f"out of memory with {largest} examples at once; going on with micro_batch_size={self.micro_batch_size}.",
@@ -104,14 +107,15 @@ class Batches:
         )
         return False
 
-    def _parts(self) -> Iterator[Any]:
-        for batch in self.batches:
+    def _parts(self, loss: Callable[[Any], Tensor]) -> Iterator[Any]:
+        for index, batch in enumerate(self.batches):
             batch = differentiable(batch, self.widen)
             if not self._is_cut(batch):
                 yield batch
                 continue
-            if not self._cut_agrees:
-                self._check_cut(batch)
+            if index not in self._may_be_cut:
+                self._check_cut(batch, loss)
+                self._may_be_cut.add(index)
             yield from split_batch(batch, self.micro_batch_size)
 
     def _summed(self, tensor: Tensor) -> Tensor:
@@ -123,21 +127,19 @@ class Batches:
     def _is_cut(self, batch: Any) -> bool:
         return self.micro_batch_size is not None and num_examples(batch) > self.micro_batch_size
 
-    def _check_cut(self, batch: Any) -> None:
-        """Refuse to cut a batch whose loss is not the mean of the losses of its parts."""
-        parts = list(split_batch(batch, self.micro_batch_size))
-        weights = [float(self.weight_fn(part)) for part in parts]
+    def _check_cut(self, batch: Any, loss: Callable[[Any], Tensor]) -> None:
+        """Refuse to cut a batch whose loss is not the mean of the losses of its parts: the first two tell."""
+        pair = next(split_batch(batch, 2 * self.micro_batch_size))  # the whole batch may not fit
+        halves = [(float(self.weight_fn(part)), part) for part in split_batch(pair, self.micro_batch_size)]
         with torch.no_grad():
-            losses = [float(self.loss(part)) for part in parts]
-            whole = float(self.loss(batch))
-        mean = sum(w * loss for w, loss in zip(weights, losses, strict=True) if w) / (sum(weights) or 1)
+            whole = float(loss(pair))
+            mean = sum(w * float(loss(part)) for w, part in halves if w) / (sum(w for w, _ in halves) or 1)
         if not math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6) and not math.isnan(whole):
             raise ValueError(
-                f"the loss of a batch, {whole:.6g}, is not the weighted mean of those of its parts of "
-                f"{self.micro_batch_size} examples, {mean:.6g}, so that it cannot be cut; pass weight_fn (num_labels "
-                "for a mean over tokens), or load smaller batches."
+                f"the loss of {num_examples(pair)} examples, {whole:.6g}, is not the weighted mean of those of its "
+                f"parts of {self.micro_batch_size}, {mean:.6g}, so that a batch cannot be cut; pass weight_fn "
+                "(num_labels for a mean over tokens), or load smaller batches."
             )
-        self._cut_agrees = True
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

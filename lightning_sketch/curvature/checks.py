@@ -36,6 +36,13 @@ def checked_defect(
     return linearity
 
 
+def check_hvp(hvp: str) -> None:
+    """Refuse an unknown way to a Hessian product."""
+    ways = ("auto", "double_backward", "forward_over_reverse", "finite_differences")
+    if hvp not in ways:
+        raise ValueError(f"hvp is one of {', '.join(ways)}, got {hvp!r}.")
+
+
 def check_arguments(
     num_matvecs: int,
     dim: int,
@@ -62,7 +69,7 @@ def check_arguments(
             f"need density_probes >= 0 and density_matvecs >= 1, got {density_probes} and {density_matvecs}; "
             "3 and 32 are usual."
         )
-    vectors = num_matvecs + density_probes * density_matvecs
+    vectors = num_matvecs + density_probes * max(density_matvecs, num_matvecs // 4)
     if method == "lanczos" and dim < min(n or dim + 1, 2 * vectors):
         raise ValueError(
             f"need dim >= {2 * vectors}, twice num_matvecs + density_probes density_matvecs, to tell the Lanczos "

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from lightning_sketch.gradients import graph_nodes
+
 _SIGNS = (
     "is not implemented",
     "does not have a double backward",
@@ -46,7 +48,7 @@ def nothing_dropped(loss: Tensor) -> Iterator[None]:
     def meet(node: BackwardCFunction) -> RemovableHandle:
         return node.register_prehook(lambda _: met.append(type(node).__name__.removesuffix("Backward")))
 
-    hooks = [meet(node) for node in _nodes(loss) if isinstance(node, BackwardCFunction) and _is_marked(node)]
+    hooks = [meet(node) for node in graph_nodes(loss) if isinstance(node, BackwardCFunction) and _is_marked(node)]
     yield
     for hook in hooks:
         hook.remove()
@@ -56,17 +58,6 @@ def nothing_dropped(loss: Tensor) -> Iterator[None]:
 
 def _is_marked(node: BackwardCFunction) -> bool:
     return getattr(node._forward_cls.backward, "__code__", None) is _MARKED
-
-
-def _nodes(loss: Tensor) -> Iterator[object]:
-    """The operations that made the loss, each once."""
-    nodes, seen = [loss.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [following for following, _ in node.next_functions]
-            yield node
 
 
 def _refusal(what: str) -> NoSecondDerivative:

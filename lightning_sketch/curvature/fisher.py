@@ -58,28 +58,26 @@ class EmpiricalFisher(CurvatureOperator):
 
     def linearize(self, batch: Any, keep: bool) -> Product:
         """V -> Jᵀ J v / N."""
-        losses = self._losses(batch)
-        if not losses.requires_grad:
-            raise ValueError(
-                f"the loss does not depend on the parameters {', '.join(self.layout.names[:5])}, ...; "
-                "it may have been computed under no_grad or from detached tensors."
-            )
+        losses = self._differentiable(self._losses(batch))
         jacobian = Jacobian(losses, self.parameters)
         return lambda pieces: jacobian.rmatvec(jacobian.matvec(pieces) / len(losses), keep)
 
     def batch_loss(self, batch: Any) -> Tensor:
         """The mean loss of the batch."""
+        return self._one_or_each(batch).mean()
+
+    def _one_or_each(self, batch: Any) -> Tensor:
         loss = self.loss_fn(self.module, batch)
         if not isinstance(loss, Tensor) or loss.shape not in ((), (num_examples(batch),)):
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise ValueError(f"loss_fn returns the losses of {num_examples(batch)} examples, or their mean; got {got}.")
-        return loss.mean()
+        return loss
 
     def _losses(self, batch: Any) -> Tensor:
-        loss = self.loss_fn(self.module, batch)
+        loss = self._one_or_each(batch)
         if loss.ndim:
             return loss
-        losses = torch.stack([self.loss_fn(self.module, example) for example in split_batch(batch, 1)])
+        losses = torch.stack([self._one_or_each(example).squeeze() for example in split_batch(batch, 1)])
         if not torch.allclose(losses.mean(), loss, rtol=1e-3, atol=1e-6):
             raise ValueError(
                 f"the loss of the batch, {float(loss):.6g}, is not the mean of the losses of its examples, "

@@ -64,12 +64,7 @@ class GGN(CurvatureOperator):
     def linearize(self, batch: Any, keep: bool) -> Product:
         """V -> J_bᵀ H_b J_b v."""
         output, loss_fn, loss = self._forward(batch)
-        if not output.requires_grad:
-            raise ValueError(
-                f"the output does not depend on the parameters {', '.join(self.layout.names[:5])}, ...; it may have "
-                "been computed under no_grad or from detached tensors."
-            )
-        jacobian = Jacobian(output, self.parameters)
+        jacobian = Jacobian(self._differentiable(output), self.parameters)
         hessian = _loss_hessian(output, loss_fn, loss, batch)
         return lambda pieces: jacobian.rmatvec(hessian(jacobian.matvec(pieces)), keep)
 
@@ -95,7 +90,13 @@ class GGN(CurvatureOperator):
 
 def _call(module: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
-        return module(**batch)
+        try:
+            return module(**batch)
+        except TypeError as error:
+            raise ValueError(
+                f"{type(module).__name__} cannot be called with {', '.join(map(str, batch))}: {error}. Pass "
+                "model_fn=lambda module, batch: output, and output_loss_fn."
+            ) from error
     return module(batch[0] if isinstance(batch, list | tuple) else batch)
 
 

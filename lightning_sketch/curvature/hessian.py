@@ -8,20 +8,23 @@ b      a batch, of weight w_b (its number of examples) and mean loss L_b
 One product costs about two gradients of every batch; nothing of size n² is ever made. How it is made: `hvp.py`.
 """
 
+import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_sketch.curvature.checks import check_hvp
 from lightning_sketch.curvature.errors import NoSecondDerivative
 from lightning_sketch.curvature.hvp import double_backward, finite_differences, forward_over_reverse
 from lightning_sketch.curvature.lanczos import dot, start_vector
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
 
 _STEPS_AGREE = 0.02
-_WAYS = ("auto", "double_backward", "forward_over_reverse", "finite_differences")
 
 
 class Hessian(CurvatureOperator):
@@ -62,8 +65,7 @@ class Hessian(CurvatureOperator):
         **options: Any,
     ):
         super().__init__(module, batches, **options)
-        if hvp not in _WAYS:
-            raise ValueError(f"hvp is one of {', '.join(_WAYS)}, got {hvp!r}.")
+        check_hvp(hvp)
         if not step > 0:
             raise ValueError(f"need step > 0, got {step}.")
         self.loss_fn, self.hvp, self.step = loss_fn, hvp, step
@@ -72,7 +74,6 @@ class Hessian(CurvatureOperator):
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """H x for each vector along the last axis, one after the other."""
         if self.hvp == "finite_differences" and not self._steps_agree:
-            self._steps_agree = True
             self._check_steps()
         try:
             return super().matvec(x)
@@ -81,10 +82,11 @@ class Hessian(CurvatureOperator):
                 raise
             try:
                 self.hvp = "forward_over_reverse"
+                self._forget()
                 return super().matvec(x)
             except Exception as second:
                 self.hvp = "auto"
-                raise refusal from second
+                raise (second if isinstance(second, torch.OutOfMemoryError) else refusal) from second
 
     rmatvec = matvec
 
@@ -106,20 +108,16 @@ class Hessian(CurvatureOperator):
         return loss
 
     def _differentiable_loss(self, batch: Any) -> Tensor:
-        loss = self.batch_loss(batch)
-        if not loss.requires_grad:
-            raise ValueError(
-                f"the loss does not depend on the parameters {', '.join(self.layout.names[:5])}, ...; "
-                "it may have been computed under no_grad or from detached tensors."
-            )
-        return loss
+        return self._differentiable(self.batch_loss(batch))
 
     def _check_steps(self) -> None:
         """Compare two step sizes, on a random vector and on one that the operator has shaped."""
         v = start_vector(self, 0, "finite differences")
-        with self.hold():
+        with self.hold(), self._trusted():
+            half = copy.copy(self)
+            half.step = self.step / 2
             for vector in (v, self._smoothed(v)):
-                fine, coarse = (self._with_step(step, vector) for step in (self.step / 2, self.step))
+                fine, coarse = half.matvec(vector), self.matvec(vector)
                 rest = fine - coarse
                 change = (dot(rest, rest) / dot(fine, fine)) ** 0.5 if dot(rest, rest) else 0.0
                 if not change <= _STEPS_AGREE:
@@ -129,9 +127,15 @@ class Hessian(CurvatureOperator):
                         "activations, or another step."
                     )
 
-    def _with_step(self, step: float, v: Tensor) -> Tensor:
-        self.step, self._kept = step, None
-        return self.matvec(v)
+    @contextmanager
+    def _trusted(self) -> Iterator[None]:
+        """Take products without looking; for good, unless something is raised."""
+        self._steps_agree = True
+        try:
+            yield
+        except BaseException:
+            self._steps_agree = False
+            raise
 
     def _smoothed(self, v: Tensor) -> Tensor:
         """A³ v, scaled to length one: what a Krylov vector looks like."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_sketch.curvature.errors import nothing_dropped, second_derivative_errors
 from lightning_sketch.curvature.operator import Product
-from lightning_sketch.gradients import substituted
+from lightning_sketch.gradients import nowhere_else, substituted
 
 LossNow = Callable[[], Tensor]
 """The loss at the parameters that the module has when it is called."""
@@ -47,7 +47,9 @@ def forward_over_reverse(loss_now: LossNow, module: nn.Module, parameters: Seque
             leaves = [p.detach().requires_grad_() for p in parameters]
             duals = [forward_ad.make_dual(p, v.to(p)) for p, v in zip(leaves, pieces, strict=True)]
             with substituted(module, parameters, duals):
-                gradients = torch.autograd.grad(loss_now(), duals, allow_unused=True)
+                loss = loss_now()
+                nowhere_else(loss, parameters)
+                gradients = torch.autograd.grad(loss, duals, allow_unused=True)
             return [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
 
     return product
@@ -59,7 +61,9 @@ def finite_differences(loss_now: LossNow, module: nn.Module, parameters: Sequenc
     def gradient(pieces: Sequence[Tensor], t: float) -> Sequence[Tensor | None]:
         moved = [torch.add(p.detach(), v, alpha=t).requires_grad_() for p, v in zip(parameters, pieces, strict=True)]
         with substituted(module, parameters, moved):
-            return torch.autograd.grad(loss_now(), moved, allow_unused=True)
+            loss = loss_now()
+            nowhere_else(loss, parameters)
+            return torch.autograd.grad(loss, moved, allow_unused=True)
 
     def product(pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
         size = float(torch.stack([v.double().square().sum() for v in pieces]).sum().sqrt())

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_sketch.curvature.errors import second_derivative_errors
+from lightning_sketch.curvature.errors import nothing_dropped, second_derivative_errors
 
 
 class Jacobian:
@@ -22,7 +22,7 @@ class Jacobian:
     def __init__(self, output: Tensor, parameters: Sequence[Tensor]):
         self.output, self.parameters = output, parameters
         self._u = torch.zeros_like(output, requires_grad=True)
-        with second_derivative_errors():
+        with second_derivative_errors(), nothing_dropped(output):
             self._pulled = torch.autograd.grad(output, parameters, self._u, create_graph=True, allow_unused=True)
 
     def matvec(self, pieces: Sequence[Tensor]) -> Tensor:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_sketch.curvature.batches import Batches
-from lightning_sketch.gradients import HALF, in_float32, num_examples, undisturbed
+from lightning_sketch.gradients import HALF, in_float32, nowhere_else, num_examples, undisturbed
 from lightning_sketch.operators.base import LinearOperator, check_vectors
 from lightning_sketch.params import Layout
 
@@ -29,7 +29,8 @@ class CurvatureOperator(LinearOperator):
 
     Args:
         module: its parameters are where the matrix is taken; `.grad` is never touched, and buffers, modes
-            and random state are put back. Half-precision parameters are computed with in float32.
+            and random state are put back. If it holds half-precision tensors, all of them, frozen ones too, are
+            copied to float32 meanwhile.
         batches: a list of batches, or any iterable that can be read again and again.
         parameters: names of the parameters to take, as shell patterns.
         mode: "eval", or "train" to leave dropout and batch statistics as they are; a loss that is drawn
@@ -66,10 +67,8 @@ class CurvatureOperator(LinearOperator):
         self.dtype = torch.float32 if widest in HALF else widest
         self.device = self.parameters[0].device
         self._widen = any(t.dtype in HALF for t in (*module.parameters(), *module.buffers()))
-        self.batches = Batches(
-            batches, weight_fn, micro_batch_size, distributed, self._widen, self.device, self.batch_loss
-        )
-        self._held = False
+        self.batches = Batches(batches, weight_fn, micro_batch_size, distributed, self._widen, self.device)
+        self._originals, self._held = self.parameters, False
         self._kept: Product | None = None
 
     @abstractmethod
@@ -104,7 +103,7 @@ class CurvatureOperator(LinearOperator):
             def add(batch: Any, weight: float) -> None:
                 total.add_(self.batch_loss(batch).detach().cpu().double(), alpha=weight)
 
-            return float(self.batches.mean(total, add, restart=self._forget))
+            return float(self.batches.mean(total, add, self.batch_loss, self._forget))
 
     def gradient(self) -> Float[Tensor, " n"]:
         """∇L(θ), in loss units per parameter unit."""
@@ -131,15 +130,14 @@ class CurvatureOperator(LinearOperator):
                     "requires_grad=True."
                 )
         with ExitStack() as stack:
-            originals = self.parameters
             stack.enter_context(undisturbed(self.module, self.mode))
             if self._widen:
-                self.parameters = stack.enter_context(in_float32(self.module, originals))
+                self.parameters = stack.enter_context(in_float32(self.module, self._originals))
             self._held = True
             try:
                 yield
             finally:
-                self._held, self._kept, self.parameters = False, None, originals
+                self._held, self._kept, self.parameters = False, None, self._originals
 
     def _product(self, batch: Any) -> Product:
         """The matrix of a batch: made once if there is one only, and a loss that is not drawn anew at each call."""
@@ -163,7 +161,18 @@ class CurvatureOperator(LinearOperator):
                 if piece is not None:
                     part.add_(piece, alpha=weight)
 
-        return self.batches.mean(total, add, restart=self._forget)
+        return self.batches.mean(total, add, self.batch_loss, self._forget)
+
+    def _differentiable(self, output: Tensor) -> Tensor:
+        """What the module made, if it can be differentiated for the chosen parameters."""
+        if not output.requires_grad:
+            raise ValueError(
+                f"the loss does not depend on the parameters {', '.join(self.layout.names[:5])}, ...; "
+                "it may have been computed under no_grad or from detached tensors."
+            )
+        if self.parameters is not self._originals:
+            nowhere_else(output, self._originals)
+        return output
 
     def _forget(self) -> None:
         self._kept = None

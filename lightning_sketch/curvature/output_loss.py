@@ -47,7 +47,7 @@ class CrossEntropy:
         counts = labels.ne(self.ignore_index)
         p = output.detach().softmax(axis)
         hu = p * (u - (p * u).sum(axis, keepdim=True))
-        return hu * (counts.to(hu) / counts.sum()).unsqueeze(axis)
+        return hu * (counts.to(hu) / counts.sum().clamp(min=1)).unsqueeze(axis)
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,31 @@ class SquaredError:
 
 
 def usual_loss(batch: Any) -> CrossEntropy | SquaredError:
-    """Cross-entropy where labels are whole numbers, squared error where they are real."""
-    return SquaredError() if labels_of(batch).is_floating_point() else CrossEntropy()
+    """Cross-entropy where labels are whole numbers, squared error where they are real.
+
+    Raises:
+        ValueError: if the labels are probabilities, so that either may be meant.
+    """
+    labels = labels_of(batch)
+    if not labels.is_floating_point():
+        return CrossEntropy()
+    if labels.ndim > 1 and labels.shape[1] > 1 and (labels >= 0).all() and (labels.sum(1) - 1).abs().max() < 1e-3:
+        raise ValueError(
+            "the labels are probabilities; say what the loss is: output_loss_fn=SquaredError(), or "
+            "lambda output, batch: F.cross_entropy(output, batch[1])."
+        )
+    return SquaredError()
 
 
 def _class_axis(output: Tensor, labels: Tensor) -> int:
     axes = [axis for axis in (1, -1) if output.ndim > 1 and output.select(axis, 0).shape == labels.shape]
     if output.ndim == 2:
         axes = axes[:1]  # the same axis twice
+    if len(axes) == 1 and output.shape[axes[0]] == 1:
+        raise ValueError(
+            f"an output of shape {tuple(output.shape)} has one class, whose cross-entropy is zero; for two pass "
+            "output_loss_fn=lambda output, batch: F.binary_cross_entropy_with_logits(...)."
+        )
     if len(axes) != 1:
         raise ValueError(
             f"found {len(axes)} axes of classes in an output of shape {tuple(output.shape)} for labels of shape "

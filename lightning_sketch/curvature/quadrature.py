@@ -64,13 +64,20 @@ def quadrature(runs: Sequence[SketchedRun], steps: int) -> Quadrature:
     return Quadrature(torch.cat(nodes), torch.cat(weights))
 
 
-def trace(runs: Sequence[SketchedRun], n: int, known: Float[Tensor, " k"] | None = None) -> Trace:
+def trace(
+    runs: Sequence[SketchedRun],
+    n: int,
+    known: Float[Tensor, " k"] | None = None,
+    errors: Float[Tensor, " k"] | None = None,
+) -> Trace:
     """From all runs, with what is known taken out of the draw: the starts are weighted by their own variance.
 
     `known` are eigenvalues that have converged. Where a run has settled on one, its nodes there are replaced by
-    the eigenvalue itself, and only the rest is estimated; not so where there are copies, or may be.
+    the eigenvalue itself, and only the rest is estimated; not so where there are copies, or may be. Their `errors`
+    count in full.
     """
-    known = torch.empty(0, dtype=torch.float64) if known is None else known
+    if known is None or errors is None:
+        known = errors = torch.empty(0, dtype=torch.float64)
     values, precisions = [], []
     for run in runs:
         t, y = torch.linalg.eigh(run.tridiagonal(len(run.alpha)))
@@ -81,7 +88,7 @@ def trace(runs: Sequence[SketchedRun], n: int, known: Float[Tensor, " k"] | None
         found = (same & settled).any(1) & alone & (n * (same * w).sum(1) < _ONE_SHARE)
         rest = ~same[found].any(0)
         value, frobenius = n * float(w[rest] @ t[rest]), n * float(w[rest] @ t[rest] ** 2)
-        variance = 2 * max(frobenius - value**2 / n, 0.0) * n / (n + 2)
+        variance = 2 * max(frobenius - value**2 / n, 0.0) * n / (n + 2) + float(errors[found].sum()) ** 2
         values.append(float(known[found].sum()) + value)
         precisions.append(1 / max(variance, 1e-30))
     total = sum(precisions)

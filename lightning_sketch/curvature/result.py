@@ -71,7 +71,9 @@ class Spectrum:
     krylov: Krylov | None = None
     """The runs that this was made from: sketched Krylov vectors and tridiagonal matrices."""
     sketch: Sketch | None = None
-    """S; None if the vectors themselves were kept."""
+    """S; None if the vectors themselves were kept. Where the spectrum is of S A Sᵀ, that S."""
+    method: str = "lanczos"
+    """Or "projected": eigenvalues, trace and density are those of S A Sᵀ, of size n = dim."""
 
     @property
     def accepted(self) -> Bool[Tensor, " r"]:
@@ -187,7 +189,7 @@ class Spectrum:
                 f"alignment takes a vector of {size}, got shape {tuple(sketched_vector.shape)}; pass "
                 "sp.sketch.matvec(g), or g itself where sp.sketch is None."
             )
-        found = shares(self.vectors[:, :k], sketched_vector.detach().cpu().double(), self.sketch is None)
+        found = shares(self.vectors[:, :k], sketched_vector.detach().cpu().double(), self._exact)
         return self._share(found, k)
 
     def gradient_in_top(self, k: int) -> Share:
@@ -208,13 +210,17 @@ class Spectrum:
 
         From the sketches alone, which must be the same. NaN unless all k have converged in both.
         """
-        if self.vectors is None or other.vectors is None or (self.n, self.sketch) != (other.n, other.sketch):
+        if (
+            self.vectors is None
+            or other.vectors is None
+            or (self.n, self.sketch, self.method) != (other.n, other.sketch, other.method)
+        ):
             raise ValueError(
                 f"cannot compare eigenvectors sketched by {self.sketch} with ones by {other.sketch}; measure both with "
                 "the same operator size, dim and seed, and keep their vectors."
             )
         known = all(len(sp.converged) >= k and bool(sp.converged[:k].all()) for sp in (self, other))
-        found = overlap(self.vectors[:, :k], other.vectors[:, :k], self.sketch is None) if known else math.nan
+        found = overlap(self.vectors[:, :k], other.vectors[:, :k], self._exact) if known else math.nan
         return Share(found, k / self.n)
 
     def eigenvectors(self, operator: LinearOperator, top_k: int = 10, bottom_k: int = 0) -> EigenPairs:
@@ -224,8 +230,20 @@ class Spectrum:
         """
         if self.krylov is None or self.coefficients is None:
             raise ValueError("this spectrum kept no Krylov vectors; call it on what spectrum(...) returned.")
+        if self.method == "projected":
+            raise ValueError("a projected spectrum has no eigenvectors of the operator itself; use method='lanczos'.")
+        if not 0 < top_k + bottom_k <= len(self.eigenvalues):
+            raise ValueError(
+                f"this run found {len(self.eigenvalues)} eigenvalues, asked for the vectors of {top_k} + {bottom_k}; "
+                "raise num_matvecs, or ask for fewer."
+            )
         ranks = [*range(top_k), *range(-1, -bottom_k - 1, -1)]
-        return eigenvectors(operator, self.krylov, self.coefficients[:, ranks])
+        return eigenvectors(operator, self.krylov, self.coefficients[:, ranks], top_k)
+
+    @property
+    def _exact(self) -> bool:
+        """Whether vectors are those of the operator measured, and not sketches of them."""
+        return self.sketch is None or self.method == "projected"
 
     @property
     def _quadrature(self) -> Quadrature:

@@ -80,10 +80,12 @@ def spectrum(
     m, n = operator.shape
     if m != n:
         raise ValueError(f"a spectrum needs a square operator, got shape {operator.shape}.")
-    if method == "projected":
-        sketch = BlockSRHT(n, min(dim, n), seed)
-        operator, n = sketch @ operator @ sketch.T, sketch.dim
-        gradient = None if gradient is None else sketch.matvec(gradient)
+    if gradient is not None and gradient.shape != (n,):
+        raise ValueError(f"gradient is a vector of size {n}, got shape {tuple(gradient.shape)}.")
+    projection = BlockSRHT(n, min(dim, n), seed) if method == "projected" else None
+    if projection is not None:
+        operator, n = projection @ operator @ projection.T, projection.dim
+        gradient = None if gradient is None else projection.matvec(gradient)
     check_arguments(num_matvecs, dim, top_k, bottom_k, tol, density_probes, density_matvecs, method, n)
     krylov = Krylov(seed, BlockSRHT(n, dim, seed) if dim < n else None)
 
@@ -107,9 +109,11 @@ def spectrum(
             vectors=pairs.vectors,
             coefficients=pairs.coefficients,
             krylov=krylov,
-            sketch=krylov.sketch,
+            sketch=projection or krylov.sketch,
+            method=method,
         )
 
+    least = min(density_matvecs, num_matvecs) if density_probes else 0
     with operator.hold(), torch.no_grad():
         previous = start_vector(operator, seed, "0")
         defect = checked_defect(operator, previous, start_vector(operator, seed, "defect"), random=True)
@@ -119,7 +123,7 @@ def spectrum(
             previous = v if done < 4 else None
             if done == num_matvecs or done % _CHECK_EVERY == 0:
                 found = result(defect)
-                if done == num_matvecs or _enough(found, top_k, bottom_k):
+                if done == num_matvecs or (done >= least and _enough(found, top_k, bottom_k)):
                     break
         del v
         length = max(_CHECK_EVERY, done // 4)
@@ -137,7 +141,7 @@ def spectrum(
             "largest mean nothing. Half precision or a loss that varies between calls does this.",
             stacklevel=2,
         )
-    value, sem = trace(krylov.runs, n, found.eigenvalues[found.converged])
+    value, sem = trace(krylov.runs, n, found.eigenvalues[found.converged], found.residuals[found.converged])
     density = krylov.runs[: 1 + density_probes]
     nodes = quadrature(density, density_matvecs if density_probes else done)
     return replace(

@@ -8,6 +8,8 @@ from lightning_sketch.gradients.examples import num_labels as num_labels
 from lightning_sketch.gradients.examples import split_batch as split_batch
 from lightning_sketch.gradients.loss import LossFn as LossFn
 from lightning_sketch.gradients.loss import training_step_loss as training_step_loss
+from lightning_sketch.gradients.substituted import graph_nodes as graph_nodes
 from lightning_sketch.gradients.substituted import in_float32 as in_float32
+from lightning_sketch.gradients.substituted import nowhere_else as nowhere_else
 from lightning_sketch.gradients.substituted import substituted as substituted
 from lightning_sketch.gradients.undisturbed import undisturbed as undisturbed

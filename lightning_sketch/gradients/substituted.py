@@ -22,6 +22,12 @@ def substituted(module: nn.Module, tensors: Sequence[Tensor], by: Sequence[Tenso
         for holder in (part._parameters, part._buffers, *lists):
             items = holder.items() if isinstance(holder, dict) else enumerate(holder)
             places += [(holder, key, value) for key, value in items if isinstance(value, Tensor) and id(value) in table]
+    missing = table.keys() - {id(value) for _, _, value in places}
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {len(table)} tensors are nowhere in the {type(module).__name__}: others stand in "
+            "for them already. Leave that first, or use one operator at a time."
+        )
     try:
         for holder, key, value in places:
             holder[key] = table[id(value)]
@@ -29,6 +35,28 @@ def substituted(module: nn.Module, tensors: Sequence[Tensor], by: Sequence[Tenso
     finally:
         for holder, key, value in places:
             holder[key] = value
+
+
+def nowhere_else(output: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Refuse an output that was computed, under `substituted`, from one of the replaced tensors themselves."""
+    replaced = {id(tensor) for tensor in tensors}
+    if any(id(getattr(node, "variable", None)) in replaced for node in graph_nodes(output)):
+        raise ValueError(
+            "the loss reaches a parameter past its module, by a closure or an attribute such as a tuple or dict; "
+            "so it cannot be computed at other values. Reach parameters through modules, or use float32 and "
+            "hvp='double_backward'."
+        )
+
+
+def graph_nodes(output: Tensor) -> Iterator[object]:
+    """The operations that made a tensor, each once."""
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            yield node
 
 
 @contextmanager

@@ -85,14 +85,17 @@ def _no_hooks(module: nn.Module) -> Iterator[None]:
     for part in module.modules():
         watching = {k: h for k, h in part._forward_hooks.items() if getattr(h, "__module__", "").startswith("wandb.")}
         held += [(part._forward_hooks, watching)] if watching else []
+    before = [(table, dict(table)) for table, _ in held]
     for table, hooks in held:
         for key in hooks:
             del table[key]
     try:
         yield
     finally:
-        for table, hooks in held:
-            table.update(hooks)
+        for table, whole in before:  # in their order, which is that of their calls
+            added = {key: hook for key, hook in table.items() if key not in whole}
+            table.clear()
+            table.update({**whole, **added})
 
 
 @contextmanager

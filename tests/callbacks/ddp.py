@@ -55,7 +55,8 @@ def main(folder: str, devices: int, fails_on: int | None):
     found = {
         monitor.name: {
             "values": monitor.history[0].top(5).tolist(),
-            "rest": [monitor.history[0].loss, monitor.history[0].trace, float(monitor.history[0].gradient_in_top(5))],
+            "rest": [monitor.history[0].loss, float(monitor.history[0].gradient_in_top(5))],
+            "trace": [monitor.history[0].trace, monitor.history[0].trace_sem],
             "layers": [layer.lambda_max for layer in monitor.history[0].layers.values()],
             "steps": [m.step for m in monitor.history],
         }

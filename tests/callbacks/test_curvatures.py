@@ -65,7 +65,7 @@ def test_a_gauss_newton_matrix_of_another_loss_is_refused(tmp_path):
         def training_step(self, batch, batch_idx):
             return super().training_step(batch, batch_idx) + sum(p.square().sum() for p in self.parameters())
 
-    with pytest.raises(ValueError, match=r"would be that of a loss of .*, but training_step returns .*output_loss_fn"):
+    with pytest.raises(ValueError, match=r"would be of a loss of .*, but training_step returns .*output_loss_fn"):
         fit(tmp_path, monitor(curvature="ggn"), model=Regularized)
 
 

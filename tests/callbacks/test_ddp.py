@@ -33,6 +33,8 @@ def test_two_processes_measure_what_one_does(alone, tmp_path):
         for key in ("values", "rest", "layers"):
             assert first[name][key] == pytest.approx(numbers[key], rel=2e-3 if key == "rest" else 1e-4), name
         assert first[name]["steps"] == numbers["steps"]
+        # which eigenvalues count as known for it may change with rounding
+        assert abs(first[name]["trace"][0] - numbers["trace"][0]) < 0.3 * numbers["trace"][1]
 
 
 def test_a_rank_that_fails_does_not_leave_the_other_waiting(tmp_path):

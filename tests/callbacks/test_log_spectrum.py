@@ -73,7 +73,7 @@ def test_beside_a_csv_file_lies_everything(tmp_path):
     watch = monitor()
     fit(tmp_path, watch, logger=logger)
     for m in watch.history:
-        saved = load_spectrum(f"{logger.log_dir}/hessian_spectra/step={m.step:06d}.safetensors")
+        saved = load_spectrum(f"{logger.log_dir}/hessian_spectra/epoch={m.epoch}-step={m.step}.safetensors")
         assert torch.equal(saved.eigenvalues, m.eigenvalues)
         assert saved.sketch == m.sketch
         assert torch.equal(saved.quadrature.weights, m.quadrature.weights)

@@ -43,7 +43,7 @@ def test_a_checkpoint_has_the_spectrum_that_it_has_without_a_trainer(tmp_path, i
     plain = spectrum(Hessian(cross_entropy, model, batches), num_matvecs=48, top_k=3, bottom_k=1)
     assert watch.history[0].eigenvalues == pytest.approx(plain.eigenvalues, rel=1e-4, abs=1e-4)
     assert run.callback_metrics["hessian/lambda_max"] == pytest.approx(plain.lambda_max, rel=1e-4)
-    assert (tmp_path / "lightning_logs/version_0/hessian_spectra/step=000000.safetensors").exists()
+    assert (tmp_path / "lightning_logs/version_0/hessian_spectra/epoch=0-step=0.safetensors").exists()
     # the user's own numbers, weights and buffers are what they were
     expected = F.cross_entropy(model.eval().net(dataset()[:][0]), dataset()[:][1]).detach()
     assert result["val_loss"] == pytest.approx(float(expected), rel=1e-5)
