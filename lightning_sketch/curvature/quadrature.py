@@ -27,6 +27,9 @@ from lightning_sketch.curvature.krylov import SketchedRun
 _ONE_SHARE = 12.0
 """n w of a single eigenvalue is χ² of one degree, beyond this once in two thousand; of many copies more."""
 
+_SETTLED = 1e-4
+"""A node this close to an eigenvalue, relative to it, does not stand for a neighbour as well."""
+
 
 class Quadrature(NamedTuple):
     """Points that stand for all eigenvalues: a fraction w of them at each t; float64, on the CPU."""
@@ -82,13 +85,15 @@ def trace(
     for run in runs:
         t, y = torch.linalg.eigh(run.tridiagonal(len(run.alpha)))
         w = y[0] ** 2
-        settled = run.beta[-1] * y[-1].abs() <= 1e-2 * t.abs()
-        same = (known[:, None] - t).abs() <= 1e-3 * known[:, None].abs()
-        alone = (known[:, None] - known).abs().le(1e-3 * known.abs()).sum(1) == 1
+        settled = run.beta[-1] * y[-1].abs() <= _SETTLED * t.abs()
+        same = (known[:, None] - t).abs() <= _SETTLED * known[:, None].abs()
+        alone = (known[:, None] - known).abs().le(1e-2 * known.abs()).sum(1) == 1
         found = (same & settled).any(1) & alone & (n * (same * w).sum(1) < _ONE_SHARE)
         rest = ~same[found].any(0)
-        value, frobenius = n * float(w[rest] @ t[rest]), n * float(w[rest] @ t[rest] ** 2)
-        variance = 2 * max(frobenius - value**2 / n, 0.0) * n / (n + 2) + float(errors[found].sum()) ** 2
+        value, squares = n * float(w[rest] @ t[rest]), n * w[rest] * t[rest] ** 2
+        frobenius = float(squares.sum())
+        unsure = 1 + 2 * float((squares**2).sum()) / max(frobenius**2, 1e-300)  # few nodes tell little of the spread
+        variance = 2 * max(frobenius - value**2 / n, 0.0) * n / (n + 2) * unsure + float(errors[found].sum()) ** 2
         values.append(float(known[found].sum()) + value)
         precisions.append(1 / max(variance, 1e-30))
     total = sum(precisions)

@@ -141,7 +141,10 @@ def spectrum(
             "largest mean nothing. Half precision or a loss that varies between calls does this.",
             stacklevel=2,
         )
-    value, sem = trace(krylov.runs, n, found.eigenvalues[found.converged], found.residuals[found.converged])
+    if len(found.eigenvalues) == n and found.converged.all():
+        value, sem = float(found.eigenvalues.sum()), float(found.residuals.sum())
+    else:
+        value, sem = trace(krylov.runs, n, found.eigenvalues[found.converged], found.residuals[found.converged])
     density = krylov.runs[: 1 + density_probes]
     nodes = quadrature(density, density_matvecs if density_probes else done)
     return replace(
