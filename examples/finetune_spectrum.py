@@ -6,7 +6,7 @@
 
 Nothing is downloaded but packages. Prints the paper's findings beside ours and writes the picture
 runs/finetune_spectrum/spectrum.png. Takes a minute and a half on one core; its few sentences to measure on make
-coarse numbers. `--full` takes more of everything: an hour on two cores; `--accelerator gpu` if there is one.
+coarse numbers. `--full` takes more of everything, and far longer; `--accelerator gpu` if there is one.
 
 Source of the questions: A. Schioppa, arXiv:2402.03994, section 5.4, on RoBERTa, GPT-2L and BART.
 """

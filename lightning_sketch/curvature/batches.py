@@ -95,6 +95,7 @@ class Batches:
                     add(part, share)
                     weight.add_(share)
         except RuntimeError as error:
+            largest = largest or self.micro_batch_size or 0
             if not _is_out_of_memory(error) or largest < 2:
                 raise
         else:
@@ -128,17 +129,27 @@ class Batches:
         return self.micro_batch_size is not None and num_examples(batch) > self.micro_batch_size
 
     def _check_cut(self, batch: Any, loss: Callable[[Any], Tensor]) -> None:
-        """Refuse to cut a batch whose loss is not the mean of the losses of its parts: the first two tell."""
-        pair = next(split_batch(batch, 2 * self.micro_batch_size))  # the whole batch may not fit
-        halves = [(float(self.weight_fn(part)), part) for part in split_batch(pair, self.micro_batch_size)]
-        with torch.no_grad():
-            whole = float(loss(pair))
-            mean = sum(w * float(loss(part)) for w, part in halves if w) / (sum(w for w, _ in halves) or 1)
-        if not math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6) and not math.isnan(whole):
+        """Refuse to cut a batch whose loss is not the mean of the losses of its parts: halves of each part tell."""
+        size = self.micro_batch_size
+        try:
+            with torch.no_grad():
+                for part in split_batch(batch, max(2, size)):  # the whole batch may not fit
+                    self._check_halves(part, max(1, size // 2), loss)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error) or size > 1:  # else two examples are too many
+                raise
+
+    def _check_halves(self, part: Any, size: int, loss: Callable[[Any], Tensor]) -> None:
+        halves = [(float(self.weight_fn(half)), half) for half in split_batch(part, size)]
+        weight = sum(w for w, _ in halves)
+        if len(halves) == 1 or not weight:
+            return
+        whole, mean = float(loss(part)), sum(w * float(loss(half)) for w, half in halves if w) / weight
+        if not (math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6) or math.isnan(whole)):
             raise ValueError(
-                f"the loss of {num_examples(pair)} examples, {whole:.6g}, is not the weighted mean of those of its "
-                f"parts of {self.micro_batch_size}, {mean:.6g}, so that a batch cannot be cut; pass weight_fn "
-                "(num_labels for a mean over tokens), or load smaller batches."
+                f"the loss of {num_examples(part)} examples, {whole:.6g}, is not the weighted mean of those of its "
+                f"parts of {size}, {mean:.6g}, so that a batch cannot be cut; pass weight_fn (num_labels for a mean "
+                "over tokens), or load smaller batches."
             )
 
 

@@ -170,8 +170,9 @@ class CurvatureOperator(LinearOperator):
                 f"the loss does not depend on the parameters {', '.join(self.layout.names[:5])}, ...; "
                 "it may have been computed under no_grad or from detached tensors."
             )
-        if self.parameters is not self._originals:
-            nowhere_else(output, self._originals)
+        replaced = [old for old, new in zip(self._originals, self.parameters, strict=True) if old is not new]
+        if replaced:
+            nowhere_else(output, replaced)
         return output
 
     def _forget(self) -> None:

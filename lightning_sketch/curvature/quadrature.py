@@ -30,6 +30,9 @@ _ONE_SHARE = 12.0
 _SETTLED = 1e-4
 """A node this close to an eigenvalue, relative to it, does not stand for a neighbour as well."""
 
+_TINY = 1e-30
+"""A variance of rounding."""
+
 
 class Quadrature(NamedTuple):
     """Points that stand for all eigenvalues: a fraction w of them at each t; float64, on the CPU."""
@@ -91,11 +94,11 @@ def trace(
         found = (same & settled).any(1) & alone & (n * (same * w).sum(1) < _ONE_SHARE)
         rest = ~same[found].any(0)
         value, squares = n * float(w[rest] @ t[rest]), n * w[rest] * t[rest] ** 2
-        frobenius = float(squares.sum())
+        frobenius = float(squares.sum()) + (n * run.beta[0] ** 2 if len(t) == 1 else 0.0)
         unsure = 1 + 2 * float((squares**2).sum()) / max(frobenius**2, 1e-300)  # few nodes tell little of the spread
         variance = 2 * max(frobenius - value**2 / n, 0.0) * n / (n + 2) * unsure + float(errors[found].sum()) ** 2
         values.append(float(known[found].sum()) + value)
-        precisions.append(1 / max(variance, 1e-30))
+        precisions.append(1 / max(variance, _TINY))
     total = sum(precisions)
     mean = sum(value * precision for value, precision in zip(values, precisions, strict=True)) / total
-    return Trace(mean, math.sqrt(1 / total))
+    return Trace(mean, math.sqrt(1 / total) if total < 1 / _TINY else 0.0)

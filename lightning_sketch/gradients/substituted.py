@@ -22,12 +22,7 @@ def substituted(module: nn.Module, tensors: Sequence[Tensor], by: Sequence[Tenso
         for holder in (part._parameters, part._buffers, *lists):
             items = holder.items() if isinstance(holder, dict) else enumerate(holder)
             places += [(holder, key, value) for key, value in items if isinstance(value, Tensor) and id(value) in table]
-    missing = table.keys() - {id(value) for _, _, value in places}
-    if missing:
-        raise RuntimeError(
-            f"{len(missing)} of {len(table)} tensors are nowhere in the {type(module).__name__}: others stand in "
-            "for them already. Leave that first, or use one operator at a time."
-        )
+    _check_present(module, tensors, {id(value) for _, _, value in places})
     try:
         for holder, key, value in places:
             holder[key] = table[id(value)]
@@ -35,6 +30,15 @@ def substituted(module: nn.Module, tensors: Sequence[Tensor], by: Sequence[Tenso
     finally:
         for holder, key, value in places:
             holder[key] = value
+
+
+def _check_present(module: nn.Module, tensors: Sequence[Tensor], present: set[int]) -> None:
+    missing = sum(id(tensor) not in present for tensor in tensors)
+    if missing:
+        raise RuntimeError(
+            f"{missing} of {len(tensors)} tensors are nowhere in the {type(module).__name__}: others stand in for them "
+            "already. Leave that first, or use one operator at a time."
+        )
 
 
 def nowhere_else(output: Tensor, tensors: Sequence[Tensor]) -> None:
@@ -64,6 +68,7 @@ def in_float32(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list
     """The module on float32 copies of what it holds in half precision; yields what stands for these parameters."""
     everything = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
     half = [tensor for tensor in everything if tensor.dtype in HALF]
+    _check_present(module, parameters, {id(tensor) for tensor in everything})
     wide = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in half]
     table = {id(old): new for old, new in zip(half, wide, strict=True)}
     with substituted(module, half, wide):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_sketch.curvature import Spectrum, spectrum
-from lightning_sketch.curvature.krylov import SketchedRun
+from lightning_sketch.curvature.krylov import Krylov
 from lightning_sketch.curvature.lanczos import start_vector
 from lightning_sketch.curvature.quadrature import trace
 
@@ -87,39 +87,34 @@ def test_the_density_is_smooth_and_sums_to_one(dense_operator, values):
         assert spread == pytest.approx(variance + sigma**2, rel=1e-4)  # as Gaussians of that width
 
 
-@pytest.mark.parametrize("probes", [1, 4])
 @pytest.mark.parametrize("name", ["both signs", "multiple"])
-def test_the_trace_is_right_to_its_standard_error(dense_operator, name, probes):
-    """Over 200 seeds within one error in 68 %, within two in 95 %; bars are three and a half binomial errors.
+def test_the_trace_is_right_to_its_standard_error(dense_operator, name):
+    """From one start of 100 seeds: within one error in 68 %, within two in 95 %, less 3.5 binomial errors.
 
     That holds where many eigenvalues matter, as here, since then the estimate is normal.
     """
     values = SPECTRA[name].double()
-    operator, total, errors = dense_operator(values.diag()), float(values.sum()), []
-    for seed in range(200):
-        starts = [start_vector(operator, seed, f"{i}") for i in range(probes)]
-        found = trace([first_step(v, values) for v in starts], len(values))
-        errors.append((found.value - total) / found.sem)
+    operator, errors = dense_operator(values.diag()), []
+    for seed in range(100):
+        krylov = Krylov(seed, None)
+        for _ in zip(range(8), krylov.grow(operator), strict=False):
+            pass
+        found = trace(krylov.runs, len(values))
+        errors.append((found.value - float(values.sum())) / found.sem)
     errors = torch.tensor(errors)
-    slack = 3.5 * math.sqrt(0.25 / 200)
-    assert abs(errors.mean()) < 3.5 / math.sqrt(200)
+    assert abs(errors.mean()) < 3.5 / math.sqrt(100)
     for width, share in ((1, 0.683), (2, 0.954)):
-        assert abs(float((errors.abs() < width).double().mean()) - share) < slack * (1 if width == 1 else 0.42)
-
-
-def first_step(v, values):
-    image = values * v
-    alpha = float(v @ image)
-    return SketchedRun([], [alpha], [float((image - alpha * v).norm())])
+        slack = 3.5 * math.sqrt(share * (1 - share) / 100)
+        assert abs(float((errors.abs() < width).double().mean()) - share) < slack
 
 
 def test_the_trace_comes_with_every_spectrum(dense_operator, values):
     """From all starts, those that looked for copies included; more starts, a smaller error."""
     operator = dense_operator(values.diag())
-    one, more = run(operator), run(operator, density_probes=12, density_matvecs=1)
+    one, more = run(operator, tol=1e-2), run(operator, tol=1e-2, density_probes=12, density_matvecs=8)
     for sp in (one, more):
-        assert abs(sp.trace - float(values.sum())) < 4 * sp.trace_sem
-    assert more.trace_sem < one.trace_sem
+        assert abs(sp.trace - float(values.sum())) < 4 * sp.trace_sem + 1e-9 * float(values.abs().sum())
+    assert more.trace_sem < one.trace_sem + 1e-9
 
 
 def test_of_a_multiple_of_the_identity_nothing_is_left_to_chance(dense_operator):
@@ -143,7 +138,8 @@ def test_negative_mass_and_effective_rank(dense_operator, values):
 
 def test_of_nothing_there_is_no_density(dense_operator):
     sp = run(dense_operator(torch.zeros(30, 30, dtype=torch.float64)), top_k=1, bottom_k=0)
-    assert (sp.trace, sp.trace_sem, sp.negative_mass, sp.effective_rank) == (0, 0, 0, 0)
+    assert (sp.trace, sp.negative_mass, sp.effective_rank) == (0, 0, 0)
+    assert sp.trace_sem < 1e-12
 
 
 def test_a_spectrum_that_was_not_measured_has_none():

@@ -95,7 +95,7 @@ def test_examples_may_weigh_as_many_labels_as_they_have():
     rows = [EmpiricalFisher(by_example, module, [(x[i : i + 1], y[i : i + 1])]) for i in range(3)]
     v = torch.linspace(-1, 1, 31, dtype=torch.float64)
     expected = (2 * rows[0].matvec(v) + rows[1].matvec(v) + 2 * rows[2].matvec(v)) / 5
-    f = EmpiricalFisher(by_example, module, [(x, y)], weight_fn=num_labels, micro_batch_size=1)
+    f = EmpiricalFisher(by_example, module, list(zip(x.split(1), y.split(1), strict=True)), weight_fn=num_labels)
     torch.testing.assert_close(f.matvec(v), expected)
 
 
