@@ -3,6 +3,7 @@
 Small operations on two threads of a busy machine wait for each other, up to a hundred times as long as they work.
 """
 
+import jaxtyping
 import pytest
 import torch
 
@@ -13,3 +14,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def untyped():
+    """What a user meets, who runs without the checks of types: our own errors."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

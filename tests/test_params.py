@@ -1,6 +1,5 @@
 """The flat vector: its order, who is in it, and its sketch piece by piece."""
 
-import jaxtyping
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,15 +10,6 @@ from lightning_sketch.operators import BlockSRHT, make_sketch
 from lightning_sketch.params import Layout
 
 KINDS = ["block_srht", "count_sketch", "gaussian", "affd", "afjl", "qk", "ffd", "fjl"]
-
-
-@pytest.fixture
-def untyped():
-    """What a user meets, who runs without the checks of types: our own errors."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

@@ -37,6 +37,11 @@ def test_wandb(tmp_path, monkeypatch):
     fit(tmp_path, watch, logger=logger)
     logger.experiment.finish()
     rows = on_disk(tmp_path)
+    scalars = [row for row in rows if "hessian/lambda_max" in row]
+    found = [float(row["hessian/lambda_max"]) for row in scalars]
+    assert found == pytest.approx([float(m.eigenvalues.where(m.converged, torch.nan)[0]) for m in watch.history])
+    assert [int(row["trainer/global_step"]) for row in scalars] == [7, 15]
+    assert "hessian_eigenvalues/top_01" in scalars[0]
     densities = [row for row in rows if any(key.startswith("hessian/density.") for key in row)]
     assert [int(row["trainer/global_step"]) for row in densities] == [7, 15]
     for row, m in zip(densities, watch.history, strict=True):

@@ -4,7 +4,6 @@ import copy
 import functools
 from dataclasses import dataclass
 
-import jaxtyping
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -166,12 +165,3 @@ def outliers():
     values = torch.linspace(-0.5, 1, 3000, dtype=torch.float64)
     values[:5] = torch.tensor([5.0, 4, 3, 2, -2])
     return functools.partial(Diagonal, values)
-
-
-@pytest.fixture
-def untyped():
-    """What a user meets, who runs without the checks of types: our own errors."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)

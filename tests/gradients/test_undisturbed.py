@@ -3,22 +3,12 @@
 import contextlib
 import random
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from lightning_sketch.gradients import undisturbed
-
-
-@pytest.fixture
-def untyped():
-    """The checks of types draw from Python's generator themselves."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def network():
