@@ -57,7 +57,7 @@ class SpectrumMonitor(CallbackBase):
         curvature: "hessian"; "ggn", the Gauss-Newton matrix, which is never negative; or "fisher", the empirical
             Fisher matrix, which is slow unless `loss_fn` returns one loss per example.
         method: "lanczos": on the full matrix, with sketched Krylov vectors; or "projected", the paper's own, on its
-            sketch, which is 5 to 20 % off.
+            sketch: off by 8 to 18 % at dim 512, by 4 to 7 % at 2048, and logged under `hessian_projected/`.
         top_k: how many of the largest eigenvalues are wanted.
         bottom_k: how many of the smallest; none for "ggn" and "fisher", whose smallest are zeros.
         num_matvecs: most products of one measurement; it stops early when the wanted ones are known.

@@ -97,6 +97,26 @@ def test_what_was_trained_meanwhile_is_seen(pair):
     assert torch.equal(h.matvec(v), Hessian(quartic, copy.deepcopy(module), [x]).matvec(v))
 
 
+def test_only_a_part_may_be_half():
+    """A frozen base in bfloat16 under a float32 head, whose input the model casts itself."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.head = nn.Linear(4, 3).bfloat16().requires_grad_(False), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.base(x).float())
+
+    module, x = Net(), normal(5, 4).bfloat16()
+    wide = copy.deepcopy(module).float()
+    h = Hessian(quartic, module, [x])
+    v = normal(h.shape[0])
+    torch.testing.assert_close(h.matvec(v), Hessian(quartic, wide, [x.float()]).matvec(v))
+    assert module.base.weight.dtype == torch.bfloat16
+    assert not module.base.weight.requires_grad
+
+
 def test_an_error_inside_puts_the_module_back():
     module = nn.Linear(4, 2).bfloat16()
     weight = module.weight
