@@ -1,6 +1,7 @@
 """Look at a module without leaving a trace: what a forward pass changes is put back."""
 
 import random
+import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -51,7 +52,8 @@ def undisturbed(module: nn.Module, mode: str = "eval") -> Iterator[None]:
         stack.enter_context(_checkpoints_by_hooks())
         if any(isinstance(part, nn.RNNBase) for part in module.modules()):  # cuDNN's have no second derivative
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second and 24 MB
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if mode == "eval":
             for part in module.modules():
                 part.training = False

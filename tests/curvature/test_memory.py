@@ -5,13 +5,14 @@ import sys
 
 import pytest
 
-SCRIPT = """
-import resource, sys, torch
+SCRIPT = r"""
+import re, sys, torch
+from pathlib import Path
 from torch import nn
 from lightning_sketch.curvature import Hessian, spectrum
 
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+def peak():  # of this process; ru_maxrss is inherited from the one that started it, which may be larger
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -30,12 +31,12 @@ print(n, (peak() - before) / (4 * n))
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read in the unit of Linux")
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_run_takes_a_few_vectors_above_a_product(batches):
-    """Measured 3.5 to 3.9 vectors of size n for one batch, whose graph is kept, and 2.9 to 3.2 for two.
+    """Measured 2.4 vectors of size n, for one batch, whose graph is kept, and for two.
 
-    v, its predecessor and A v, less what the two products before have shown already. The bar of 6 leaves room
+    v, its predecessor and A v, less what the two products before have shown already. The bar of 5 leaves room
     for the allocator; 32 Krylov vectors, or float64 copies for a dot product (8.8), break it.
     """
     command = [sys.executable, "-c", SCRIPT, str(batches)]
     n, vectors = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
     assert int(n) > 3_900_000
-    assert float(vectors) <= 6
+    assert float(vectors) <= 5
