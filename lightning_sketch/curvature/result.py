@@ -169,6 +169,8 @@ class Spectrum:
     def effective_rank(self) -> float:
         """Sum of |all| over the largest |eigenvalue|: trace / λ_1 if none is negative.
 
+        From the density, and so as rough as its few starts: where a handful of eigenvalues make up the trace it can be
+        off by half.
         Source: Vershynin (2018), "High-Dimensional Probability", remark 5.6.3.
         """
         largest = float(self.eigenvalues.abs().max())

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_sketch.curvature import Spectrum, spectrum
-from lightning_sketch.curvature.alignment import overlap, shares
+from lightning_sketch.curvature.alignment import overlap, shares, shares_by_dots
 
 N, SEEDS = 3000, range(5)
 SHARES = [0.02, 0.1, 0.15, 0.25, 0.5, 0.9, 1.0]
@@ -66,6 +66,14 @@ def test_without_a_sketch_it_is_exact(dense_operator):
         assert sp.alignment(g, k) == pytest.approx(share, rel=1e-6)
     assert sp.num_outliers() == 3
     assert sp.gradient_in_outliers == sp.gradient_in_top(3)
+
+
+def test_vectors_at_an_angle_share_what_they_have_in_common():
+    """From dots with x = V c that are neither orthogonal nor of length one: the space is what counts."""
+    v, c, g = orthonormal(30, 6), normal(6, 3), normal(30, seed=1)
+    space = torch.linalg.qr(v @ c)[0]
+    expected = (space.T @ g).square().cumsum(0) / (g @ g)
+    torch.testing.assert_close(shares_by_dots(v @ c, c, v.T @ g, float(g.norm())), expected)
 
 
 def test_the_length_of_the_gradient_does_not_matter(outliers):

@@ -116,6 +116,13 @@ def test_a_deflated_operator_is_the_matrix_without_them(dense_operator):
     assert deflated.matvec(x[:3]).abs().max() < 1e-12
 
 
+def test_what_is_taken_out_need_not_be_eigenvectors(dense_operator):
+    """It is gone on both sides, so that what is left is symmetric."""
+    matrix, x = symmetric(SPECTRA["small"]), torch.linalg.qr(normal(4, 2))[0].T
+    rest = torch.eye(4).double() - x.T @ x
+    torch.testing.assert_close(Deflated(dense_operator(matrix), x).matvec(normal(4)), rest @ matrix @ rest @ normal(4))
+
+
 @pytest.mark.parametrize(
     ("vectors", "message"),
     [

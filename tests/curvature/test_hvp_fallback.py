@@ -89,9 +89,10 @@ def test_auto_goes_forward_where_it_cannot_go_backward(function, batches):
         Hessian(by(function.apply), module, batches, hvp="double_backward").matvec(v)
 
 
-def test_so_it_does_within_a_run():
+@pytest.mark.parametrize("function", [Square, LateSquare])
+def test_so_it_does_within_a_run(function):
     """Where the graph of a single batch is kept from product to product."""
-    plain, custom = (Hessian(by(square), network(), [X]) for square in (torch.square, Square.apply))
+    plain, custom = (Hessian(by(square), network(), [X]) for square in (torch.square, function.apply))
     torch.testing.assert_close(spectrum(custom).eigenvalues, spectrum(plain).eigenvalues, rtol=1e-6, atol=1e-9)
 
 
