@@ -1,6 +1,6 @@
 """Say which operation has no second derivative, and what to do about it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -38,22 +38,32 @@ def second_derivative_errors() -> Iterator[None]:
 
 @contextmanager
 def nothing_dropped(loss: Tensor) -> Iterator[None]:
-    """Refuse a gradient that is taken inside through a Python function marked once_differentiable.
+    """Refuse a gradient that is taken inside through a Python function whose backward pass leaves no graph.
 
-    Autograd raises only if the gradient that comes in at such a function depends on something; where it is a
-    constant, as behind a mean, the function is silently taken for a linear one.
+    Autograd raises only for one marked once_differentiable, and only if the gradient that comes in at it depends on
+    something; else the function is silently taken for a linear one.
     """
     met: list[str] = []
 
     def meet(node: BackwardCFunction) -> RemovableHandle:
-        return node.register_prehook(lambda _: met.append(type(node).__name__.removesuffix("Backward")))
+        name = type(node).__name__.removesuffix("Backward")
+        if _is_marked(node):
+            return node.register_prehook(lambda _: met.append(f"{name} is marked once_differentiable"))
 
-    hooks = [meet(node) for node in graph_nodes(loss) if isinstance(node, BackwardCFunction) and _is_marked(node)]
+        def look(leaving: Sequence[Tensor | None], coming: Sequence[Tensor | None]) -> None:
+            sources = (*coming, *(node.saved_tensors if hasattr(node, "saved_tensors") else ()))
+            curved = any(t is not None and t.requires_grad for t in sources)
+            if curved and any(t is not None and not t.requires_grad and t.any() for t in leaving):
+                met.append(f"the backward pass of {name} leaves no graph")
+
+        return node.register_hook(look)
+
+    hooks = [meet(node) for node in graph_nodes(loss) if isinstance(node, BackwardCFunction)]
     yield
     for hook in hooks:
         hook.remove()
     if met:
-        raise _refusal(f"{met[0]} is marked once_differentiable")
+        raise _refusal(met[0])
 
 
 def _is_marked(node: BackwardCFunction) -> bool:

@@ -78,9 +78,9 @@ class EmpiricalFisher(CurvatureOperator):
         if loss.ndim:
             return loss
         losses = torch.stack([self._one_or_each(example).squeeze() for example in split_batch(batch, 1)])
-        if not torch.allclose(losses.mean(), loss, rtol=1e-3, atol=1e-6):
+        if not torch.allclose(losses.detach().mean(), loss := loss.detach(), rtol=1e-3, atol=1e-6):
             raise ValueError(
                 f"the loss of the batch, {float(loss):.6g}, is not the mean of the losses of its examples, "
-                f"{float(losses.mean()):.6g}, so these have no gradients of their own; return one loss each."
+                f"{float(losses.detach().mean()):.6g}, so these have no gradients of their own; return one loss each."
             )
         return losses

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.curvature.errors import second_derivative_errors
+from lightning_sketch.curvature.errors import nothing_dropped, second_derivative_errors
 from lightning_sketch.curvature.jacobian import Jacobian
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
 from lightning_sketch.curvature.output_loss import usual_loss
@@ -110,7 +110,12 @@ def _loss_hessian(
     if loss is None:
         output = output.detach().requires_grad_()
         loss = loss_fn(output, batch)
-    with second_derivative_errors():
+    if not isinstance(loss, Tensor) or loss.ndim:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"output_loss_fn returns the mean loss of a batch, a scalar tensor; got {got}; use .mean().")
+    if not loss.requires_grad:
+        raise ValueError("the loss does not depend on the output; it may have been computed from detached tensors.")
+    with second_derivative_errors(), nothing_dropped(loss):
         (gradient,) = torch.autograd.grad(loss, output, create_graph=True)
     if not gradient.requires_grad:  # a loss that is linear in the output
         return torch.zeros_like

@@ -21,7 +21,7 @@ class Jacobian:
 
     def __init__(self, output: Tensor, parameters: Sequence[Tensor]):
         self.output, self.parameters = output, parameters
-        self._u = torch.zeros_like(output, requires_grad=True)
+        self._u = torch.ones_like(output, requires_grad=True)
         with second_derivative_errors(), nothing_dropped(output):
             self._pulled = torch.autograd.grad(output, parameters, self._u, create_graph=True, allow_unused=True)
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lightning_sketch.curvature.krylov import SketchedRun
@@ -32,6 +32,9 @@ _SETTLED = 1e-4
 
 _TINY = 1e-30
 """A variance of rounding."""
+
+_ALONE = 0.05
+"""Values this close, relative to them, may be copies of one that a short run has not told apart yet."""
 
 
 class Quadrature(NamedTuple):
@@ -73,32 +76,58 @@ def quadrature(runs: Sequence[SketchedRun], steps: int) -> Quadrature:
 def trace(
     runs: Sequence[SketchedRun],
     n: int,
-    known: Float[Tensor, " k"] | None = None,
-    errors: Float[Tensor, " k"] | None = None,
+    values: Float[Tensor, " r"] | None = None,
+    errors: Float[Tensor, " r"] | None = None,
+    converged: Bool[Tensor, " r"] | None = None,
 ) -> Trace:
-    """From all runs, with what is known taken out of the draw: the starts are weighted by their own variance.
+    """From all runs, with what is known taken out of the draw; runs are weighted by what variance that leaves them.
 
-    `known` are eigenvalues that have converged. Where a run has settled on one, its nodes there are replaced by
-    the eigenvalue itself, and only the rest is estimated; not so where there are copies, or may be. Their `errors`
-    count in full.
+    Where a run has settled on one of the `values` that have `converged`, its nodes there are replaced by the
+    eigenvalue itself, whose error counts in full, and only the rest is estimated; not so where another value,
+    converged or not, is near, or the weight is more than one eigenvalue is likely to have.
+
+    What variance is left is estimated from all runs together: from its own draw alone, a run that happened to see
+    little would seem sure of it, and pull the mean down.
     """
-    if known is None or errors is None:
-        known = errors = torch.empty(0, dtype=torch.float64)
-    values, precisions = [], []
+    if values is None or errors is None or converged is None:
+        values = errors = torch.empty(0, dtype=torch.float64)
+        converged = torch.empty(0, dtype=torch.bool)
+    known = converged & ((values[:, None] - values).abs().le(_ALONE * values[:, None].abs()).sum(1) == 1)
+    known, errors = values[known], errors[known]
+    spectra, found = [], []
     for run in runs:
         t, y = torch.linalg.eigh(run.tridiagonal(len(run.alpha)))
-        w = y[0] ** 2
-        settled = run.beta[-1] * y[-1].abs() <= _SETTLED * t.abs()
-        same = (known[:, None] - t).abs() <= _SETTLED * known[:, None].abs()
-        alone = (known[:, None] - known).abs().le(1e-2 * known.abs()).sum(1) == 1
-        found = (same & settled).any(1) & alone & (n * (same * w).sum(1) < _ONE_SHARE)
-        rest = ~same[found].any(0)
-        value, squares = n * float(w[rest] @ t[rest]), n * w[rest] * t[rest] ** 2
-        frobenius = float(squares.sum()) + (n * run.beta[0] ** 2 if len(t) == 1 else 0.0)
-        unsure = 1 + 2 * float((squares**2).sum()) / max(frobenius**2, 1e-300)  # few nodes tell little of the spread
-        variance = 2 * max(frobenius - value**2 / n, 0.0) * n / (n + 2) * unsure + float(errors[found].sum()) ** 2
-        values.append(float(known[found].sum()) + value)
-        precisions.append(1 / max(variance, _TINY))
-    total = sum(precisions)
-    mean = sum(value * precision for value, precision in zip(values, precisions, strict=True)) / total
-    return Trace(mean, math.sqrt(1 / total) if total < 1 / _TINY else 0.0)
+        settled = _near(known, t) & (run.beta[-1] * y[-1].abs() <= _SETTLED * t.abs())
+        few = n * (_near(known, t) * y[0] ** 2).sum(1) < _ONE_SHARE
+        spectra.append((t, y[0] ** 2))
+        found.append(settled.any(1) & few)
+    total = precision = 0.0
+    for (t, w), mine in zip(spectra, found, strict=True):
+        rest = ~_near(known[mine], t).any(0)
+        value = float(known[mine].sum()) + n * float(w[rest] @ t[rest])
+        variance = _variance(spectra, runs, known[mine], n) + float(errors[mine].sum()) ** 2
+        total += value / max(variance, _TINY)
+        precision += 1 / max(variance, _TINY)
+    return Trace(total / precision, math.sqrt(1 / precision) if precision < 1 / _TINY else 0.0)
+
+
+def _variance(
+    spectra: Sequence[tuple[Tensor, Tensor]], runs: Sequence[SketchedRun], without: Float[Tensor, " j"], n: int
+) -> float:
+    """Of n v_1ᵀ A v_1 for one start, A without these eigenvalues."""
+    squares, trace = [], 0.0
+    for (t, w), run in zip(spectra, runs, strict=True):
+        rest = ~_near(without, t).any(0)
+        squares.append(n * w[rest] * t[rest] ** 2 / len(runs))
+        if len(t) == 1:
+            squares.append(torch.tensor([n * run.beta[0] ** 2 / len(runs)], dtype=torch.float64))
+        trace += n * float(w[rest] @ t[rest]) / len(runs)
+    parts = torch.cat(squares)
+    frobenius = float(parts.sum())
+    unsure = 1 + 2 * float((parts**2).sum()) / max(frobenius**2, 1e-300)  # few nodes tell little of the spread
+    return 2 * max(frobenius - trace**2 / n, 0.0) * n / (n + 2) * unsure
+
+
+def _near(known: Float[Tensor, " k"], nodes: Float[Tensor, " m"]) -> Bool[Tensor, "k m"]:
+    """Which nodes stand for which eigenvalues."""
+    return (known[:, None] - nodes).abs() <= _SETTLED * known[:, None].abs()

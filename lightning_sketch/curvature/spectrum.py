@@ -145,7 +145,7 @@ def spectrum(
     if len(found.eigenvalues) == n and found.converged.all():
         value, sem = float(found.eigenvalues.sum()), float(found.residuals.sum())
     else:
-        value, sem = trace(krylov.runs, n, found.eigenvalues[found.converged], found.residuals[found.converged])
+        value, sem = trace(krylov.runs, n, found.eigenvalues, found.residuals, found.converged)
     density = krylov.runs[: 1 + density_probes]
     nodes = quadrature(density, density_matvecs if density_probes else done)
     return replace(

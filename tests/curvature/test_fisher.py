@@ -99,7 +99,6 @@ def test_examples_may_weigh_as_many_labels_as_they_have():
     torch.testing.assert_close(f.matvec(v), expected)
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar")
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_loss_that_is_summed_is_refused(batches):
     f = EmpiricalFisher(summed, network(), [(X, Y)] * batches)
@@ -109,7 +108,6 @@ def test_a_loss_that_is_summed_is_refused(batches):
         f.matvec(torch.ones(31, dtype=torch.float64))
 
 
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar")
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_loss_that_couples_the_examples_is_refused(batches):
     """Of pairs within the batch, an example alone has none; return one loss each."""
