@@ -7,7 +7,7 @@ quickstart: .venv/run  ## install what the main job needs, then run it
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/dev  ## tests, doctests and examples
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -33,6 +33,9 @@ _SETTLED = 1e-4
 _TINY = 1e-30
 """A variance of rounding."""
 
+_ON_ITS_WAY = 0.1
+"""A node this close to an eigenvalue will settle on it."""
+
 _ALONE = 0.05
 """Values this close, relative to them, may be copies of one that a short run has not told apart yet."""
 
@@ -114,10 +117,10 @@ def trace(
 def _variance(
     spectra: Sequence[tuple[Tensor, Tensor]], runs: Sequence[SketchedRun], without: Float[Tensor, " j"], n: int
 ) -> float:
-    """Of n v_1ᵀ A v_1 for one start, A without these eigenvalues."""
+    """Of n v_1ᵀ A v_1 for one start, A without these eigenvalues, nor what is on its way to them in short runs."""
     squares, trace = [], 0.0
     for (t, w), run in zip(spectra, runs, strict=True):
-        rest = ~_near(without, t).any(0)
+        rest = ~_near(without, t, _ON_ITS_WAY).any(0)
         squares.append(n * w[rest] * t[rest] ** 2 / len(runs))
         if len(t) == 1:
             squares.append(torch.tensor([n * run.beta[0] ** 2 / len(runs)], dtype=torch.float64))
@@ -128,6 +131,6 @@ def _variance(
     return 2 * max(frobenius - trace**2 / n, 0.0) * n / (n + 2) * unsure
 
 
-def _near(known: Float[Tensor, " k"], nodes: Float[Tensor, " m"]) -> Bool[Tensor, "k m"]:
+def _near(known: Float[Tensor, " k"], nodes: Float[Tensor, " m"], tol: float = _SETTLED) -> Bool[Tensor, "k m"]:
     """Which nodes stand for which eigenvalues."""
-    return (known[:, None] - nodes).abs() <= _SETTLED * known[:, None].abs()
+    return (known[:, None] - nodes).abs() <= tol * known[:, None].abs()

@@ -59,7 +59,7 @@ class Spectrum:
     trace: float = math.nan
     """Sum of all eigenvalues, by Hutchinson's estimator."""
     trace_sem: float = math.nan
-    """Its standard error."""
+    """Its standard error, from the same few starts: twice as much is not rare."""
     quadrature: Quadrature | None = None
     """Nodes and weights that stand for all eigenvalues."""
     gradient_shares: Float[Tensor, " r"] | None = None

@@ -34,6 +34,6 @@ def test_the_trace_is_unbiased_and_its_error_honest(dense_operator, values, opti
 def test_what_is_known_makes_the_trace_sharper(dense_operator):
     """Nine outliers hold nearly all of ||A||_F: with them taken out, the error falls to that of the bulk."""
     values = SPECTRA["outliers"].double()
-    sp = spectrum(dense_operator(torch.diag(values)), num_matvecs=64, dim=512, bottom_k=0, tol=0.0)
-    plain = (2 * float(values.square().sum()) / len(sp.krylov.runs)) ** 0.5
-    assert sp.trace_sem < plain / 3
+    found = [spectrum(dense_operator(torch.diag(values)), dim=512, bottom_k=0, seed=seed) for seed in range(8)]
+    plain = (2 * float(values.square().sum()) / len(found[0].krylov.runs)) ** 0.5
+    assert sum(sp.trace_sem for sp in found) / len(found) < plain / 2
