@@ -5,7 +5,7 @@
 2. A small GPT, trained from scratch to continue Python's language reference, letter by letter.
 
 Nothing is downloaded but packages. Prints the paper's findings beside ours and writes the picture
-runs/finetune_spectrum/spectrum.png. Takes a minute and a half on one core; its few sentences to measure on make
+runs/finetune_spectrum/spectrum.png. Takes two minutes on one core; its few sentences to measure on make
 coarse numbers. `--full` takes more of everything, and far longer; `--accelerator gpu` if there is one.
 
 Source of the questions: A. Schioppa, arXiv:2402.03994, section 5.4, on RoBERTa, GPT-2L and BART.

@@ -49,7 +49,7 @@ class SpectrumMonitor(CallbackBase):
 
     Training is not touched: final weights are the same, bit for bit, with and without the monitor.
     A measurement costs at most 1.25 `num_matvecs` + 32 `density_probes` + 6 products over `num_batches` batches, each
-    about two gradients, and memory for about six vectors of the parameters' size. What it took is printed.
+    about three gradients, and memory for about six vectors of the parameters' size. What it took is printed.
 
     Under DDP each rank keeps its own batches, and products are averaged over the ranks.
 

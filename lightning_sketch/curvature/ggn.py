@@ -42,7 +42,7 @@ class GGN(CurvatureOperator):
         ValueError: at a product: if output and labels do not fit, or an operation of the model cannot be
             differentiated twice; the message names it.
 
-    A product costs about three gradients, less for a single batch.
+    A product costs two to three gradients, little more than one for a single batch.
 
     >>> module = torch.nn.Linear(2, 1, bias=False)
     >>> batch = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)

@@ -5,7 +5,8 @@
 b      a batch, of weight w_b (its number of examples) and mean loss L_b
 θ      the chosen parameters, as one flat vector in the order of `Layout`
 
-One product costs about two gradients of every batch; nothing of size n² is ever made. How it is made: `hvp.py`.
+One product costs about three gradients of every batch, under two of a single one, whose graph is
+kept; nothing of size n² is ever made. How it is made: `hvp.py`.
 """
 
 import copy
