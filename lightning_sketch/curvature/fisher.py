@@ -36,7 +36,8 @@ class EmpiricalFisher(CurvatureOperator):
         TypeError: as in `CurvatureOperator`.
         ValueError: at a product: if the loss is neither, or a mean that is not that of its examples.
 
-    A product costs two to three gradients, ten times that one example at a time; memory is that of the graphs of a batch, or a micro-batch.
+    A product costs two to three gradients, ten times that one example at a time; memory is that of the graphs of a
+    batch, or a micro-batch.
 
     >>> module = torch.nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
