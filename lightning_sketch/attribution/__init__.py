@@ -1,0 +1,1 @@
+"""Sketched gradients: made, stored, and asked which examples taught what."""

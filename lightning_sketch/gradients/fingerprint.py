@@ -1,0 +1,42 @@
+"""A number that tells weights apart, so that gradients taken at different ones are never mixed up.
+
+    fingerprint = sum_p m^p (sum_j c_j sum_i words[i W + j] + numel_p)   modulo 2^64
+
+words   the bytes of parameter p, eight to an integer, zero-padded
+c_j     an odd multiplier for place j of W
+m       an odd multiplier, so that the order of parameters counts
+
+Integer sums are exact in every order, hence the same on each device. Swapping whole runs of W words within a
+parameter goes unseen; training does no such thing. One pass over the parameters.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.operators.random import Key, words
+
+_W = 4096
+_M = 0x9E3779B97F4A7C15
+
+
+@torch.no_grad()
+def fingerprint(tensors: Sequence[Tensor]) -> int:
+    """A 64-bit signed integer of these tensors' contents, in their order; never 0.
+
+    >>> fingerprint([torch.zeros(3)]) == fingerprint([torch.zeros(3)]) != fingerprint([torch.ones(3)])
+    True
+    """
+    total = 0
+    for tensor in tensors:
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        if data.data_ptr() % 8:
+            data = data.clone()
+        whole = len(data) // (8 * _W) * (8 * _W)
+        tail = data.new_zeros(8 * _W)
+        tail[: len(data) - whole] = data[whole:]
+        columns = data[:whole].view(torch.int64).view(-1, _W).sum(0) + tail.view(torch.int64)
+        multipliers = words(Key(0, "fingerprint"), 0, _W, data.device) | 1
+        total = (total * _M + int((columns * multipliers).sum()) + tensor.numel()) % (1 << 64)
+    return (total - (1 << 64) if total >= 1 << 63 else total) or 1

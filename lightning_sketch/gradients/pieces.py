@@ -1,0 +1,49 @@
+"""Parts of per-example gradients, as layers give them: not yet formed where forming would be large.
+
+    Full(p, v)            grad_b = v_b
+    Outer(p, l, r)        grad_b = sum_t l_bt r_btᵀ              as a matrix, rows of l, columns of r
+    Rows(p, i, v)         grad_b[i_bt] += v_bt for each t        rows of an embedding's table
+
+b runs over the examples. All pieces of a parameter add up to its gradients. What a piece is added to, a sink, knows
+sketches and buffers; what makes it, a layer, knows neither.
+"""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Full:
+    """Gradients as they are: for biases, norms, and whatever is small.
+
+    `start` is where they begin within the flat parameter; they may cover a part of it, as one of three stacked
+    projections does.
+    """
+
+    parameter: nn.Parameter
+    values: Float[Tensor, "examples numbers"]
+    start: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """Gradients of a matrix, as factors: sum_t left_t right_tᵀ, row-major, from `start` in the flat parameter."""
+
+    parameter: nn.Parameter
+    left: Float[Tensor, "examples tokens rows"]
+    right: Float[Tensor, "examples tokens columns"]
+    start: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Gradients of a table, as the rows that each example looked up; an index may repeat."""
+
+    parameter: nn.Parameter
+    index: Int[Tensor, "examples tokens"]
+    values: Float[Tensor, "examples tokens columns"]
+
+
+Piece = Full | Outer | Rows
