@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -74,6 +74,28 @@ def split_batch(batch: Any, size: int) -> Iterator[Any]:
     for start in range(0, examples, size):
         part = slice(start, start + size)
         yield _changed(batch, lambda t, part=part: t[part] if t.ndim and len(t) == examples else t)
+
+
+def each_example(batch: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors of a batch that have its examples along their first axis, and what makes a batch of one of others.
+
+    The second takes one slice for each tensor, without that axis; other tensors go to every batch.
+    """
+    examples = num_examples(batch)
+
+    def has_axis(tensor: Tensor) -> bool:
+        return tensor.ndim > 0 and len(tensor) == examples
+
+    def batch_of_one(slices: Sequence[Tensor]) -> Any:
+        following = iter(slices)
+        return _changed(batch, lambda t: next(following).unsqueeze(0) if has_axis(t) else t)
+
+    return [tensor for tensor in _leaves(batch, _is_tensor) if has_axis(tensor)], batch_of_one
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on this device."""
+    return _changed(batch, lambda tensor: tensor.to(device))
 
 
 def differentiable(batch: Any, widen: bool = False) -> Any:
