@@ -1,12 +1,13 @@
 """Sketched gradients with what is known of each: the rows that stores hold and questions are asked of."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from lightning_sketch.operators.sketch import Sketch
 
@@ -125,11 +126,21 @@ class SketchedGradients:
     @staticmethod
     def cat(parts: "list[SketchedGradients]") -> "SketchedGradients":
         """All rows of the parts, in order; a column counts that all of them have."""
-        shared = set.intersection(*(set(part.columns) for part in parts))
-        columns = {
-            name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns if name in shared
-        }
+        columns = cat_columns([part.columns for part in parts])
         return SketchedGradients(torch.cat([part.sketches for part in parts]), parts[0].sketch, columns)
+
+
+def cat_columns(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """One below the other, the columns that all parts have; lists of ids, a row each, are filled up to the longest."""
+    columns = {}
+    for name in parts[0]:
+        if all(name in part for part in parts):
+            tensors = [part[name] for part in parts]
+            if tensors[0].ndim == 2:
+                width = max(tensor.shape[1] for tensor in tensors)
+                tensors = [pad(tensor, (0, width - tensor.shape[1]), value=UNKNOWN_ID) for tensor in tensors]
+            columns[name] = torch.cat(tensors)
+    return columns
 
 
 def matching(columns: Mapping[str, Tensor], count: int, mask: Tensor | None, equal: Mapping[str, Any]) -> Tensor:

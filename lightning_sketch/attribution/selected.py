@@ -1,0 +1,211 @@
+"""Which rows a question is asked of: those that were taken at the weights of the queries.
+
+    dot, cosine, influence   rows of validate, test and predict: those with the queries' fingerprint
+                             rows of fit, where there are no others: all of them must have it
+    tracin                   rows of validate, test and predict: those at a step that has queries
+                             rows of fit: all of them, each with the latest queries at or before its weights
+
+Copies that a sampler added (padded) and rows that are not finite take no part, nor do stored queries.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from lightning_sketch.attribution.rows import STAGES, SketchedGradients
+from lightning_sketch.attribution.source import RowSource
+
+AtCheckpoints = Mapping[int, SketchedGradients]
+"""Queries by the optimizer step of the weights that they were taken at."""
+
+_FIT, _QUERIES = STAGES.index("fit"), STAGES.index("queries")
+
+
+@dataclass(frozen=True, eq=False)
+class Selected:
+    """The rows that take part, and where they stood.
+
+    source     the rows
+    positions  their numbers in the source that was asked
+    weights    for tracin the learning rate of each row, else ones
+    partners   for tracin the step of the queries that each row meets, else zeros
+    """
+
+    source: RowSource
+    positions: Int[Tensor, " rows"]
+    weights: Float[Tensor, " rows"]
+    partners: Int[Tensor, " rows"]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+def participating(train: RowSource) -> Bool[Tensor, " rows"]:
+    """Rows that are finite, no copies, and no stored queries."""
+    columns = train.metadata()
+    return columns["finite"] & ~columns["padded"] & (columns["stage"] != _QUERIES)
+
+
+def select(queries: SketchedGradients | AtCheckpoints, train: RowSource) -> Selected:
+    """The rows that these queries can be compared with; queries at checkpoints ask for tracin.
+
+    Raises:
+        ValueError: if there are none, sketches differ, weights differ, or it is not clear which rows are meant.
+    """
+    if isinstance(queries, Mapping):
+        return _select_by_step(queries, train)
+    check_queries(queries, train)
+    keep = participating(train) & _at_weights(queries.fingerprint, train)
+    return _selected(train, keep)
+
+
+def select_all(train: RowSource) -> Selected:
+    """All rows that take part, at whatever weights, with their learning rates."""
+    keep = participating(train)
+    columns = train.metadata()
+    _check_one_kind(columns["stage"][keep])
+    lr = columns["lr"][keep]
+    _check_lr(lr)
+    return _selected(train, keep, lr)
+
+
+def one_fingerprint(train: RowSource) -> int:
+    """The weights that all rows were taken at.
+
+    Raises:
+        ValueError: if they were taken at different ones.
+    """
+    found = train.metadata()["fingerprint"][participating(train)].unique().tolist()
+    if len(found) != 1:
+        raise ValueError(
+            f"the rows were taken at {len(found)} different weights; choose with .where(fingerprint=...)."
+            if found
+            else "there are no rows that are finite and no copies; nothing can be asked of them."
+        )
+    return int(found[0])
+
+
+def check_queries(queries: SketchedGradients, train: RowSource) -> None:
+    """Refuse queries of another sketch, and queries that are not finite.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if queries.sketch != train.sketch:
+        raise ValueError(
+            f"queries were made by {queries.sketch}, rows by {train.sketch}; make the queries with the rows' own "
+            "sketch: sketch_gradients(module, batches, train.sketch)."
+        )
+    bad = int((~queries.finite).sum())
+    if bad:
+        raise ValueError(f"{bad} of {len(queries)} queries are not finite; leave them out: queries.where(finite=True).")
+    if not len(queries):
+        raise ValueError("there are no queries; pass at least one row.")
+
+
+def _at_weights(fingerprint: int, train: RowSource) -> Bool[Tensor, " rows"]:
+    columns = train.metadata()
+    there = participating(train)
+    fit = columns["stage"] == _FIT
+    at_checkpoint, equal = there & ~fit, columns["fingerprint"] == fingerprint
+    if not there.any():
+        raise ValueError("there are no rows that are finite and no copies; nothing can be asked of them.")
+    if fingerprint == 0 and (columns["fingerprint"][there] != 0).any():
+        raise ValueError(
+            "it is not known at which weights the queries were taken (fingerprint 0), but it is for the rows; make the "
+            "queries with sketch_gradients, which records it."
+        )
+    if at_checkpoint.any():
+        if not (at_checkpoint & equal).any():
+            found = columns["fingerprint"][at_checkpoint].unique()
+            raise ValueError(
+                f"the queries were taken at weights {fingerprint}, the rows at {_few(found)}; load the checkpoint that "
+                "the rows were taken at, or take the rows anew with trainer.validate(model, train_loader)."
+            )
+        return at_checkpoint & equal
+    if not equal[there].all():
+        found = columns["fingerprint"][there & ~equal].unique()
+        raise ValueError(
+            f"the queries were taken at weights {fingerprint}, the rows of training steps each at their own "
+            f"({_few(found)}): use method='tracin' with queries at checkpoints, or take rows at one checkpoint with "
+            "trainer.validate(model, train_loader)."
+        )
+    return fit
+
+
+def _select_by_step(queries: AtCheckpoints, train: RowSource) -> Selected:
+    if not queries:
+        raise ValueError("there are no queries; tracin takes {step of the checkpoint: queries}.")
+    for at in queries.values():
+        check_queries(at, train)
+    counts = {step: len(at) for step, at in queries.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"every checkpoint needs the same queries in the same order; got {counts} by step.")
+    columns, keep = train.metadata(), participating(train)
+    _check_one_kind(columns["stage"][keep])
+    steps = torch.tensor(sorted(queries))
+    if (columns["stage"][keep] == _FIT).any():
+        before = torch.searchsorted(steps, columns["step"] - 1, right=True) - 1
+        partners = steps[before.clamp(min=0)]
+    else:
+        partners = columns["step"].long()
+        unmet = steps[~torch.isin(steps, partners[keep])]
+        if len(unmet):
+            raise ValueError(
+                f"queries at step {_few(unmet)} meet no row; there are rows at step {_few(partners[keep].unique())}."
+            )
+        keep = keep & torch.isin(partners, steps)
+        for step, at in queries.items():
+            _check_same_weights(at, columns["fingerprint"][keep & (partners == step)], step)
+    if not keep.any():
+        raise ValueError("there are no rows that are finite and no copies; nothing can be asked of them.")
+    lr = columns["lr"][keep]
+    _check_lr(lr)
+    return _selected(train, keep, lr, partners[keep])
+
+
+def _check_same_weights(queries: SketchedGradients, found: Tensor, step: int) -> None:
+    """At one step there are one run's weights; known ones must agree."""
+    other = found[(found != queries.fingerprint) & (found != 0)].unique()
+    if queries.fingerprint and len(other):
+        raise ValueError(
+            f"at step {step} the queries were taken at weights {queries.fingerprint}, rows at {_few(other)}; rows and "
+            "queries of one run are needed."
+        )
+
+
+def _check_one_kind(stages: Tensor) -> None:
+    if (stages == _FIT).any() and (stages != _FIT).any():
+        raise ValueError(
+            "there are rows of training steps and of checkpoints; tracin sums over one kind: choose with "
+            ".where(stage='fit'), or .where(stage='validate') and the like."
+        )
+
+
+def _check_lr(lr: Tensor) -> None:
+    unknown = int(lr.isnan().sum())
+    if unknown:
+        raise ValueError(
+            f"tracin weights rows by their learning rate, which is not known for {unknown} of {len(lr)} rows; rows "
+            "that a GradientSketchWriter takes have it, others need a column 'lr'."
+        )
+
+
+def _selected(
+    train: RowSource, keep: Tensor, weights: Tensor | None = None, partners: Tensor | None = None
+) -> Selected:
+    count = int(keep.sum())
+    return Selected(
+        train if keep.all() else train.where(keep),
+        keep.nonzero()[:, 0],
+        torch.ones(count) if weights is None else weights.float(),
+        torch.zeros(count, dtype=torch.long) if partners is None else partners,
+    )
+
+
+def _few(values: Tensor) -> str:
+    listed = ", ".join(map(str, values[:5].tolist()))
+    return listed + (f" and {len(values) - 5} more" if len(values) > 5 else "")
