@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.operators.hadamard import transform_
-from lightning_sketch.operators.random import flip_, normals
-from lightning_sketch.operators.streaming import StreamingSketch
+from lightning_sketch.operators.random import normals
+from lightning_sketch.operators.streaming import StreamingSketch, Which
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,18 @@ class AFJL(StreamingSketch):
         """dim^(-1/2)."""
         return self.dim**-0.5
 
-    def gather(self, chunks: Float[Tensor, "rows group chunk"], first: int, spare: list[Tensor], total: Tensor) -> None:
+    def gather(
+        self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
+    ) -> None:
         """R_dim G H sum_c s_c ∘ x_c."""
-        flip_(chunks.view(len(chunks), -1), self.key("signs"), first * self.chunk, spare[0])
+        self._flip(chunks, "signs", which, spare[0])
         total += transform_(chunks.sum(1))[:, : self.dim] * self._normals(total)
 
     def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
         """s_c ∘ H G R_dimᵀ y for each chunk."""
         mixed = transform_(F.pad(y * self._normals(y), (0, self.chunk - self.dim)))
         chunks[:] = mixed[:, None]
-        flip_(chunks.view(len(chunks), -1), self.key("signs"), first * self.chunk, spare[0])
-        return chunks
+        return self._flip(chunks, "signs", first, spare[0])
 
     def _normals(self, like: Tensor) -> Tensor:
         return normals(self.key("normals"), 0, self.dim, like.dtype, like.device)

@@ -24,8 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.operators.hadamard import transform
-from lightning_sketch.operators.random import flip_
-from lightning_sketch.operators.streaming import StreamingSketch
+from lightning_sketch.operators.streaming import StreamingSketch, Which
 
 
 @dataclass(frozen=True)
@@ -54,9 +53,11 @@ class BlockSRHT(StreamingSketch):
         """b^(-1/2)."""
         return self.chunk**-0.5
 
-    def gather(self, chunks: Float[Tensor, "rows group chunk"], first: int, spare: list[Tensor], total: Tensor) -> None:
+    def gather(
+        self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
+    ) -> None:
         """sum_c fold( t_c ∘ H (s_c ∘ x_c) )."""
-        summed = self._mix(chunks, "in", "out", first, spare).sum(1)
+        summed = self._mix(chunks, "in", "out", which, spare).sum(1)
         total += summed[:, : self.dim]
         total[:, : self.chunk - self.dim] += summed[:, self.dim :]
 
@@ -65,9 +66,8 @@ class BlockSRHT(StreamingSketch):
         chunks[:] = torch.cat((y, y[:, : self.chunk - self.dim]), dim=1)[:, None]
         return self._mix(chunks, "out", "in", first, spare)
 
-    def _mix(self, x: Tensor, before: str, after: str, first: int, spare: list[Tensor]) -> Tensor:
+    def _mix(self, x: Tensor, before: str, after: str, which: Which, spare: list[Tensor]) -> Tensor:
         """The signs of stream `after`, times H, times the signs of stream `before`, times x."""
-        start, flat, (second, mask) = first * self.chunk, (len(x), -1), spare
-        flip_(x.view(flat), self.key(before), start, mask)
-        mixed = transform(x, second[: x.numel()].view_as(x))
-        return flip_(mixed.view(flat), self.key(after), start, mask).view_as(x)
+        second, mask = spare
+        self._flip(x, before, which, mask)
+        return self._flip(transform(x, second[: x.numel()].view_as(x)), after, which, mask)

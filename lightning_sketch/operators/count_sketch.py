@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators.random import flip_, integers
-from lightning_sketch.operators.streaming import StreamingSketch
+from lightning_sketch.operators.random import integers, integers_at
+from lightning_sketch.operators.streaming import StreamingSketch, Which
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,15 @@ class CountSketch(StreamingSketch):
         """As many coordinates as the sketch has numbers."""
         return self.dim
 
-    def gather(self, chunks: Float[Tensor, "rows group chunk"], first: int, spare: list[Tensor], total: Tensor) -> None:
+    def gather(
+        self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
+    ) -> None:
         """sum_c roll(s_c ∘ x_c, r_c)."""
         rows, group, dim = chunks.shape
-        flip_(chunks.view(rows, -1), self.key("signs"), first * dim, spare[0])
+        self._flip(chunks, "signs", which, spare[0])
         windows = _windows(chunks)
         start = torch.arange(0, rows * group * 2 * dim, 2 * dim, device=chunks.device).view(rows, group)
-        total += windows[start + (dim - self._shifts(first, group, chunks))].sum(1)
+        total += windows[start + (dim - self._shifts(which, group, chunks))].sum(1)
 
     def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
         """s_c ∘ roll(y, -r_c) for each chunk."""
@@ -57,11 +59,12 @@ class CountSketch(StreamingSketch):
         windows = _windows(y)
         start = torch.arange(0, rows * 2 * dim, 2 * dim, device=y.device)[:, None]
         torch.index_select(windows, 0, (start + self._shifts(first, group, y)).view(-1), out=chunks.view(-1, dim))
-        flip_(chunks.view(rows, -1), self.key("signs"), first * dim, spare[0])
-        return chunks
+        return self._flip(chunks, "signs", first, spare[0])
 
-    def _shifts(self, first: int, group: int, like: Tensor) -> Tensor:
-        return integers(self.key("shifts"), first, first + group, self.dim, like.device)
+    def _shifts(self, which: Which, group: int, like: Tensor) -> Tensor:
+        if isinstance(which, Tensor):
+            return integers_at(self.key("shifts"), which, self.dim)
+        return integers(self.key("shifts"), which, which + group, self.dim, like.device)
 
 
 def _windows(x: Float[Tensor, "... dim"]) -> Float[Tensor, "windows dim"]:

@@ -21,13 +21,14 @@ as a sketch: Schioppa, NeurIPS 2024, arXiv:2402.03994, section 3, its constant �
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_sketch.operators.hadamard import transform_
-from lightning_sketch.operators.random import flip_, normals, words
-from lightning_sketch.operators.streaming import StreamingSketch
+from lightning_sketch.operators.random import normals_at, words_at
+from lightning_sketch.operators.streaming import StreamingSketch, Which
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,30 @@ class FFD(StreamingSketch):
         """√(D / dim), and 1 / √D for each of the two H."""
         return (self.dim * self.chunk) ** -0.5
 
-    def gather(self, chunks: Float[Tensor, "rows group chunk"], first: int, spare: list[Tensor], total: Tensor) -> None:
+    def gather(
+        self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
+    ) -> None:
         """sum_c B_c H Πᵀ_c G_c H x_c."""
-        mixed = transform_(chunks) * self._normals(first, chunks)
-        mixed = transform_(mixed.gather(-1, self._permutations(first, chunks)))
-        flip_(mixed.view(len(mixed), -1), self.key("signs"), first * self.chunk, spare[0])
-        total += mixed.sum(1)[:, : self.dim]
+        mixed = transform_(chunks) * self._normals(which, chunks)
+        mixed = transform_(mixed.gather(-1, self._permutations(which, chunks)))
+        total += self._flip(mixed, "signs", which, spare[0]).sum(1)[:, : self.dim]
 
     def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
         """H G_c Π_c H B_c y for each chunk."""
         chunks[:] = F.pad(y, (0, self.chunk - self.dim))[:, None]
-        flip_(chunks.view(len(chunks), -1), self.key("signs"), first * self.chunk, spare[0])
+        self._flip(chunks, "signs", first, spare[0])
         mixed = chunks.new_empty(chunks.shape)
         mixed.scatter_(-1, self._permutations(first, chunks), transform_(chunks))
         return transform_(mixed * self._normals(first, chunks))
 
-    def _normals(self, first: int, like: Tensor) -> Float[Tensor, "group chunk"]:
-        start, stop = first * self.chunk, (first + like.shape[1]) * self.chunk
-        return normals(self.key("normals"), start, stop, like.dtype, like.device).view(-1, self.chunk)
+    def _normals(self, which: Which, like: Tensor) -> Float[Tensor, "one_or_rows group chunk"]:
+        return normals_at(self.key("normals"), self._coordinates(which, like), like.dtype)
 
-    def _permutations(self, first: int, like: Tensor) -> Int[Tensor, "rows group chunk"]:
-        start, stop = first * self.chunk, (first + like.shape[1]) * self.chunk
-        drawn = words(self.key("permutations"), start, stop, like.device).view(-1, self.chunk)
+    def _permutations(self, which: Which, like: Tensor) -> Int[Tensor, "rows group chunk"]:
+        drawn = words_at(self.key("permutations"), self._coordinates(which, like))
         return drawn.argsort(dim=-1, stable=True).expand(len(like), -1, -1)
+
+    def _coordinates(self, which: Which, like: Tensor) -> Int[Tensor, "one_or_rows group chunk"]:
+        if not isinstance(which, Tensor):
+            which = torch.arange(which, which + like.shape[1], device=like.device)[None]
+        return which[..., None] * self.chunk + torch.arange(self.chunk, device=like.device)

@@ -11,12 +11,13 @@ arXiv:2303.14186, section 3.
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.operators.hadamard import CACHED
-from lightning_sketch.operators.random import normals
-from lightning_sketch.operators.streaming import StreamingSketch
+from lightning_sketch.operators.random import normals, normals_at
+from lightning_sketch.operators.streaming import StreamingSketch, Which
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,27 @@ class Gaussian(StreamingSketch):
         """dim^(-1/2)."""
         return self.dim**-0.5
 
-    def gather(self, chunks: Float[Tensor, "rows group chunk"], first: int, spare: list[Tensor], total: Tensor) -> None:
+    def gather(
+        self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
+    ) -> None:
         """sum_j x_j g_j, with g_j the j-th column."""
+        if isinstance(which, Tensor):
+            self._gather_scattered(chunks, which, total)
+            return
         for start, piece in self._pieces(chunks):
-            total += piece.squeeze(-1) @ self._columns(first + start, piece)
+            total += piece.squeeze(-1) @ self._columns(which + start, piece)
 
     def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
         """g_jᵀ y for each coordinate."""
         for start, piece in self._pieces(chunks):
             piece[:] = (y @ self._columns(first + start, piece).T)[..., None]
         return chunks
+
+    def _gather_scattered(self, chunks: Tensor, which: Tensor, total: Tensor) -> None:
+        step = max(1, CACHED // (self.dim * len(chunks)))
+        for piece, number in zip(chunks.split(step, dim=1), which.split(step, dim=1), strict=True):
+            index = number[..., None] * self.dim + torch.arange(self.dim, device=number.device)
+            total += (piece * normals_at(self.key("normals"), index, piece.dtype)).sum(1)
 
     def _pieces(self, chunks: Tensor):
         step = max(1, CACHED // self.dim)

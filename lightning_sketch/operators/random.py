@@ -46,16 +46,21 @@ class Key(tuple):
 
 def words(key: Key, start: int, stop: int, device=None) -> Int[Tensor, " count"]:
     """Independent uniform integers in [0, 2^32), one for each index in [start, stop)."""
-    k0, k1 = key
     index = torch.arange(start, stop, dtype=torch.int64, device=device)
+    return words_at(key, index, wide=stop > _MASK)
+
+
+def words_at(key: Key, index: Int[Tensor, "*any"], wide: bool = True) -> Int[Tensor, "*any"]:
+    """`words` at each index of a tensor of int64; `wide` says whether one may reach 2^32."""
+    k0, k1 = key
     h = index & _MASK
-    if stop > _MASK:
+    if wide:
         h ^= (index >> 32) * _M2 & _MASK
     h ^= k0
     h ^= h >> 16
     h.mul_(_M1).bitwise_and_(_MASK)
     h ^= k1
-    if stop > _MASK:
+    if wide:
         h ^= (index >> 32) * _M1 & _MASK
     h ^= h >> 15
     h.mul_(_M2).bitwise_and_(_MASK)
@@ -69,21 +74,48 @@ def flip_(x: Float[Tensor, "... count"], key: Key, start: int, spare: Tensor | N
     A sign is applied by xor of the float's own sign bit: exact, and cheaper than a product. `spare` is
     scratch memory of x's type, at least `count + FLIP_SLACK` numbers.
     """
-    ints = {4: torch.int32, 8: torch.int64}[x.element_size()]
-    top = torch.iinfo(ints).bits - 1
+    ints, top = _ints(x)
     stop = start + x.shape[-1]
     first, last = start // _BLOCK, -(-stop // _BLOCK)
-    word = words(key, first * _W, last * _W, x.device)
-    if ints == torch.int32:
-        word = (word ^ 1 << 31) - (1 << 31)  # the same 32 bits as a signed number: exact to convert
+    word = _narrowed(words(key, first * _W, last * _W, x.device), ints)
     shift = (top - torch.arange(32, device=x.device)).to(ints)[:, None]
     if spare is None:
         spare = x.new_empty((last - first) * _BLOCK)
     mask = spare.view(ints)[: (last - first) * _BLOCK].view(-1, 32, _W)
-    torch.bitwise_left_shift(word.to(ints).view(-1, 1, _W), shift, out=mask)
+    torch.bitwise_left_shift(word.view(-1, 1, _W), shift, out=mask)
     mask &= torch.iinfo(ints).min
     x.view(ints).bitwise_xor_(mask.view(-1)[start - first * _BLOCK : stop - first * _BLOCK])
     return x
+
+
+def flip_chunks_(x: Float[Tensor, "rows group chunk"], key: Key, number: Int[Tensor, "#rows group"]) -> Tensor:
+    """Multiply x[r, g, i] by the sign at index chunk · number[r, g] + i, in place: chunks from anywhere.
+
+    Scratch memory: two tensors of x's shape. A chunk that is neither a power of two nor a multiple of a block takes
+    ten times as long as the others, since its numbers share no words.
+    """
+    ints, top = _ints(x)
+    size = x.shape[-1]
+    shared = size % _W == 0 and (_BLOCK % size == 0 or size % _BLOCK == 0)
+    run, lanes = (min(size, _BLOCK), _W) if shared else (1, 1)
+    start = number[..., None] * size + torch.arange(0, size, run, device=x.device)
+    index = (start // _BLOCK * _W + start % _W)[..., None] + torch.arange(lanes, device=x.device)
+    bit = (start % _BLOCK // _W)[..., None] + torch.arange(run // lanes, device=x.device)
+    word, shift = _narrowed(words_at(key, index), ints), (top - bit).to(ints)
+    mask = (word[..., None, :] << shift[..., None]).bitwise_and_(torch.iinfo(ints).min)
+    x.view(ints).bitwise_xor_(mask.view(*number.shape, size))
+    return x
+
+
+def _ints(x: Tensor) -> tuple[torch.dtype, int]:
+    """Integers of x's width, and the number of their sign's bit."""
+    ints = {4: torch.int32, 8: torch.int64}[x.element_size()]
+    return ints, torch.iinfo(ints).bits - 1
+
+
+def _narrowed(word: Tensor, ints: torch.dtype) -> Tensor:
+    """Words as integers that hold the same low 32 bits: a signed number where there are no others, exact to convert."""
+    return ((word ^ 1 << 31) - (1 << 31)).to(ints) if ints == torch.int32 else word
 
 
 def signs(key: Key, start: int, stop: int, dtype=torch.float32, device=None) -> Tensor:
@@ -96,6 +128,11 @@ def integers(key: Key, start: int, stop: int, below: int, device=None) -> Int[Te
     return words(key, start, stop, device) * below >> 32
 
 
+def integers_at(key: Key, index: Int[Tensor, "*any"], below: int) -> Int[Tensor, "*any"]:
+    """`integers` at each index of a tensor."""
+    return words_at(key, index) * below >> 32
+
+
 def normals(key: Key, start: int, stop: int, dtype=torch.float32, device=None) -> Tensor:
     """Standard normal variables on a grid of 2^16 quantiles, two to a word.
 
@@ -105,6 +142,11 @@ def normals(key: Key, start: int, stop: int, dtype=torch.float32, device=None) -
     word = words(key, start // 2, -(-stop // 2), device)
     halves = torch.stack((word & 0xFFFF, word >> 16), dim=-1).view(-1)
     return _quantiles(dtype, device)[halves[start % 2 :][: stop - start]]
+
+
+def normals_at(key: Key, index: Int[Tensor, "*any"], dtype=torch.float32) -> Float[Tensor, "*any"]:
+    """`normals` at each index of a tensor."""
+    return _quantiles(dtype, index.device)[words_at(key, index // 2) >> index % 2 * 16 & 0xFFFF]
 
 
 @functools.lru_cache(maxsize=4)  # 2^16 numbers each, whatever n is

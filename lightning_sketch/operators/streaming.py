@@ -11,13 +11,16 @@ from abc import abstractmethod
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_sketch.operators.hadamard import CACHED
 from lightning_sketch.operators.precision import full_precision
-from lightning_sketch.operators.random import FLIP_SLACK
+from lightning_sketch.operators.random import FLIP_SLACK, flip_, flip_chunks_
 from lightning_sketch.operators.sketch import Sketch
+
+Which = int | Int[Tensor, "#rows group"]
+"""Which chunks: the number of the first of consecutive ones, or the number of each, for each row or for all alike."""
 
 
 class StreamingSketch(Sketch):
@@ -36,8 +39,17 @@ class StreamingSketch(Sketch):
         return 1.0
 
     @abstractmethod
-    def gather(self, chunks: Float[Tensor, "rows group chunk"], first: int, spare: list[Tensor], total: Tensor) -> None:
-        """Add sum_c M_c x_c over the chunks first, first + 1, ... to `total`; overwrites the others."""
+    def gather(
+        self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
+    ) -> None:
+        """Add sum_c M_c x_c over the chunks x_c to `total`, unscaled; overwrites the others.
+
+        Args:
+            chunks: contiguous.
+            which: the number of the first of consecutive chunks, or the number of each chunk; the latter costs more.
+            spare: two buffers of the size of `chunks` and `FLIP_SLACK` more.
+            total: (rows, dim).
+        """
 
     @abstractmethod
     def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
@@ -66,6 +78,12 @@ class StreamingSketch(Sketch):
                 head, tail = low - first * self.chunk, high - first * self.chunk
                 out[rows, low - start : high - start] = chunks[:, head:tail]
         return out
+
+    def _flip(self, chunks: Float[Tensor, "rows group chunk"], stream: str, which: Which, spare: Tensor) -> Tensor:
+        """Multiply chunks by the signs of a stream, in place."""
+        if isinstance(which, Tensor):
+            return flip_chunks_(chunks, self.key(stream), which)
+        return flip_(chunks.view(len(chunks), -1), self.key(stream), which * self.chunk, spare).view_as(chunks)
 
     def _groups(
         self, like: Tensor, start: int, stop: int
