@@ -8,6 +8,7 @@ from lightning_sketch.gradients.examples import num_examples as num_examples
 from lightning_sketch.gradients.examples import num_labels as num_labels
 from lightning_sketch.gradients.examples import on_device as on_device
 from lightning_sketch.gradients.examples import split_batch as split_batch
+from lightning_sketch.gradients.examples import tensors_of as tensors_of
 from lightning_sketch.gradients.fingerprint import fingerprint as fingerprint
 from lightning_sketch.gradients.loss import LossFn as LossFn
 from lightning_sketch.gradients.loss import training_step_loss as training_step_loss

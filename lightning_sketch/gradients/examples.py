@@ -93,6 +93,11 @@ def each_example(batch: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]],
     return [tensor for tensor in _leaves(batch, _is_tensor) if has_axis(tensor)], batch_of_one
 
 
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors in a batch, in its order, however deep."""
+    return _leaves(batch, _is_tensor)
+
+
 def on_device(batch: Any, device: torch.device) -> Any:
     """The batch with its tensors on this device."""
     return _changed(batch, lambda tensor: tensor.to(device))

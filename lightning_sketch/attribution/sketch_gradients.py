@@ -1,0 +1,92 @@
+"""Sketched gradients of single examples, at a module's present weights."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sketch.attribution.example_ids import example_ids, without_index
+from lightning_sketch.attribution.rows import SketchedGradients
+from lightning_sketch.gradients import differentiable, fingerprint, on_device, training_step_loss, undisturbed
+from lightning_sketch.gradients.engines import ExampleSketches
+from lightning_sketch.gradients.loss import LossFn
+from lightning_sketch.operators.sketch import Sketch
+from lightning_sketch.params import Layout
+
+RowFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
+"""(module, batch) -> loss of each example, probability of its true label."""
+
+
+def sketch_gradients(
+    module: nn.Module,
+    batches: Iterable[Any],
+    sketch: Sketch,
+    loss_fn: LossFn | None = None,
+    row_fn: RowFn | None = None,
+    engine: str = "auto",
+    parameters: str | list[str] = "*",
+    weight_fn: Callable[[Any], float] | None = None,
+    reduction: str = "mean",
+    index_key: str | int | None = None,
+) -> SketchedGradients:
+    """One row per example: S times the gradient of the example's own loss, in evaluation mode and float32 or wider.
+
+    Args:
+        module: left as it is, like by `undisturbed`.
+        batches: of examples, as the loss takes them; a data loader does.
+        sketch: with n the number of these parameters.
+        loss_fn: (module, batch) -> mean loss, or one loss per example, which then also fills the column `loss`. The
+            module's own `training_step`, its logging silenced, if None.
+        row_fn: (module, batch) -> losses, probabilities of the true labels, one each: fills `loss` and `prob_true`,
+            which the curvatures "margin" and "trak" need.
+        engine: "hooks", from the ordinary backward pass of the whole batch; "vmap"; "loop", one example at a time,
+            which serves every module; "auto": hooks where two examples of the first batch prove them right, else the
+            loop.
+        parameters: which, as shell patterns on their names.
+        weight_fn: batch -> its weight in a mean over batches: `num_labels` where the loss is a mean over tokens.
+        reduction: "sum" if the loss adds up examples, and is no mean.
+        index_key: where a batch keeps the numbers of its examples, or "hash"; see `example_ids`.
+
+    Returns:
+        Rows in the order of the examples, with `example_id`, `loss`, `prob_true` and `fingerprint`.
+
+    Raises:
+        ValueError: if sizes disagree, or the engine cannot serve the module; the message names what and why.
+
+    Costs with hooks about a training step per batch, twice that with the sketch; with the loop a step per example.
+
+    >>> from lightning_sketch.operators import BlockSRHT
+    >>> module, x = nn.Linear(3, 1), torch.randn(8, 3)
+    >>> rows = sketch_gradients(module, [x], BlockSRHT(4, 4), lambda module, x: module(x).square().mean())
+    >>> rows.sketches.shape
+    torch.Size([8, 4])
+    """
+    layout = Layout.of(module, parameters)
+    if sketch.n != layout.n:
+        raise ValueError(
+            f"the sketch takes n={sketch.n} numbers, these parameters have {layout.n}; build it with n={layout.n}, or "
+            "pass the parameters that it was made for."
+        )
+    if loss_fn is None and not hasattr(module, "training_step"):
+        raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: mean loss.")
+    weights = layout.parameters(module)
+    mark = fingerprint(weights)
+    make = ExampleSketches(module, layout, sketch, loss_fn or training_step_loss, engine, weight_fn, reduction)
+    parts = []
+    with undisturbed(module):
+        for batch in batches:
+            ids = example_ids(batch, index_key)
+            batch = on_device(differentiable(without_index(batch)), weights[0].device)
+            rows, losses = make(batch)
+            columns = {"example_id": ids, "fingerprint": torch.full_like(ids, mark)}
+            if losses is not None:
+                columns["loss"] = losses.float().cpu()
+            if row_fn is not None:
+                with torch.no_grad():
+                    losses, probabilities = row_fn(module, batch)
+                columns |= {"loss": losses.float().cpu(), "prob_true": probabilities.float().cpu()}
+            parts.append(SketchedGradients(rows.cpu(), sketch, columns))
+    if not parts:
+        raise ValueError("sketch_gradients got no batches; pass a list of them or a data loader.")
+    return SketchedGradients.cat(parts)
