@@ -7,6 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lightning_sketch.attribution import GradientStore as GradientStore
+    from lightning_sketch.callbacks import GradientSketchWriter as GradientSketchWriter
     from lightning_sketch.callbacks import SpectrumMonitor as SpectrumMonitor
     from lightning_sketch.operators import AFFD as AFFD
     from lightning_sketch.operators import AFJL as AFJL
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
     from lightning_sketch.operators import make_sketch as make_sketch
 
 _ROOMS = {
-    "callbacks": ["SpectrumMonitor"],
+    "attribution": ["GradientStore"],
+    "callbacks": ["GradientSketchWriter", "SpectrumMonitor"],
     "operators": ["AFFD", "AFJL", "FFD", "FJL", "QK", "BlockSRHT", "CountSketch", "Gaussian", "make_sketch"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}

@@ -1,11 +1,16 @@
-"""Where we lean on Lightning beyond its documented interface: both namespaces, the step of the loggers, the bar."""
+"""Where we lean on Lightning beyond its documented interface.
 
-from collections.abc import Iterator
+Both namespaces, the step of the loggers, the bar, the scale of gradients, batches on their way to the module.
+"""
+
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers.logger import DummyLogger
+from torch.optim import Optimizer
 
 # The two namespaces hold two copies of each class. A callback is one for the Trainer and the CLI of a namespace only
 # if it descends from that namespace's Callback.
@@ -89,3 +94,30 @@ def say(trainer: Trainer, text: str) -> None:
         bar.print(text)
     else:
         pl.utilities.rank_zero_info(text)
+
+
+def loss_scale(trainer: Trainer) -> float:
+    """What a GradScaler multiplies the loss with; 1 where there is none."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else float(scaler.get_scale())
+
+
+def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
+    """The scale that gradients still have in `on_before_optimizer_step`: fused optimizers unscale by themselves."""
+    unscales = getattr(getattr(optimizer, "optimizer", optimizer), "_step_supports_amp_scaling", False)
+    return loss_scale(trainer) if unscales else 1.0
+
+
+@contextmanager
+def changed_batches(module: LightningModule, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Every batch that the Trainer takes from a loader, changed before anybody else sees it."""
+    before = module._on_before_batch_transfer
+
+    def hook(batch: Any, dataloader_idx: int = 0) -> Any:
+        return before(change(batch), dataloader_idx)
+
+    module.__dict__["_on_before_batch_transfer"] = hook
+    try:
+        yield
+    finally:
+        module.__dict__.pop("_on_before_batch_transfer", None)

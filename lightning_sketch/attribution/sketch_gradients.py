@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from lightning_sketch.attribution.example_ids import example_ids, without_index
@@ -62,31 +63,56 @@ def sketch_gradients(
     >>> rows.sketches.shape
     torch.Size([8, 4])
     """
-    layout = Layout.of(module, parameters)
-    if sketch.n != layout.n:
-        raise ValueError(
-            f"the sketch takes n={sketch.n} numbers, these parameters have {layout.n}; build it with n={layout.n}, or "
-            "pass the parameters that it was made for."
-        )
-    if loss_fn is None and not hasattr(module, "training_step"):
-        raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: mean loss.")
-    weights = layout.parameters(module)
-    mark = fingerprint(weights)
-    make = ExampleSketches(module, layout, sketch, loss_fn or training_step_loss, engine, weight_fn, reduction)
-    parts = []
-    with undisturbed(module):
-        for batch in batches:
-            ids = example_ids(batch, index_key)
-            batch = on_device(differentiable(without_index(batch)), weights[0].device)
-            rows, losses = make(batch)
-            columns = {"example_id": ids, "fingerprint": torch.full_like(ids, mark)}
-            if losses is not None:
-                columns["loss"] = losses.float().cpu()
-            if row_fn is not None:
-                with torch.no_grad():
-                    losses, probabilities = row_fn(module, batch)
-                columns |= {"loss": losses.float().cpu(), "prob_true": probabilities.float().cpu()}
-            parts.append(SketchedGradients(rows.cpu(), sketch, columns))
+    make = ExampleRows(module, sketch, loss_fn, row_fn, engine, parameters, weight_fn, reduction)
+    parts = [make(without_index(batch), example_ids(batch, index_key)) for batch in batches]
     if not parts:
         raise ValueError("sketch_gradients got no batches; pass a list of them or a data loader.")
     return SketchedGradients.cat(parts)
+
+
+class ExampleRows:
+    """A function: (batch, ids of its examples) -> their rows, at the module's weights when it was made.
+
+    Arguments and errors as in `sketch_gradients`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        sketch: Sketch,
+        loss_fn: LossFn | None = None,
+        row_fn: RowFn | None = None,
+        engine: str = "auto",
+        parameters: str | list[str] = "*",
+        weight_fn: Callable[[Any], float] | None = None,
+        reduction: str = "mean",
+    ):
+        layout = Layout.of(module, parameters)
+        if sketch.n != layout.n:
+            raise ValueError(
+                f"the sketch takes n={sketch.n} numbers, these parameters have {layout.n}; build it with n={layout.n}, "
+                "or pass the parameters that it was made for."
+            )
+        if loss_fn is None and not hasattr(module, "training_step"):
+            raise ValueError(
+                f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: mean loss."
+            )
+        weights = layout.parameters(module)
+        self.module, self.sketch, self.row_fn, self.device = module, sketch, row_fn, weights[0].device
+        self.fingerprint = fingerprint(weights)
+        loss_fn = loss_fn or training_step_loss
+        self.sketches = ExampleSketches(module, layout, sketch, loss_fn, engine, weight_fn, reduction)
+
+    def __call__(self, batch: Any, ids: Int[Tensor, " examples"]) -> SketchedGradients:
+        """The rows, on the CPU."""
+        with undisturbed(self.module):
+            batch = on_device(differentiable(batch), self.device)
+            rows, losses = self.sketches(batch)
+            columns = {"example_id": ids, "fingerprint": torch.full_like(ids, self.fingerprint)}
+            if losses is not None:
+                columns["loss"] = losses.float().cpu()
+            if self.row_fn is not None:
+                with torch.no_grad():
+                    losses, probabilities = self.row_fn(self.module, batch)
+                columns |= {"loss": losses.float().cpu(), "prob_true": probabilities.float().cpu()}
+        return SketchedGradients(rows.cpu(), self.sketch, columns)

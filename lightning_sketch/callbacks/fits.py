@@ -1,4 +1,4 @@
-"""Refuse a Trainer or a module that a monitor does not fit, before training starts."""
+"""Refuse a Trainer or a module that a callback does not fit, before training starts."""
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
@@ -34,3 +34,19 @@ def check_trainer(trainer: Trainer, pl_module: LightningModule, name: str, has_l
                 f"{type(callback).__name__}(monitor={key!r}, check_finite=True) would stop training at the first "
                 "eigenvalue that has not converged, which is logged as NaN; set check_finite=False."
             )
+
+
+def check_rows(trainer: Trainer, pl_module: LightningModule, stage: str, has_loss_fn: bool) -> None:
+    """Raise MisconfigurationException if gradients cannot be written, with the way out."""
+    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    if "DeepSpeedStrategy" in kinds or "FSDPStrategy" in kinds or ("ModelParallelStrategy" in kinds and stage != "fit"):
+        raise MisconfigurationException(
+            f"GradientSketchWriter cannot write rows of {stage} under {type(trainer.strategy).__name__}: an example's "
+            "gradient needs whole parameters, and only the gradients of steps under ModelParallelStrategy are sketched "
+            "where their shards are. Use strategy='ddp', or one device."
+        )
+    if stage != "fit" and not has_loss_fn and not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimizes by hand, so its training_step need not return the loss; pass "
+            "GradientSketchWriter(loss_fn=lambda module, batch: ...)."
+        )

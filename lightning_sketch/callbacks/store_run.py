@@ -1,0 +1,79 @@
+"""A store, opened by all ranks of a Trainer for one of its runs."""
+
+from pathlib import Path
+
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_sketch._compat import Trainer
+from lightning_sketch.attribution import GradientStore, RowAppender, SketchedGradients, StoreSpec
+from lightning_sketch.attribution.attempts import Attempt, read_attempts
+from lightning_sketch.attribution.rows import STAGES
+
+
+class StoreRun:
+    """One attempt, and this rank's appender.
+
+    Args:
+        trainer: whose ranks write.
+        folder: of the store.
+        spec: of its rows.
+        stage: "fit", "validate", "test" or "predict".
+        parent: attempt that a fit goes on from,
+        parent_step: at this step.
+
+    Raises:
+        ValueError: if the store has another spec, or not this parent.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: Path,
+        spec: StoreSpec,
+        stage: str,
+        parent: int | None = None,
+        parent_step: int | None = None,
+    ):
+        attempt, failure = None, None
+        if trainer.is_global_zero:
+            try:
+                store = GradientStore.create(folder, spec)
+                attempt = store.begin_attempt(stage, parent, parent_step, trainer.world_size)
+            except (ValueError, OSError) as error:  # the other ranks would wait for ever
+                failure = error
+        attempt, failure = trainer.strategy.broadcast((attempt, failure))
+        if failure is not None:
+            raise failure
+        self.attempt: Attempt = attempt
+        self.folder, self.stage = folder, stage
+        self.appender: RowAppender = GradientStore.open(folder).appender(attempt, trainer.global_rank)
+
+    def put(self, rows: SketchedGradients, stage: str | None = None, **columns: float | int) -> None:
+        """Append rows, with the same values for all of them in these columns."""
+        count = len(rows)
+        columns |= {"stage": STAGES.index(stage or self.stage), "rank": self.appender.rank}
+        filled = {key: rows.columns[key].new_full((count,), value) for key, value in columns.items()}
+        self.appender.put(SketchedGradients(rows.sketches, rows.sketch, {**rows.columns, **filled}))
+
+
+def default_folder(trainer: Trainer, name: str) -> Path:
+    """Where ModelCheckpoint would put its files: below save_dir, name and version of the first logger."""
+    if not trainer.loggers:
+        return Path(trainer.default_root_dir) / name
+    logger = trainer.loggers[0]
+    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
+    return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / name
+
+
+def check_fresh(folder: Path) -> None:
+    """Refuse to begin a fit, from its first step, in a folder that holds one.
+
+    Raises:
+        MisconfigurationException: with the ways out.
+    """
+    fits = [attempt.number for attempt in read_attempts(folder) if attempt.stage == "fit"]
+    if fits:
+        raise MisconfigurationException(
+            f"{folder} holds the rows of {len(fits)} fits, and this one begins at its first step; resume it with "
+            "trainer.fit(ckpt_path=...), or use another dirpath."
+        )

@@ -1,0 +1,317 @@
+"""A row for each optimizer step: S times the gradient that the step is made from, with what belongs to the step."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Digits, dataset, fit, loader, trainer
+from pytorch_lightning import LightningModule, seed_everything
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from test_do_no_harm import assert_same, outcome
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_sketch import GradientSketchWriter, GradientStore
+from lightning_sketch.attribution import IndexedDataset
+from lightning_sketch.gradients import fingerprint
+from lightning_sketch.params import Layout
+
+
+class Spy(Callback):
+    """Keeps what a row should say, taken by Lightning's own means."""
+
+    def __init__(self):
+        self.gradients, self.losses, self.rates, self.marks = [], [], [], []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        grads = [p.grad if p.grad is not None and id(p) in own else torch.zeros_like(p) for p in pl_module.parameters()]
+        self.gradients.append(torch.cat([g.to_dense().flatten() for g in grads]))
+        self.rates.append(optimizer.param_groups[0]["lr"])
+        self.marks.append(fingerprint(list(pl_module.parameters())))
+
+
+def writer(tmp_path, **arguments):
+    return GradientSketchWriter(tmp_path / "store", **{"dim": 128, "dtype": "float32", **arguments})
+
+
+def rows_of(tmp_path):
+    store = GradientStore.open(tmp_path / "store")
+    store.verify()
+    return store.read()
+
+
+def assert_sketched(rows, gradients):
+    """float32 sums in another order."""
+    expected = rows.sketch.matvec(torch.stack(gradients))
+    assert (rows.sketches - expected).norm(dim=1).max() <= 1e-5 * expected.norm(dim=1).max()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.01}], ids=str)
+def test_rows_are_the_gradients_of_the_steps(tmp_path, arguments):
+    """Accumulated and not yet clipped: eight batches an epoch, the last window of three has two."""
+    spy = Spy()
+    model = fit(tmp_path, writer(tmp_path), spy, **arguments)
+    rows = rows_of(tmp_path)
+    assert rows.step.tolist() == list(range(1, len(spy.gradients) + 1))
+    assert model.trainer.global_step == len(rows)
+    assert_sketched(rows, spy.gradients)
+    assert rows.lr.tolist() == pytest.approx(spy.rates)
+    assert rows.metadata()["fingerprint"].tolist() == spy.marks
+    assert rows.epoch.tolist() == sorted(rows.epoch.tolist())
+    if not arguments:
+        assert rows.loss.tolist() == pytest.approx(model.losses, rel=1e-5)
+
+
+def test_training_is_the_same_bit_for_bit(tmp_path):
+    data = DataLoader(IndexedDataset(dataset()), batch_size=32, shuffle=True)
+    plain = DataLoader(dataset(), batch_size=32, shuffle=True)
+    arguments = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.05}
+    watched = fit(tmp_path, writer(tmp_path), data=data, **arguments)
+    alone = fit(tmp_path, data=plain, **arguments)
+    one, other = outcome(watched), outcome(alone)
+    assert one["metrics"].pop("sketches/rows") == 8
+    assert_same(one, other)
+    assert "_on_before_batch_transfer" not in vars(watched)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_steps_know_their_examples(tmp_path, workers):
+    """Each batch's ids, under shuffling and accumulation: the loss at the step is that of these examples."""
+
+    class Seen(Digits):
+        def training_step(self, batch, batch_idx):
+            self.losses.append(batch[0].sum().item())
+            return super().training_step(batch, batch_idx)
+
+    data = DataLoader(IndexedDataset(dataset()), batch_size=32, shuffle=True, num_workers=workers)
+    model = fit(tmp_path, writer(tmp_path), model=Seen, data=data, accumulate_grad_batches=2)
+    ids = rows_of(tmp_path).example_ids
+    assert ids.shape == (8, 64)
+    sums = [dataset()[batch][0].sum().item() for row in ids for batch in row.split(32)]
+    assert model.losses[::2] == pytest.approx(sums)
+    assert ids[:4].flatten().sort()[0].tolist() == list(range(256))
+
+
+def test_every_third_step_some_parameters_and_a_key(tmp_path):
+    class Keyed(Digits):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch["x"], batch["y"]), batch_idx)
+
+    rows = [{"x": x, "y": y, "number": i} for i, (x, y) in enumerate(dataset(96))]
+    options = {"every_n_train_steps": 3, "parameters": "net.5.*", "index_key": "number"}
+    model = fit(tmp_path, writer(tmp_path, **options), model=Keyed, data=DataLoader(rows, batch_size=16))
+    found = rows_of(tmp_path)
+    assert found.step.tolist() == [3, 6, 9, 12]
+    assert found.sketch.n == 650
+    assert found.example_ids[1].tolist() == list(range(80, 96))
+    assert found.loss.tolist() == pytest.approx(model.losses[2::3])  # each step's own
+
+
+class Sparse(Digits):
+    """Sparse gradients, and a parameter that gets none."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.unused = nn.Embedding(17, 64, sparse=True), nn.Linear(3, 3)
+
+    def training_step(self, batch, batch_idx):
+        features = self.table((batch[0].flatten(1) * 16).long()).mean(1)
+        return F.cross_entropy(self.net[5](features), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_sparse_and_missing_gradients(tmp_path):
+    spy = Spy()
+    fit(tmp_path, writer(tmp_path), spy, model=Sparse)
+    assert_sketched(rows_of(tmp_path), spy.gradients)
+
+
+class Adversarial(LightningModule):
+    """Two optimizers by hand, each for its own half; the other half's gradients stay where they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.one, self.two = nn.Linear(64, 10), nn.Linear(64, 10)
+
+    def training_step(self, batch, batch_idx):
+        x = batch[0].flatten(1)
+        for part, optimizer in zip((self.one, self.two), self.optimizers(), strict=True):
+            self.toggle_optimizer(optimizer)
+            loss = F.cross_entropy(self.one(x) + self.two(x), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+            assert part.weight.grad is not None
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=lr) for part, lr in ((self.one, 0.1), (self.two, 0.2))]
+
+
+def test_several_optimizers_by_hand(tmp_path):
+    spy = Spy()
+    fit(tmp_path, writer(tmp_path), spy, model=Adversarial, max_epochs=1)
+    rows = rows_of(tmp_path)
+    assert rows.step.tolist() == list(range(1, 17))
+    assert rows.lr.tolist() == pytest.approx([0.1, 0.2] * 8)
+    assert_sketched(rows, spy.gradients)
+
+
+def test_closures_that_are_called_several_times_leave_one_row_a_step(tmp_path):
+    class Newton(Digits):
+        def configure_optimizers(self):
+            return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
+
+    fit(tmp_path, writer(tmp_path), model=Newton, max_epochs=1)
+    assert rows_of(tmp_path).step.tolist() == list(range(1, 9))
+
+
+def test_a_gradient_that_is_not_finite_is_marked(tmp_path):
+    class Bursting(Digits):
+        def on_after_backward(self):
+            if self.global_step == 2:
+                self.net[5].bias.grad[0] = torch.inf
+
+    fit(tmp_path, writer(tmp_path), model=Bursting, max_epochs=1)
+    rows = rows_of(tmp_path)
+    assert rows.finite.tolist()[:4] == [True, True, False, False]  # Adam has put NaN into the weights
+    assert not rows.sketches[2].any()
+
+
+def test_queries_are_kept_at_every_look_at_the_validation_examples(tmp_path):
+    """At each epoch's weights, one row per example, by the training loss; the sanity check writes nothing."""
+
+    class Checked(Digits):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    seed_everything(3, verbose=False)
+    model = Checked()
+    run = trainer(tmp_path, writer(tmp_path, queries="val"), num_sanity_val_steps=2)
+    run.fit(model, loader(), DataLoader(IndexedDataset(dataset(40)), batch_size=16))
+    store = GradientStore.open(tmp_path / "store")
+    queries = store.queries()
+    assert list(queries) == [8, 16]
+    assert queries[16].example_id.tolist() == list(range(40))
+    assert queries[16].fingerprint == fingerprint(list(model.parameters())) != queries[8].fingerprint
+    assert len(store) == 16
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_rows_of_examples_at_a_checkpoint(tmp_path, stage):
+    """After training, at the final weights, in inference mode; the step and the rate are those of the fit."""
+
+    class Every(Digits):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        test_step = validation_step
+
+        def predict_step(self, batch, batch_idx):
+            return batch[1]
+
+    seed_everything(3, verbose=False)
+    model = Every()
+    watch = writer(tmp_path, row_fn=lambda m, b: 2 * (F.cross_entropy(m.net(b[0]), b[1], reduction="none"),))
+    run = trainer(tmp_path, watch, max_epochs=1)
+    data = DataLoader(IndexedDataset(dataset(40)), batch_size=16)
+    run.fit(model, loader(), data)
+    getattr(run, stage)(model, data)
+    store = GradientStore.open(watch.dirpath)
+    assert len(store) == 8 + 40
+    rows = store.where(stage=stage).read()
+    assert rows.example_id.tolist() == list(range(40))
+    assert rows.fingerprint == fingerprint(list(model.parameters()))
+    assert rows.step.unique().tolist() == [8]
+    assert rows.lr.unique().tolist() == pytest.approx([3e-3])
+    model.eval()
+    layout = Layout.of(model)
+    x, y = dataset(40)[7]
+    loss = F.cross_entropy(model.net(x[None]), y[None])
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, layout.parameters(model))])
+    torch.testing.assert_close(rows.sketches[7], rows.sketch.matvec(gradient), rtol=1e-4, atol=1e-6)
+    assert float(rows.loss[7]) == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # ModelCheckpoint is not needed to look
+def test_a_checkpoint_file_tells_its_step_and_rate(tmp_path):
+    save = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, filename="{epoch}")
+
+    class Checked(Digits):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    model = fit(tmp_path, save, enable_checkpointing=True)
+    other = Checked()
+    run = trainer(tmp_path, writer(tmp_path))
+    run.validate(other, DataLoader(dataset(20), batch_size=20), ckpt_path=tmp_path / "saved" / "epoch=0.ckpt")
+    rows = rows_of(tmp_path)
+    assert rows.step.unique().tolist() == [8]
+    assert rows.lr.unique().tolist() == pytest.approx([3e-3])
+    assert rows.fingerprint == fingerprint(list(other.parameters())) != fingerprint(list(model.parameters()))
+
+
+def test_files_go_where_the_checkpoints_go_and_rows_are_logged(tmp_path):
+    watch = GradientSketchWriter(dim=64)
+    logger = CSVLogger(tmp_path, name="mine")
+    model = fit(tmp_path, watch, logger=logger)
+    assert watch.dirpath == f"{tmp_path}/mine/version_0/sketches"
+    assert len(GradientStore.open(watch.dirpath)) == 16
+    assert model.trainer.callback_metrics["sketches/rows"] == 16
+    assert "sketches/rows" in (Path(logger.log_dir) / "metrics.csv").read_text()
+
+
+def test_a_small_model_gets_as_many_numbers_as_it_has(tmp_path):
+    fit(tmp_path, writer(tmp_path, dim=4096), max_epochs=1)
+    assert rows_of(tmp_path).sketch.dim == 698
+
+
+def test_what_is_said_at_the_start(tmp_path, capsys):
+    from pytorch_lightning.callbacks import TQDMProgressBar
+
+    run = trainer(tmp_path, writer(tmp_path), max_epochs=1)
+    run.callbacks.append(TQDMProgressBar())
+    from lightning_sketch.callbacks import gradient_sketch_writer as module
+
+    said = []
+    before, module.say = module.say, lambda trainer, text: said.append(text)
+    try:
+        run.fit(Digits(), loader())
+    finally:
+        module.say = before
+    assert said == [f"sketches: 8 rows of 0.5 kB, 0.0 MB, to {tmp_path}/store"]
+
+
+def test_fast_dev_run_writes_nothing(tmp_path):
+    fit(tmp_path, writer(tmp_path), fast_dev_run=True)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_second_fit_into_the_same_folder_is_refused(tmp_path):
+    fit(tmp_path, writer(tmp_path), max_epochs=1)
+    with pytest.raises(MisconfigurationException, match=r"holds the rows of 1 fits.*ckpt_path"):
+        fit(tmp_path, writer(tmp_path), max_epochs=1)
+    assert len(rows_of(tmp_path)) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"sketch": "srht"}, "sketch='srht'.*'block_srht'"),
+        ({"per": "epoch"}, "per='epoch'"),
+        ({"queries": "train"}, "queries='train'.*'val'"),
+        ({"dtype": "int8"}, "dtype='int8'"),
+        ({"dim": 0}, "need dim and every_n_train_steps >= 1, got 0"),
+        ({"every_n_train_steps": 0}, "got 128 and 0"),
+    ],
+)
+def test_bad_arguments(tmp_path, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        writer(tmp_path, **arguments)
