@@ -121,3 +121,9 @@ def changed_batches(module: LightningModule, change: Callable[[Any], Any]) -> It
         yield
     finally:
         module.__dict__.pop("_on_before_batch_transfer", None)
+
+
+def evaluated_loader(trainer: Trainer, index: int) -> Any:
+    """The data loader of this index that is being validated, tested or predicted on."""
+    loop = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer._active_loop
+    return loop._combined_loader.flattened[index]

@@ -16,6 +16,7 @@ from lightning_sketch._compat import (
     Trainer,
     batches_done,
     changed_batches,
+    evaluated_loader,
     muted_loggers,
     say,
     state_key,
@@ -27,7 +28,7 @@ from lightning_sketch.attribution.spec import DTYPES
 from lightning_sketch.callbacks.fits import check_rows
 from lightning_sketch.callbacks.log_spectrum import log_scalars
 from lightning_sketch.callbacks.step_rows import StepRows, one_rate
-from lightning_sketch.callbacks.store_run import StoreRun, check_fresh, default_folder
+from lightning_sketch.callbacks.store_run import Copies, StoreRun, check_fresh, default_folder
 from lightning_sketch.gradients import training_step_loss
 from lightning_sketch.operators.kinds import KINDS, make_sketch
 from lightning_sketch.params import Layout
@@ -128,6 +129,7 @@ class GradientSketchWriter(CallbackBase):
         self._run: StoreRun | None = None
         self._steps: StepRows | None = None
         self._examples: ExampleRows | None = None
+        self._copies: dict[int, Copies] = {}
         self._index: Tensor | None = None
         self._attached = ExitStack()
 
@@ -241,19 +243,19 @@ class GradientSketchWriter(CallbackBase):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """A row for each example."""
-        self._write_examples(trainer, batch, "queries" if trainer.state.fn == "fit" else None)
+        self._write_examples(trainer, batch, dataloader_idx, "queries" if trainer.state.fn == "fit" else None)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """A row for each example."""
-        self._write_examples(trainer, batch)
+        self._write_examples(trainer, batch, dataloader_idx)
 
     def on_predict_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """A row for each example."""
-        self._write_examples(trainer, batch)
+        self._write_examples(trainer, batch, dataloader_idx)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Done with these weights."""
@@ -279,6 +281,7 @@ class GradientSketchWriter(CallbackBase):
 
     def _rows_at(self, pl_module: LightningModule, spec: StoreSpec) -> ExampleRows:
         """Rows of examples at the module's present weights."""
+        self._copies = {}
         loss_fn = self.loss_fn or training_step_loss
         return ExampleRows(
             pl_module,
@@ -291,11 +294,14 @@ class GradientSketchWriter(CallbackBase):
             self.reduction,
         )
 
-    def _write_examples(self, trainer: Trainer, batch: Any, stage: str | None = None) -> None:
+    def _write_examples(self, trainer: Trainer, batch: Any, loader: int, stage: str | None = None) -> None:
         if self._examples is None:
             return
         with muted_loggers(trainer):
             rows = self._examples(batch, self._ids(batch))
+        if loader not in self._copies:
+            self._copies[loader] = Copies(evaluated_loader(trainer, loader), trainer.global_rank)
+        rows.columns["padded"][:] = self._copies[loader].among(len(rows))
         rate = one_rate([group for optimizer in trainer.optimizers for group in optimizer.param_groups])
         now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "lr": rate}
         self._run.put(rows, stage, **(self._moment or now))

@@ -1,8 +1,13 @@
 """A store, opened by all ranks of a Trainer for one of its runs."""
 
 from pathlib import Path
+from typing import Any
 
+import torch
+from jaxtyping import Bool
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import DistributedSampler
 
 from lightning_sketch._compat import Trainer
 from lightning_sketch.attribution import GradientStore, RowAppender, SketchedGradients, StoreSpec
@@ -77,3 +82,29 @@ def check_fresh(folder: Path) -> None:
             f"{folder} holds the rows of {len(fits)} fits, and this one begins at its first step; resume it with "
             "trainer.fit(ckpt_path=...), or use another dirpath."
         )
+
+
+class Copies:
+    """Finds the examples that a distributed sampler hands out twice, so that all ranks have as many.
+
+    Place j of rank r is number j R + r of R ranks' common order; the numbers from the data set's length on are copies.
+
+    Args:
+        loader: of the batches, or several loaders together, of which nothing is known.
+        rank: of this process.
+    """
+
+    def __init__(self, loader: Any, rank: int):
+        sampler = getattr(loader, "sampler", None)
+        known = isinstance(sampler, DistributedSampler) and not sampler.drop_last
+        self.own = len(sampler.dataset) if known else None
+        self.rank, self.ranks = rank, sampler.num_replicas if known else 1
+        self.seen = 0
+
+    def among(self, count: int) -> Bool[Tensor, " count"]:
+        """Which of the next `count` examples are copies."""
+        places = torch.arange(self.seen, self.seen + count)
+        self.seen += count
+        if self.own is None:
+            return torch.zeros(count, dtype=torch.bool)
+        return places * self.ranks + self.rank >= self.own

@@ -1,0 +1,101 @@
+"""Whatever interrupts training, each step of the line has its row once, and it is that step's gradient."""
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_sketch import GradientStore
+
+PROGRAM = Path(__file__).with_name("writing.py")
+
+
+def start(folder, devices, steps, *options):
+    command = [sys.executable, PROGRAM, folder, devices, steps, *options]
+    return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(*arguments):
+    process = start(*arguments)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors[-3000:]
+    store = GradientStore.open(arguments[0] / "store")
+    store.verify()
+    return store
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return finished(tmp_path_factory.mktemp("whole"), 1, 40).read()
+
+
+def assert_same_rows(store, whole, rtol=1e-5):
+    rows = store.where(stage="fit").read()
+    assert rows.step.tolist() == whole.step.tolist()
+    assert torch.equal(rows.example_ids.sort(1)[0], whole.example_ids.sort(1)[0])
+    torch.testing.assert_close(rows.loss, whole.loss, rtol=rtol, atol=rtol)
+    assert ((rows.sketches - whole.sketches).norm(dim=1) <= rtol * whole.sketches.norm(dim=1)).all()
+
+
+def test_killed_at_random_moments_and_resumed_from_the_newest_checkpoint(tmp_path, uninterrupted):
+    """SIGKILL; what the checkpoint counts on is there, what came after is superseded, the end is as if undisturbed."""
+    draw = random.Random(1)
+    for _ in range(3):
+        process = start(tmp_path, 1, 40)
+        wanted = draw.randint(9, 14)
+        while wanted and (line := process.stdout.readline()):
+            wanted -= line.startswith("STEP")
+        time.sleep(draw.random() * 0.05)
+        process.kill()
+        process.communicate()
+        newest = max(int(path.stem.split("=")[1]) for path in (tmp_path / "saved").glob("*.ckpt"))
+        store = GradientStore.open(tmp_path / "store")
+        store.verify()
+        steps = store.metadata()["step"].tolist()
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) >= newest
+    store = finished(tmp_path, 1, 40)
+    assert_same_rows(store, uninterrupted)
+    assert len(store.metadata()["attempt"].unique()) > 1
+
+
+def test_resumed_from_an_older_checkpoint(tmp_path, uninterrupted):
+    finished(tmp_path, 1, 24)
+    for path in (tmp_path / "saved").glob("*.ckpt"):
+        if int(path.stem.split("=")[1]) > 16:
+            path.unlink()
+    store = finished(tmp_path, 1, 40)
+    assert_same_rows(store, uninterrupted)
+    attempts = store.metadata()["attempt"]
+    assert (attempts == 1).sum() == 16
+    assert len(GradientStore.open(tmp_path / "store", lineage=1)) == 24
+
+
+def test_two_processes_write_what_one_does_and_their_number_may_change(tmp_path, uninterrupted):
+    """Batches of 16 as halves of 8: the same steps, up to the order of sums. Then one process goes on."""
+    first = finished(tmp_path, 2, 16)
+    whole = uninterrupted.where(uninterrupted.step <= 16)
+    assert len(first) == 16
+    losses = first.metadata()["loss"]
+    assert losses[0] == pytest.approx(float(whole.loss[0]), rel=0.5)
+    assert first.metadata()["example_ids"].shape == (16, 16)
+    assert first.metadata()["example_ids"][:8].flatten().sort()[0].tolist() == list(range(128))
+    store = finished(tmp_path, 1, 24)
+    assert store.metadata()["step"].tolist() == list(range(1, 25))
+    assert store.metadata()["attempt"].tolist() == [1] * 16 + [2] * 8
+
+
+def test_two_processes_look_at_every_example_and_mark_the_copy(tmp_path):
+    """125 examples on two ranks: a distributed sampler hands out one twice."""
+    store = finished(tmp_path, 2, 1, "look")
+    columns = store.metadata()
+    assert len(store) == 126
+    own = store.where(padded=False)
+    assert own.metadata()["example_id"].sort()[0].tolist() == list(range(125))
+    assert store.where(padded=True).metadata()["example_id"].tolist() == [0]
+    assert sorted(columns["rank"].unique().tolist()) == [0, 1]
+    assert len(columns["fingerprint"].unique()) == 1
