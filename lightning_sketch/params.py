@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -97,13 +98,18 @@ class Layout:
         Args:
             sketch: with n as here.
             tensors: by name, e.g. gradients, on any device, in any floating type; one that is missing or
-                None is zero, a sparse one is coalesced.
+                None is zero, a sparse one is coalesced. Of a DTensor each rank sketches its own shard, where it is,
+                and `dim` numbers are added up over the ranks that hold others: all ranks must call this.
 
         Raises:
-            ValueError: if sizes disagree or a name is unknown.
-            TypeError: if a tensor is complex or sharded.
+            ValueError: if sizes disagree or a name is unknown, or a DTensor meets a sketch that does not stream.
+            TypeError: if a tensor is complex, or a DTensor in other parts than runs of rows.
         """
         self._check(sketch, tensors)
+        sharded = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "placements")}
+        if sharded:
+            plain = {name: tensor for name, tensor in tensors.items() if name not in sharded}
+            return self.sketch(sketch, plain) + self._sketch_sharded(sketch, sharded)
         given = [tensor for tensor in tensors.values() if tensor is not None]
         dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in given), torch.float32)
         total = torch.zeros(sketch.dim, dtype=dtype, device=given[0].device if given else None)
@@ -113,6 +119,24 @@ class Layout:
         for start, piece in self._pieces(tensors):
             total += sketch.columns(start, start + len(piece)).matvec(piece).to(total)
         return total
+
+    def _sketch_sharded(self, sketch: Sketch, tensors: Mapping[str, Tensor]) -> Float[Tensor, " dim"]:
+        """The sum over all shards of their sketches, each taken by the rank that holds it."""
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # loaded with DTensor anyway
+
+        starts = dict(zip(self.names, itertools.accumulate(self._sizes, initial=0), strict=False))
+        partial: dict[tuple, Tensor] = {}
+        for name, tensor in tensors.items():
+            local = tensor.to_local().reshape(-1)
+            key = tensor.device_mesh, tuple(tensor.placements)
+            if key not in partial:
+                partial[key] = torch.zeros(sketch.dim, dtype=torch.promote_types(local.dtype, torch.float32))
+                partial[key] = partial[key].to(local.device)
+            if len(local):
+                _, offset = compute_local_shape_and_global_offset(tensor.shape, *key)
+                start = starts[name] + (offset[0] * tensor.shape[1:].numel() if tensor.ndim else 0)
+                partial[key] += sketch.columns(start, start + len(local)).matvec(local).to(partial[key])
+        return sum(_summed(part, *key) for key, part in partial.items())
 
     @property
     def _sizes(self) -> list[int]:
@@ -134,7 +158,7 @@ class Layout:
             if tensor.is_complex():
                 raise TypeError(f"{name} is {tensor.dtype}; sketch its real and imaginary parts apart.")
             if hasattr(tensor, "placements"):
-                raise TypeError(f"{name} is sharded (a DTensor); pass tensor.full_tensor().")
+                _check_sharded(name, tensor, sketch)
 
     def _pieces(self, tensors: Mapping[str, Tensor | None]) -> Iterator[tuple[int, Tensor]]:
         """Flat ranges of coordinates: small neighbours together, since part of a chunk costs a chunk."""
@@ -154,6 +178,24 @@ class Layout:
             offset += size
         if pending:
             yield start, torch.cat(pending)
+
+
+def _check_sharded(name: str, tensor: Tensor, sketch: Sketch) -> None:
+    strange = [
+        str(placement) for placement in tensor.placements if not (placement.is_replicate() or placement.is_shard(0))
+    ]
+    if strange or sum(placement.is_shard(0) for placement in tensor.placements) > 1:
+        raise TypeError(f"{name} is laid out as {tensor.placements}, not in runs of rows; pass tensor.full_tensor().")
+    if not sketch.streams:
+        raise ValueError(f"{type(sketch).__name__} needs the whole vector, {name} is sharded; use 'block_srht'.")
+
+
+def _summed(partial: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
+    """Over the axes of the mesh that shards lie along; along the others all ranks have the same."""
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    parts = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+    return DTensor.from_local(partial, mesh, parts, run_check=False).full_tensor()
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 from lightning_sketch.operators import BlockSRHT, make_sketch
 from lightning_sketch.params import Layout
@@ -211,10 +211,24 @@ def test_complex_numbers_are_refused(untyped):
         layout.sketch(make_sketch("block_srht", n=39, dim=8), {"0.bias": torch.zeros(4, dtype=torch.complex64)})
 
 
-def test_sharded_tensors_are_refused(group):
-    shards = distribute_tensor(torch.zeros(4), init_device_mesh("cpu", (1,)), [Shard(0)])
-    with pytest.raises(TypeError, match=r"0.bias is sharded \(a DTensor\); pass tensor.full_tensor\(\)"):
-        Layout.of(network()).sketch(make_sketch("block_srht", n=39, dim=8), {"0.bias": shards})
+def test_shards_are_sketched_where_they_are(group):
+    """Beside whole tensors and missing ones; on one rank, two ranks are in callbacks/test_sharded.py."""
+    layout, mesh = Layout.of(network()), init_device_mesh("cpu", (1,))
+    tensors = {name: torch.randn(shape) for name, shape in zip(layout.names, layout.shapes, strict=True)}
+    sketch = make_sketch("block_srht", n=39, dim=8)
+    mixed = {"0.weight": distribute_tensor(tensors["0.weight"], mesh, [Shard(0)]), "0.bias": tensors["0.bias"]}
+    mixed["2.weight"] = distribute_tensor(tensors["2.weight"], mesh, [Replicate()])
+    whole = {**tensors, "2.bias": None}
+    torch.testing.assert_close(layout.sketch(sketch, mixed), layout.sketch(sketch, whole), rtol=1e-6, atol=1e-6)
+
+
+def test_shards_that_are_no_runs_of_rows_are_refused(group):
+    shards = distribute_tensor(torch.zeros(3, 4), init_device_mesh("cpu", (1,)), [Shard(1)])
+    with pytest.raises(TypeError, match=r"2.weight is laid out as .*; pass tensor.full_tensor\(\)"):
+        Layout.of(network()).sketch(make_sketch("block_srht", n=39, dim=8), {"2.weight": shards})
+    rows = distribute_tensor(torch.zeros(3, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
+    with pytest.raises(ValueError, match=r"AFFD needs the whole vector, 2.weight is sharded; use 'block_srht'"):
+        Layout.of(network()).sketch(make_sketch("affd", n=39, dim=8), {"2.weight": rows})
 
 
 def test_nothing_to_list_is_refused():

@@ -1,8 +1,8 @@
 """Sketched gradients: made, stored, and asked which examples taught what."""
 
 from lightning_sketch.attribution.appender import RowAppender as RowAppender
-from lightning_sketch.attribution.example_ids import IndexedDataset as IndexedDataset
-from lightning_sketch.attribution.example_ids import example_ids as example_ids
+from lightning_sketch.attribution.indexed_dataset import IndexedDataset as IndexedDataset
+from lightning_sketch.attribution.indexed_dataset import batch_ids as batch_ids
 from lightning_sketch.attribution.rows import STAGES as STAGES
 from lightning_sketch.attribution.rows import SketchedGradients as SketchedGradients
 from lightning_sketch.attribution.shards import CorruptShard as CorruptShard

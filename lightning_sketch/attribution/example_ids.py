@@ -1,91 +1,47 @@
-"""Which example of the data set a row belongs to, whatever sampler, workers or ranks did to the order.
+"""The number by which a row is known, and sums over rows of one number."""
 
-Three ways: a key of the batch that holds the number; a hash of the example's contents; or a data set that hands its
-index along, `IndexedDataset`.
-"""
+from collections.abc import Mapping
 
-import hashlib
-from collections.abc import Mapping, Sized
-from typing import Any, NamedTuple
-
-import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from lightning_sketch.attribution.rows import UNKNOWN_ID
-from lightning_sketch.gradients import num_examples, split_batch, tensors_of
+from lightning_sketch.attribution.rows import STAGES, UNKNOWN_ID
 
-HASH = "hash"
+GROUPS = ("example_id", None)
 
 
-class Indexed(NamedTuple):
-    """An item, or a batch of them, with the index of each in the data set."""
-
-    item: Any
-    index: Any
-
-
-class IndexedDataset(Dataset):
-    """A data set whose items carry their index; the default collation makes batches of it that do.
-
-    With `GradientSketchWriter` in the Trainer, the module gets the plain batch, as without this class; elsewhere a
-    batch is `Indexed(item, index)`. A collate function of one's own gets a list of `Indexed`.
-
-    >>> data = IndexedDataset(["a", "b"])
-    >>> data[1]
-    Indexed(item='b', index=1)
-    """
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset) if isinstance(self.dataset, Sized) else 0
-
-    def __getitem__(self, index: int) -> Indexed:
-        return Indexed(self.dataset[index], index)
-
-
-def example_ids(batch: Any, index_key: str | int | None) -> Int[Tensor, " examples"]:
-    """A number per example, on the CPU; -1 where there is no way to tell.
-
-    Args:
-        batch: `Indexed`, or what the module gets.
-        index_key: where the batch keeps the numbers, a key or a place; "hash" for 63 bits of each example's contents.
+def example_ids(columns: Mapping[str, Tensor], positions: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """The ids of the rows at these positions. Without ids: of a training step its number, else the position.
 
     Raises:
-        ValueError: if the batch has no such key, or its numbers are no whole ones, one each.
+        ValueError: if some rows have ids and others do not.
     """
-    if isinstance(batch, Indexed):
-        return torch.as_tensor(batch.index).long().cpu()
-    if index_key is None:
-        return torch.full((num_examples(batch),), UNKNOWN_ID)
-    if index_key == HASH:
-        return torch.tensor([_hash(example) for example in split_batch(batch, 1)])
-    try:
-        found = batch[index_key]
-    except (KeyError, IndexError, TypeError) as error:
-        keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-        raise ValueError(f"index_key={index_key!r} is not in the batch, which has {keys}.") from error
-    ids = torch.as_tensor(found)
-    if ids.is_floating_point() or ids.shape != (num_examples(batch),):
+    ids = columns["example_id"][positions].long()
+    unknown = ids == UNKNOWN_ID
+    if not unknown.any():
+        return ids
+    if not unknown.all():
         raise ValueError(
-            f"index_key={index_key!r} gives a tensor of {ids.dtype} and shape {tuple(ids.shape)}; the batch has "
-            f"{num_examples(batch)} examples, each needs one whole number."
+            f"{int(unknown.sum())} of {len(ids)} rows have no example_id, the others have one; choose with "
+            ".where(mask), or take the rows anew with an index_key."
         )
-    return ids.long().cpu()
+    steps = (columns["stage"][positions] == STAGES.index("fit")).all()
+    return columns["step"][positions].long() if steps else positions
 
 
-def without_index(batch: Any) -> Any:
-    """The batch as the module expects it."""
-    return batch.item if isinstance(batch, Indexed) else batch
+def sum_by_id(
+    values: Float[Tensor, "*leading rows"], ids: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, "*leading ids"], Int[Tensor, " ids"]]:
+    """Sums over the last axis of what has one id; ids in rising order.
+
+    >>> sum_by_id(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([7, 5, 7]))
+    (tensor([2., 4.]), tensor([5, 7]))
+    """
+    unique, inverse = ids.unique(return_inverse=True)
+    return values.new_zeros(*values.shape[:-1], len(unique)).index_add_(-1, inverse, values), unique
 
 
-def _hash(example: Any) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in tensors_of(example):
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        digest.update(plain.view(-1).view(torch.uint8).numpy())
-    return int.from_bytes(digest.digest(), "little") >> 1
+def check_group(group: str | None) -> None:
+    """Refuse an unknown group."""
+    if group not in GROUPS:
+        raise ValueError(f"group={group!r} is not known; 'example_id' sums over rows of one example, None does not.")

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lightning_sketch.attribution.example_ids import example_ids, without_index
+from lightning_sketch.attribution.indexed_dataset import batch_ids, without_index
 from lightning_sketch.attribution.rows import SketchedGradients
 from lightning_sketch.gradients import differentiable, fingerprint, on_device, training_step_loss, undisturbed
 from lightning_sketch.gradients.engines import ExampleSketches
@@ -47,7 +47,7 @@ def sketch_gradients(
         parameters: which, as shell patterns on their names.
         weight_fn: batch -> its weight in a mean over batches: `num_labels` where the loss is a mean over tokens.
         reduction: "sum" if the loss adds up examples, and is no mean.
-        index_key: where a batch keeps the numbers of its examples, or "hash"; see `example_ids`.
+        index_key: where a batch keeps the numbers of its examples, or "hash"; see `batch_ids`.
 
     Returns:
         Rows in the order of the examples, with `example_id`, `loss`, `prob_true` and `fingerprint`.
@@ -64,7 +64,7 @@ def sketch_gradients(
     torch.Size([8, 4])
     """
     make = ExampleRows(module, sketch, loss_fn, row_fn, engine, parameters, weight_fn, reduction)
-    parts = [make(without_index(batch), example_ids(batch, index_key)) for batch in batches]
+    parts = [make(without_index(batch), batch_ids(batch, index_key)) for batch in batches]
     if not parts:
         raise ValueError("sketch_gradients got no batches; pass a list of them or a data loader.")
     return SketchedGradients.cat(parts)

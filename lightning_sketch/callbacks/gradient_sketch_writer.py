@@ -21,8 +21,8 @@ from lightning_sketch._compat import (
     say,
     state_key,
 )
-from lightning_sketch.attribution import GradientStore, StoreSpec, example_ids
-from lightning_sketch.attribution.example_ids import Indexed, without_index
+from lightning_sketch.attribution import GradientStore, StoreSpec, batch_ids
+from lightning_sketch.attribution.indexed_dataset import Indexed, without_index
 from lightning_sketch.attribution.sketch_gradients import ExampleRows, RowFn
 from lightning_sketch.attribution.spec import DTYPES
 from lightning_sketch.callbacks.fits import check_rows
@@ -307,11 +307,11 @@ class GradientSketchWriter(CallbackBase):
         self._run.put(rows, stage, **(self._moment or now))
 
     def _take_index(self, batch: Any) -> Any:
-        self._index = example_ids(batch, None) if isinstance(batch, Indexed) else None
+        self._index = batch_ids(batch, None) if isinstance(batch, Indexed) else None
         return without_index(batch)
 
     def _ids(self, batch: Any) -> Tensor:
-        return example_ids(batch, self.index_key) if self._index is None else self._index
+        return batch_ids(batch, self.index_key) if self._index is None else self._index
 
     def _say_size(self, trainer: Trainer, spec: StoreSpec) -> None:
         steps = trainer.estimated_stepping_batches

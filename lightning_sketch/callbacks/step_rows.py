@@ -57,12 +57,17 @@ class StepRows:
             "epoch": trainer.current_epoch,
             "lr": one_rate(optimizer.param_groups),
             "loss": float(loss),
-            "fingerprint": fingerprint(list(self.parameters.values())),
+            "fingerprint": self._fingerprint(),
         }
         # A closure that is called several times, as by LBFGS, leaves the row of its last call.
         self.pending[step] = SketchedGradients(
             row[None].float(), self.sketch, {key: torch.tensor([value]) for key, value in columns.items()}
         )
+
+    def _fingerprint(self) -> int:
+        """Of the weights; 0, not known, where no rank has all of them."""
+        parameters = list(self.parameters.values())
+        return 0 if any(hasattr(p, "placements") for p in parameters) else fingerprint(parameters)
 
     def done(self, trainer: Trainer) -> list[SketchedGradients]:
         """The rows of the steps that are done, with the ids of their examples where they are known."""

@@ -1,0 +1,41 @@
+"""Where each process holds a part of the parameters, the rows are those of one process that holds all."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_sketch import GradientStore
+
+PROGRAM = Path(__file__).with_name("sharded.py")
+
+
+def ran(folder, devices, *options):
+    command = [sys.executable, PROGRAM, folder, devices, *options]
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
+
+
+def rows_of(folder, *arguments):
+    done = ran(folder, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return GradientStore.open(folder / "store").read()
+
+
+def test_two_ranks_write_what_one_process_does(tmp_path):
+    """They see the same 32 examples a step, with whole parameters or shards; float32 sums in other orders."""
+    alone = rows_of(tmp_path / "alone", 1)
+    for name, *options in (("shards",), ("whole", "ddp")):
+        rows = rows_of(tmp_path / name, 2, *options)
+        assert rows.step.tolist() == [1, 2, 3, 4, 5]
+        assert ((rows.sketches - alone.sketches).norm(dim=1) <= 1e-5 * alone.sketches.norm(dim=1)).all()
+        assert rows.loss.tolist() == pytest.approx(alone.loss.tolist(), rel=1e-5)
+        known = torch.zeros_like(alone.step) if name == "shards" else alone.metadata()["fingerprint"]
+        assert torch.equal(rows.metadata()["fingerprint"][:1], known[:1])  # later weights differ by rounding
+
+
+def test_rows_of_examples_are_refused_with_the_reason(tmp_path):
+    done = ran(tmp_path, 2, "look")
+    assert done.returncode != 0
+    assert "an example's gradient needs whole parameters" in done.stderr
