@@ -34,6 +34,7 @@ def sum_by_id(
 ) -> tuple[Float[Tensor, "*leading ids"], Int[Tensor, " ids"]]:
     """Sums over the last axis of what has one id; ids in rising order.
 
+    >>> import torch
     >>> sum_by_id(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([7, 5, 7]))
     (tensor([2., 4.]), tensor([5, 7]))
     """

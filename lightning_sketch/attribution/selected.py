@@ -43,10 +43,18 @@ class Selected:
         return len(self.positions)
 
 
-def participating(train: RowSource) -> Bool[Tensor, " rows"]:
-    """Rows that are finite, no copies, and no stored queries."""
-    columns = train.metadata()
-    return columns["finite"] & ~columns["padded"] & (columns["stage"] != _QUERIES)
+def participating(columns: Mapping[str, Tensor]) -> Bool[Tensor, " rows"]:
+    """Rows that are finite, no copies, and no stored queries.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    keep = columns["finite"] & ~columns["padded"] & (columns["stage"] != _QUERIES)
+    if not keep.any():
+        raise ValueError(
+            f"none of the {len(keep)} rows can be asked: those left out are not finite, copies, or stored queries."
+        )
+    return keep
 
 
 def select(queries: SketchedGradients | AtCheckpoints, train: RowSource) -> Selected:
@@ -58,33 +66,33 @@ def select(queries: SketchedGradients | AtCheckpoints, train: RowSource) -> Sele
     if isinstance(queries, Mapping):
         return _select_by_step(queries, train)
     check_queries(queries, train)
-    keep = participating(train) & _at_weights(queries.fingerprint, train)
-    return _selected(train, keep)
+    return _selected(train, _at_weights(queries.fingerprint, train.metadata()))
 
 
-def select_all(train: RowSource) -> Selected:
-    """All rows that take part, at whatever weights, with their learning rates."""
-    keep = participating(train)
+def select_all(train: RowSource, rates: bool) -> Selected:
+    """All rows that take part, at whatever weights; with their learning rates, or ones.
+
+    Raises:
+        ValueError: if there are none, or a rate is not known.
+    """
     columns = train.metadata()
+    keep = participating(columns)
+    if not rates:
+        return _selected(train, keep)
     _check_one_kind(columns["stage"][keep])
-    lr = columns["lr"][keep]
-    _check_lr(lr)
-    return _selected(train, keep, lr)
+    _check_lr(columns["lr"][keep])
+    return _selected(train, keep, columns["lr"][keep])
 
 
-def one_fingerprint(train: RowSource) -> int:
+def one_fingerprint(columns: Mapping[str, Tensor]) -> int:
     """The weights that all rows were taken at.
 
     Raises:
         ValueError: if they were taken at different ones.
     """
-    found = train.metadata()["fingerprint"][participating(train)].unique().tolist()
+    found = columns["fingerprint"][participating(columns)].unique().tolist()
     if len(found) != 1:
-        raise ValueError(
-            f"the rows were taken at {len(found)} different weights; choose with .where(fingerprint=...)."
-            if found
-            else "there are no rows that are finite and no copies; nothing can be asked of them."
-        )
+        raise ValueError(f"the rows were taken at {len(found)} different weights; choose with .where(fingerprint=...).")
     return int(found[0])
 
 
@@ -106,13 +114,10 @@ def check_queries(queries: SketchedGradients, train: RowSource) -> None:
         raise ValueError("there are no queries; pass at least one row.")
 
 
-def _at_weights(fingerprint: int, train: RowSource) -> Bool[Tensor, " rows"]:
-    columns = train.metadata()
-    there = participating(train)
+def _at_weights(fingerprint: int, columns: Mapping[str, Tensor]) -> Bool[Tensor, " rows"]:
+    there = participating(columns)
     fit = columns["stage"] == _FIT
     at_checkpoint, equal = there & ~fit, columns["fingerprint"] == fingerprint
-    if not there.any():
-        raise ValueError("there are no rows that are finite and no copies; nothing can be asked of them.")
     if fingerprint == 0 and (columns["fingerprint"][there] != 0).any():
         raise ValueError(
             "it is not known at which weights the queries were taken (fingerprint 0), but it is for the rows; make the "
@@ -133,7 +138,7 @@ def _at_weights(fingerprint: int, train: RowSource) -> Bool[Tensor, " rows"]:
             f"({_few(found)}): use method='tracin' with queries at checkpoints, or take rows at one checkpoint with "
             "trainer.validate(model, train_loader)."
         )
-    return fit
+    return there
 
 
 def _select_by_step(queries: AtCheckpoints, train: RowSource) -> Selected:
@@ -144,7 +149,8 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource) -> Selected:
     counts = {step: len(at) for step, at in queries.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"every checkpoint needs the same queries in the same order; got {counts} by step.")
-    columns, keep = train.metadata(), participating(train)
+    columns = train.metadata()
+    keep = participating(columns)
     _check_one_kind(columns["stage"][keep])
     steps = torch.tensor(sorted(queries))
     if (columns["stage"][keep] == _FIT).any():
@@ -160,8 +166,6 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource) -> Selected:
         keep = keep & torch.isin(partners, steps)
         for step, at in queries.items():
             _check_same_weights(at, columns["fingerprint"][keep & (partners == step)], step)
-    if not keep.any():
-        raise ValueError("there are no rows that are finite and no copies; nothing can be asked of them.")
     lr = columns["lr"][keep]
     _check_lr(lr)
     return _selected(train, keep, lr, partners[keep])

@@ -1,0 +1,76 @@
+"""How much an example helps itself: large for what nothing else explains, such as a wrong label.
+
+dot          |g|²
+tracin       sum over an example's rows of lr |g|²
+influence    gᵀ (A + lambda I)⁻¹ g
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_sketch.attribution.example_ids import example_ids, sum_by_id
+from lightning_sketch.attribution.scorer import CurvatureLike, inverse_of
+from lightning_sketch.attribution.selected import one_fingerprint, select_all
+from lightning_sketch.attribution.solve import Damping
+from lightning_sketch.attribution.source import RowSource
+
+METHODS = ("dot", "tracin", "influence")
+
+
+class SelfInfluence(NamedTuple):
+    """A number for each row, or for tracin for each example, and what it is known by."""
+
+    scores: Float[Tensor, " rows"]
+    example_ids: Int[Tensor, " rows"]
+
+
+def self_influence(
+    train: RowSource,
+    method: str = "tracin",
+    curvature: CurvatureLike = "ggn",
+    damping: Damping = "auto",
+    batch_rows: int = 4096,
+) -> SelfInfluence:
+    """The influence of each example on its own loss.
+
+    Args:
+        train: the rows; for tracin at several checkpoints or steps, with their learning rates.
+        method: "tracin", "influence" or "dot".
+        curvature: for influence, as in `scores`.
+        damping: for influence, "auto" or one number.
+        batch_rows: how many rows to hold at a time.
+
+    Returns:
+        `SelfInfluence(scores, example_ids)`; for tracin the ids are in rising order, each once.
+
+    Raises:
+        ValueError: if the method is unknown, or the rows lack what it needs: learning rates for tracin, else one
+            set of weights.
+
+    >>> from lightning_sketch.attribution.rows import SketchedGradients
+    >>> from lightning_sketch.operators import BlockSRHT
+    >>> columns = {"lr": torch.full((3,), 0.5), "example_id": torch.tensor([4, 5, 4])}
+    >>> rows = SketchedGradients(torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 4.0]]), BlockSRHT(9, 2), columns)
+    >>> self_influence(rows)
+    SelfInfluence(scores=tensor([10.,  2.]), example_ids=tensor([4, 5]))
+    """
+    if method not in METHODS:
+        raise ValueError(f"method={method!r} has no self-influence; use one of {', '.join(METHODS)}.")
+    columns = train.metadata()
+    rows = select_all(train, rates=method == "tracin")
+    inverse = None
+    if method != "tracin":
+        fingerprint = one_fingerprint(columns)
+    if method == "influence":
+        inverse = inverse_of(curvature, damping, rows.source, fingerprint)
+        if isinstance(inverse.damping, tuple):
+            raise ValueError("self_influence takes one damping; for several call it for each.")
+    parts = []
+    for block in rows.source.blocks(batch_rows):
+        g = block.sketches.double()
+        parts.append((g * (g if inverse is None else inverse(g))).sum(1).float())
+    found, ids = torch.cat(parts) * rows.weights, example_ids(columns, rows.positions)
+    return SelfInfluence(*sum_by_id(found, ids)) if method == "tracin" else SelfInfluence(found, ids)

@@ -1,0 +1,143 @@
+"""(A + lambda I)⁻¹ q, with damping that is never zero.
+
+A formed             eigenvectors once, shared by all dampings; above dim 1024 a Cholesky factor for each, since
+                     eigenvectors then take minutes
+A = Rᵀ R, R small    (q - Rᵀ (R Rᵀ + lambda I)⁻¹ R q) / lambda: a system of as many equations as there are rows
+"""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from functools import cache, cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_sketch.attribution.curvature import Curvature
+from lightning_sketch.attribution.damping import Measures, automatic
+
+Damping = float | int | str | Sequence[float]
+"""A number, "auto", or several numbers for a sweep."""
+
+_EIGENVECTORS_UP_TO = 1024
+
+
+class Influence:
+    """Multiplies by the inverse of a damped curvature, and says with which damping.
+
+    Args:
+        curvature: A.
+        damping: lambda > 0; "auto" for the rule of `damping`; several for a sweep.
+
+    Raises:
+        ValueError: if a damping is not positive: without it noise would be inverted.
+
+    Warns:
+        UserWarning: if "auto" has to guess, since few examples carry the curvature.
+
+    >>> from lightning_sketch.attribution.curvature import CurvatureSum
+    >>> total = CurvatureSum(2)
+    >>> total.add(torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]]))
+    >>> inverse = Influence(total.curvature("fisher"), damping=1.0)
+    >>> inverse(torch.tensor([[3.0, 1.0]]))
+    tensor([[1., 1.]], dtype=torch.float64)
+    >>> print(inverse)
+    fisher of 2 examples, damping 1 (c = 0.5, v = 0.5, 1.0 effective examples)
+    """
+
+    def __init__(self, curvature: Curvature, damping: Damping = "auto"):
+        self.curvature, measured = curvature, Measures.of(curvature)
+        self.noise, self.effective_samples, self._scale = measured.noise, measured.effective_samples, measured.scale
+        if isinstance(damping, str):
+            if damping != "auto":
+                raise ValueError(f"damping={damping!r} is not known; use 'auto', a number, or several numbers.")
+            damping = automatic(curvature)
+            if measured.doubtful:
+                warnings.warn(
+                    f"few examples carry the curvature: v = {self.noise:.2g}, {self.effective_samples:.0f} effective "
+                    f"of {curvature.examples} examples. The automatic damping {damping:.3g} is a guess; calibrate(...) "
+                    "measures it with short trainings.",
+                    stacklevel=2,
+                )
+        self.damping: float | tuple[float, ...] = (
+            float(damping) if isinstance(damping, float | int) else tuple(map(float, damping))
+        )
+        wrong = [value for value in self._dampings if not 0 < value < float("inf")]
+        if wrong or not self._dampings:
+            raise ValueError(
+                f"damping is a positive number, got {damping!r}; without damping the noise of the curvature would be "
+                f"inverted. For comparison, 'auto' is {automatic(curvature):.3g} here."
+            )
+
+    @property
+    def relative_damping(self) -> float | tuple[float, ...]:
+        """C = lambda / e, comparable between models and sketches."""
+        relative = tuple(value / self._scale for value in self._dampings)
+        return relative if isinstance(self.damping, tuple) else relative[0]
+
+    def __call__(self, vectors: Float[Tensor, "q dim"]) -> Float[Tensor, "*dampings q dim"]:
+        """(A + lambda I)⁻¹ of each row, in float64; with several dampings one after another along a first axis.
+
+        Raises:
+            ValueError: if a damping is so small that it is lost in rounding.
+        """
+        solved = torch.stack([self._solve(vectors.double(), value) for value in self._dampings])
+        return solved if isinstance(self.damping, tuple) else solved[0]
+
+    def __str__(self) -> str:
+        ends = (min(self._dampings), max(self._dampings)) if len(self._dampings) > 1 else self._dampings
+        damping, c = (" to ".join(f"{value / unit:.3g}" for value in ends) for unit in (1, self._scale))
+        return (
+            f"{self.curvature.kind} of {self.curvature.examples} examples, damping {damping} (c = {c}, "
+            f"v = {self.noise:.3g}, {self.effective_samples:.1f} effective examples)"
+        )
+
+    def say(self) -> None:
+        """Log the damping in use, once for each."""
+        _say(str(self))
+
+    @property
+    def _dampings(self) -> tuple[float, ...]:
+        return self.damping if isinstance(self.damping, tuple) else (self.damping,)
+
+    @cached_property
+    def _symmetric(self) -> Float[Tensor, "m m"]:
+        """A, or R Rᵀ."""
+        root = self.curvature.root
+        return self.curvature.matrix if root is None else root @ root.T
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self._symmetric)
+        return values.clamp(min=0), vectors
+
+    def _solve(self, vectors: Float[Tensor, "q dim"], damping: float) -> Float[Tensor, "q dim"]:
+        root = self.curvature.root
+        if root is None:
+            return self._small(vectors, damping)
+        return (vectors - self._small(vectors @ root.T, damping) @ root) / damping
+
+    def _small(self, vectors: Float[Tensor, "q m"], damping: float) -> Float[Tensor, "q m"]:
+        """The system in the matrix that there is."""
+        if len(self._symmetric) <= _EIGENVECTORS_UP_TO:
+            values, basis = self._eigen
+            return (vectors @ basis / (values + damping)) @ basis.T
+        damped = self._symmetric.clone()
+        damped.diagonal().add_(damping)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if failed:
+            raise ValueError(
+                f"damping={damping:.3g} is lost in rounding beside the curvature; 'auto' is "
+                f"{automatic(self.curvature):.3g}."
+            )
+        return torch.cholesky_solve(vectors.T, factor).T
+
+
+@cache
+def _say(text: str) -> None:
+    log = logging.getLogger("lightning_sketch")
+    if not log.hasHandlers():  # nobody set up logging: be seen nevertheless, as Lightning is
+        log.addHandler(logging.StreamHandler())
+        log.setLevel(logging.INFO)
+    log.info(text)

@@ -1,0 +1,20 @@
+"""Rows for tests: random, or of a small model with everything known."""
+
+import torch
+
+from lightning_sketch.attribution import SketchedGradients
+from lightning_sketch.attribution.rows import STAGES
+from lightning_sketch.operators import BlockSRHT
+
+DIM = 16
+SKETCH = BlockSRHT(200, DIM)
+
+
+def random_rows(count, seed=0, dim=DIM, sketches=None, **columns):
+    """Float32 normals of dim 16; a column given as one value goes to all rows, a stage by its name."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, dim, generator=generator) if sketches is None else sketches
+    if isinstance(columns.get("stage"), str):
+        columns["stage"] = STAGES.index(columns["stage"])
+    full = {k: v if isinstance(v, torch.Tensor) else torch.full((count,), v) for k, v in columns.items()}
+    return SketchedGradients(values, BlockSRHT(200, dim), full)
