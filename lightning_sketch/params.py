@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Size, Tensor, nn
 
-from lightning_sketch.operators.hadamard import CACHED
 from lightning_sketch.operators.sketch import Sketch
 
+_SLAB = 1 << 20
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -116,8 +116,10 @@ class Layout:
         if not sketch.streams:
             vector = self.flatten([_dense(tensors.get(name)) for name in self.names], total)
             return sketch.matvec(vector)
-        for start, piece in self._pieces(tensors):
-            total += sketch.columns(start, start + len(piece)).matvec(piece).to(total)
+        # Whole chunks, so that none is mapped twice; in memory that stays in cache.
+        slab = total.new_empty(max(1, _SLAB // sketch.chunk) * sketch.chunk)
+        for start, piece in self._slabs(tensors, slab):
+            total += sketch.columns(start, start + len(piece)).matvec(piece)
         return total
 
     def _sketch_sharded(self, sketch: Sketch, tensors: Mapping[str, Tensor]) -> Float[Tensor, " dim"]:
@@ -160,24 +162,26 @@ class Layout:
             if hasattr(tensor, "placements"):
                 _check_sharded(name, tensor, sketch)
 
-    def _pieces(self, tensors: Mapping[str, Tensor | None]) -> Iterator[tuple[int, Tensor]]:
-        """Flat ranges of coordinates: small neighbours together, since part of a chunk costs a chunk."""
-        pending: list[Tensor] = []
-        start = offset = 0
+    def _slabs(self, tensors: Mapping[str, Tensor | None], slab: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The flat vector in pieces, one after the other in the same memory; those without any tensor are left out."""
+        begin, offset, given = 0, 0, False
         for name, size in zip(self.names, self._sizes, strict=True):
-            piece = _dense(tensors.get(name)) if size else None
-            fits = (
-                piece is not None and pending and pending[0].dtype == piece.dtype and pending[0].device == piece.device
-            )
-            if pending and (not fits or offset - start + size > CACHED):
-                yield start, torch.cat(pending)
-                pending = []
-            if piece is not None:
-                start = start if pending else offset
-                pending.append(piece.reshape(-1))
+            tensor = _dense(tensors.get(name))
+            flat = None if tensor is None else tensor.reshape(-1)
+            done = 0
+            while done < size:
+                low = offset + done - begin
+                part = min(size - done, len(slab) - low)
+                slab[low : low + part] = 0 if flat is None else flat[done : done + part]
+                given |= flat is not None
+                done += part
+                if low + part == len(slab):
+                    if given:
+                        yield begin, slab
+                    begin, given = begin + len(slab), False
             offset += size
-        if pending:
-            yield start, torch.cat(pending)
+        if given:
+            yield begin, slab[: offset - begin]
 
 
 def _check_sharded(name: str, tensor: Tensor, sketch: Sketch) -> None:

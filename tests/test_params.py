@@ -139,8 +139,8 @@ def test_what_is_missing_is_zero(kind):
 
 
 def test_big_tensors_next_to_small_ones():
-    """Small neighbours are sketched together up to 2^18 numbers: before, between and after bigger ones; one empty."""
-    sizes = [(3,), (0,), (600, 500), (7,), (1 << 18,), (2, 2), (200_000,), (100_000,), (5,), (0,)]
+    """Small ones before, between and after bigger ones than a piece; some empty."""
+    sizes = [(3,), (0,), (600, 500), (7,), (3 << 20,), (2, 2), (200_000,), (100_000,), (5,), (0,)]
     layout = Layout(tuple(f"p{i}" for i in range(len(sizes))), tuple(torch.Size(size) for size in sizes))
     named, flat = tensors(layout, torch.float32)
     sketch = make_sketch("block_srht", n=layout.n, dim=100, seed=3)
@@ -150,13 +150,17 @@ def test_big_tensors_next_to_small_ones():
     torch.testing.assert_close(layout.sketch(sketch, sparse), sketch.matvec(rest), rtol=1e-5, atol=1e-5)
 
 
-def test_small_tensors_are_sketched_together_but_no_more_than_fit_the_cache(monkeypatch):
-    """So that a sketch of many small gradients costs one chunk, and makes no second copy of them all."""
+def test_the_vector_passes_in_whole_chunks_and_what_is_missing_is_left_out(monkeypatch):
+    """Pieces of 2^20 numbers and whole chunks: none is mapped twice, and no second copy of everything is made."""
     columns, pieces = BlockSRHT.columns, []
     monkeypatch.setattr(BlockSRHT, "columns", lambda self, a, b: pieces.append((a, b)) or columns(self, a, b))
-    layout = Layout(tuple("abcdef"), tuple(torch.Size([n]) for n in (10, 20, (1 << 18) - 30, 1, 300_000, 5)))
-    layout.sketch(BlockSRHT(layout.n, 8), tensors(layout)[0])
-    assert pieces == [(0, 1 << 18), (1 << 18, (1 << 18) + 1), ((1 << 18) + 1, layout.n - 5), (layout.n - 5, layout.n)]
+    layout = Layout(tuple("abcd"), tuple(torch.Size([n]) for n in (10, 1 << 20, (1 << 20) + 7, 300_000)))
+    named, _ = tensors(layout)
+    layout.sketch(BlockSRHT(layout.n, 8), named)
+    assert pieces == [(0, 1 << 20), (1 << 20, 2 << 20), (2 << 20, layout.n)]
+    pieces.clear()
+    layout.sketch(BlockSRHT(layout.n, 8), {"a": named["a"], "d": named["d"]})
+    assert pieces == [(0, 1 << 20), (2 << 20, layout.n)]
 
 
 @pytest.mark.parametrize("kind", ["block_srht", "affd"])

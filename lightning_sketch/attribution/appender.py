@@ -51,22 +51,28 @@ class RowAppender:
     ):
         self.folder, self.spec, self.rank, self.attempt = folder, spec, rank, attempt
         self.shard_bytes, self.flush_seconds, self.queue_bytes = shard_bytes, flush_seconds, queue_bytes
-        self.rows = 0
+        self.rows, self._closed = 0, False
         self._bytes, self._room = 0, threading.Condition()
         self._queue: queue.SimpleQueue[SketchedGradients | threading.Event | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        for left in (self.folder / ShardName(attempt, rank, 0).path).parents[1].glob(f"*/*{TEMPORARY}"):
+        own = (self.folder / ShardName(attempt, rank, 0).path).parent
+        for left in own.parent.glob(f"*/*{TEMPORARY}"):
             left.unlink()
+        self._first = 1 + max((ShardName.of(path).sequence for path in own.glob("*.safetensors")), default=-1)
         self._thread = threading.Thread(target=self._run, name="sketch store", daemon=True)
         self._thread.start()
 
     def put(self, rows: SketchedGradients) -> None:
         """Hand over rows; they may be changed after."""
         self._check()
+        if self._closed:
+            raise RuntimeError("the appender is closed; begin another attempt for more rows.")
         if not len(rows):
             return
         narrow = narrowed(rows, self.spec.dtype)
         size = _size(narrow)
+        if self._bytes + size > self.queue_bytes:
+            self._queue.put(threading.Event())  # what is gathered goes to the disk now, and makes room
         with self._room:
             while self._bytes and self._bytes + size > self.queue_bytes and self._error is None:
                 self._room.wait(_WAIT)
@@ -86,6 +92,7 @@ class RowAppender:
 
     def close(self) -> None:
         """Commit all rows and stop; a second time nothing happens."""
+        self._closed = True
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
@@ -105,7 +112,7 @@ class RowAppender:
             ) from self._error
 
     def _run(self) -> None:
-        sequence, pending, since = 0, [], 0.0
+        sequence, pending, since = self._first, [], 0.0
 
         def write() -> None:
             nonlocal sequence, pending

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightning_sketch.attribution.files import write_once
+from lightning_sketch.attribution.generations import kept_steps
 from lightning_sketch.attribution.rows import STAGES
 
 FOREVER = 1 << 62
@@ -46,7 +47,7 @@ def begin_attempt(
     """Take the next number and write the attempt down; of several processes each gets its own.
 
     Raises:
-        ValueError: if the stage or the parent is unknown.
+        ValueError: if the stage or the parent is unknown, or compaction has dropped what the parent did.
     """
     if stage not in STAGES or stage == "queries":
         raise ValueError(f"stage={stage!r} writes no attempt; use one of {', '.join(STAGES[:-1])}.")
@@ -55,6 +56,12 @@ def begin_attempt(
         raise ValueError(
             f"the checkpoint goes on from attempt {parent}, which {folder} does not hold (it has {sorted(known)}); "
             "use the folder that was written when the checkpoint was taken, or an empty one."
+        )
+    kept = kept_steps(folder).get(parent, FOREVER)
+    if parent_step is not None and parent_step > kept:
+        raise ValueError(
+            f"the checkpoint goes on from step {parent_step} of attempt {parent}, of which compact() has kept the "
+            f"first {kept} steps, those that the latest fit went on from; use a later checkpoint, or another folder."
         )
     number = max(known, default=0)
     while True:
@@ -74,13 +81,18 @@ def line_of(attempts: Sequence[Attempt], last: int | None = None) -> dict[int, i
 
     Args:
         attempts: all of a store.
-        last: the attempt that the line ends with; the latest fit if None.
+        last: the fit that the line ends with; the latest if None.
+
+    Raises:
+        ValueError: if there is no such fit.
 
     >>> line_of([Attempt(1), Attempt(2, parent=1, parent_step=50), Attempt(3, parent=1, parent_step=20)])[1]
     20
     """
     by_number = {attempt.number: attempt for attempt in attempts}
     fits = [attempt.number for attempt in attempts if attempt.stage == "fit"]
+    if last is not None and last not in fits:
+        raise ValueError(f"lineage={last} is no fit of the store; its fits are {fits}.")
     current = last if last is not None else max(fits, default=None)
     line, until = {}, FOREVER
     while current is not None:

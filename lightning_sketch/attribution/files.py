@@ -24,7 +24,7 @@ def commit(path: Path, data: bytes) -> None:
 
 def write_once(path: Path, data: bytes) -> bool:
     """Write a file unless one of this name is there; whether it was written. Of several writers one wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = _written(path, data)
     try:
         os.link(temporary, path)  # fails, other than a rename, where the name is taken
@@ -34,6 +34,14 @@ def write_once(path: Path, data: bytes) -> bool:
         temporary.unlink()
     sync_folder(path.parent)
     return True
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, that last."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:

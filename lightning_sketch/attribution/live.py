@@ -47,10 +47,6 @@ class StoredRows:
         files, places = (torch.cat([getattr(one, key), getattr(other, key)]) for key in ("file", "place"))
         return StoredRows(columns, one.files, files, places)
 
-    def names(self) -> list[ShardName]:
-        """The files that hold rows."""
-        return [self.files[i] for i in self.file.unique().tolist()]
-
     def by_file(self) -> Iterator[tuple[ShardName, list[int], dict[str, Tensor]]]:
         """For each file its name, the places of the rows in it, and their columns."""
         for i in self.file.unique().tolist():
@@ -102,7 +98,7 @@ def live_rows(rows: StoredRows, attempts: Sequence[Attempt], line: Mapping[int, 
             keep |= own & (step <= line.get(attempt, -1))
             continue
         keep |= own
-        for weights in fingerprint[own].unique().tolist():
+        for weights in set(fingerprint[own].tolist()) - {0}:  # 0 is not known to be equal to 0
             key = (stages.get(attempt, ""), weights)
             if key in newest:
                 keep &= ~((number == newest[key]) & (fingerprint == weights))

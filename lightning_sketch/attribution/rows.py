@@ -125,22 +125,27 @@ class SketchedGradients:
 
     @staticmethod
     def cat(parts: "list[SketchedGradients]") -> "SketchedGradients":
-        """All rows of the parts, in order; a column counts that all of them have."""
+        """All rows of the parts, in order; where a part lacks a column its values are unknown."""
         columns = cat_columns([part.columns for part in parts])
         return SketchedGradients(torch.cat([part.sketches for part in parts]), parts[0].sketch, columns)
 
 
 def cat_columns(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One below the other, the columns that all parts have; lists of ids, a row each, are filled up to the longest."""
+    """One below the other; what a part lacks is unknown there, and lists of ids are filled up to the longest."""
     columns = {}
-    for name in parts[0]:
-        if all(name in part for part in parts):
-            tensors = [part[name] for part in parts]
-            if tensors[0].ndim == 2:
-                width = max(tensor.shape[1] for tensor in tensors)
-                tensors = [pad(tensor, (0, width - tensor.shape[1]), value=UNKNOWN_ID) for tensor in tensors]
-            columns[name] = torch.cat(tensors)
+    for name, like in {name: column for part in parts for name, column in part.items()}.items():
+        tensors = [part[name] if name in part else _unknown(like, len(part["step"])) for part in parts]
+        if like.ndim == 2:
+            width = max(tensor.shape[1] for tensor in tensors)
+            tensors = [pad(tensor, (0, width - tensor.shape[1]), value=UNKNOWN_ID) for tensor in tensors]
+        columns[name] = torch.cat(tensors)
     return columns
+
+
+def _unknown(like: Tensor, count: int) -> Tensor:
+    """So many values of a column that say nothing: -1, NaN, False."""
+    value = torch.nan if like.is_floating_point() else False if like.dtype == torch.bool else UNKNOWN_ID
+    return like.new_full((count, *like.shape[1:]), value)
 
 
 def matching(columns: Mapping[str, Tensor], count: int, mask: Tensor | None, equal: Mapping[str, Any]) -> Tensor:

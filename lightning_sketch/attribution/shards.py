@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_sketch.attribution.files import commit
+from lightning_sketch.attribution.files import commit, make_folder
 from lightning_sketch.attribution.rows import SketchedGradients
 from lightning_sketch.attribution.spec import DTYPES, StoreSpec
 
@@ -74,20 +74,20 @@ def write_shard(folder: Path, name: ShardName, spec: StoreSpec, rows: SketchedGr
     }
     header |= {"header_crc32": _header_checksum(header), "crc32": _checksum(tensors)}
     path = folder / name.path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     commit(path, save(tensors, header))
 
 
 def narrowed(rows: SketchedGradients, dtype: str) -> SketchedGradients:
-    """The rows on the CPU in a stored type; what is not finite is zero and marked.
+    """A copy of the rows on the CPU in a stored type; what is not finite is zero and marked.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> rows = narrowed(SketchedGradients(torch.tensor([[1e9, 5e8]]), BlockSRHT(9, 2)), "float16")
     >>> rows.sketches, rows.scale
     (tensor([[1.0000, 0.5000]], dtype=torch.float16), tensor([1.0000e+09]))
     """
-    columns = {key: column.detach().cpu() for key, column in rows.columns.items()}
-    sketches = rows.sketches.detach().cpu()
+    columns = {key: column.detach().to("cpu", copy=True) for key, column in rows.columns.items()}
+    sketches = rows.sketches.detach().to("cpu", copy=True)
     limit = torch.finfo(torch.float32 if dtype == "float16" else DTYPES[dtype]).max
     finite = (sketches.abs() <= limit).all(1)
     if not finite.all():

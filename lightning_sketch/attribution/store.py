@@ -55,13 +55,11 @@ class GradientStore:
         Raises:
             FileNotFoundError: if there is no store.
             CorruptShard: if a file is cut or foreign; `GradientStore.verify` lists all such files.
-            ValueError: if there is no such attempt.
+            ValueError: if there is no such fit.
         """
         path = Path(path)
         spec, attempts = StoreSpec.read(path), read_attempts(path)
         last = None if lineage == "latest" else int(lineage)
-        if last is not None and last not in {attempt.number for attempt in attempts}:
-            raise ValueError(f"lineage={last} is no attempt of {path}; it has {[a.number for a in attempts]}.")
         live = live_rows(read_index(rows_folder(path), spec), attempts, line_of(attempts, last))
         queries = live.columns["stage"] == QUERIES
         return cls(path, spec, live.chosen(~queries), live.chosen(queries))
@@ -152,17 +150,23 @@ class GradientStore:
         upkeep.export_npy(self.blocks(), self.metadata(), self.sketch.dim, Path(folder))
 
     def shards(self) -> list[str]:
-        """The files that hold the rows: for `read_shard`, on any machine that sees them."""
-        return [str(rows_folder(self.path) / name.path) for name in self.rows.names()]
+        """The files that hold the rows, and where in them: for `read_shard`, on any machine that sees them."""
+        folder = rows_folder(self.path)
+        parts = ((name, _runs(places, len(places))) for name, places, _ in self.rows.by_file())
+        return [f"{folder / name.path}#{','.join(f'{a}-{b}' for a, b, _ in runs)}" for name, runs in parts]
 
 
 def read_shard(uri: str) -> SketchedGradients:
-    """All rows of one file of a store, live or not: a plain function, to be sent to other processes."""
-    path = Path(uri)
-    folder = path.parents[2]
+    """The rows of a store that lie in one of its files: a plain function, to be sent to other processes.
+
+    Args:
+        uri: one of `store.shards()`.
+    """
+    file, _, runs = uri.rpartition("#")
+    path = Path(file)
     spec = StoreSpec.read(next(parent for parent in path.parents if (parent / "spec.json").exists()))
-    shard = Shard(folder, ShardName.of(path), spec)
-    return SketchedGradients(shard.sketches(0, len(shard), shard.scale()), spec.operator, shard.columns())
+    bounds = (map(int, run.split("-")) for run in runs.split(","))
+    return Shard(path.parents[2], ShardName.of(path), spec).rows(torch.cat([torch.arange(a, b) for a, b in bounds]))
 
 
 def _runs(places: list[int], most: int) -> Iterator[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from lightning_sketch.attribution.appender import RowAppender
+from lightning_sketch.attribution.attempts import line_of, read_attempts
 from lightning_sketch.attribution.files import sync_folder
 from lightning_sketch.attribution.generations import next_folder, rows_folder, switch
 from lightning_sketch.attribution.live import StoredRows
@@ -52,6 +53,7 @@ def compact(path: Path, spec: StoreSpec, live: StoredRows, shard_bytes: int) -> 
     appenders: dict[tuple[int, int], RowAppender] = {}
     for name, places, _ in live.by_file():
         shard = Shard(old, name, spec)
+        shard.verify()  # a changed bit would get a checksum that fits
         key = (name.rank, name.attempt)
         if key not in appenders:
             for appender in appenders.values():
@@ -62,7 +64,9 @@ def compact(path: Path, spec: StoreSpec, live: StoredRows, shard_bytes: int) -> 
         appender.close()
     for folder in (*new.rglob("*/"), new, path):
         sync_folder(folder)
-    switch(path)
+    attempts = read_attempts(path)
+    line = line_of(attempts)
+    switch(path, {attempt.number: line.get(attempt.number, 0) for attempt in attempts if attempt.stage == "fit"})
 
 
 def export_npy(blocks, columns: dict[str, torch.Tensor], dim: int, folder: Path) -> None:

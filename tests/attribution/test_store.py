@@ -32,6 +32,11 @@ def rows(steps, stage="fit", fingerprint=0, scale=1.0):
     )
 
 
+def only_file(store):
+    (uri,) = store.shards()
+    return uri.partition("#")[0]
+
+
 def written(path, *parts, dtype="float32", stage="fit", rank=0, parent=None, parent_step=None, **options):
     """A store with an attempt more."""
     store = GradientStore.create(path, spec(dtype))
@@ -112,7 +117,7 @@ def test_ids_of_steps_with_batches_of_different_sizes(tmp_path):
 def test_what_is_known_of_the_rows_is_read_without_their_sketches(tmp_path):
     """Bytes of sketches that are destroyed do not matter to it; verify() sees them."""
     store = written(tmp_path, rows(range(1, 6)))
-    (uri,) = store.shards()
+    uri = only_file(store)
     data = bytearray(Path(uri).read_bytes())
     place = data.find(rows([3]).sketches.numpy().tobytes())
     data[place : place + 4] = b"\xff\xff\xff\xff"
@@ -126,7 +131,7 @@ def test_what_is_known_of_the_rows_is_read_without_their_sketches(tmp_path):
 def test_every_flipped_bit_is_seen(tmp_path):
     """In the header, in the columns, in the sketches: opening or verify() refuses."""
     store = written(tmp_path, rows(range(1, 4)))
-    (uri,) = store.shards()
+    uri = only_file(store)
     whole = Path(uri).read_bytes()
     for place in range(0, len(whole), 7):
         data = bytearray(whole)
@@ -141,7 +146,7 @@ def test_every_flipped_bit_is_seen(tmp_path):
 @pytest.mark.parametrize("kept", [0, 5, 100, -1])
 def test_a_cut_file_is_named(tmp_path, kept):
     store = written(tmp_path, rows(range(1, 6)))
-    (uri,) = store.shards()
+    uri = only_file(store)
     whole = Path(uri).read_bytes()
     Path(uri).write_bytes(whole[:kept])
     for look in (lambda: GradientStore.open(tmp_path), store.verify):
@@ -156,7 +161,7 @@ def test_foreign_and_missing_files_are_named(tmp_path):
     (folder / "00000001.safetensors").rename(tmp_path / "away")
     with pytest.raises(CorruptShard, match=r"00000001\.safetensors is missing"):
         store.verify()
-    (folder / "00000001.safetensors").write_bytes(Path(other.shards()[0]).read_bytes())
+    (folder / "00000001.safetensors").write_bytes(Path(only_file(other)).read_bytes())
     with pytest.raises(CorruptShard, match=r"00000001\.safetensors belongs elsewhere: its spec"):
         GradientStore.open(tmp_path / "one")
     (folder / "00000001.safetensors").unlink()
@@ -196,14 +201,16 @@ def test_bad_specs_and_folders(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no store"):
         GradientStore.open(tmp_path / "nothing")
     written(tmp_path, rows([1]))
-    with pytest.raises(ValueError, match="lineage=7 is no attempt"):
+    with pytest.raises(ValueError, match="lineage=7 is no fit"):
         GradientStore.open(tmp_path, lineage=7)
     with pytest.raises(ValueError, match="attempt 9, which"):
         GradientStore.open(tmp_path).begin_attempt("fit", parent=9, parent_step=1)
 
 
 def test_shards_are_read_in_other_processes(tmp_path):
-    store = written(tmp_path, rows([1, 2]), rows([3]), dtype="float16")
+    """The rows that count, of a store or of a choice of its rows."""
+    store = written(tmp_path, rows([1, 2, 3, 4]), rows([5]), dtype="float16")
+    store = store.where(store.metadata()["step"] != 2)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         parts = pool.map(read_shard, store.shards())
     assert torch.equal(SketchedGradients.cat(parts).sketches, store.read().sketches)
@@ -234,3 +241,36 @@ def test_rows_wait_for_the_disk_at_most_so_long(tmp_path):
     assert len(GradientStore.open(tmp_path)) == 4
     appender.close()
     appender.close()
+
+
+def test_the_caller_may_change_what_was_put(tmp_path):
+    store = written(tmp_path)
+    part = rows([1, 2])
+    with store.appender(store.begin_attempt("fit")) as appender:
+        appender.put(part)
+        part.sketches.zero_()
+        part.columns["step"][:] = 99
+    back = GradientStore.open(tmp_path).read()
+    assert torch.equal(back.sketches, rows([1, 2]).sketches)
+    assert back.step.tolist() == [1, 2]
+
+
+def test_a_second_appender_goes_on_after_the_first_and_a_closed_one_takes_nothing(tmp_path):
+    store = written(tmp_path)
+    attempt = store.begin_attempt("fit")
+    for step in (1, 2):
+        with store.appender(attempt) as appender:
+            appender.put(rows([step]))
+    assert GradientStore.open(tmp_path).metadata()["step"].tolist() == [1, 2]
+    with pytest.raises(RuntimeError, match="the appender is closed"):
+        appender.put(rows([3]))
+
+
+def test_columns_that_some_rows_have_are_unknown_for_the_others(tmp_path):
+    part = rows([1])
+    more = SketchedGradients(part.sketches, SKETCH, {**part.columns, "mine": torch.tensor([0.5])})
+    more.columns["example_ids"] = torch.tensor([[4, 5]])
+    columns = written(tmp_path, more, rows([2])).metadata()
+    assert columns["mine"][0] == 0.5
+    assert columns["mine"][1].isnan()
+    assert columns["example_ids"].tolist() == [[4, 5], [-1, -1]]
