@@ -6,6 +6,7 @@ A sketch is linear, so each piece is formed a slab at a time, sketched, and forg
 """
 
 import functools
+import math
 from collections.abc import Mapping
 
 import torch
@@ -24,7 +25,7 @@ class SketchSink:
     """Sketches of the gradients of single examples, from their pieces.
 
     Works on the device of the parameters, in float32 (float64 if a parameter is), whatever autocast says; buffers are
-    kept from batch to batch. A sketch that streams costs about as much as its numbers and takes 10 MB of scratch
+    kept from batch to batch. A sketch that streams costs about as much as its numbers and takes 17 MB of scratch
     memory, or a few times what it returns if that is more. One that does not (AFFD, FJL, QK) forms each piece whole
     and costs all of the sketch for each: correct, and slow.
 
@@ -143,29 +144,37 @@ class SketchSink:
 
 
 def _copy(values: Float[Tensor, "examples numbers"]) -> Fill:
-    def fill(target: Tensor, examples: slice, low: int, high: int, beta: int) -> None:
-        part = values[examples, low:high]
-        target.add_(part) if beta else target.copy_(part)
+    def fill(target: Tensor, examples: slice, low: int, high: int, add: bool, scratch: Tensor) -> None:
+        _write(target, values[examples, low:high], add)
 
     return fill
 
 
 def _product(left: Float[Tensor, "examples tokens rows"], right: Float[Tensor, "examples tokens columns"]) -> Fill:
-    """Of sum_t left_t right_tᵀ any range: whole rows together, and the ends of rows that the range cuts."""
+    """Any range of sum_t left_t right_tᵀ: in its place if it is made of whole rows, else cut out of whole rows."""
     columns, transposed = right.shape[2], left.mT
 
-    def fill(target: Tensor, examples: slice, low: int, high: int, beta: int) -> None:
-        at = low
-        while at < high:
-            row, column = divmod(at, columns)
-            whole = column == 0 and high - at >= columns
-            rows, width = ((high - at) // columns, columns) if whole else (1, min(columns - column, high - at))
-            part = target[:, at - low : at - low + rows * width].unflatten(1, (rows, width))
-            factor = right[examples, :, column : column + width]
-            part.baddbmm_(transposed[examples, row : row + rows], factor, beta=beta)
-            at += rows * width
+    def fill(target: Tensor, examples: slice, low: int, high: int, add: bool, scratch: Tensor) -> None:
+        first, last = low // columns, -(-high // columns)
+        rows = transposed[examples, first:last]
+        shape = (len(target), last - first, columns)
+        if not add and low == first * columns and high == last * columns and target.is_contiguous():
+            torch.bmm(rows, right[examples], out=target.view(shape))
+        elif math.prod(shape) <= len(scratch):
+            whole = scratch[: math.prod(shape)].view(shape)
+            torch.bmm(rows, right[examples], out=whole)
+            _write(target, whole.flatten(1)[:, low - first * columns : high - first * columns], add)
+        else:  # two or three rows, long ones
+            for row in range(first, last):
+                start, stop = max(low, row * columns), min(high, (row + 1) * columns)
+                part = right[examples, :, start - row * columns : stop - row * columns]
+                _write(target[:, start - low : stop - low], torch.bmm(transposed[examples, row, None], part)[:, 0], add)
 
     return fill
+
+
+def _write(target: Tensor, values: Tensor, add: bool) -> None:
+    target.add_(values) if add else target.copy_(values)
 
 
 class _Whole:
@@ -180,7 +189,7 @@ class _Whole:
     def write(self, start: int, stop: int, fill: Fill) -> None:
         if start < stop:
             whole = self._like.new_empty(len(self._total), stop - start)
-            fill(whole, slice(None), 0, stop - start, 0)
+            fill(whole, slice(None), 0, stop - start, False, whole[:0])
             self._total += self._sketch.columns(start, stop).matvec(whole)
 
     def write_rows(

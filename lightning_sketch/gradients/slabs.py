@@ -2,10 +2,10 @@
 
     total_b = scale · sum_c M_c x_bc       b: the examples, c: the chunks of the sketch, x_bc: what was written there
 
-Whole chunks are written to a slab of about 2^19 numbers, a few examples side by side, and sketched where they lie:
+Whole chunks are written to a slab of about 2^20 numbers, a few examples side by side, and sketched where they lie:
 signs are made once for these examples, nothing is copied. What covers a chunk in part is kept until its neighbors
-have come, since part of a chunk costs a chunk. Scratch memory: three slabs and one of kept chunks, or what one chunk
-of every example takes, however much is written.
+have come, since part of a chunk costs a chunk. Scratch memory: four slabs, or a few chunks
+of every example if that is more, however much is written.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,14 +17,17 @@ from torch import Tensor
 from lightning_sketch.operators.random import FLIP_SLACK
 from lightning_sketch.operators.streaming import StreamingSketch, Which
 
-SLAB = 1 << 19
-"""Numbers that are formed and sketched at once: 2 MB in float32."""
+SLAB = 1 << 20
+"""Numbers that are formed and sketched at once: 4 MB in float32."""
 
 ABREAST = 16
 """Examples in a slab at most: more would leave each so little of it that products with its factors are slow."""
 
-Fill = Callable[[Tensor, slice, int, int, int], None]
-"""fill(target, examples, low, high, beta): target = beta target + the numbers [low, high) of the examples' range."""
+Fill = Callable[[Tensor, slice, int, int, bool, Tensor], None]
+"""fill(target, examples, low, high, add, scratch): write the numbers [low, high) of these examples' range, or add them.
+
+`scratch` is flat and holds anything; there is room for a quarter more than a slab.
+"""
 
 
 class Slabs:
@@ -38,13 +41,14 @@ class Slabs:
     def __init__(self, sketch: StreamingSketch, like: Tensor):
         self._sketch, self._chunk = sketch, sketch.chunk
         self._most = max(2, SLAB // sketch.chunk)  # chunks in a slab
-        self._slab, *self._spare = like.new_empty(3, self._most * sketch.chunk + FLIP_SLACK)
+        room = self._most * sketch.chunk
+        self._slab, *self._spare = like.new_empty(3, room + max(room // 4, FLIP_SLACK))
         self._room = like.new_empty(0)
 
     def start(self, examples: int) -> None:
         """From here on `examples` rows, all zero."""
         self._total = self._slab.new_zeros(examples, self._sketch.dim)
-        kept = max(1, self._most // max(1, examples))
+        kept = max(1, self._most // (4 * max(1, examples)))
         if len(self._room) < examples * kept * self._chunk:
             self._room = self._room.new_empty(examples * kept * self._chunk)
         self._kept = self._room[: examples * kept * self._chunk].view(examples, kept, self._chunk)
@@ -61,7 +65,7 @@ class Slabs:
             for c in range(first, last, group):
                 slab = self._take(examples, min(group, last - c))
                 low = c * self._chunk - start
-                fill(slab.flatten(1), examples, low, low + slab[0].numel(), 0)
+                fill(slab.flatten(1), examples, low, low + slab[0].numel(), False, self._spare[0])
                 self._gather(slab, c, examples)
         self._keep(last * self._chunk, stop, start, fill)
 
@@ -118,7 +122,7 @@ class Slabs:
             self._slots[number] = len(self._slots)
             self._kept[:, self._slots[number]] = 0
         target = self._kept[:, self._slots[number], low - number * self._chunk : high - number * self._chunk]
-        fill(target, slice(0, len(target)), low - start, high - start, 1)
+        fill(target, slice(0, len(target)), low - start, high - start, True, self._spare[0])
 
     def _flush(self) -> None:
         """Sketch the kept chunks."""

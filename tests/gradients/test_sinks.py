@@ -19,7 +19,6 @@ from lightning_sketch.gradients.pieces import Full, Outer, Rows
 from lightning_sketch.gradients.sinks import SketchSink
 from lightning_sketch.operators.block_srht import BlockSRHT
 from lightning_sketch.operators.kinds import KINDS
-from lightning_sketch.operators.random import FLIP_SLACK
 from lightning_sketch.params import Layout
 
 STREAMING = [kind for kind in KINDS if KINDS[kind].streams]
@@ -159,6 +158,14 @@ def test_large_matrices_go_through_many_slabs(kind, dim):
         Full(made.bias, random(150, 77)),
     ]
     assert_near(added(target, parts, 150), sketch.matvec(sum(dense(part, made, 150) for part in parts)), 1e-10)
+
+
+@pytest.mark.parametrize("shape", [(3, 8000), (1, 9000), (8000, 3)])
+def test_a_row_of_a_matrix_may_be_longer_than_a_slab(shape, small_slabs):
+    made = module({"before": (11,), "weight": shape})
+    target, sketch = sink("block_srht", 64, made)
+    part = Outer(made.weight, random(4, 2, shape[0]), random(4, 2, shape[1], seed=1))
+    assert_near(added(target, [part], 4), sketch.matvec(dense(part, made, 4)), 1e-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -357,9 +364,9 @@ print(json.dumps(used))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the memory from Linux")
 def test_scratch_memory_does_not_depend_on_the_layer():
-    """16 MB, for gradients of 4 times 32 MB."""
+    """Four slabs of 4 MB and small things, for gradients of 4 times 32 MB."""
     command = [sys.executable, "-c", MEASURE, "block_srht", "count_sketch", "afjl"]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     used = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
-    assert max(used.values()) < 16
-    assert min(used.values()) > 3 * 4 * (slabs.SLAB + FLIP_SLACK) / 2**20 * 0.5  # and the measurement sees the slabs
+    assert max(used.values()) < 18
+    assert min(used.values()) > 8  # and the measurement sees two of the slabs
