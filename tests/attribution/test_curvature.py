@@ -1,0 +1,232 @@
+"""Curvature in sketch space is S G Sᵀ, with G from autograd, dense; its noise is what random halves show."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from rows import random_rows
+from torch import nn
+
+from lightning_sketch.attribution import Curvature, fit_ggn, row_curvature, sketch_gradients
+from lightning_sketch.attribution.curvature import CurvatureSum
+from lightning_sketch.attribution.output_curvature import output_roots
+from lightning_sketch.operators import BlockSRHT
+from lightning_sketch.params import Layout
+
+LOSSES = {
+    "cross_entropy": lambda z, y: F.cross_entropy(z, y.long()),
+    "binary_cross_entropy": lambda z, y: F.binary_cross_entropy_with_logits(z, y),
+    "squared_error": lambda z, y: F.mse_loss(z, y),
+}
+
+
+def problem(outputs, dim=24, examples=10):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
+    layout = Layout.of(module)
+    x = torch.randn(examples, 4, dtype=torch.float64)
+    return module, layout, BlockSRHT(layout.n, dim), x
+
+
+def dense_ggn(module, x, y, loss):
+    """(1/n) sum J_iᵀ H_i J_i by autograd, over all parameters in the layout's order."""
+    names, values = zip(*module.named_parameters(), strict=True)
+    total = 0
+    for i in range(len(x)):
+
+        def output(*tensors, i=i):
+            return torch.func.functional_call(module, dict(zip(names, tensors, strict=True)), (x[i : i + 1],))[0]
+
+        parts = torch.autograd.functional.jacobian(output, tuple(values))
+        jacobian = torch.cat([part.flatten(1) for part in parts], 1)
+        hessian = torch.autograd.functional.hessian(
+            lambda z, i=i: loss(z[None], y[i : i + 1]), output(*values).detach()
+        )
+        total = total + jacobian.T @ hessian @ jacobian
+    return total / len(x)
+
+
+@pytest.mark.parametrize("engine", ["auto", "vmap"])
+@pytest.mark.parametrize(("loss", "outputs"), [("cross_entropy", 3), ("binary_cross_entropy", 2), ("squared_error", 3)])
+def test_ggn_is_the_sketched_gauss_newton_matrix(loss, outputs, engine):
+    module, layout, sketch, x = problem(outputs)
+    y = torch.tensor([0, 2, 1, 1, 0, 2, 2, 1, 0, 0]) if loss == "cross_entropy" else torch.rand(10, outputs).double()
+    dense, s = dense_ggn(module, x, y, LOSSES[loss]), sketch.matvec(torch.eye(sketch.n, dtype=torch.float64)).T
+    batches = [(x[:3], y[:3]), (x[3:], y[3:])]
+    found = fit_ggn(module, batches, sketch, layout, output_loss=loss, engine=engine)
+    assert (found.kind, found.examples) == ("ggn", 10)
+    assert (found.matrix is None) == (30 < sketch.dim or outputs == 2)  # 20 rows are fewer than 24
+    torch.testing.assert_close(found.dense(), s @ dense @ s.T, rtol=1e-9, atol=1e-12)
+
+
+def test_one_output_without_an_axis_is_regression():
+    module, layout, sketch, x = problem(1)
+    y, s = torch.rand(10, dtype=torch.float64), sketch.matvec(torch.eye(sketch.n, dtype=torch.float64)).T
+    found = fit_ggn(module, [(x, y)], sketch, layout, lambda module, batch: module(batch[0])[:, 0])
+    truth = dense_ggn(module, x, y[:, None], LOSSES["squared_error"])
+    torch.testing.assert_close(found.dense(), s @ truth @ s.T, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_drawn_roots_have_the_hessian_as_their_mean(loss):
+    """20,000 draws: five standard errors of the mean, from the spread itself, plus rounding of float32."""
+    torch.manual_seed(0)
+    z = torch.randn(1, 5, dtype=torch.float64) * 2
+    y = torch.tensor([1]) if loss == "cross_entropy" else torch.rand(1, 5, dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(lambda z: LOSSES[loss](z, y), z)[0, :, 0]
+    v = (
+        output_roots(z, loss, max_classes=4, draws=20_000, generator=torch.Generator().manual_seed(1))[:, 0]
+        * 20_000**0.5
+    )
+    outer = v[:, :, None] * v[:, None]
+    assert ((outer.mean(0) - hessian).abs() <= 5 * outer.std(0) / 20_000**0.5 + 1e-6).all()
+
+
+def test_with_many_classes_labels_are_drawn_as_many_as_asked():
+    z = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    assert output_roots(z, "cross_entropy", 32, 4, generator).shape == (4, 7, 33)
+    assert output_roots(z, "cross_entropy", 33, 4, generator).shape == (33, 7, 33)
+
+
+def test_draws_leave_the_global_random_state_alone_and_repeat():
+    module, layout, sketch, x = problem(3)
+    y = torch.randint(0, 3, (10,))
+    before = torch.get_rng_state()
+    first, again, other = (fit_ggn(module, [(x, y)], sketch, layout, max_classes=2, draws=3, seed=s) for s in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first.dense(), again.dense())
+    assert not torch.equal(first.dense(), other.dense())
+
+
+def test_for_two_classes_margin_is_ggn():
+    """In float64 to the rounding of prob_true, a float32 column: 1e-4 relative is asked."""
+    module, layout, sketch, x = problem(2, examples=40)
+    y = (torch.rand(40) < 0.5).long()
+
+    def loss(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    def row(module, batch):
+        z = module(batch[0])
+        return F.cross_entropy(z, batch[1], reduction="none"), z.softmax(1).gather(1, batch[1][:, None])[:, 0]
+
+    rows = sketch_gradients(module, [(x, y)], sketch, loss, row)
+    margin, ggn = row_curvature(rows, "margin", batch_rows=7), fit_ggn(module, [(x, y)], sketch, layout)
+    assert margin.fingerprint == ggn.fingerprint == rows.fingerprint != 0
+    torch.testing.assert_close(margin.dense(), ggn.dense(), rtol=1e-4, atol=1e-4 * float(ggn.dense().abs().max()))
+    assert margin.half_noise == pytest.approx(ggn.half_noise, rel=1e-4)
+    assert margin.effective_samples == pytest.approx(ggn.effective_samples, rel=1e-4)
+
+
+def examples(count, rows, dim, seed=0):
+    """A few examples weigh much more than the others."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.rand(count, 1, 1, generator=generator, dtype=torch.float64) ** -0.2
+    return weight * torch.randn(count, rows, dim, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_half_noise_is_how_far_random_halves_are_off(rows):
+    """Mean of 200 halves; its own error is a few percent, 10 % is allowed."""
+    given = examples(200, rows, 12)
+    total = CurvatureSum(12)
+    total.add(given)
+    curvature = total.curvature("ggn")
+    each = torch.einsum("ird,ire->ide", given, given)
+    torch.testing.assert_close(curvature.dense(), each.mean(0), rtol=1e-12, atol=1e-12)
+    generator = torch.Generator().manual_seed(1)
+    off = [
+        (each[torch.randperm(200, generator=generator)[:100]].mean(0) - each.mean(0)).square().sum() for _ in range(200)
+    ]
+    assert curvature.half_noise == pytest.approx(float(torch.stack(off).mean()), rel=0.1)
+    t = each.diagonal(dim1=1, dim2=2).sum(1)
+    assert curvature.effective_samples == pytest.approx(float(t.sum() ** 2 / t.square().sum()))
+
+
+def test_how_the_examples_are_cut_into_blocks_does_not_matter():
+    given, whole, parts = examples(50, 2, 12), CurvatureSum(12), CurvatureSum(12)
+    whole.add(given)
+    for part in given.split(3):  # 6 rows, then 12: the matrix is formed after the second
+        parts.add(part)
+    a, b = whole.curvature("ggn"), parts.curvature("ggn")
+    torch.testing.assert_close(a.dense(), b.dense(), rtol=1e-12, atol=1e-12)
+    for name in ("trace", "trace_of_square", "mean_square", "effective_samples", "examples"):
+        assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-12), name
+
+
+def test_with_fewer_rows_than_dim_the_rows_are_kept_and_traces_are_the_same():
+    total = CurvatureSum(12)
+    total.add(examples(5, 2, 12))
+    few = total.curvature("ggn")
+    assert few.matrix is None
+    assert few.root.shape == (10, 12)
+    assert few.trace == pytest.approx(float(few.dense().trace()))
+    assert few.trace_of_square == pytest.approx(float(few.dense().square().sum()))
+
+
+@pytest.mark.parametrize("count", [5, 40])
+def test_saved_and_loaded_it_is_the_same(tmp_path, count):
+    total = CurvatureSum(12)
+    total.add(examples(count, 1, 12))
+    curvature = total.curvature("margin", fingerprint=-(1 << 63))
+    curvature.save(tmp_path / "curvature")
+    loaded = Curvature.load(tmp_path / "curvature", "margin", -(1 << 63))
+    assert torch.equal(loaded.dense(), curvature.dense())
+    for name in ("kind", "fingerprint", "examples", "mean_square", "effective_samples", "trace", "trace_of_square"):
+        assert getattr(loaded, name) == getattr(curvature, name), name
+    for kind, fingerprint in (("margin", 3), ("ggn", -(1 << 63))):
+        with pytest.raises(FileNotFoundError, match=f"no curvature '{kind}' at weights {fingerprint}"):
+            Curvature.load(tmp_path / "curvature", kind, fingerprint)
+
+
+def test_probabilities_of_one_are_capped():
+    """At p = 1 - 1e-6 trak's weight is a million."""
+    rows = random_rows(20, prob_true=torch.tensor([1.0] * 19 + [1 - 1e-5]))
+    assert row_curvature(rows, "trak").trace == pytest.approx(
+        1e12 * float((rows.sketches.double()[:19] ** 2).sum()) / 20, rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("kind", ["margin", "trak"])
+def test_rows_without_probabilities_are_refused_with_the_way_out(kind):
+    with pytest.raises(ValueError, match=r"4 of 4 rows lack; .*row_fn=.*curvature='fisher'"):
+        row_curvature(random_rows(4), kind)
+    row_curvature(random_rows(4), "fisher")
+    with pytest.raises(ValueError, match=r"1 of 2 rows have it outside \[0, 1\]"):
+        row_curvature(random_rows(2, prob_true=torch.tensor([0.5, 1.5])), kind)
+
+
+def test_what_is_no_curvature_is_refused():
+    with pytest.raises(ValueError, match="'ggn' is fitted with fit_ggn"):
+        row_curvature(random_rows(4), "ggn")
+    with pytest.raises(ValueError, match="taken at 2 different weights"):
+        row_curvature(random_rows(2, fingerprint=torch.tensor([1, 2])), "fisher")
+    with pytest.raises(ValueError, match="the curvature of 2 examples is zero"):
+        row_curvature(random_rows(2, sketches=torch.zeros(2, 16)), "fisher")
+    with pytest.raises(ValueError, match="is not finite"):
+        row_curvature(random_rows(2, sketches=torch.full((2, 16), float("nan"))), "fisher")
+
+
+def test_outputs_that_are_no_rows_of_logits_are_refused():
+    module, layout, sketch, x = problem(3)
+    y = torch.zeros(10, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"shape \(examples, classes\), got shape \(2, 5, 3\)"):
+        fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: m(b[0]).view(2, 5, 3))
+    with pytest.raises(ValueError, match="got type tuple"):
+        fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: (m(b[0]),))
+    with pytest.raises(ValueError, match="has one class"):
+        fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: m(b[0])[:, :1])
+    with pytest.raises(ValueError, match="output_loss='hinge' is not known"):
+        fit_ggn(module, [(x, y)], sketch, layout, output_loss="hinge")
+    with pytest.raises(ValueError, match="the sketch takes n=99 numbers, the layout has 51"):
+        fit_ggn(module, [(x, y)], BlockSRHT(99, 24), layout)
+
+
+def test_the_module_is_left_as_it_was():
+    module = nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.BatchNorm1d(3)).train()
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    layout = Layout.of(module)
+    fit_ggn(module, [(torch.randn(5, 4), torch.zeros(5, dtype=torch.long))], BlockSRHT(layout.n, 8), layout)
+    assert all(part.training for part in module.modules())
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert all(p.grad is None for p in module.parameters())

@@ -1,0 +1,129 @@
+"""The inverse is the inverse, primal or dual; the automatic damping is its formula; nothing is inverted undamped."""
+
+import logging
+
+import pytest
+import torch
+from rows import random_rows
+
+from lightning_sketch.attribution import Influence, scores
+from lightning_sketch.attribution import solve as solving
+from lightning_sketch.attribution.curvature import CurvatureSum
+from lightning_sketch.attribution.damping import automatic
+
+
+def curvature(examples, dim=20, kind="ggn", rows=2, spread=0.0):
+    generator = torch.Generator().manual_seed(0)
+    total = CurvatureSum(dim)
+    given = torch.randn(examples, rows, dim, generator=generator, dtype=torch.float64)
+    total.add(given * torch.rand(examples, 1, 1, generator=generator) ** -spread)
+    return total.curvature(kind)
+
+
+def truth(found, damping, vectors):
+    matrix = found.dense() + damping * torch.eye(found.dim, dtype=torch.float64)
+    return torch.linalg.solve(matrix, vectors.T).T
+
+
+VECTORS = torch.randn(3, 20, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("eigenvectors", [True, False])
+@pytest.mark.parametrize("examples", [4, 60])
+@pytest.mark.parametrize("damping", [1e-4, 1.0, 100])
+def test_primal_and_dual_and_cholesky_solve_the_system(monkeypatch, examples, damping, eigenvectors):
+    if not eigenvectors:
+        monkeypatch.setattr(solving, "_EIGENVECTORS_UP_TO", 0)
+    found = curvature(examples)
+    assert (found.root is not None) == (examples == 4)
+    solved, true = Influence(found, damping)(VECTORS), truth(found, damping, VECTORS)
+    torch.testing.assert_close(solved, true, rtol=1e-9, atol=1e-10 * float(true.abs().max()))
+
+
+def test_the_dual_of_a_store_equals_its_primal():
+    """The same 12 rows of dim 16, kept as rows, and as the matrix that rows of zeros bring about."""
+    few = random_rows(12, seed=3)
+    total = CurvatureSum(16)
+    total.add(few.sketches[:, None])
+    dual = total.curvature("fisher")
+    total.add(torch.zeros(8, 1, 16))
+    primal = total.curvature("fisher")
+    assert dual.matrix is None
+    assert primal.root is None
+    query = random_rows(2, seed=4)
+    a = scores(query, few, "influence", dual, 0.3)
+    b = scores(query, few, "influence", primal, 0.3 * 12 / 20) * 12 / 20  # A is a mean: over 20 examples then
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sweep_shares_its_eigenvectors(monkeypatch):
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(1) or eigh(matrix))
+    found = curvature(60)
+    sweep = Influence(found, [0.1, 1.0, 10.0])
+    assert sweep.damping == (0.1, 1.0, 10.0)
+    solved = sweep(VECTORS)
+    assert solved.shape == (3, 3, 20)
+    assert len(calls) == 1
+    for own, damping in zip(solved, sweep.damping, strict=True):
+        torch.testing.assert_close(own, truth(found, damping, VECTORS))
+
+
+@pytest.mark.parametrize("kind", ["ggn", "margin", "trak", "fisher"])
+@pytest.mark.parametrize("examples", [8, 4000])
+def test_automatic_damping_is_its_formula(kind, examples):
+    """With 8 examples the noise counts, with 4000 the floor: v = b² / tr A² falls as 1 / n."""
+    found = curvature(examples, kind=kind, dim=4)
+    dense, n = found.dense(), examples
+    e = dense.square().sum() / dense.trace()
+    noise = (found.mean_square - dense.square().sum()) / n / dense.trace()
+    kappa = 0.1 if kind == "fisher" else 0.3
+    assert automatic(found) == pytest.approx(float(max(0.01 * e, kappa * noise)))
+    assert (automatic(found) > 0.0101 * e) == (examples == 8)
+
+
+def test_what_is_used_can_be_read_and_is_said_once(caplog):
+    found = curvature(400)
+    inverse = Influence(found, "auto")
+    assert inverse.damping == automatic(found)
+    assert inverse.relative_damping == pytest.approx(inverse.damping * found.trace / found.trace_of_square)
+    assert inverse.noise == pytest.approx(found.half_noise / found.trace_of_square)
+    assert inverse.effective_samples == found.effective_samples
+    assert f"damping {inverse.damping:.3g} (c = {inverse.relative_damping:.3g}, v = " in str(inverse)
+    assert f"damping 0.5 to 2 (c = {Influence(found, 0.5).relative_damping:.3g} to " in str(
+        Influence(found, [2.0, 0.5])
+    )
+    query, train = random_rows(2, dim=20), random_rows(9, dim=20)
+    with caplog.at_level(logging.INFO, "lightning_sketch"):
+        for _ in range(2):
+            scores(query, train, "influence", found)
+    assert [record.message for record in caplog.records] == [str(inverse)]
+
+
+def test_a_guess_is_called_a_guess():
+    """Few examples carry A: seen by the noise of A, or by the effective number of examples."""
+    noisy = curvature(12)
+    with pytest.warns(UserWarning, match=r"few examples carry the curvature: v = .*calibrate"):
+        Influence(noisy, "auto")
+    uneven = curvature(3000, dim=4, spread=1.0)
+    assert Influence(uneven, 0.1).noise < 10
+    assert uneven.effective_samples < 300
+    with pytest.warns(UserWarning, match="few examples carry"):
+        Influence(uneven, "auto")
+    Influence(noisy, 0.1)  # who says a number is not warned
+
+
+@pytest.mark.parametrize("damping", [0, 0.0, -1.0, float("nan"), float("inf"), [0.1, 0.0], []])
+def test_an_undamped_inverse_is_refused(damping):
+    with pytest.raises(ValueError, match="damping is a positive number"):
+        Influence(curvature(60), damping)
+
+
+def test_an_unknown_rule_is_refused_and_a_damping_that_rounding_swallows(monkeypatch):
+    with pytest.raises(ValueError, match="damping='best' is not known"):
+        Influence(curvature(60), "best")
+    monkeypatch.setattr(solving, "_EIGENVECTORS_UP_TO", 0)
+    total = CurvatureSum(4)
+    total.add(torch.ones(9, 1, 4) * 1e3)  # of rank one, its other eigenvalues zero up to rounding
+    with pytest.raises(ValueError, match="lost in rounding"):
+        Influence(total.curvature("ggn"), 1e-300)(torch.ones(1, 4))
