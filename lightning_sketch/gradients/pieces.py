@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lightning_sketch.gradients.examples import HALF
+
 
 @dataclass(frozen=True, eq=False)
 class Full:
@@ -47,3 +49,12 @@ class Rows:
 
 
 Piece = Full | Outer | Rows
+
+
+class NotServed(Exception):
+    """Raised by what makes pieces: this cannot be split into examples, for the reason that the message tells."""
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor, in float32 if it is of half precision."""
+    return tensor.float() if tensor.dtype in HALF else tensor

@@ -15,6 +15,12 @@ from torch.utils import checkpoint
 _PLAIN = (bool, int, float, str, type(None), tuple)
 _SMALL = 1 << 20
 _OF_TORCH = frozenset(vars(nn.Module()))
+_inside = 0
+
+
+def depth() -> int:
+    """How many looks are going on, one inside the other: hooks that were made in another one keep still."""
+    return _inside
 
 
 @contextmanager
@@ -41,6 +47,7 @@ def undisturbed(module: nn.Module, mode: str = "eval") -> Iterator[None]:
     if mode not in ("eval", "train"):
         raise ValueError(f"mode is 'eval' or 'train', got {mode!r}.")
     with ExitStack() as stack:
+        stack.enter_context(_one_deeper())
         stack.enter_context(_random_state())
         stack.callback(_snapshot(module))
         stack.enter_context(_no_hooks(module))
@@ -58,6 +65,16 @@ def undisturbed(module: nn.Module, mode: str = "eval") -> Iterator[None]:
             for part in module.modules():
                 part.training = False
         yield
+
+
+@contextmanager
+def _one_deeper() -> Iterator[None]:
+    global _inside
+    _inside += 1
+    try:
+        yield
+    finally:
+        _inside -= 1
 
 
 @contextmanager
