@@ -1,0 +1,151 @@
+"""Whether scores foretell what happens to a query when a model is trained on a part of the data.
+
+    LDS = mean over queries q of Spearman over subsets s of ( sum_{i in s} score_qi , -loss_sq )
+
+loss_sq    the query's loss in a model that was trained on subset s alone, or the mean over several trainings
+ceiling    mean Spearman of the losses of two trainings with other seeds: what one training foretells of another
+interval   of 95 %, for other queries and other subsets: LDS ± 1.96 sqrt(variance over queries / their number +
+           jackknife variance over subsets)
+
+Sums over queries are all that is kept, so batches and processes add up. The jackknife has a sum for each subset left
+out; ranks without a subset follow from the ranks with it, by the comparisons with it.
+
+Source: Park et al. (2023), "TRAK: Attributing model behavior at scale", arXiv:2303.14186, section 2.
+"""
+
+import itertools
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torchmetrics import Metric
+
+_AT_ONCE = 1 << 24
+
+
+class LinearDatamodelingScore(Metric):
+    """LDS, higher is better, 0 for chance; `update` takes the queries in batches.
+
+    Args:
+        masks: the subsets, over the training examples in the order of the scores' columns; 50 halves or more.
+        **options: of `torchmetrics.Metric`.
+
+    `compute` gives a dict: "lds", "low" and "high" ends of the interval, "ceiling" (NaN for one training a subset),
+    "queries" that count, and "constant", those left out since their losses never change, which have no ranks.
+
+    Raises:
+        ValueError: if there are fewer than three subsets, or shapes disagree, or a number is not finite.
+
+    >>> masks = torch.rand(50, 20, generator=torch.Generator().manual_seed(0)) < 0.5
+    >>> metric = LinearDatamodelingScore(masks)
+    >>> scores = torch.randn(4, 20)
+    >>> metric.update(scores, losses=-masks.float() @ scores.T)  # a model as linear as the scores say
+    >>> round(float(metric.compute()["lds"]), 3)
+    1.0
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+
+    def __init__(self, masks: Bool[Tensor, "subsets examples"], **options):
+        super().__init__(**options)
+        if len(masks) < 3:
+            raise ValueError(f"an LDS needs three subsets at least, got {len(masks)}; 50 give an interval of use.")
+        self.register_buffer("masks", masks, persistent=False)
+        for name in ("total", "squares", "queries", "constant", "agreement", "repeated"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), "sum")
+        self.add_state("without", torch.zeros(len(masks), dtype=torch.float64), "sum")
+
+    def update(
+        self,
+        scores: Float[Tensor, "queries examples"],
+        losses: Float[Tensor, "subsets queries"] | Float[Tensor, "repeats subsets queries"],
+    ) -> None:
+        """Add queries.
+
+        Args:
+            scores: positive where the example helps the query.
+            losses: of the queries in the models trained on each subset, or in several models for each subset. Of
+                outputs that are larger when helped, as margins, pass the negative.
+        """
+        losses = losses[None] if losses.ndim == 2 else losses
+        self._check(scores, losses)
+        predicted = self.masks.to(scores.device).double() @ scores.double().T
+        true = -losses.double().mean(0)
+        changes = (true != true[:1]).any(0)
+        self.constant += (~changes).sum()
+        predicted, true, repeats = predicted[:, changes], true[:, changes], losses.double()[:, :, changes]
+        rho, without = _spearman_and_without(predicted, true)
+        self.total += rho.sum()
+        self.squares += rho.square().sum()
+        self.queries += len(rho)
+        self.without += without
+        pairs = list(itertools.combinations(repeats, 2))
+        if pairs:
+            self.agreement += sum(_spearman_and_without(a, b)[0].sum() for a, b in pairs) / len(pairs)
+            self.repeated += len(rho)
+
+    def compute(self) -> dict[str, Tensor]:
+        """LDS, its interval, and the ceiling, over all queries so far."""
+        n, subsets = self.queries, len(self.masks)
+        mean = self.total / n
+        over_queries = (self.squares / n - mean**2).clamp(min=0) / (n - 1)
+        left_out = self.without / n
+        over_subsets = (left_out - left_out.mean()).square().sum() * (subsets - 1) / subsets
+        half = 1.96 * (over_queries + over_subsets).sqrt()
+        return {
+            "lds": mean,
+            "low": mean - half,
+            "high": mean + half,
+            "ceiling": self.agreement / self.repeated,
+            "queries": n.clone(),
+            "constant": self.constant.clone(),
+        }
+
+    def _check(self, scores: Tensor, losses: Tensor) -> None:
+        subsets, examples = self.masks.shape
+        if scores.shape[1] != examples or losses.shape[1:] != (subsets, len(scores)):
+            raise ValueError(
+                f"{subsets} subsets of {examples} examples take scores (queries, {examples}) and losses ({subsets}, "
+                f"queries), got {tuple(scores.shape)} and {tuple(losses.shape)}."
+            )
+        for name, given in (("scores", scores), ("losses", losses)):
+            if not given.isfinite().all():
+                raise ValueError(f"{int((~given.isfinite()).sum())} of the {name} are not finite; leave them out.")
+
+
+def _spearman_and_without(
+    a: Float[Tensor, "subsets queries"], b: Float[Tensor, "subsets queries"]
+) -> tuple[Float[Tensor, " queries"], Float[Tensor, " subsets"]]:
+    """Spearman for each query, and for each subset left out the sum over queries of what it would then be."""
+    subsets, queries = a.shape
+    others = ~torch.eye(subsets, dtype=torch.bool, device=a.device)[:, :, None]
+    found, sums = [a.new_zeros(0)], a.new_zeros(subsets)
+    for part in torch.arange(queries).split(max(1, _AT_ONCE // subsets**2)):
+        above, below = _comparisons(a[:, part]), _comparisons(b[:, part])
+        found.append(_pearson(above.sum(0), below.sum(0)))
+        sums += _pearson(*(_centered(c.sum(0) - c, others) for c in (above, below)), axis=1).sum(1)
+    return torch.cat(found), sums
+
+
+def _centered(
+    ranks: Float[Tensor, "out subsets queries"], others: Bool[Tensor, "out subsets 1"]
+) -> Float[Tensor, "out subsets queries"]:
+    """Ranks less their mean over the subsets that are not left out; zero at the one that is."""
+    mean = (ranks * others).sum(1, keepdim=True) / (len(ranks) - 1)
+    return (ranks - mean) * others
+
+
+def _comparisons(x: Float[Tensor, "subsets queries"]) -> Float[Tensor, "subsets subsets queries"]:
+    """[s, t]: one if t is above s, half if equal. The sum over s ranks t; ties have the mean of their ranks."""
+    return (x[None] > x[:, None]).double() + (x[None] == x[:, None]).double() / 2
+
+
+def _pearson(
+    a: Float[Tensor, "*out subsets queries"], b: Float[Tensor, "*out subsets queries"], axis: int = 0
+) -> Float[Tensor, "*out queries"]:
+    """Of ranks. Zero where one side does not change, up to rounding: it foretells nothing."""
+    a, b = a - a.mean(axis, keepdim=True), b - b.mean(axis, keepdim=True)
+    lengths = a.norm(dim=axis) * b.norm(dim=axis)
+    return torch.where(lengths > 1e-6, (a * b).sum(axis) / lengths.clamp(min=1e-6), 0.0)
