@@ -209,6 +209,51 @@ def _heat_map(
     figure.colorbar(image, ax=axes, label="share of eigenvalues")
 
 
+def contact_sheet(
+    queries: "np.ndarray",
+    helped: "np.ndarray",
+    hurt: "np.ndarray",
+    query_titles: Sequence[str],
+    helped_titles: Sequence[Sequence[str]],
+    hurt_titles: Sequence[Sequence[str]],
+) -> "Figure":
+    """Each query beside the examples that helped and hurt it most, best and worst first.
+
+    Args:
+        queries: images, (queries, height, width) or with colors as a last axis.
+        helped: images of the proponents, (queries, k, height, width).
+        hurt: images of the opponents, likewise.
+        query_titles: a line of text for each query,
+        helped_titles: and for each proponent,
+        hurt_titles: and opponent.
+    """
+    import matplotlib.pyplot as plt
+
+    k, gap = helped.shape[1], 0.35
+    widths = [1, gap, *[1] * k, gap, *[1] * hurt.shape[1]]
+    size = (0.72 * sum(widths), 0.95 * len(queries) + 0.35)
+    figure, grid = plt.subplots(
+        len(queries), len(widths), figsize=size, squeeze=False, layout="constrained", width_ratios=widths
+    )
+    for axes in grid.flat:
+        axes.axis("off")
+    for row, axes in enumerate(grid):
+        shown = [
+            (0, [queries[row]], [query_titles[row]]),
+            (2, helped[row], helped_titles[row]),
+            (3 + k, hurt[row], hurt_titles[row]),
+        ]
+        for first, pictures, titles in shown:
+            for place, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+                axes[first + place].imshow(picture, cmap="gray_r")
+                axes[first + place].set_title(title, fontsize=8, pad=2)
+    for column, heading in ((0, "asked"), (2, "helped"), (3 + k, "hurt")):
+        grid[0, column].annotate(
+            heading, (0, 1.45), xycoords="axes fraction", fontsize=10, fontweight="bold", annotation_clip=False
+        )
+    return figure
+
+
 def _linear_below(values: Sequence[float]) -> float:
     """Where a symmetric-log axis turns linear: about a thousandth of the largest, a power of ten."""
     largest = max(map(abs, values))

@@ -19,6 +19,8 @@ from lightning_sketch.params import Layout
 
 _AT_ONCE = 1 << 24
 """Numbers in the gradients that vmap holds at a time."""
+_TOGETHER = 1 << 21
+"""Numbers in the gradients that are sketched in one call."""
 
 
 def loop_sketches(
@@ -30,13 +32,13 @@ def loop_sketches(
     loss_fn: LossFn,
 ) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"]]:
     """Sketches of each example's gradient with respect to these parameters of the layout, and its loss."""
-    rows, losses = [], []
+    rows, losses = _Sketched(layout, sketch), []
     for example in split_batch(batch, 1):
         loss = loss_fn(module, example).sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        rows.append(layout.sketch(sketch, dict(zip(parameters, gradients, strict=True))))
+        rows.add(dict(zip(parameters, gradients, strict=True)))
         losses.append(loss.detach())
-    return torch.stack(rows), torch.stack(losses)
+    return rows.all(), torch.stack(losses)
 
 
 def vmap_sketches(
@@ -63,7 +65,7 @@ def vmap_sketches(
     gradients_of = torch.func.vmap(
         torch.func.grad(loss_of, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different"
     )
-    rows, losses = [], []
+    rows, losses = _Sketched(layout, sketch), []
     size = max(1, _AT_ONCE // sum(p.numel() for p in own))
     for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         try:
@@ -73,6 +75,38 @@ def vmap_sketches(
                 f"{type(module).__name__} cannot be vectorized over examples: {error}. Use engine='loop'."
             ) from error
         named = dict(zip(parameters, gradients, strict=True))
-        rows += [layout.sketch(sketch, {k: g[i] for k, g in named.items()}) for i in range(len(parts[0]))]
+        for i in range(len(parts[0])):
+            rows.add({name: gradient[i] for name, gradient in named.items()})
         losses.append(loss)
-    return torch.stack(rows), torch.cat(losses)
+    return rows.all(), torch.cat(losses)
+
+
+class _Sketched:
+    """Sketches of gradients that come one by one: of small ones many at once, since signs are made once for all."""
+
+    def __init__(self, layout: Layout, sketch: Sketch):
+        self.layout, self.sketch = layout, sketch
+        self.at_once = _TOGETHER // layout.n
+        self.waiting: list[Tensor] = []
+        self.rows: list[Tensor] = []
+
+    def add(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """One example's."""
+        if self.at_once < 2:
+            self.rows.append(self.layout.sketch(self.sketch, gradients)[None])
+            return
+        like = next(g for g in gradients.values() if g is not None)
+        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+        self.waiting.append(self.layout.flatten([gradients.get(name) for name in self.layout.names], like))
+        if len(self.waiting) == self.at_once:
+            self._sketch()
+
+    def all(self) -> Float[Tensor, "examples dim"]:
+        """All rows."""
+        self._sketch()
+        return torch.cat(self.rows)
+
+    def _sketch(self) -> None:
+        if self.waiting:
+            self.rows.append(self.sketch.matvec(torch.stack(self.waiting)))
+            self.waiting = []
