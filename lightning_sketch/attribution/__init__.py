@@ -1,6 +1,8 @@
 """Sketched gradients: made, stored, and asked which examples taught what."""
 
 from lightning_sketch.attribution.appender import RowAppender as RowAppender
+from lightning_sketch.attribution.calibrate import Calibration as Calibration
+from lightning_sketch.attribution.calibrate import calibrate as calibrate
 from lightning_sketch.attribution.curvature import Curvature as Curvature
 from lightning_sketch.attribution.ggn import fit_ggn as fit_ggn
 from lightning_sketch.attribution.indexed_dataset import IndexedDataset as IndexedDataset

@@ -109,7 +109,7 @@ def inverse_of(curvature: CurvatureLike, damping: Damping, rows: RowSource, fing
             raise ValueError("damping is given twice: an Influence brings its own; pass its .curvature instead.")
         inverse = curvature
     else:
-        inverse = Influence(_curvature(curvature, rows, fingerprint), damping)
+        inverse = Influence(curvature_of(curvature, rows, fingerprint), damping)
     found = inverse.curvature
     if found.dim != rows.sketch.dim:
         raise ValueError(f"the curvature has dim={found.dim}, rows have {rows.sketch.dim}; fit it with their sketch.")
@@ -122,7 +122,8 @@ def inverse_of(curvature: CurvatureLike, damping: Damping, rows: RowSource, fing
     return inverse
 
 
-def _curvature(curvature: str | Curvature, rows: RowSource, fingerprint: int) -> Curvature:
+def curvature_of(curvature: str | Curvature, rows: RowSource, fingerprint: int) -> Curvature:
+    """The curvature that is meant; errors as in `inverse_of`."""
     if isinstance(curvature, Curvature):
         return curvature
     if curvature != "ggn":
