@@ -3,23 +3,29 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_sketch.gradients.checks import hooks_fail
+from lightning_sketch.gradients.examples import num_examples
+from lightning_sketch.gradients.hooks import ExampleHooks
 from lightning_sketch.gradients.loss import LossFn
 from lightning_sketch.gradients.one_by_one import loop_sketches, vmap_sketches
-from lightning_sketch.gradients.own_scale import check_reduction
+from lightning_sketch.gradients.own_scale import check_reduction, own_scale
+from lightning_sketch.gradients.sinks import SketchSink
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.params import Layout
 
 _ONE_BY_ONE = {"loop": loop_sketches, "vmap": vmap_sketches}
-ENGINES = ("auto", *_ONE_BY_ONE)
+ENGINES = ("auto", "hooks", *_ONE_BY_ONE)
 
 
 class ExampleSketches:
     """A function: batch -> rows, one per example, and losses, where the engine knows them.
 
-    Run it under `undisturbed`. Arguments as in `sketch_gradients`.
+    Run it under `undisturbed`. The first batch of two examples or more tells whether hooks serve the module: what they
+    give is compared with what autograd gives for two examples alone. Arguments as in `sketch_gradients`.
 
     Raises:
         ValueError: if the engine is unknown, or cannot serve the module.
@@ -39,11 +45,62 @@ class ExampleSketches:
             raise ValueError(f"engine={engine!r} is not known; use one of {', '.join(map(repr, ENGINES))}.")
         check_reduction(reduction)
         self.module, self.layout, self.sketch, self.loss_fn = module, layout, sketch, loss_fn
-        self.weight_fn, self.reduction = weight_fn, reduction
+        self.weight_fn, self.reduction, self.engine = weight_fn, reduction, engine
         self.parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
-        self.engine = "loop" if engine == "auto" else engine
+        self._hooks: tuple[ExampleHooks, SketchSink] | None = None
 
     def __call__(self, batch: Any) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
         """The rows, at the module's present weights."""
-        one_by_one = _ONE_BY_ONE[self.engine]
+        if self.engine in ("auto", "hooks") and self._hooks is None:
+            self._choose(batch)
+        if self._hooks is not None:
+            return self._by_hooks(batch)
+        one_by_one = _ONE_BY_ONE[self.engine if self.engine in _ONE_BY_ONE else "loop"]
         return one_by_one(self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn)
+
+    def _choose(self, batch: Any) -> None:
+        """Take hooks if they are right; one example says nothing, and goes through the loop."""
+        if num_examples(batch) == 1:
+            return
+        try:
+            failing = hooks_fail(self.module, batch, self.parameters, self.loss_fn, self._scale(batch))
+        except ValueError:
+            if self.engine == "hooks":
+                raise
+            failing = self.parameters
+        if failing and self.engine == "hooks":
+            listed = "".join(f"\n  {name}: {reason}" for name, reason in list(failing.items())[:20])
+            raise ValueError(
+                f"hooks do not give the gradients of single examples for {len(failing)} of {len(self.parameters)} "
+                f"parameters of {type(self.module).__name__}:{listed}\nUse engine='loop', or leave these out."
+            )
+        if failing:
+            self.engine = "loop"
+        else:
+            sink = SketchSink(self.sketch, self.layout, self.parameters)
+            self._hooks = ExampleHooks(self.module, self.parameters), sink
+
+    def _by_hooks(self, batch: Any) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
+        hooks, sink = self._hooks
+        examples = num_examples(batch)
+        sink.start(examples)
+        with hooks.recording(sink, examples):
+            loss = self.loss_fn(self.module, batch)
+            total = loss.sum()
+            hooks.before_backward(total)
+            torch.autograd.grad(total, list(self.parameters.values()), allow_unused=True)
+            rows = sink.rows()
+        each = loss.detach() if loss.shape == (examples,) else None
+        return rows * self._scale(batch).to(rows)[:, None], each
+
+    def _scale(self, batch: Any) -> Float[Tensor, " examples"]:
+        """One loss per example adds up to a sum, whatever the mean would be."""
+        if self.weight_fn is None and self.reduction == "mean" and self._one_each(batch):
+            return own_scale(batch, "sum")
+        return own_scale(batch, self.reduction, self.weight_fn)
+
+    def _one_each(self, batch: Any) -> bool:
+        if not hasattr(self, "_vector"):
+            with torch.no_grad():
+                self._vector = self.loss_fn(self.module, batch).shape == (num_examples(batch),)
+        return self._vector

@@ -32,7 +32,7 @@ def module():
     return Digits()
 
 
-@pytest.mark.parametrize("engine", ["auto", "loop", "vmap"])
+@pytest.mark.parametrize("engine", ["auto", "hooks", "loop", "vmap"])
 def test_rows_are_sketched_gradients_of_each_example(module, engine):
     """With batch norm and dropout in the module: evaluation mode. Rounding of float32 through a few layers."""
     sketch = BlockSRHT(Layout.of(module).n, 64)
@@ -79,7 +79,10 @@ def test_what_is_known_of_each_row(module):
     losses = F.cross_entropy(module.net(x), y, reduction="none")
     torch.testing.assert_close(rows.loss, losses.detach())
     torch.testing.assert_close(rows.prob_true, (-losses).exp().detach())
-    torch.testing.assert_close(sketch_gradients(module, data, sketch, loss).loss.sort()[0], rows.loss.sort()[0])
+    alike = sketch_gradients(module, data, sketch, lambda module, batch: row_fn(module, batch)[0])
+    torch.testing.assert_close(alike.loss.sort()[0], rows.loss.sort()[0])
+    order, other = alike.example_id.argsort(), rows.example_id.argsort()
+    torch.testing.assert_close(alike.sketches[order], rows.sketches[other], rtol=1e-4, atol=1e-6)
 
 
 def test_works_on_a_checkpoint_in_inference_mode(module):
@@ -103,3 +106,63 @@ def test_refused_before_any_work(module):
         sketch_gradients(module, [], sketch, reduction="max")
     with pytest.raises(ValueError, match="got no batches"):
         sketch_gradients(module, [], sketch)
+
+
+class Awkward(nn.Module):
+    """A layer that no rule serves, beside one that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.LSTM(8, 8, batch_first=True), nn.Linear(64, 10)
+
+    def forward(self, x):
+        return self.second(self.first(x.squeeze(1))[0].flatten(1))
+
+
+def test_what_hooks_do_not_serve_goes_through_the_loop_or_is_named():
+    torch.manual_seed(0)
+    module, batch = Awkward(), dataset()[:6]
+    sketch = BlockSRHT(Layout.of(module).n, 64)
+
+    def mean(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1])
+
+    rows = sketch_gradients(module, [batch], sketch, mean)
+    torch.testing.assert_close(rows.sketches, sketch_gradients(module, [batch], sketch, mean, engine="loop").sketches)
+    with pytest.raises(
+        ValueError, match=r"for 4 of 6 parameters of Awkward:\n  first.weight_ih_l0: LSTM first has no rule"
+    ):
+        sketch_gradients(module, [batch], sketch, mean, engine="hooks")
+
+
+def test_a_loss_that_is_no_mean_over_examples_is_refused_by_hooks(module):
+    """A sum taken for a mean, and a loss in which examples meet; with the right reduction the sum is served."""
+    sketch, batch = BlockSRHT(Layout.of(module).n, 64), dataset()[:6]
+
+    def summed(module, batch):
+        return F.cross_entropy(module.net(batch[0]), batch[1], reduction="sum")
+
+    def contrastive(module, batch):
+        z = module.net(batch[0])
+        return F.cross_entropy(z @ z.T, torch.arange(len(z)))
+
+    for wrong in (summed, contrastive):
+        with pytest.raises(ValueError, match="is not the gradient of the example alone"):
+            sketch_gradients(module, [batch], sketch, wrong, engine="hooks")
+    rows = sketch_gradients(module, [batch], sketch, summed, engine="hooks", reduction="sum")
+    torch.testing.assert_close(rows.sketches, sketch_gradients(module, [batch], sketch, loss).sketches)
+
+
+def test_an_axis_taken_for_that_of_the_examples_is_noticed():
+    """As many tokens as examples, the other way round: the shares add up, and are wrong."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    sketch = BlockSRHT(8, 8)
+
+    def other_axis(module, x):
+        return module(x.transpose(0, 1)).square().mean((0, 2))  # one loss per example
+
+    x = torch.randn(5, 5, 3)
+    with pytest.raises(ValueError, match="along another axis"):
+        sketch_gradients(module, [x], sketch, other_axis, engine="hooks")
+    assert len(sketch_gradients(module, [x], sketch, other_axis)) == 5
