@@ -7,11 +7,15 @@ Whatever `batch_first` says, inputs are (tokens, examples, numbers) inside, and 
 last product. A matrix may be a slice of `in_proj_weight`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from lightning_sketch.gradients.one_pass import Pass
 from lightning_sketch.gradients.pieces import Full, NotServed, Outer, Piece, wide
 
 _OWN = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -23,12 +27,60 @@ _listeners: list[Listener] = []
 _plain: Callable[..., Tensor] | None = None
 
 
-def matrices(module: nn.MultiheadAttention) -> Iterator[nn.Parameter]:
+def is_known(module: nn.Module) -> bool:
+    """Whether it is an attention that works as described."""
+    return type(module).forward is nn.MultiheadAttention.forward and not is_parametrized(module)
+
+
+def watch(module: nn.MultiheadAttention, one: Pass) -> None:
+    """Hear of its products in forward passes of this pass, and serve its matrices."""
+    heard: list[_Products] = []
+
+    def before(module: nn.MultiheadAttention, args: tuple) -> None:
+        if one.acts() and one.wanted(_matrices(module)):
+            heard.append(_Products(module, one))
+            one.handles.append(heard[-1])
+            listen(heard[-1])
+
+    def after(module: nn.MultiheadAttention, args: tuple, output: Any) -> None:
+        if heard:
+            heard.pop().remove()
+
+    one.handles.append(module.register_forward_pre_hook(before))
+    one.handles.append(module.register_forward_hook(after, always_call=True))
+
+
+class _Products:
+    """Listens during one call of an attention."""
+
+    def __init__(self, module: nn.MultiheadAttention, one: Pass):
+        self._own, self._pass = one.wanted(_matrices(module)), one
+        self._sequences: int | None = None
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, output: Tensor) -> None:
+        one = self._pass
+        if input.ndim == 3:
+            self._sequences = input.shape[1]
+        matrix, shift = _within(weight, self._own), _within(bias, self._own)
+        wanted = [place[0] for place in (matrix, shift) if place is not None]
+        if not wanted or not output.requires_grad:
+            return
+        one.taken |= {id(p) for p in wanted}
+        if self._sequences == one.examples:
+            make = partial(_pieces, matrix, shift, one.examples)
+            one.on_gradient(output, wanted, make, None if matrix is None else input.detach())
+        else:
+            one.explain(wanted, f"the attention was called with {self._sequences} sequences, not {one.examples}")
+
+    def remove(self) -> None:
+        """Stop listening."""
+        stop(self)
+
+
+def _matrices(module: nn.MultiheadAttention) -> list[nn.Parameter | None]:
     """The parameters that are multiplied by, with their biases."""
-    own = (module._parameters.get(name) for name in _OWN)
-    for parameter in (*own, module.out_proj._parameters.get("weight"), module.out_proj._parameters.get("bias")):
-        if parameter is not None:
-            yield parameter
+    last = module.out_proj._parameters
+    return [*(module._parameters.get(name) for name in _OWN), last.get("weight"), last.get("bias")]
 
 
 def listen(listener: Listener) -> None:
@@ -56,30 +108,28 @@ def _heard(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return output
 
 
-def within(part: Tensor | None, parameters: list[nn.Parameter]) -> tuple[nn.Parameter, int] | None:
-    """The parameter that a tensor is, or is a slice of, and where it starts in it."""
+Place = tuple[nn.Parameter, int]
+"""A parameter, and where a slice of it begins."""
+
+
+def _within(part: Tensor | None, parameters: list[nn.Parameter]) -> Place | None:
     for parameter in parameters if part is not None else ():
         if part is parameter or part._base is parameter:
             return parameter, part.storage_offset() - parameter.storage_offset()
     return None
 
 
-def product_pieces(
-    weight: tuple[nn.Parameter, int] | None,
-    bias: tuple[nn.Parameter, int] | None,
-    input: Tensor | None,
-    gradient: Tensor,
-    examples: int,
+def _pieces(
+    matrix: Place | None, shift: Place | None, examples: int, input: Tensor | None, gradient: Tensor
 ) -> list[Piece]:
-    """Pieces of one product: parameters with where they start, input (None: not needed), gradient of the output."""
     left = _by_example(gradient, examples)
     pieces: list[Piece] = []
-    if weight is not None and input is not None:
-        if not weight[0].is_contiguous():
+    if matrix is not None:
+        if not matrix[0].is_contiguous():
             raise NotServed("its memory is not in row-major order, so a slice of it cannot be placed")
-        pieces.append(Outer(weight[0], left, _by_example(input, examples), weight[1]))
-    if bias is not None:
-        pieces.append(Full(bias[0], left.sum(1), bias[1]))
+        pieces.append(Outer(matrix[0], left, _by_example(input, examples), matrix[1]))
+    if shift is not None:
+        pieces.append(Full(shift[0], left.sum(1), shift[1]))
     return pieces
 
 

@@ -9,13 +9,15 @@ g_b    gradient of the loss with respect to y_b, before autograd adds it up over
 In between, p may have been reshaped or cast. Operations are found by one walk through the graph of the loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from jaxtyping import Float
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
+from lightning_sketch.gradients.one_pass import Pass
 from lightning_sketch.gradients.pieces import NotServed, Piece, wide
 
 _FACTORS: dict[str, Callable[[Any, int, Tensor], Tensor]] = {
@@ -116,6 +118,42 @@ class Graph:
                 else:
                     found.append(Meeting(shared, shape, user, place))
         return found, otherwise
+
+
+def meet(loss: Tensor, one: Pass, shared: Iterable[tuple[Any, Shared]], owner: Callable[[str], str]) -> None:
+    """Put hooks where shared tensors meet the examples in the graph of this loss.
+
+    Args:
+        loss: with a graph.
+        one: the pass that the hooks are for.
+        shared: each with the parameter that it is, or the node that made it.
+        owner: name -> how the reason begins why a parameter is not served.
+    """
+    graph = Graph(loss)
+    for origin, what in shared:
+        parameter = one.parameters[what.name]
+        node = graph.leaf(origin) if isinstance(origin, nn.Parameter) else origin
+        if node is None:
+            if graph.hides:
+                one.hidden.append(parameter)
+            continue
+        meetings, otherwise = graph.meetings(node, what)
+        if otherwise:
+            one.explain([parameter], owner(what.name) + " and ".join(dict.fromkeys(otherwise)))
+        for meeting in meetings:
+            if (meeting.node, meeting.place) in one.met:
+                continue
+            one.met.add((meeting.node, meeting.place))
+            hook = partial(_at_meeting, one, parameter, meeting, owner(what.name))
+            one.handles.append(meeting.node.register_prehook(hook))
+
+
+def _at_meeting(
+    one: Pass, parameter: nn.Parameter, meeting: Meeting, whose: str, gradients: tuple[Tensor | None, ...]
+) -> None:
+    (gradient,) = gradients
+    if one.armed and gradient is not None:
+        one.give([parameter], lambda: meeting.pieces(gradient, one.examples), whose)
 
 
 def _can_be_read(node: Any, place: int) -> bool:

@@ -42,7 +42,7 @@ LINEAR = {
 
 
 @DTYPES
-@pytest.mark.parametrize("layer, size", LINEAR.values(), ids=LINEAR)
+@pytest.mark.parametrize(("layer", "size"), LINEAR.values(), ids=LINEAR)
 def test_linear(layer, size, dtype):
     assert_exact(randomized(layer, dtype), layer, images(*size, dtype=dtype))
 
@@ -79,7 +79,7 @@ CONVOLUTIONS = {
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @DTYPES
-@pytest.mark.parametrize("layer, size", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize(("layer", "size"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
 def test_convolution(layer, size, dtype):
     assert_exact(randomized(layer, dtype), layer, images(*size, dtype=dtype))
 
@@ -106,7 +106,7 @@ NORMS = {
 
 
 @DTYPES
-@pytest.mark.parametrize("layer, size", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize(("layer", "size"), NORMS.values(), ids=NORMS)
 def test_normalization(layer, size, dtype):
     randomized(layer, dtype).eval()
     for name, statistics in layer.named_buffers():
@@ -196,7 +196,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
-@pytest.mark.parametrize("layer, size", PARTS.values(), ids=PARTS)
+@pytest.mark.parametrize(("layer", "size"), PARTS.values(), ids=PARTS)
 def test_one_of_two_parameters_frozen(layer, size, frozen):
     layer = randomized(layer).requires_grad_(True)
     getattr(layer, frozen).requires_grad_(False)
@@ -234,7 +234,7 @@ def test_a_subclass_with_its_own_forward_is_not_taken_for_its_base():
 def test_weights_made_from_others_are_named(wrap):
     net = nn.Sequential(nn.Linear(3, 4), wrap(nn.Linear(4, 4)))
     net = randomized(net)
-    rows, hooks = rows_by_hooks(net, net, images(3))
+    _, hooks = rows_by_hooks(net, net, images(3))
     truth = rows_by_autograd(net.eval(), net, images(3))
     assert hooks.served >= {"0.weight", "0.bias"}
     left = {name for name in truth if "parametrizations" in name}
@@ -268,7 +268,7 @@ def test_a_wrong_axis_of_the_right_length_passes_the_sum():
     def run(x):
         return layer(x.transpose(0, 1)).transpose(0, 1)
 
-    rows, hooks = rows_by_hooks(layer, run, x)
+    rows, _ = rows_by_hooks(layer, run, x)
     assert sum_error(rows, layer) < 1e-12
     assert error(rows, rows_by_autograd(layer, run, x)) > 0.5
 
