@@ -6,7 +6,8 @@ p      a bare parameter (class token, positional embedding, LayerScale, bias), o
        positions, without an axis of examples
 g_b    gradient of the loss with respect to y_b, before autograd adds it up over the examples
 
-In between, p may have been reshaped or cast. Operations are found by one walk through the graph of the loss.
+In between, p may have been reshaped, cast, cut or transposed. Operations are found by one walk through the graph of
+the loss.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,16 +15,28 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Size, Tensor, nn
 
 from lightning_sketch.gradients.one_pass import Pass
 from lightning_sketch.gradients.pieces import NotServed, Piece, wide
 
+
+def _repeated(node: Any, place: int, gradient: Tensor) -> Tensor:
+    """As if the repetition along the first axis had been an expansion, and none along others."""
+    repeats = node._saved_repeats
+    sizes = [1] * (len(repeats) - len(node._saved_self_sym_sizes)) + list(node._saved_self_sym_sizes)
+    apart = gradient.reshape([n for pair in zip(repeats, sizes, strict=True) for n in pair])
+    others = tuple(range(2, apart.ndim, 2))
+    return apart.sum(others) if others else apart
+
+
 _FACTORS: dict[str, Callable[[Any, int, Tensor], Tensor]] = {
     "AddBackward0": lambda node, place, g: g * node._saved_alpha if place else g,
     "SubBackward0": lambda node, place, g: -g * node._saved_alpha if place else g,
     "ExpandBackward0": lambda node, place, g: g,
+    "RepeatBackward0": _repeated,
     "MulBackward0": lambda node, place, g: g * wide(node._saved_self if place else node._saved_other),
 }
 """Gradient with respect to argument `place` of an operation, before it is summed over repeated axes."""
@@ -41,6 +54,9 @@ _SAME_ORDER = {
 }
 """Operations that keep all numbers in their order."""
 
+_MOVES = {"PermuteBackward0", "SelectBackward0", "SliceBackward0", "TBackward0", "TransposeBackward0"}
+"""Operations that move numbers or drop some; they save no tensor, so that their nodes can be called again."""
+
 
 @dataclass(frozen=True, eq=False)
 class Shared:
@@ -53,10 +69,13 @@ class Shared:
 
 @dataclass(frozen=True, eq=False)
 class Meeting:
-    """An operation where a shared tensor, of this shape by then, meets the examples."""
+    """An operation where a shared tensor, of this shape by then, meets the examples.
+
+    `way` are the operations that came before, with the shape that each gave.
+    """
 
     shared: Shared
-    shape: Size
+    way: tuple[tuple[Any, Size], ...]
     node: Any
     place: int
 
@@ -67,7 +86,12 @@ class Meeting:
             NotServed: if it has no axis of examples.
         """
         gradient = _FACTORS[self.node.name()](self.node, self.place, wide(gradient))
-        return self.shared.pieces(_by_example(gradient, self.shape, examples))
+        shape = self.way[-1][1] if self.way else self.shared.shape
+        values = _by_example(gradient, shape, examples)
+        for node, shape in reversed(self.way):
+            if node.name() in _MOVES:
+                values = torch.stack([node(row.view(shape)).flatten() for row in values])
+        return self.shared.pieces(values)
 
 
 class Graph:
@@ -104,19 +128,19 @@ class Graph:
         """Where the tensor that `node` stands for meets the examples; and in words, where it is used otherwise."""
         found: list[Meeting] = []
         otherwise: list[str] = []
-        waiting = [(node, shared.shape)]
+        waiting: list[tuple[Any, tuple[tuple[Any, Size], ...]]] = [(node, ())]
         while waiting:
-            node, shape = waiting.pop()
+            node, way = waiting.pop()
             for user, place in self._users.get(node, []):
                 kind = user.name()
-                if kind in _SAME_ORDER:
-                    waiting.append((user, Size(user._input_metadata[0].shape)))
+                if kind in _SAME_ORDER or kind in _MOVES:
+                    waiting.append((user, (*way, (user, Size(user._input_metadata[0].shape)))))
                 elif kind not in _FACTORS:
                     otherwise.append(f"it is used by {kind.removesuffix('0').removesuffix('Backward')}")
                 elif kind == "MulBackward0" and not _can_be_read(user, place):
                     otherwise.append("it is a factor inside activation checkpointing, where the other one is not kept")
                 else:
-                    found.append(Meeting(shared, shape, user, place))
+                    found.append(Meeting(shared, way, user, place))
         return found, otherwise
 
 

@@ -10,7 +10,6 @@ from dense_sink import (
     error,
     gradients,
     losses_of,
-    rows_by_autograd,
     rows_by_hooks,
     sum_error,
     trained,
@@ -125,14 +124,15 @@ def test_other_numbers_of_sequences_are_named():
 
 
 def test_extra_keys_are_named():
+    """They are repeated for each example along the second axis."""
     layer = attention(batch_first=True, add_bias_kv=True)
     x = sequences()
     rows, hooks = rows_by_hooks(layer, called(layer), x)
     assert hooks.reasons.keys() == {"bias_k", "bias_v"}
-    assert "Repeat" in hooks.reasons["bias_k"]
+    assert "without an axis of the 3 examples in front" in hooks.reasons["bias_k"]
     truth = rows_by_autograd(layer, called(layer), x)
-    served = hooks.served
-    assert error({n: rows[n] for n in served}, {n: truth[n] for n in served}) < 1e-12
+    assert hooks.served == {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
+    assert error({n: rows[n] for n in hooks.served}, {n: truth[n] for n in hooks.served}) < 1e-12
 
 
 def test_a_parametrized_attention_is_named():

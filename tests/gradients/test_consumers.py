@@ -48,6 +48,16 @@ USES = {
     "reshaped": ((T * E,), lambda p, x: x + p.view(T, E).unsqueeze(0)),
     "cast": ((E,), lambda p, x: x.float().double() * p.double().clone()),
     "used_twice": ((E,), lambda p, x: (x + p) * p),
+    "repeated": ((1, 1, E), lambda p, x: torch.cat([p.repeat(len(x), 1, 1), x], 1)),
+    "repeated_along_others": ((1, T, 1), lambda p, x: x.cos() * p.repeat(len(x), 1, E)),
+    "repeated_vector": ((E,), lambda p, x: x.cos() * p.repeat(len(x), 2, 1)[:, 1:]),
+    "first_positions": ((1, T + 2, E), lambda p, x: x + p[:, :T]),
+    "last_positions": ((T + 2, E), lambda p, x: x + p[-T:]),
+    "every_other": ((2 * T, E + 1), lambda p, x: x * p[::2, None, 1:].transpose(0, 1)),
+    "one_of_a_stack": ((2, T, E), lambda p, x: x + p[1]),
+    "both_of_a_stack": ((2, E), lambda p, x: x * p[0] + p[1]),
+    "transposed": ((E, T), lambda p, x: x + p.T),
+    "permuted": ((E, 1, T), lambda p, x: x * p.permute(1, 2, 0)),
     "both_factors": ((1, E), lambda p, x: (p[None] * x) * p),
 }
 
@@ -60,8 +70,8 @@ def test_a_bare_parameter(shape, use):
 
 
 OTHER_USES = {
-    "repeat": ((1, 1, E), lambda p, x: torch.cat([p.repeat(len(x), 1, 1), x], 1), "Repeat"),
-    "slice": ((1, T + 2, E), lambda p, x: x + p[:, :T], "Slice"),
+    "gathered": ((T + 2, E), lambda p, x: x + p[torch.arange(T)], "Index"),
+    "repeated_whole": ((B, T, E), lambda p, x: x.repeat(2, 1, 1) + p.repeat(2, 1, 1), "without an axis"),
     "product": ((E, E), lambda p, x: x @ p, "Expand|View|Mm|Bmm|UnsafeView"),
     "function": ((E,), lambda p, x: x + p.exp(), "Exp"),
     "no_examples": ((E,), lambda p, x: x + p * 2, "without an axis of the 4 examples"),
