@@ -36,14 +36,20 @@ def check_trainer(trainer: Trainer, pl_module: LightningModule, name: str, has_l
             )
 
 
-def check_rows(trainer: Trainer, pl_module: LightningModule, stage: str, has_loss_fn: bool) -> None:
+def check_rows(trainer: Trainer, pl_module: LightningModule, stage: str, per: str, has_loss_fn: bool) -> None:
     """Raise MisconfigurationException if gradients cannot be written, with the way out."""
     kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-    if "DeepSpeedStrategy" in kinds or "FSDPStrategy" in kinds or ("ModelParallelStrategy" in kinds and stage != "fit"):
+    whole = stage != "fit" or per == "example"
+    if "DeepSpeedStrategy" in kinds or "FSDPStrategy" in kinds or ("ModelParallelStrategy" in kinds and whole):
         raise MisconfigurationException(
             f"GradientSketchWriter cannot write rows of {stage} under {type(trainer.strategy).__name__}: an example's "
             "gradient needs whole parameters, and only the gradients of steps under ModelParallelStrategy are sketched "
             "where their shards are. Use strategy='ddp', or one device."
+        )
+    if per == "example" and not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} optimizes by hand: which backward pass is that of an example's loss is "
+            "not known. Use GradientSketchWriter(per='step')."
         )
     if stage != "fit" and not has_loss_fn and not pl_module.automatic_optimization:
         raise MisconfigurationException(

@@ -21,19 +21,24 @@ from lightning_sketch._compat import (
     say,
     state_key,
 )
-from lightning_sketch.attribution import GradientStore, StoreSpec, batch_ids
+from lightning_sketch.attribution import StoreSpec, batch_ids
 from lightning_sketch.attribution.indexed_dataset import Indexed, without_index
 from lightning_sketch.attribution.sketch_gradients import ExampleRows, RowFn
 from lightning_sketch.attribution.spec import DTYPES
+from lightning_sketch.callbacks.example_rows import TrainingExamples, served_layout
 from lightning_sketch.callbacks.fits import check_rows
 from lightning_sketch.callbacks.log_spectrum import log_scalars
 from lightning_sketch.callbacks.step_rows import StepRows, one_rate
 from lightning_sketch.callbacks.store_run import Copies, StoreRun, check_fresh, default_folder
 from lightning_sketch.gradients import training_step_loss
+from lightning_sketch.gradients.norms import couples
 from lightning_sketch.operators.kinds import KINDS, make_sketch
 from lightning_sketch.params import Layout
 
-_MEANING = {"step": "fit: gradient of the step's mean loss; else: gradient of the example's own loss"}
+_MEANING = {
+    "step": "fit: gradient of the step's mean loss; else: gradient of the example's own loss",
+    "example": "gradient of the example's own loss",
+}
 
 
 class GradientSketchWriter(CallbackBase):
@@ -54,7 +59,10 @@ class GradientSketchWriter(CallbackBase):
         dirpath: folder of the store; beside ModelCheckpoint's if None, and on resuming that of the checkpoint.
         dim: numbers in a row; at most the number of parameters, to which it is cut.
         sketch: kind of the map, as in `make_sketch`.
-        per: "step".
+        per: "step" for a row per optimizer step; "example" for a row per training example, from the same backward pass,
+            in the mode and precision of training, for every batch of a recorded step. Needs the examples' numbers. What
+            hooks cannot split, as a recurrent layer, is left out by name, in a warning and in the store's spec; in
+            batch norm's training mode a row is a share of a batch in which examples are coupled, and marked so.
         every_n_train_steps: optimizer steps between two rows while training.
         parameters: which parameters, as a shell pattern on their names.
         index_key: where a batch keeps the numbers of its examples: a key or a place in it, or "hash" for numbers made
@@ -128,6 +136,7 @@ class GradientSketchWriter(CallbackBase):
         self._moment: dict[str, Any] = {}
         self._run: StoreRun | None = None
         self._steps: StepRows | None = None
+        self._training: TrainingExamples | None = None
         self._examples: ExampleRows | None = None
         self._copies: dict[int, Copies] = {}
         self._index: Tensor | None = None
@@ -153,7 +162,7 @@ class GradientSketchWriter(CallbackBase):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; from here on take the index off the batches of an `IndexedDataset`."""
-        check_rows(trainer, pl_module, stage, self.loss_fn is not None)
+        check_rows(trainer, pl_module, stage, self.per, self.loss_fn is not None)
         if stage == "fit" and trainer.global_step == 0:
             self._resumed = None  # a checkpoint is loaded after this
         self._moment = {}
@@ -176,23 +185,36 @@ class GradientSketchWriter(CallbackBase):
         """Open the store."""
         if trainer.fast_dev_run:
             return
-        parent = self._resumed if trainer.global_step > 0 else None
-        if self._asked is None and parent is not None and Path(parent["dirpath"]).exists():
-            self.dirpath = parent["dirpath"]
-        spec = self._open(trainer, pl_module, "fit", parent["attempt"] if parent else None)
-        self._steps = StepRows(pl_module, spec.parameters, spec.operator)
-        self._resumed = {"attempt": self._run.attempt.number, "dirpath": self.dirpath}
-        self._say_size(trainer, spec)
+        if self.per == "step":
+            spec = self._open_fit(trainer, Layout.of(pl_module, self.parameters))
+            self._steps = StepRows(pl_module, spec.parameters, spec.operator)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note whose turn it is."""
         if self._steps is not None:
             self._steps.begin_batch(trainer, self._ids(batch))
+        if self.per == "example" and not trainer.fast_dev_run:
+            if self._training is None:
+                self._begin_examples(trainer, pl_module, batch)
+            ids = self._ids(batch)
+            copies = self._train_copies.among(len(ids))
+            if (trainer.global_step + 1) % self.every_n_train_steps == 0:
+                self._training.begin_batch(batch, ids)
+                self._padded = copies
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss."""
         if self._steps is not None:
             self._steps.add_loss(trainer, loss)
+        if self._training is not None:
+            self._training.before_backward(loss)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The rows of the batch's examples."""
+        rows = self._training.done(trainer) if self._training is not None else None
+        if rows is not None:
+            rows.columns["padded"][:] = self._padded
+            self._run.put(rows)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -210,6 +232,11 @@ class GradientSketchWriter(CallbackBase):
         for row in self._steps.done(trainer):
             if trainer.is_global_zero:
                 self._run.put(row)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A sampler begins anew."""
+        if self.per == "example":
+            self._train_copies = Copies(trainer.train_dataloader, trainer.global_rank)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the number of rows."""
@@ -229,7 +256,7 @@ class GradientSketchWriter(CallbackBase):
         if trainer.state.fn == "validate":
             self._look(trainer, pl_module)
         elif self._run is not None and self.queries and not trainer.sanity_checking:
-            self._examples = self._rows_at(pl_module, GradientStore.open(self._run.folder).spec)
+            self._examples = self._rows_at(pl_module, StoreSpec.read(self._run.folder))
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store."""
@@ -261,23 +288,47 @@ class GradientSketchWriter(CallbackBase):
         """Done with these weights."""
         self._examples = None
 
-    def _open(self, trainer: Trainer, pl_module: LightningModule, stage: str, parent: int | None) -> StoreSpec:
+    def _open_fit(self, trainer: Trainer, layout: Layout, **options: Any) -> StoreSpec:
+        """The store of a fit, new or gone on with."""
+        parent = self._resumed if trainer.global_step > 0 else None
+        if self._asked is None and parent is not None and Path(parent["dirpath"]).exists():
+            self.dirpath = parent["dirpath"]
+        spec = self._open(trainer, layout, "fit", parent["attempt"] if parent else None, **options)
+        self._resumed = {"attempt": self._run.attempt.number, "dirpath": self.dirpath}
+        self._say_size(trainer, spec)
+        return spec
+
+    def _open(
+        self, trainer: Trainer, layout: Layout, stage: str, parent: int | None = None, **options: Any
+    ) -> StoreSpec:
         """The store's folder, its spec, and an attempt in it, on all ranks."""
         if self.dirpath is None:
             self.dirpath = trainer.strategy.broadcast(str(default_folder(trainer, self.name)))
         if stage == "fit" and parent is None:
             check_fresh(Path(self.dirpath))
-        layout = Layout.of(pl_module, self.parameters)
         sketch = make_sketch(self.kind, n=layout.n, dim=min(self.dim, layout.n), seed=self.seed)
-        spec = StoreSpec.of(sketch, layout, dtype=self.dtype, normalization=_MEANING[self.per])
+        spec = StoreSpec.of(sketch, layout, dtype=self.dtype, normalization=_MEANING[self.per], **options)
         step = trainer.global_step if parent is not None else None
         self._run = StoreRun(trainer, Path(self.dirpath), spec, stage, parent, step)
         return spec
 
+    def _begin_examples(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """On the first batch: see what hooks serve, and open the store for that."""
+        layout = Layout.of(pl_module, self.parameters)
+        layout, left_out = served_layout(trainer, pl_module, layout, batch, self.weight_fn, self.reduction)
+        coupled = bool(couples(pl_module))
+        spec = self._open_fit(trainer, layout, left_out=left_out, contribution=coupled)
+        self._training = TrainingExamples(pl_module, layout, spec.operator, self.weight_fn, self.reduction)
+
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare for the rows of a checkpoint's examples."""
-        if not trainer.fast_dev_run:
-            self._examples = self._rows_at(pl_module, self._open(trainer, pl_module, trainer.state.fn.value, None))
+        if trainer.fast_dev_run:
+            return
+        layout, options = Layout.of(pl_module, self.parameters), {}
+        if self.per == "example" and self.dirpath is not None and (Path(self.dirpath) / "spec.json").exists():
+            there = StoreSpec.read(Path(self.dirpath))  # goes on with what could be served while training
+            layout, options = there.parameters, {"left_out": there.left_out, "contribution": there.contribution}
+        self._examples = self._rows_at(pl_module, self._open(trainer, layout, trainer.state.fn.value, **options))
 
     def _rows_at(self, pl_module: LightningModule, spec: StoreSpec) -> ExampleRows:
         """Rows of examples at the module's present weights."""
@@ -289,7 +340,7 @@ class GradientSketchWriter(CallbackBase):
             lambda module, batch: loss_fn(module, copy.deepcopy(batch)),  # a step may change its batch in place
             self.row_fn,
             self.engine,
-            self.parameters,
+            list(spec.parameters.names),
             self.weight_fn,
             self.reduction,
         )
@@ -316,7 +367,7 @@ class GradientSketchWriter(CallbackBase):
     def _say_size(self, trainer: Trainer, spec: StoreSpec) -> None:
         steps = trainer.estimated_stepping_batches
         row = spec.sketch["dim"] * DTYPES[self.dtype].itemsize
-        if steps in (-1, float("inf")):
+        if self.per == "example" or steps in (-1, float("inf")):
             say(trainer, f"{self.name}: {row / 1e3:.1f} kB a row, to {self.dirpath}")
             return
         rows = max(0, int(steps) - trainer.global_step) // self.every_n_train_steps
@@ -324,6 +375,8 @@ class GradientSketchWriter(CallbackBase):
 
     def _close(self) -> None:
         self._attached.close()
-        run, self._run, self._steps, self._examples = self._run, None, None, None
+        if self._training is not None:
+            self._training.stop()
+        run, self._run, self._steps, self._training, self._examples = self._run, None, None, None, None
         if run is not None:
             run.appender.close()

@@ -76,7 +76,8 @@ def hooks_fail(
     rows = {name: sink.rows() for name, sink in each.sinks.items()}
     wrong = _differing(each.of(whole), {name: row.sum(0) for name, row in rows.items()}, parameters)
     found = {}
-    for name in wrong:
+    missed = [name for name, gradient in whole.items() if gradient is not None and name not in served]  # zero, or not
+    for name in dict.fromkeys([*missed, *wrong]):
         unserved = "no hook saw it" if name not in served else "its shares do not add up to its gradient"
         found[name] = reasons.get(name, unserved)
     for place in (0, examples - 1):

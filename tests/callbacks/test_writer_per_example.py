@@ -1,0 +1,168 @@
+"""A row per training example from the backward pass that trains: the gradient of the example's own loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import dataset, fit
+from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from test_do_no_harm import assert_same, outcome
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_sketch import GradientSketchWriter, GradientStore, SpectrumMonitor
+from lightning_sketch.attribution import IndexedDataset, sketch_gradients
+from lightning_sketch.gradients import num_labels
+
+
+def data(batch_size=24, **options):
+    return DataLoader(IndexedDataset(dataset(128)), batch_size=batch_size, shuffle=True, **options)
+
+
+def writer(tmp_path, **arguments):
+    return GradientSketchWriter(tmp_path / "store", **{"dim": 128, "dtype": "float32", "per": "example", **arguments})
+
+
+class Still(LightningModule):
+    """Convolution, group norm, in-place ReLU; the weights stay where they are, so that all rows are at the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 4, 3, stride=2, padding=1),
+            nn.GroupNorm(2, 4),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(64, 10),
+        )
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tolerance"),
+    [({}, 1e-5), ({"accumulate_grad_batches": 3}, 1e-5), ({"precision": "bf16-mixed"}, 0.05)],
+    ids=str,
+)
+def test_rows_are_the_gradients_of_each_example_alone(tmp_path, arguments, tolerance):
+    """Against one example at a time; 128 examples in batches of 24, the last of 8.
+
+    In bfloat16, which rounds to 2^-8, a ReLU near zero may switch: a tenth of the rows may be further off.
+    """
+    model = fit(tmp_path, writer(tmp_path), model=Still, data=data(), max_epochs=2, **arguments)
+    store = GradientStore.open(tmp_path / "store")
+    rows = store.read()
+    assert sorted(rows.example_id.tolist()) == sorted([*range(128)] * 2)
+    truth = sketch_gradients(model, [dataset(128)[:]], store.sketch, engine="loop").sketches[rows.example_id]
+    errors = (rows.sketches - truth).norm(dim=1) / truth.norm(dim=1)
+    assert errors.quantile(0.9 if arguments.get("precision") else 1.0) <= tolerance
+    assert rows.step.max() == model.trainer.global_step
+    assert rows.epoch.tolist() == [0] * 128 + [1] * 128
+    assert rows.lr.unique().tolist() == [0.0]
+    assert not store.spec.contribution
+    if not arguments:  # at one set of weights the rows of training answer too
+        queries = store.sketch_gradients(model, [dataset(130)[128:]])
+        assert store.top_k(queries, 3).example_ids.shape == (2, 3)
+
+
+class Tokens(LightningModule):
+    """A mean over tokens, of which some rows have few."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(17, 8), nn.Linear(8, 5)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.head(self.table(batch["x"])).flatten(0, 1), batch["labels"].flatten())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def sentences():
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda high: torch.randint(0, high, (6,), generator=generator)  # noqa: E731
+    return [{"x": draw(17), "labels": draw(5).where(torch.arange(6) < 1 + i % 6, -100), "number": i} for i in range(24)]
+
+
+def test_a_mean_over_tokens_needs_its_weights_and_says_so(tmp_path):
+    loader = DataLoader(sentences(), batch_size=8)
+    keyed = {"index_key": "number", "dim": 64}
+    model = fit(tmp_path, writer(tmp_path, weight_fn=num_labels, **keyed), model=Tokens, data=loader, max_epochs=1)
+    store = GradientStore.open(tmp_path / "store")
+    truth = sketch_gradients(model, loader, store.sketch, engine="loop", index_key="number")
+    torch.testing.assert_close(store.read().sketches, truth.sketches, rtol=1e-4, atol=1e-6)
+    with pytest.raises(MisconfigurationException, match="weight_fn=num_labels"):
+        fit(tmp_path / "other", writer(tmp_path / "other", **keyed), model=Tokens, data=loader, max_epochs=1)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_training_is_the_same_bit_for_bit(tmp_path, watched):
+    """With dropout and batch norm, accumulation, and a monitor that looks in between; rows are marked as shares."""
+    monitors = lambda: [SpectrumMonitor(num_matvecs=14, dim=64, num_batches=1)] if watched else []  # noqa: E731
+    plain = DataLoader(dataset(128), batch_size=24, shuffle=True)
+    arguments = {"accumulate_grad_batches": 2}
+    written = fit(tmp_path, *monitors(), writer(tmp_path), data=data(), **arguments)
+    alone = fit(tmp_path, *monitors(), data=plain, **arguments)
+    one, other = outcome(written), outcome(alone)
+    assert one["metrics"].pop("sketches/rows") == 256
+    assert_same(one, other)
+    assert not any(part._forward_hooks for part in written.modules())
+    assert GradientStore.open(tmp_path / "store").spec.contribution
+
+
+def test_rows_do_not_depend_on_a_monitor_that_looks_in_between(tmp_path):
+    for name, monitors in (
+        ("alone", []),
+        ("watched", [SpectrumMonitor(num_matvecs=14, dim=64, every_n_train_steps=2)]),
+    ):
+        fit(tmp_path, *monitors, writer(tmp_path / name), model=Still, data=data(), max_epochs=1)
+    alone, watched = (GradientStore.open(tmp_path / name / "store").read() for name in ("alone", "watched"))
+    assert torch.equal(alone.sketches, watched.sketches)
+
+
+class Recurrent(Still):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(2), nn.LSTM(64, 8, batch_first=True), Last(), nn.Linear(8, 10))
+
+
+class Last(nn.Module):
+    def forward(self, pair):
+        return pair[0][:, -1]
+
+
+def test_what_cannot_be_split_is_left_out_by_name(tmp_path):
+    with pytest.warns(UserWarning, match=r"leave out 4 of 6 parameters:\n  net.1.weight_ih_l0: LSTM net.1 has no rule"):
+        model = fit(tmp_path, writer(tmp_path, dim=32), model=Recurrent, data=data(), max_epochs=1)
+    store = GradientStore.open(tmp_path / "store")
+    assert store.sketch.n == 90
+    assert sorted(store.spec.left_out) == [f"net.1.{k}_{i}h_l0" for k in ("bias", "weight") for i in ("h", "i")]
+    truth = store.sketch_gradients(model, [dataset(128)[:]]).sketches[store.read().example_id]
+    torch.testing.assert_close(store.read().sketches, truth, rtol=1e-4, atol=1e-6)
+
+
+def test_refused_on_the_first_batch(tmp_path):
+    plain = DataLoader(dataset(48), batch_size=24)
+    with pytest.raises(MisconfigurationException, match=r"index_key=.*'hash'.*IndexedDataset"):
+        fit(tmp_path, writer(tmp_path / "a"), model=Still, data=plain)
+
+    class Compiled(Still):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager")
+
+    with pytest.raises(ValueError, match="compiled"):
+        fit(tmp_path, writer(tmp_path / "b", index_key="hash"), model=Compiled, data=plain)
+
+    class ByHand(Still):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+    with pytest.raises(MisconfigurationException, match="optimizes by hand"):
+        fit(tmp_path, writer(tmp_path / "c"), model=ByHand, data=plain)
