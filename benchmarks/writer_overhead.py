@@ -27,6 +27,7 @@ ARMS = {
     "plain": None,
     "per step, dim 4096": {"per": "step", "dim": 4096},
     "per step, dim 65536": {"per": "step", "dim": 1 << 16},
+    "per example, dim 4096": {"per": "example", "dim": 4096, "index_key": "hash"},
 }
 
 
