@@ -10,6 +10,7 @@ from dense_sink import (
     error,
     gradients,
     losses_of,
+    rows_by_autograd,
     rows_by_hooks,
     sum_error,
     trained,
