@@ -140,7 +140,7 @@ class SketchSink:
         return offset, start, size
 
     def _plain(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._like).contiguous()
+        return tensor.to(self._like).contiguous()  # else products would copy it for every slab
 
 
 def _copy(values: Float[Tensor, "examples numbers"]) -> Fill:
@@ -158,7 +158,7 @@ def _product(left: Float[Tensor, "examples tokens rows"], right: Float[Tensor, "
         first, last = low // columns, -(-high // columns)
         rows = transposed[examples, first:last]
         shape = (len(target), last - first, columns)
-        if not add and low == first * columns and high == last * columns and target.is_contiguous():
+        if not add and low == first * columns and high == last * columns:
             torch.bmm(rows, right[examples], out=target.view(shape))
         elif math.prod(shape) <= len(scratch):
             whole = scratch[: math.prod(shape)].view(shape)

@@ -52,7 +52,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 
 def pieces(made, examples, tokens=4, dtype=torch.float64):
     """Of every sort, in backward order: some twice, some for a part of the parameter; indices repeat, unordered."""
-    index = torch.randint(0, 11, (examples, tokens), generator=torch.Generator().manual_seed(1))
+    index = torch.randint(3, 11, (examples, tokens), generator=torch.Generator().manual_seed(1))
     index[:, 1] = index[:, 0]
     return [
         Full(made.f, random(examples, 33, seed=1, dtype=dtype)),
@@ -188,11 +188,24 @@ def test_rows_may_be_read_between_pieces(kind):
     target, sketch = sink(kind, 16, made)
     parts = pieces(made, 3)
     target.start(3)
-    assert torch.equal(target.rows(), torch.zeros(3, 16, dtype=torch.float64))
-    for count, part in enumerate(parts, 1):
+    got = [target.rows()]
+    for part in parts:
         target.add(part)
-        expected = sketch.matvec(sum(dense(part, made, 3) for part in parts[:count]))
-        assert_near(target.rows(), expected, 1e-10)
+        got.append(target.rows())
+    assert torch.equal(got[0], torch.zeros(3, 16, dtype=torch.float64))
+    for count, rows in enumerate(got[1:], 1):
+        assert_near(rows, sketch.matvec(sum(dense(part, made, 3) for part in parts[:count])), 1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_nobody_reads_leaves_no_trace(kind):
+    """A step that was skipped."""
+    made = module()
+    target, sketch = sink(kind, 16, made)
+    first, *rest = pieces(made, 3)
+    target.start(3)
+    target.add(first)
+    assert_near(added(target, rest, 3), sketch.matvec(sum(dense(part, made, 3) for part in rest)), 1e-10)
 
 
 @pytest.mark.parametrize("shape", [(40, 64), (40, 32), (40, 24), (12, 200)])
@@ -207,6 +220,49 @@ def test_rows_of_a_table_lie_anywhere_among_the_chunks(kind, before, shape, smal
     assert_near(
         added(target, [part], 4), sketch.matvec(dense(Rows(part.parameter, index, part.values), made, 4)), 1e-10
     )
+
+
+def test_rows_of_a_table_may_be_longer_than_a_slab(monkeypatch):
+    """They are cut into parts as wide as a chunk, which lie across two chunks unless their row begins with one."""
+    monkeypatch.setattr(slabs, "SLAB", 64)
+    made = module({"table": (12, 200)})
+    target, sketch = sink("block_srht", 64, made)
+    part = Rows(made.table, torch.tensor([[8, 5, 8], [0, 1, 11]]), random(2, 3, 200))
+    assert_near(added(target, [part], 2), sketch.matvec(dense(part, made, 2)), 1e-10)
+
+
+def test_products_are_in_full_precision_whatever_is_switched_on(monkeypatch):
+    """Flags of the program and autocast, as seen from where pieces are formed; both are back afterwards."""
+    made = module(dtype=torch.float32)
+    target, _ = sink("block_srht", 48, made)
+    seen = []
+    write = slabs.Slabs.write
+
+    def spy(self, *arguments):
+        precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+        seen.append((precision in ("ieee", "highest"), torch.is_autocast_enabled("cpu")))
+        write(self, *arguments)
+
+    monkeypatch.setattr(slabs.Slabs, "write", spy)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            added(target, [Full(made.f, random(2, 33))], 2)
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [(True, False)]
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_a_weight_that_is_used_twice_gets_both(rows):
+    """Whether it lies inside a chunk of 64 or over many."""
+    made = module({"weight": (rows, 8), "other": (70,)})
+    target, sketch = sink("block_srht", 64, made)
+    parts = [Outer(made.weight, random(2, 4, rows), random(2, 4, 8, seed=seed)) for seed in (1, 2)]
+    assert_near(added(target, parts, 2), sketch.matvec(dense(parts[0], made, 2) + dense(parts[1], made, 2)), 1e-10)
 
 
 def test_strides_do_not_matter():
@@ -245,7 +301,7 @@ def test_no_graph_is_kept():
 
 
 def test_whole_chunks_are_sketched_once_and_parts_of_chunks_together(monkeypatch):
-    """The cost: 1000 parameters of 3 numbers take the 47 chunks they fill, not 1000."""
+    """The cost: 1000 parameters of 3 numbers, from both ends in turn, take the 47 chunks they fill, not 1000."""
     made = module({f"p{i}": (3,) for i in range(1000)})
     target, _ = sink("block_srht", 64, made)
     sketched = []
@@ -253,7 +309,8 @@ def test_whole_chunks_are_sketched_once_and_parts_of_chunks_together(monkeypatch
     monkeypatch.setattr(
         BlockSRHT, "gather", lambda self, chunks, *rest: (sketched.append(chunks), gather(self, chunks, *rest))[1]
     )
-    added(target, [Full(p, random(2, 3)) for p in made.parameters()], 2)
+    in_order = [Full(p, random(2, 3)) for p in made.parameters()]
+    added(target, [part for pair in zip(in_order, reversed(in_order), strict=True) for part in pair], 2)
     assert sum(chunks.shape[1] for chunks in sketched) == 47
 
 
