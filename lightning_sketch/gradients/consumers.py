@@ -176,7 +176,7 @@ def _at_meeting(
     one: Pass, parameter: nn.Parameter, meeting: Meeting, whose: str, gradients: tuple[Tensor | None, ...]
 ) -> None:
     (gradient,) = gradients
-    if one.armed and gradient is not None:
+    if gradient is not None:
         one.give([parameter], lambda: meeting.pieces(gradient, one.examples), whose)
 
 

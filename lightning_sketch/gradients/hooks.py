@@ -84,7 +84,6 @@ class ExampleHooks:
         if loss.grad_fn is not None and (bare or self._shared):
             shared = [(p, Shared(self._pass.name(p), p.shape, partial(_as_it_is, p))) for p in bare]
             meet(loss, self._pass, [*shared, *self._shared], self._owner)
-        self._shared.clear()
         self._pass.armed = True
 
     def detach(self) -> None:

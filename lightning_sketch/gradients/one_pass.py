@@ -56,12 +56,10 @@ class Pass:
         self.armed = False
         for handle in self.handles:
             handle.remove()
-        self.handles.clear()
-        self.met.clear()
 
     def acts(self) -> bool:
-        """Whether a forward pass now is one of the batch: not a measurement's, and one with a graph."""
-        return torch.is_grad_enabled() and depth() == self._depth
+        """Whether a forward pass now is one of the batch, not a measurement's."""
+        return depth() == self._depth
 
     def wanted(self, parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:
         """Those that are trained and asked for."""

@@ -89,7 +89,7 @@ def test_other_uses_are_named(shape, use, words):
 
 
 def test_one_example_alone_is_the_whole_gradient_whatever_its_axes():
-    net = Bare((1, T, E), lambda p, x: x + p * 2)
+    net = Bare((T, E), lambda p, x: x + p * 2)
     _, hooks = rows_by_hooks(net, net, tokens()[:1])
     assert hooks.reasons == {}
     assert sum_error(rows_by_hooks(net.zero_grad() or net, net, tokens()[:1])[0], net) < 1e-12
@@ -191,3 +191,16 @@ def test_factors_saved_elsewhere_are_named():
         _, hooks = rows_by_hooks(net, net, tokens())
     assert hooks.served == set()
     assert "checkpointing" in hooks.reasons["p"]
+
+
+def test_a_graph_with_many_ways_is_walked_once():
+    """2^60 ways lead through it."""
+
+    def use(p, x):
+        y = x + p
+        for _ in range(60):
+            y = y + y
+        return y / 2**60
+
+    net = Bare((E,), use)
+    assert_exact(net, net, tokens())

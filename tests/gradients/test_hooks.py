@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_sketch.curvature import Hessian
+from lightning_sketch.gradients import layers, matrices
 from lightning_sketch.gradients.hooks import ExampleHooks
 from lightning_sketch.gradients.undisturbed import undisturbed
 
@@ -57,17 +58,20 @@ def test_frozen_and_other_parameters_are_left_out():
     assert {id(piece.parameter) for piece in sink.pieces} == {id(net[0].weight), id(net[2].weight)}
 
 
-def test_inputs_of_frozen_layers_are_not_kept():
+def test_inputs_of_frozen_layers_are_not_kept(monkeypatch):
     net = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).requires_grad_(False)
     net[2].bias.requires_grad_()
-    kept = []
-    net[1].register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output)) or None)
-    hooks = ExampleHooks(net, trained(net))
-    with hooks.recording(DenseSink(trained(net), B), B):
-        output = net(torch.randn(B, 3))
-        gc.collect()
-        assert kept[0]() is None
-        del output
+    given = []
+
+    def pieces(module, input, gradient):
+        given.append(input)
+        return matrices.linear(module, input, gradient)
+
+    monkeypatch.setitem(layers._RULES, nn.Linear, layers.Rule(pieces))
+    rows_by_hooks(net, net, torch.randn(B, 3))
+    (input,) = given
+    assert input.is_meta
+    assert input.shape == (B, 3)
 
 
 def test_a_look_at_the_module_between_gives_nothing_and_changes_nothing():
@@ -180,6 +184,25 @@ def test_nothing_stays_behind(error):
     assert all(not p._backward_hooks for p in net.parameters())
 
 
+def test_a_pass_without_a_backward_leaves_no_graph():
+    net = nn.Embedding(7, 4)
+    hooks = ExampleHooks(net, trained(net))
+    hooks.attach(DenseSink(trained(net), B), B)
+    nodes = weakref.WeakSet()
+    output = net(torch.arange(7))
+
+    class Kept:
+        pass
+
+    kept = Kept()
+    nodes.add(kept)
+    output.grad_fn.metadata["kept"] = kept
+    hooks.detach()
+    del output, kept
+    gc.collect()
+    assert len(nodes) == 0
+
+
 def test_after_detach_a_backward_gives_nothing():
     net = network()
     hooks = ExampleHooks(net, trained(net))
@@ -222,6 +245,14 @@ def test_compiled_modules_are_refused(how):
     if hooks:
         with pytest.raises(ValueError, match="is compiled"):
             hooks.attach(DenseSink(trained(net), B), B)
+
+
+def test_what_is_wrong_inside_reentrant_checkpoints_is_said_as_elsewhere():
+    net = nn.Linear(3, 3)
+    x = torch.randn(B, 6, 3, requires_grad=True)
+    _, hooks = rows_by_hooks(net, lambda x: checkpoint(lambda x: net(x.transpose(0, 1)), x, use_reentrant=True), x)
+    assert all("where the first axis is not that of" in reason for reason in hooks.reasons.values())
+    assert hooks.reasons.keys() == {"weight", "bias"}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -260,6 +260,25 @@ def test_another_first_axis_is_refused():
     assert not rows["weight"].any()
 
 
+class Summed(nn.Linear):
+    def forward(self, input):
+        return super().forward(input).sum(0, keepdim=True)
+
+
+class Spread(nn.Linear):
+    def forward(self, input):
+        return super().forward(input).expand(B, -1)
+
+
+@pytest.mark.parametrize("kind", [Summed, Spread])
+def test_the_first_axis_counts_before_and_after_a_layer(kind):
+    register_layer(kind)(lambda module, input, gradient: pytest.fail("called"))
+    layer = kind(3, 4)
+    x = torch.randn(B if kind is Summed else 1, 3)
+    _, hooks = rows_by_hooks(layer, layer, x, examples=B)
+    assert hooks.reasons.keys() == {"weight", "bias"}
+
+
 def test_a_wrong_axis_of_the_right_length_passes_the_sum():
     """What hooks cannot see: with as many tokens as examples, rows are those of tokens. The row check is for this."""
     layer = randomized(nn.Linear(3, 4))
