@@ -25,7 +25,7 @@ class SketchSink:
     """Sketches of the gradients of single examples, from their pieces.
 
     Works on the device of the parameters, in float32 (float64 if a parameter is), whatever autocast says; buffers are
-    kept from batch to batch. A sketch that streams costs about as much as its numbers and takes 17 MB of scratch
+    kept from batch to batch. A sketch that streams costs about as much as its numbers and takes 13 to 18 MB of scratch
     memory, or a few times what it returns if that is more. One that does not (AFFD, FJL, QK) forms each piece whole
     and costs all of the sketch for each: correct, and slow.
 
