@@ -1,29 +1,18 @@
 """The sketches of a sink are the sketches of whole per-example gradients, whatever pieces they came in.
 
-Dense truth is formed here by `einsum` and `index_add_`. Float64 agrees to 1e-10 of the largest entry, far above
-rounding and far below any mistake; float32 to 1e-6, some ten roundings.
+Float64 agrees to 1e-10 of the largest entry, far above rounding and far below any mistake; float32 to 1e-6, some ten
+roundings.
 """
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from sink_pieces import added, assert_near, dense, module, pieces, random, sink
 
 from lightning_sketch.gradients import slabs
 from lightning_sketch.gradients.pieces import Full, Outer, Rows
-from lightning_sketch.gradients.sinks import SketchSink
-from lightning_sketch.operators.block_srht import BlockSRHT
 from lightning_sketch.operators.kinds import KINDS
-from lightning_sketch.params import Layout
 
 STREAMING = [kind for kind in KINDS if KINDS[kind].streams]
-SHAPES = {"a": (3,), "b": (7, 5), "table": (11, 6), "c": (1,), "d": (40, 16), "e": (2, 3), "f": (33,)}
-"""Of parameters: with chunks of 33 to 128 numbers, they begin and end inside chunks, and several share one."""
 
 
 @pytest.fixture
@@ -31,73 +20,6 @@ def small_slabs(monkeypatch):
     """Slabs of 4096 numbers, and three examples side by side: every loop turns."""
     monkeypatch.setattr(slabs, "SLAB", 4096)
     monkeypatch.setattr(slabs, "ABREAST", 3)
-
-
-def module(shapes=SHAPES, dtype=torch.float64):
-    made = nn.Module()
-    for name, shape in shapes.items():
-        made.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype)))
-    return made
-
-
-def sink(kind, dim, made):
-    layout = Layout.of(made)
-    sketch = KINDS[kind](layout.n, dim, seed=3)
-    return SketchSink(sketch, layout, dict(made.named_parameters())), sketch
-
-
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def pieces(made, examples, tokens=4, dtype=torch.float64):
-    """Of every sort, in backward order: some twice, some for a part of the parameter; indices repeat, unordered."""
-    index = torch.randint(3, 11, (examples, tokens), generator=torch.Generator().manual_seed(1))
-    index[:, 1] = index[:, 0]
-    return [
-        Full(made.f, random(examples, 33, seed=1, dtype=dtype)),
-        Outer(made.d, random(examples, tokens, 40, dtype=dtype), random(examples, tokens, 16, seed=2, dtype=dtype)),
-        Outer(made.d, random(examples, 1, 9, dtype=dtype), random(examples, 1, 16, seed=3, dtype=dtype), start=21),
-        Full(made.d, random(examples, 100, seed=4, dtype=dtype), start=333),
-        Rows(made.table, index, random(examples, tokens, 6, seed=5, dtype=dtype)),
-        Outer(made.table, random(examples, tokens, 11, dtype=dtype), random(examples, tokens, 6, seed=6, dtype=dtype)),
-        Full(made.c, random(examples, 1, seed=7, dtype=dtype)),
-        Outer(made.b, random(examples, 2, 7, dtype=dtype), random(examples, 2, 5, seed=8, dtype=dtype)),
-        Full(made.a, random(examples, 3, seed=9, dtype=dtype)),
-    ]
-
-
-def dense(piece, made, examples, dtype=torch.float64):
-    """The flat gradient of every example."""
-    sizes = {id(p): p.numel() for p in made.parameters()}
-    start = 0
-    for p in made.parameters():
-        if p is piece.parameter:
-            break
-        start += p.numel()
-    out = torch.zeros(examples, sum(sizes.values()), dtype=dtype)
-    if isinstance(piece, Rows):
-        for row, index, values in zip(out, piece.index, piece.values.to(dtype), strict=True):
-            row[start : start + piece.parameter.numel()].view(piece.parameter.shape).index_add_(0, index, values)
-        return out
-    if isinstance(piece, Outer):
-        values = torch.einsum("bto,bti->boi", piece.left.to(dtype), piece.right.to(dtype)).flatten(1)
-    else:
-        values = piece.values.to(dtype)
-    out[:, start + piece.start : start + piece.start + values.shape[1]] = values
-    return out
-
-
-def assert_near(got, expected, tolerance):
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
-
-
-def added(target, parts, examples):
-    target.start(examples)
-    for part in parts:
-        target.add(part)
-    return target.rows()
 
 
 @pytest.mark.parametrize("dim", [1, 16, 33, 100])
@@ -300,82 +222,6 @@ def test_no_graph_is_kept():
     assert not added(target, [Outer(made.d, left, random(3, 2, 16))], 3).requires_grad
 
 
-def test_whole_chunks_are_sketched_once_and_parts_of_chunks_together(monkeypatch):
-    """The cost: 1000 parameters of 3 numbers, from both ends in turn, take the 47 chunks they fill, not 1000."""
-    made = module({f"p{i}": (3,) for i in range(1000)})
-    target, _ = sink("block_srht", 64, made)
-    sketched = []
-    gather = BlockSRHT.gather
-    monkeypatch.setattr(
-        BlockSRHT, "gather", lambda self, chunks, *rest: (sketched.append(chunks), gather(self, chunks, *rest))[1]
-    )
-    in_order = [Full(p, random(2, 3)) for p in made.parameters()]
-    added(target, [part for pair in zip(in_order, reversed(in_order), strict=True) for part in pair], 2)
-    assert sum(chunks.shape[1] for chunks in sketched) == 47
-
-
-def test_only_the_chunks_that_rows_touch_are_sketched(monkeypatch):
-    """A table of 100 chunks, of which one example looks up 2 and the other 1, several times each."""
-    made = module({"table": (800, 8)})
-    target, _ = sink("block_srht", 64, made)
-    sketched = []
-    gather = BlockSRHT.gather
-    monkeypatch.setattr(
-        BlockSRHT, "gather", lambda self, chunks, *rest: (sketched.append(chunks), gather(self, chunks, *rest))[1]
-    )
-    index = torch.tensor([[799, 3, 798, 0, 3], [9, 9, 10, 15, 8]])
-    added(target, [Rows(made.table, index, random(2, 5, 8))], 2)
-    assert [chunks.shape for chunks in sketched] == [(2, 2, 64)]
-
-
-def test_a_parameter_that_is_not_known_is_refused():
-    made, other = module(), nn.Parameter(torch.zeros(7, 5))
-    target, _ = sink("block_srht", 24, made)
-    target.start(2)
-    with pytest.raises(ValueError, match=r"a parameter of shape \(7, 5\), none of this sink's"):
-        target.add(Full(other, random(2, 35)))
-
-
-@pytest.mark.parametrize(
-    "part",
-    [
-        lambda made: Full(made.a, random(2, 4)),
-        lambda made: Full(made.a, random(2, 2), start=2),
-        lambda made: Full(made.a, random(3, 3)),
-        lambda made: Full(made.a, random(2, 3), start=-1),
-        lambda made: Outer(made.b, random(2, 1, 8), random(2, 1, 5)),
-        lambda made: Rows(made.table, torch.zeros(2, 1, dtype=torch.int64), random(2, 1, 5)),
-    ],
-)
-def test_a_piece_that_leaves_its_parameter_or_batch_is_refused(part):
-    """It would land on a neighbor, unseen."""
-    made = module()
-    target, _ = sink("block_srht", 24, made)
-    target.start(2)
-    with pytest.raises(ValueError, match="give all of a batch, inside the parameter"):
-        target.add(part(made))
-
-
-def test_a_sink_without_a_batch_says_so():
-    made = module()
-    target, _ = sink("block_srht", 24, made)
-    with pytest.raises(RuntimeError, match="call start"):
-        target.rows()
-    with pytest.raises(RuntimeError, match="call start"):
-        target.add(Full(made.a, random(2, 3)))
-
-
-def test_sizes_and_names_must_agree():
-    made = module()
-    layout, parameters = Layout.of(made), dict(made.named_parameters())
-    with pytest.raises(ValueError, match=f"use n={layout.n}"):
-        SketchSink(BlockSRHT(layout.n + 1, 8), layout, parameters)
-    with pytest.raises(ValueError, match="x: not in the layout"):
-        SketchSink(BlockSRHT(layout.n, 8), layout, {"x": made.a})
-    with pytest.raises(ValueError, match=r"b has shape \(3,\), the layout says \(7, 5\)"):
-        SketchSink(BlockSRHT(layout.n, 8), layout, {"b": made.a})
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_device_changes_nothing(kind):
@@ -383,47 +229,3 @@ def test_the_device_changes_nothing(kind):
     target, _ = sink(kind, 24, made)
     other, _ = sink(kind, 24, there)
     torch.testing.assert_close(added(other, pieces(there, 3), 3).cpu(), added(target, pieces(made, 3), 3))
-
-
-MEASURE = """
-import json, sys, torch
-from torch import nn
-from lightning_sketch.gradients.pieces import Outer, Rows
-from lightning_sketch.gradients.sinks import SketchSink
-from lightning_sketch.operators.kinds import KINDS
-from lightning_sketch.params import Layout
-
-def mb(field):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-torch.set_num_threads(1)
-used = {}
-for kind in sys.argv[1:]:
-    for rows in (64, 8192):  # the first one loads code and small tables
-        layer = nn.Linear(1024, rows, bias=False)
-        layout = Layout.of(layer)
-        sketch = KINDS[kind](layout.n, 32 if kind == "gaussian" else 512)
-        left, right = torch.ones(4, 2, rows), torch.ones(4, 2, 1024)
-        index = torch.arange(64).expand(4, 64)
-        values = torch.ones(4, 64, 1024)
-        open("/proc/self/clear_refs", "w").write("5")  # VmHWM, the most ever held, falls to what is held now
-        before = mb("VmHWM")
-        sink = SketchSink(sketch, layout, dict(layer.named_parameters()))
-        sink.start(4)
-        sink.add(Outer(layer.weight, left, right))
-        sink.add(Rows(layer.weight, index, values))
-        sink.rows()
-        used[kind] = mb("VmHWM") - before
-print(json.dumps(used))
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the memory from Linux")
-def test_scratch_memory_does_not_depend_on_the_layer():
-    """Four slabs of 4 MB and small things, for gradients of 4 times 32 MB."""
-    command = [sys.executable, "-c", MEASURE, "block_srht", "count_sketch", "afjl"]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
-    used = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
-    assert max(used.values()) < 18
-    assert min(used.values()) > 8  # and the measurement sees two of the slabs
