@@ -39,7 +39,7 @@ def spectrum_over_time(
         A matplotlib Figure.
     """
     heights = [2.0] + [1.0] * (bottom_k > 0) + [1.6] * (density is not None)
-    figure = _figure(8, 2 + sum(heights) * 1.3)
+    figure = new_figure(8, 2 + sum(heights) * 1.3)
     panels = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights, squeeze=False)[:, 0]
     upper, both = panels[0], [(panels[0], _TOP, range(top_k))]
     if bottom_k:
@@ -88,7 +88,7 @@ def spectrum(
     Returns:
         A matplotlib Figure.
     """
-    figure = _figure(8, 4)
+    figure = new_figure(8, 4)
     axes, *rest = figure.subplots(
         1, 2 if nodes else 1, sharey=True, width_ratios=(2, 1) if nodes else (1,), squeeze=False
     )[0]
@@ -133,7 +133,7 @@ def layers(
     Returns:
         A matplotlib Figure.
     """
-    figure = _figure(8, 1.2 + 0.32 * len(names))
+    figure = new_figure(8, 1.2 + 0.32 * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
     rows = range(len(names))
     faces = [_TOP if known else "white" for known in converged]
@@ -150,7 +150,7 @@ def layers(
     return figure
 
 
-def _figure(width: int, height: int | float):
+def new_figure(width: int, height: int | float):
     """An empty figure that also a notebook shows in which nothing else of matplotlib was imported."""
     try:
         from matplotlib.figure import Figure
