@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_sketch.gradients.one_pass import Pass
-from lightning_sketch.gradients.pieces import Full, NotServed, Outer, Piece, wide
+from lightning_sketch.gradients.pieces import Full, Outer, Piece, wide
 
 _OWN = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -115,7 +115,8 @@ Place = tuple[nn.Parameter, int]
 def _within(part: Tensor | None, parameters: list[nn.Parameter]) -> Place | None:
     for parameter in parameters if part is not None else ():
         if part is parameter or part._base is parameter:
-            return parameter, part.storage_offset() - parameter.storage_offset()
+            row = (part.storage_offset() - parameter.storage_offset()) // parameter.stride(0)
+            return parameter, row * (parameter.numel() // len(parameter))
     return None
 
 
@@ -125,8 +126,6 @@ def _pieces(
     left = _by_example(gradient, examples)
     pieces: list[Piece] = []
     if matrix is not None:
-        if not matrix[0].is_contiguous():
-            raise NotServed("its memory is not in row-major order, so a slice of it cannot be placed")
         pieces.append(Outer(matrix[0], left, _by_example(input, examples), matrix[1]))
     if shift is not None:
         pieces.append(Full(shift[0], left.sum(1), shift[1]))

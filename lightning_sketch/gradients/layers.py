@@ -81,4 +81,6 @@ def rule_of(module: nn.Module) -> Rule | None:
     if "forward" in vars(module) or is_parametrized(module):
         return None
     owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
-    return _RULES.get(type(module)) or _RULES.get(owner) or _RULES.get(f"{owner.__module__}.{owner.__qualname__}")
+    rule = _RULES.get(type(module)) or _RULES.get(owner) or _RULES.get(f"{owner.__module__}.{owner.__qualname__}")
+    made = any(name in vars(module) for name in (rule and rule.names) or ())  # as older ways of weight norm leave it
+    return None if made else rule

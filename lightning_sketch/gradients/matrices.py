@@ -47,12 +47,9 @@ def looked_up(module: nn.Embedding, index: Tensor, gradient: Tensor) -> Rows:
 def _products(module: nn.Module, input: Tensor, gradient: Tensor, transposed: bool) -> list[Piece]:
     if gradient.ndim < 2:
         raise NotServed("its input has a single axis, hence no axis of examples")
-    gradient = _tokens(wide(gradient))
-    pieces: list[Piece] = []
-    if module.weight.requires_grad:
-        input = _tokens(wide(input))
-        left, right = (input, gradient) if transposed else (gradient, input)
-        pieces.append(Outer(module.weight, left, right))
+    input, gradient = _tokens(wide(input)), _tokens(wide(gradient))
+    left, right = (input, gradient) if transposed else (gradient, input)
+    pieces: list[Piece] = [Outer(module.weight, left, right)]
     if module.bias is not None and module.bias.requires_grad:
         pieces.append(Full(module.bias, gradient.sum(1)))
     return pieces

@@ -72,6 +72,13 @@ def test_attention_to_another_sequence_multiplies_by_slices(first):
     assert_exact(layer, called(layer), sequences(), sequences(S), sequences(S))
 
 
+def test_slices_of_a_matrix_in_another_order_of_memory():
+    layer = attention(batch_first=True)
+    layer.in_proj_weight.data = layer.in_proj_weight.data.t().contiguous().t()
+    memory = sequences(S)
+    assert_exact(layer, called(layer), sequences(), memory, memory)
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_keys_and_values_of_other_widths(bias):
     layer = attention(kdim=6, vdim=7, batch_first=True, bias=bias)

@@ -76,7 +76,8 @@ def test_inputs_of_frozen_layers_are_not_kept(monkeypatch):
 
 def test_a_look_at_the_module_between_gives_nothing_and_changes_nothing():
     """As a measurement of curvature between the start of a batch and its backward."""
-    net = network()
+    encoder = nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True).double()
+    net = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (1, 4)), encoder, nn.Linear(4, 2)).double()
     x = batch()
     rows, _ = rows_by_hooks(net, net, x)
     hooks = ExampleHooks(net, trained(net))

@@ -1,11 +1,14 @@
 """Each layer's rows are the gradients of one example alone, by autograd."""
 
+import copy
+
 import pytest
 import torch
 from dense_sink import assert_exact, error, losses_of, rows_by_autograd, rows_by_hooks, sum_error, trained
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
+from lightning_sketch.gradients import norms
 from lightning_sketch.gradients.hooks import ExampleHooks
 from lightning_sketch.gradients.layers import register_layer, rule_of
 from lightning_sketch.gradients.norms import couples
@@ -131,6 +134,16 @@ def both(loss, layer):
     return torch.autograd.grad(loss, list(layer.parameters()), retain_graph=True)
 
 
+def test_half_precision_is_widened_before_it_is_multiplied():
+    """Rounding z to bfloat16 would cost 4e-3."""
+    layer = nn.LayerNorm(16).to(torch.bfloat16)
+    x = torch.randn(B, 3, 16, dtype=torch.bfloat16)
+    gradient = torch.randint(-3, 4, x.shape).to(torch.bfloat16)
+    z = nn.functional.layer_norm(x.double(), (16,))
+    weight, _ = norms.layer_norm(layer, x, gradient)
+    torch.testing.assert_close(weight.values.double(), (z * gradient).sum(1), rtol=1e-5, atol=1e-5)
+
+
 def test_which_layers_couple_examples():
     net = nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm2d(3).eval(), nn.LayerNorm(3), nn.SyncBatchNorm(3))
     assert couples(net) == ["0", "3"]
@@ -205,14 +218,16 @@ def test_one_of_two_parameters_frozen(layer, size, frozen):
 
 
 def test_large_gradients_stay_factors():
-    layer = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (4, 1)), nn.Conv1d(4, 2, 1))
+    layer = nn.Sequential(
+        nn.Linear(3, 20), nn.Unflatten(1, (20, 1)), nn.Conv1d(20, 20, 1), nn.Conv1d(20, 20, 1, groups=2)
+    )
     pieces = []
     hooks = ExampleHooks(layer, {n: p for n, p in trained(layer).items() if n.endswith("weight")})
     with hooks.recording(type("Sink", (), {"add": lambda self, piece: pieces.append(piece)})(), B):
         loss = losses_of(layer(torch.randn(B, 3))).sum()
         hooks.before_backward(loss)
         loss.backward()
-    assert [type(piece) for piece in pieces] == [Outer, Outer]
+    assert [type(piece) for piece in pieces] == [Outer] * 4
 
 
 def test_a_subclass_with_its_own_forward_is_not_taken_for_its_base():
@@ -230,16 +245,36 @@ def test_a_subclass_with_its_own_forward_is_not_taken_for_its_base():
     assert rule_of(replaced) is None
 
 
-@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, parametrizations.spectral_norm])
-def test_weights_made_from_others_are_named(wrap):
-    net = nn.Sequential(nn.Linear(3, 4), wrap(nn.Linear(4, 4)))
-    net = randomized(net)
-    _, hooks = rows_by_hooks(net, net, images(3))
-    truth = rows_by_autograd(net.eval(), net, images(3))
+def pruned(layer, name="weight"):
+    return prune.random_unstructured(layer, name, 0.3)
+
+
+WRAPS = [
+    parametrizations.weight_norm,
+    parametrizations.spectral_norm,
+    nn.utils.weight_norm,
+    nn.utils.spectral_norm,
+    pruned,
+]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv1d(12, 12, 1, groups=12), nn.LayerNorm((4, 4))])
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_weights_made_from_others_are_named(wrap, layer):
+    net = nn.Sequential(nn.Linear(4, 4), wrap(copy.deepcopy(layer))).double()
+    x = images(4, 4) if isinstance(layer, nn.LayerNorm) else images(12, 4)
+    rows, hooks = rows_by_hooks(net, net, x)
     assert hooks.served >= {"0.weight", "0.bias"}
-    left = {name for name in truth if "parametrizations" in name}
-    assert left <= hooks.reasons.keys()
-    assert not left & hooks.served
+    made = {name for name in rows if name.startswith("1.") and name != "1.bias"}
+    assert made <= hooks.reasons.keys()
+    assert not made & hooks.served
+
+
+def test_a_further_parameter_of_a_subclass_is_served_where_it_meets_the_examples():
+    layer = nn.Linear(3, 4)
+    layer.factor = nn.Parameter(torch.ones(4))
+    assert_exact(randomized(layer), lambda x: layer(x) * layer.factor, images(5, 3))
 
 
 def test_one_axis_less_is_refused_even_if_the_number_fits():
