@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_sketch import SpectrumMonitor
+from lightning_sketch import GradientSketchWriter, GradientStore, SpectrumMonitor
 
 OUT = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/quickstart")
 EPOCHS = 10
@@ -88,13 +88,14 @@ def main():
     seed_everything(0, verbose=False)
     OUT.mkdir(parents=True, exist_ok=True)
     monitor = SpectrumMonitor(at_start=True)
+    writer = GradientSketchWriter(dim=512)  # a sketched gradient per step, for questions asked later
     wandb_logger = WandbLogger(project="lightning-sketch", name="quickstart", save_dir=OUT, offline=True)
     csv_logger = CSVLogger(OUT, name="csv")
     trainer = Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
         logger=[csv_logger, wandb_logger],
-        callbacks=[monitor],
+        callbacks=[monitor, writer],
         log_every_n_steps=10,
         enable_model_summary=False,
         enable_checkpointing=False,
@@ -107,6 +108,7 @@ def main():
     monitor.plot().savefig(OUT / "spectrum.png", dpi=150)
     print(f"\npicture: {OUT / 'spectrum.png'}")
     print(f"numbers: {csv_logger.log_dir}/metrics.csv")
+    print(f"steps:   {len(GradientStore.open(writer.dirpath))} sketched gradients in {writer.dirpath}")
     print(f"W&B:     wandb sync {OUT}/wandb/offline-run-*    (no account: wandb leet {OUT}/wandb/offline-run-*)")
 
 
