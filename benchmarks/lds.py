@@ -134,8 +134,8 @@ def table(name: str, with_peers: bool) -> None:
             if (kind, dim, linear) == ("margin", 1024, False):
                 asked = 0.64
             line(f"ours, {kind}, dim {dim}, 1 model", mean, (time.perf_counter() - start) / 3, asked)
-    print(f"  {'one training foretells another':48} {float(found[0]['ceiling']):6.3f}")
     if not linear:
+        print(f"  {'one training foretells another':48} {float(found[0]['ceiling']):6.3f}")
         ensembles(bench)
     best: dict[str, tuple[float, str, dict[str, Tensor], float]] = {}
     for peer, (_, function) in peers(linear).items() if with_peers else ():

@@ -34,6 +34,13 @@ def test_the_damping_that_trainings_follow_is_found(factor):
     assert f"damping {found.damping:.3g}, {factor:.2g} times the automatic one" in str(found)
 
 
+def test_rows_of_one_example_are_in_a_half_together():
+    train = random_rows(60, seed=1, example_id=(torch.arange(60) * 7) % 20)
+    found = scores(QUERY, train, "influence", FISHER, 3 * automatic(FISHER), group="example_id")
+    calibration = calibrate(lambda ids: -found[:, ids].sum(1), QUERY, train, FISHER)
+    assert max(calibration.lds) > 0.99
+
+
 def test_it_hands_out_halves_of_the_ids_by_the_seed():
     seen, again, other = [], [], []
     for kept, seed in ((seen, 0), (again, 0), (other, 1)):

@@ -45,7 +45,7 @@ def dense_ggn(module, x, y, loss):
     return total / len(x)
 
 
-@pytest.mark.parametrize("engine", ["auto", "vmap"])
+@pytest.mark.parametrize("engine", ["auto", "hooks", "vmap"])
 @pytest.mark.parametrize(("loss", "outputs"), [("cross_entropy", 3), ("binary_cross_entropy", 2), ("squared_error", 3)])
 def test_ggn_is_the_sketched_gauss_newton_matrix(loss, outputs, engine):
     module, layout, sketch, x = problem(outputs)
@@ -79,6 +79,15 @@ def test_drawn_roots_have_the_hessian_as_their_mean(loss):
     )
     outer = v[:, :, None] * v[:, None]
     assert ((outer.mean(0) - hessian).abs() <= 5 * outer.std(0) / 20_000**0.5 + 1e-6).all()
+
+
+def test_rare_labels_are_drawn_by_the_root_of_their_probability():
+    """Four labels of 0.0005 beside one of 0.998: by p they would come once in 500 draws."""
+    p = torch.tensor([[0.998, *[0.0005] * 4]], dtype=torch.float64)
+    v = output_roots(p.log(), "cross_entropy", 4, 20_000, torch.Generator().manual_seed(0))[:, 0]
+    drawn = (v / v.abs().amax(1, keepdim=True)).argmax(1)  # e_c - p is positive at c alone
+    expected = 4 * 0.0005**0.5 / (0.998**0.5 + 4 * 0.0005**0.5)
+    assert float((drawn != 0).double().mean()) == pytest.approx(expected, abs=5 * (expected / 20_000) ** 0.5)
 
 
 def test_with_many_classes_labels_are_drawn_as_many_as_asked():
