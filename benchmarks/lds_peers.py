@@ -61,7 +61,7 @@ def quiet() -> Iterator[None]:
 def _loaders(given: Problem) -> tuple[DataLoader, DataLoader]:
     return (
         DataLoader(TensorDataset(given.x, given.y), len(given.x)),
-        DataLoader(TensorDataset(given.x_test, given.y_test), len(given.x_test)),
+        DataLoader(TensorDataset(given.x_test, given.y_test), 25),  # products for 25 tests at once fit in memory
     )
 
 
