@@ -1,4 +1,4 @@
-"""How well attributions foretell retraining, here and in three other packages (5 minutes; --all: 15).
+"""How well attributions foretell retraining, here and in three other packages (8 minutes on one thread).
 
 scikit-learn's digits: 1000 train, 200 test; models are trained on 50 random halves, and the sum of an attribution's
 scores over a half is compared, by Spearman's rank correlation for each test example, with that example's loss (LDS,
