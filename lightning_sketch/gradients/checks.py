@@ -72,7 +72,7 @@ def hooks_fail(
         loss = loss_fn(module, batch).sum()
         hooks.before_backward(loss)
         whole = _gradients(loss, parameters)
-        served, reasons = set(hooks.served), dict(hooks.reasons)
+    served, reasons = hooks.served, hooks.reasons  # some are known only once the hooks are off
     rows = {name: sink.rows() for name, sink in each.sinks.items()}
     wrong = _differing(each.of(whole), {name: row.sum(0) for name, row in rows.items()}, parameters)
     found = {}
