@@ -75,8 +75,8 @@ class StoreSpec:
 
     @property
     def id(self) -> str:
-        """A hash of all fields; each shard carries it."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        """A hash of what is compared; each shard carries it."""
+        return hashlib.sha256(json.dumps(self._compared(), sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
         """Write `spec.json` into the folder, with the versions of the libraries, unless there is one.
@@ -108,7 +108,7 @@ class StoreSpec:
         Raises:
             ValueError: with both specs, where they differ.
         """
-        mine, theirs = asdict(self), asdict(other)
+        mine, theirs = self._compared(), other._compared()
         differ = [name for name in mine if mine[name] != theirs[name]]
         if differ:
             both = "".join(
@@ -119,6 +119,10 @@ class StoreSpec:
             raise ValueError(
                 f"the store in {folder} has another spec:{both}\nUse another folder, or the same settings."
             )
+
+    def _compared(self) -> dict[str, Any]:
+        """All fields; of what is left out the names, since reasons may speak of a batch's size."""
+        return {**asdict(self), "left_out": sorted(self.left_out)}
 
 
 def _version(name: str) -> str | None:

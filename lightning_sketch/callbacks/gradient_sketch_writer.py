@@ -183,6 +183,7 @@ class GradientSketchWriter(CallbackBase):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store."""
+        self._begin_epoch(trainer)  # a fit that is resumed within an epoch does not start one
         if trainer.fast_dev_run:
             return
         if self.per == "step":
@@ -235,8 +236,7 @@ class GradientSketchWriter(CallbackBase):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A sampler begins anew."""
-        if self.per == "example":
-            self._train_copies = Copies(trainer.train_dataloader, trainer.global_rank)
+        self._begin_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the number of rows."""
@@ -287,6 +287,9 @@ class GradientSketchWriter(CallbackBase):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Done with these weights."""
         self._examples = None
+
+    def _begin_epoch(self, trainer: Trainer) -> None:
+        self._train_copies = Copies(trainer.train_dataloader, trainer.global_rank)
 
     def _open_fit(self, trainer: Trainer, layout: Layout, **options: Any) -> StoreSpec:
         """The store of a fit, new or gone on with."""

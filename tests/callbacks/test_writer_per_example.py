@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from models import dataset, fit
 from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_do_no_harm import assert_same, outcome
 from torch import nn
@@ -166,3 +167,22 @@ def test_refused_on_the_first_batch(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="optimizes by hand"):
         fit(tmp_path, writer(tmp_path / "c"), model=ByHand, data=plain)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
+@pytest.mark.filterwarnings("ignore:rows leave out")
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("model", [Still, Recurrent])
+def test_a_fit_resumed_within_an_epoch_goes_on_in_its_store(tmp_path, model):
+    """Six batches an epoch, the last smaller; eight steps, then resumed from the seventh with other batches."""
+    save = lambda: ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=7, save_top_k=-1)  # noqa: E731
+    options = {"enable_checkpointing": True, "max_epochs": -1}
+    fit(tmp_path, save(), writer(tmp_path, dim=32), model=model, data=data(), max_steps=8, **options)
+    resumed = {**options, "ckpt_path": tmp_path / "saved" / "step=7.ckpt", "max_steps": 12}
+    fit(tmp_path, save(), writer(tmp_path, dim=32), model=model, data=data(batch_size=20), **resumed)
+    columns = GradientStore.open(tmp_path / "store").metadata()
+    steps, counts = columns["step"].unique(return_counts=True)
+    assert steps.tolist() == list(range(1, 13))
+    assert counts[:7].tolist() == [24] * 5 + [8, 24]
+    assert set(counts[7:].tolist()) <= {20, 8}
+    assert columns["attempt"][columns["step"] > 7].unique().tolist() == [2]
