@@ -193,6 +193,19 @@ def test_versions_of_libraries_are_written_down_and_not_compared(tmp_path):
     assert len(GradientStore.create(tmp_path, spec())) == 1
 
 
+def test_of_what_is_left_out_the_names_are_compared(tmp_path):
+    """A reason may speak of a batch's size, and another batch comes first on resuming."""
+
+    def left_out(**reasons):
+        return StoreSpec.of(SKETCH, LAYOUT, left_out=reasons)
+
+    GradientStore.create(tmp_path, left_out(head="called with 8 examples"))
+    same = left_out(head="called with 5 examples")
+    assert GradientStore.create(tmp_path, same).spec.id == same.id
+    with pytest.raises(ValueError, match="another spec:\n  left_out"):
+        GradientStore.create(tmp_path, left_out(head="called with 8 examples", tail=""))
+
+
 def test_bad_specs_and_folders(tmp_path):
     with pytest.raises(ValueError, match="dtype='int8' is not known"):
         spec("int8")
