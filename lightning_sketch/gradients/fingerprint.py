@@ -10,6 +10,7 @@ Integer sums are exact in every order, hence the same on each device. Swapping w
 parameter goes unseen; training does no such thing. One pass over the parameters.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,7 @@ def fingerprint(tensors: Sequence[Tensor]) -> int:
     True
     """
     total = 0
+    multipliers = functools.lru_cache(lambda device: words(Key(0, "fingerprint"), 0, _W, device) | 1)
     for tensor in tensors:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
         if data.data_ptr() % 8:
@@ -37,6 +39,5 @@ def fingerprint(tensors: Sequence[Tensor]) -> int:
         tail = data.new_zeros(8 * _W)
         tail[: len(data) - whole] = data[whole:]
         columns = data[:whole].view(torch.int64).view(-1, _W).sum(0) + tail.view(torch.int64)
-        multipliers = words(Key(0, "fingerprint"), 0, _W, data.device) | 1
-        total = (total * _M + int((columns * multipliers).sum()) + tensor.numel()) % (1 << 64)
+        total = (total * _M + int((columns * multipliers(data.device)).sum()) + tensor.numel()) % (1 << 64)
     return (total - (1 << 64) if total >= 1 << 63 else total) or 1
