@@ -1,6 +1,5 @@
 """Store sketched gradients while training, and at checkpoints."""
 
-import copy
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -25,12 +24,14 @@ from lightning_sketch.attribution import StoreSpec, batch_ids
 from lightning_sketch.attribution.indexed_dataset import Indexed, without_index
 from lightning_sketch.attribution.sketch_gradients import ExampleRows, RowFn
 from lightning_sketch.attribution.spec import DTYPES
-from lightning_sketch.callbacks.example_rows import TrainingExamples, served_layout
+from lightning_sketch.callbacks.example_rows import TrainingExamples
 from lightning_sketch.callbacks.fits import check_rows
 from lightning_sketch.callbacks.log_spectrum import log_scalars
+from lightning_sketch.callbacks.second_pass import SecondPass, left_by_hooks, without
 from lightning_sketch.callbacks.step_rows import StepRows, one_rate
 from lightning_sketch.callbacks.store_run import Copies, StoreRun, check_fresh, default_folder
-from lightning_sketch.gradients import training_step_loss
+from lightning_sketch.gradients import copied, training_step_loss
+from lightning_sketch.gradients.engines import ONE_BY_ONE
 from lightning_sketch.gradients.norms import couples
 from lightning_sketch.operators.kinds import KINDS, make_sketch
 from lightning_sketch.params import Layout
@@ -61,8 +62,9 @@ class GradientSketchWriter(CallbackBase):
         sketch: kind of the map, as in `make_sketch`.
         per: "step" for a row per optimizer step; "example" for a row per training example, from the same backward pass,
             in the mode and precision of training, for every batch of a recorded step. Needs the examples' numbers. What
-            hooks cannot split, as a recurrent layer, is left out by name, in a warning and in the store's spec; in
-            batch norm's training mode a row is a share of a batch in which examples are coupled, and marked so.
+            hooks cannot split, as a recurrent layer, is served by `fallback`, or left out by name, in a warning and in
+            the store's spec; in batch norm's training mode a row is a share of a batch in which examples are coupled,
+            and marked so.
         every_n_train_steps: optimizer steps between two rows while training.
         parameters: which parameters, as a shell pattern on their names.
         index_key: where a batch keeps the numbers of its examples: a key or a place in it, or "hash" for numbers made
@@ -77,7 +79,10 @@ class GradientSketchWriter(CallbackBase):
         row_fn: (module, batch) -> losses, probabilities of the true labels, one each, for rows of examples.
         weight_fn: batch -> its weight in a mean over batches, see `sketch_gradients`.
         reduction: "mean", or "sum" if the loss adds up examples.
-        engine: for rows of examples, see `sketch_gradients`.
+        engine: for rows of examples at a checkpoint, see `sketch_gradients`.
+        fallback: for what hooks cannot split while training: "loop", a pass more for each example, before the batch is
+            trained on; "vmap", the same for many at once, where the loss can be vectorized; None to leave it out. These
+            passes are in evaluation mode and float32, hence without dropout and batch statistics.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -111,6 +116,7 @@ class GradientSketchWriter(CallbackBase):
         weight_fn: Callable[[Any], float] | None = None,
         reduction: str = "mean",
         engine: str = "auto",
+        fallback: str | None = None,
     ):
         super().__init__()
         for argument, value, known in (
@@ -118,6 +124,7 @@ class GradientSketchWriter(CallbackBase):
             ("per", per, _MEANING),
             ("queries", queries, ("val", None)),
             ("dtype", dtype, DTYPES),
+            ("fallback", fallback, (*ONE_BY_ONE, None)),
         ):
             if value not in known:
                 raise ValueError(
@@ -129,7 +136,7 @@ class GradientSketchWriter(CallbackBase):
         self.dim, self.kind, self.per, self.every_n_train_steps = dim, sketch, per, every_n_train_steps
         self.parameters, self.index_key, self.queries, self.dtype = parameters, index_key, queries, dtype
         self.loss_fn, self.row_fn, self.weight_fn, self.reduction = loss_fn, row_fn, weight_fn, reduction
-        self.name, self.seed, self.engine = name or "sketches", seed, engine
+        self.name, self.seed, self.engine, self.fallback = name or "sketches", seed, engine, fallback
 
         self._asked = self.dirpath
         self._resumed: dict[str, Any] | None = None
@@ -318,10 +325,15 @@ class GradientSketchWriter(CallbackBase):
     def _begin_examples(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """On the first batch: see what hooks serve, and open the store for that."""
         layout = Layout.of(pl_module, self.parameters)
-        layout, left_out = served_layout(trainer, pl_module, layout, batch, self.weight_fn, self.reduction)
-        coupled = bool(couples(pl_module))
-        spec = self._open_fit(trainer, layout, left_out=left_out, contribution=coupled)
-        self._training = TrainingExamples(pl_module, layout, spec.operator, self.weight_fn, self.reduction)
+        left = left_by_hooks(trainer, pl_module, layout, batch, self.weight_fn, self.reduction, self.fallback)
+        if self.fallback is None:
+            layout = without(layout, left)
+        left_out = left if self.fallback is None else {}
+        spec = self._open_fit(trainer, layout, left_out=left_out, contribution=bool(couples(pl_module)))
+        second = None
+        if left and self.fallback is not None:
+            second = SecondPass(trainer, pl_module, layout, spec.operator, left, self.fallback)
+        self._training = TrainingExamples(pl_module, layout, spec.operator, self.weight_fn, self.reduction, second)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Prepare for the rows of a checkpoint's examples."""
@@ -340,7 +352,7 @@ class GradientSketchWriter(CallbackBase):
         return ExampleRows(
             pl_module,
             spec.operator,
-            lambda module, batch: loss_fn(module, copy.deepcopy(batch)),  # a step may change its batch in place
+            lambda module, batch: loss_fn(module, copied(batch)),  # a step may change its batch in place
             self.row_fn,
             self.engine,
             list(spec.parameters.names),

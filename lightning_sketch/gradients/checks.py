@@ -1,7 +1,7 @@
 """Are the rows that hooks give the gradients of the examples? Two questions to the first batch, for each parameter.
 
     sum    the shares of all examples add up to the gradient of the batch        sees what is missing or counted twice
-    row    the first and last example's share, scaled, is the gradient of the example alone
+    row    the first and last example's share, scaled, is the gradient of the example alone; of those with a weight
                                        sees a wrong axis, a wrong scale, examples that are coupled through the loss
 
 Either alone lets wrong rows pass: any partition of a batch's terms has the right sum. Compared are small sketches.
@@ -80,7 +80,7 @@ def hooks_fail(
     for name in dict.fromkeys([*missed, *wrong]):
         unserved = "no hook saw it" if name not in served else "its shares do not add up to its gradient"
         found[name] = reasons.get(name, unserved)
-    for place in (0, examples - 1):
+    for place in scale.nonzero().flatten()[[0, -1]].tolist() if scale.any() else ():
         example = next(itertools.islice(split_batch(batch, 1), place, None))
         alone = _gradients(loss_fn(module, example).sum(), parameters)
         shares = {name: row[place] * float(scale[place]) for name, row in rows.items()}

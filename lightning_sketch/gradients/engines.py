@@ -17,8 +17,8 @@ from lightning_sketch.gradients.sinks import SketchSink
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.params import Layout
 
-_ONE_BY_ONE = {"loop": loop_sketches, "vmap": vmap_sketches}
-ENGINES = ("auto", "hooks", *_ONE_BY_ONE)
+ONE_BY_ONE = {"loop": loop_sketches, "vmap": vmap_sketches}
+ENGINES = ("auto", "hooks", *ONE_BY_ONE)
 
 
 class ExampleSketches:
@@ -55,8 +55,10 @@ class ExampleSketches:
             self._choose(batch)
         if self._hooks is not None:
             return self._by_hooks(batch)
-        one_by_one = _ONE_BY_ONE[self.engine if self.engine in _ONE_BY_ONE else "loop"]
-        return one_by_one(self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn)
+        one_by_one = ONE_BY_ONE[self.engine if self.engine in ONE_BY_ONE else "loop"]
+        rows, losses = one_by_one(self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn)
+        counts = own_scale(batch, self.reduction, self.weight_fn).to(rows) > 0
+        return rows.where(counts[:, None], 0.0), losses  # the mean over no labels is NaN
 
     def _choose(self, batch: Any) -> None:
         """Take hooks if they are right; one example says nothing, and goes through the loop."""

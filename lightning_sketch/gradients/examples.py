@@ -103,6 +103,11 @@ def on_device(batch: Any, device: torch.device) -> Any:
     return _changed(batch, lambda tensor: tensor.to(device))
 
 
+def copied(batch: Any) -> Any:
+    """The batch with tensors and collections of its own, for a step that changes its batch in place; vmap allows it."""
+    return _changed(batch, Tensor.clone)
+
+
 def differentiable(batch: Any, widen: bool = False) -> Any:
     """The batch as autograd can use it: no tensors made in inference mode, and no half precision if `widen`."""
 

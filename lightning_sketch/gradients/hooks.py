@@ -27,7 +27,7 @@ class ExampleHooks:
 
     Args:
         module: whose layers are watched.
-        parameters: by name; what is not among them, or frozen, is left out.
+        parameters: by name; what is not among them, or frozen, is left out. Without any no layer is watched.
 
     Raises:
         ValueError: if the module, or a part of it, is compiled: a compiled forward may skip hooks without a word.
@@ -49,8 +49,8 @@ class ExampleHooks:
     """
 
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]):
-        _refuse_compiled(module)
         self._module, self._parameters = module, dict(parameters)
+        self._parts()
         self._pass: Pass | None = None
         self._shared: list[tuple[Any, Shared]] = []
         self.served: set[str] = set()
@@ -61,10 +61,10 @@ class ExampleHooks:
     def attach(self, sink: Sink, examples: int) -> None:
         """Put hooks on the layers, for the forward passes of one batch of so many examples; detaches first."""
         self.detach()
-        _refuse_compiled(self._module)
+        parts = self._parts()
         self._pass = Pass(self._parameters, sink, examples)
         self.served, self.reasons = self._pass.served, self._pass.reasons
-        for path, part in self._module.named_modules():
+        for path, part in parts:
             if attention.is_known(part):
                 attention.watch(part, self._pass)
             elif (rule := rule_of(part)) is not None and part._parameters:
@@ -101,6 +101,13 @@ class ExampleHooks:
             yield
         finally:
             self.detach()
+
+    def _parts(self) -> list[tuple[str, nn.Module]]:
+        """The module's parts, none of them compiled; none at all if nothing is asked for."""
+        if not self._parameters:
+            return []
+        _refuse_compiled(self._module)
+        return list(self._module.named_modules())
 
     def _after_layer(
         self, rule: Rule, path: str, part: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any

@@ -4,6 +4,7 @@ loop    a forward and a backward pass per example
 vmap    torch.func.vmap(grad(loss)): many small examples at once; refuses what depends on data or writes buffers
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ def loop_sketches(
     loss_fn: LossFn,
 ) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"]]:
     """Sketches of each example's gradient with respect to these parameters of the layout, and its loss."""
-    rows, losses = _Sketched(layout, sketch), []
+    rows, losses = _Sketched(layout, sketch, parameters), []
     for example in split_batch(batch, 1):
         loss = loss_fn(module, example).sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -65,14 +66,14 @@ def vmap_sketches(
     gradients_of = torch.func.vmap(
         torch.func.grad(loss_of, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different"
     )
-    rows, losses = _Sketched(layout, sketch), []
+    rows, losses = _Sketched(layout, sketch, parameters), []
     size = max(1, _AT_ONCE // sum(p.numel() for p in own))
     for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         try:
             gradients, loss = gradients_of([p.detach() for p in own], *parts)
         except RuntimeError as error:
             raise ValueError(
-                f"{type(module).__name__} cannot be vectorized over examples: {error}. Use engine='loop'."
+                f"{type(module).__name__} cannot be vectorized over examples: {error}. Use 'loop' instead of 'vmap'."
             ) from error
         named = dict(zip(parameters, gradients, strict=True))
         for i in range(len(parts[0])):
@@ -84,20 +85,21 @@ def vmap_sketches(
 class _Sketched:
     """Sketches of gradients that come one by one: of small ones many at once, since signs are made once for all."""
 
-    def __init__(self, layout: Layout, sketch: Sketch):
+    def __init__(self, layout: Layout, sketch: Sketch, parameters: Mapping[str, Tensor]):
         self.layout, self.sketch = layout, sketch
+        dtypes = (parameter.dtype for parameter in parameters.values())
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        self.like = torch.empty(0, dtype=dtype, device=next(iter(parameters.values())).device)
         self.at_once = _TOGETHER // layout.n
         self.waiting: list[Tensor] = []
         self.rows: list[Tensor] = []
 
     def add(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """One example's."""
+        """One example's; it may have none of them."""
         if self.at_once < 2:
-            self.rows.append(self.layout.sketch(self.sketch, gradients)[None])
+            self.rows.append(self.layout.sketch(self.sketch, gradients)[None].to(self.like))
             return
-        like = next(g for g in gradients.values() if g is not None)
-        like = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
-        self.waiting.append(self.layout.flatten([gradients.get(name) for name in self.layout.names], like))
+        self.waiting.append(self.layout.flatten([gradients.get(name) for name in self.layout.names], self.like))
         if len(self.waiting) == self.at_once:
             self._sketch()
 

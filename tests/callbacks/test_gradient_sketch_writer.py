@@ -308,6 +308,7 @@ def test_a_second_fit_into_the_same_folder_is_refused(tmp_path):
         ({"per": "epoch"}, "per='epoch'"),
         ({"queries": "train"}, "queries='train'.*'val'"),
         ({"dtype": "int8"}, "dtype='int8'"),
+        ({"fallback": "auto"}, "fallback='auto'.*'loop', 'vmap', None"),
         ({"dim": 0}, "need dim and every_n_train_steps >= 1, got 0"),
         ({"every_n_train_steps": 0}, "got 128 and 0"),
     ],

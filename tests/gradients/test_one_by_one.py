@@ -82,7 +82,7 @@ def test_what_depends_on_data_is_refused_by_vmap_with_the_way_out():
         value = loss(module, batch)
         return value if value > 0 else -value
 
-    with undisturbed(module), pytest.raises(ValueError, match="engine='loop'"):
+    with undisturbed(module), pytest.raises(ValueError, match="Use 'loop'"):
         vmap_sketches(module, data, parameters, layout, BlockSRHT(layout.n, 32), decides)
 
 

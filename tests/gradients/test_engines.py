@@ -1,0 +1,52 @@
+"""All engines give the same rows, of odd batches too."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_sketch.gradients import num_labels, undisturbed
+from lightning_sketch.gradients.engines import ENGINES, ExampleSketches
+from lightning_sketch.operators import BlockSRHT
+from lightning_sketch.params import Layout
+
+
+def sketches(module, loss, engine="hooks", layout=None, **options):
+    layout = layout or Layout.of(module)
+    return ExampleSketches(module, layout, BlockSRHT(layout.n, 16), loss, engine, **options)
+
+
+@pytest.mark.parametrize("empty", [[0], [2], [0, 4], [1, 2, 3, 4]])
+def test_examples_without_labels_have_zero_rows_and_spoil_no_other(empty):
+    """Of the mean over no labels the gradient is NaN: it is neither compared nor a row."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 4).double()
+    labels = torch.randint(0, 4, (5, 6))
+    labels[empty] = -100
+    labels[3, :2] = -100
+
+    def loss(module, batch):
+        return F.cross_entropy(module(batch["x"]).flatten(0, 1), batch["labels"].flatten())
+
+    batch = {"x": torch.randn(5, 6, 3).double(), "labels": labels}
+    with undisturbed(module):
+        rows = {engine: sketches(module, loss, engine, weight_fn=num_labels)(batch)[0] for engine in ENGINES}
+    for engine, found in rows.items():
+        torch.testing.assert_close(found, rows["loop"], msg=engine)
+        assert found.isfinite().all()
+        assert (found.norm(dim=1) > 0).tolist() == [i not in empty for i in range(5)]
+
+
+@pytest.mark.parametrize("size", [4, 1500])
+def test_an_example_that_uses_none_of_the_parameters_has_a_zero_row(size):
+    """As where a router sends examples to one expert or the other; 1500^2 numbers are sketched one by one."""
+    module = nn.ModuleList([nn.Linear(size, size), nn.Linear(size, size)])
+    first = Layout.of(module, "0.*")
+
+    def routed(module, x):
+        return module[0 if x[0, 0] > 0 else 1](x).square().mean()
+
+    x = torch.ones(3, size) * torch.tensor([[-1.0], [1.0], [-1.0]])
+    with undisturbed(module):
+        rows, _ = sketches(module, routed, "loop", first)(x)
+    assert rows.any(dim=1).tolist() == [False, True, False]
