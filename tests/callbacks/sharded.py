@@ -1,8 +1,8 @@
 """Run as a program: five steps on parameters that are sharded over two processes, or on one whole.
 
-python sharded.py FOLDER DEVICES [look] [ddp]
+python sharded.py FOLDER DEVICES [look] [ddp] [example]
 
-ddp: whole on each.
+ddp: whole on each. example: rows of the examples, of which there are 155, that is 156 on two processes.
 """
 
 import sys
@@ -18,10 +18,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_sketch import GradientSketchWriter
+from lightning_sketch.attribution import IndexedDataset
 
 
 class Model(LightningModule):
     """Seven rows on two ranks: four and three."""
+
+    rows = dataset(160)
 
     def __init__(self):
         super().__init__()
@@ -39,7 +42,7 @@ class Model(LightningModule):
 
     def train_dataloader(self):
         """Rank r of R takes r, r + R, ...: batch by batch, all ranks together see the same."""
-        rows, ranks = dataset(160), self.trainer.world_size
+        rows, ranks = self.rows, self.trainer.world_size
         sampler = DistributedSampler(rows, ranks, rank=self.trainer.global_rank, shuffle=False)
         return DataLoader(rows, batch_size=32 // ranks, sampler=sampler)
 
@@ -49,7 +52,17 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.5)
 
 
-def main(folder: Path, devices: int, look: bool, ddp: bool):
+class Examples(Model):
+    """Hooks see one use of the last weight, of two."""
+
+    rows = IndexedDataset(dataset(155))
+
+    def training_step(self, batch, batch_idx):
+        x = self.net[:3](batch[0])
+        return F.cross_entropy(self.net[3](x) + F.linear(x.square(), self.net[3].weight), batch[1])
+
+
+def main(folder: Path, devices: int, look: bool, ddp: bool, example: bool):
     torch.set_num_threads(1)
     seed_everything(3, verbose=False)
     strategy = "auto"
@@ -57,14 +70,15 @@ def main(folder: Path, devices: int, look: bool, ddp: bool):
         strategy = "ddp"
     elif devices > 1:
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
-    writer = GradientSketchWriter(folder / "store", dim=64, dtype="float32")
+    per = {"per": "example", "fallback": "loop"} if example else {}
+    writer = GradientSketchWriter(folder / "store", dim=64, dtype="float32", **per)
     options = {"strategy": strategy, "use_distributed_sampler": False, "limit_val_batches": 1.0 if look else 0}
     run = trainer(folder, writer, devices=devices, max_steps=5, max_epochs=-1, **options)
     if look:
         run.validate(Model())
     else:
-        run.fit(Model())
+        run.fit(Examples() if example else Model())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), "look" in sys.argv, "ddp" in sys.argv)
+    main(Path(sys.argv[1]), int(sys.argv[2]), "look" in sys.argv, "ddp" in sys.argv, "example" in sys.argv)

@@ -35,6 +35,22 @@ def test_two_ranks_write_what_one_process_does(tmp_path):
         assert torch.equal(rows.metadata()["fingerprint"][:1], known[:1])  # later weights differ by rounding
 
 
+def test_two_ranks_give_each_example_the_row_that_one_process_does(tmp_path):
+    """Five steps of 32 examples, the last of 27, or 28 of which one is a copy; a row is at the weights of its step."""
+    alone = rows_of(tmp_path / "alone", 1, "example")
+    both = rows_of(tmp_path / "both", 2, "ddp", "example")
+    assert alone.example_id.tolist() == list(range(155))
+    assert both.where(padded=True).example_id.tolist() == [0]
+    own = both.where(padded=False)
+    order = own.example_id.argsort()
+    assert own.example_id[order].tolist() == list(range(155))
+    assert torch.equal(own.metadata()["step"][order], alone.step)
+    assert own.metadata()["rank"][order].tolist() == [i % 2 for i in range(155)]
+    assert ((own.sketches[order] - alone.sketches).norm(dim=1) <= 1e-4 * alone.sketches.norm(dim=1)).all()
+    for step in range(1, 6):  # the ranks' weights are the same to the last bit
+        assert len(own.where(step=step).metadata()["fingerprint"].unique()) == 1
+
+
 def test_rows_of_examples_are_refused_with_the_reason(tmp_path):
     done = ran(tmp_path, 2, "look")
     assert done.returncode != 0
