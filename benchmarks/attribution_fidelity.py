@@ -33,7 +33,6 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from pytorch_lightning import LightningModule, Trainer, seed_everything
-from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -41,7 +40,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from lightning_sketch import make_sketch
 from lightning_sketch.params import Layout
 
-KINDS = ("block_srht", "affd", "afjl", "qk", "ffd", "fjl", "count_sketch", "gaussian")
+KINDS = ("block_srht", "count_sketch", "qk", "afjl", "affd", "ffd", "fjl", "gaussian")
 DENSE = ("gaussian", "traker")
 PAPER = {"fjl": (10, 12, 13), "affd": (10, 12, 13), "ffd": (10, 12, 14), "afjl": (12, 13, 15), "qk": (14, 16, 17)}
 PAPER_LAYERS = (0.16, 0.75, 0.89, 0.90, 0.89, 0.78, 0.38)  # token embedding, then layers 1 to 6
@@ -53,23 +52,21 @@ class Size(NamedTuple):
 
     width: int
     layers: int
-    vocabulary: int
     tokens: int  # in a sequence
     steps: int
     batch: int
-    logs: range  # of dim, to base 2
-    seeds: int = 2
+    last: int  # log2 of the largest dim
 
 
-QUICK = Size(64, 2, 512, 64, steps=100, batch=8, logs=range(8, 13, 2))
-FULL = Size(256, 6, 2048, 128, steps=300, batch=8, logs=range(8, 17))
+QUICK = Size(width=64, layers=2, tokens=64, steps=100, batch=8, last=12)
+FULL = Size(width=264, layers=6, tokens=128, steps=300, batch=8, last=16)
 
 
 class SmallGPT(LightningModule):
     def __init__(self, size: Size):
         super().__init__()
         shape = {"n_embd": size.width, "n_layer": size.layers, "n_head": 4, "n_positions": size.tokens}
-        self.gpt = GPT2LMHeadModel(GPT2Config(vocab_size=size.vocabulary, **shape, bos_token_id=0, eos_token_id=0))
+        self.gpt = GPT2LMHeadModel(GPT2Config(vocab_size=256, **shape, bos_token_id=0, eos_token_id=0))
 
     def training_step(self, batch):
         return self.gpt(batch[0], labels=batch[0]).loss
@@ -108,20 +105,16 @@ def _pearson(a: Tensor, b: Tensor) -> float:
 
 
 def sequences(size: Size) -> tuple[Int[Tensor, "train tokens"], Int[Tensor, "queries tokens"]]:
-    """Pieces of source files, in byte pairs learned from them; every eighth file is left to the queries."""
-    texts = [path.read_text("utf-8") for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))]
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts, vocab_size=size.vocabulary, show_progress=False)
-    files = [encoding.ids for encoding in tokenizer.encode_batch(texts)]
-    queries = _pieces(files[::8], size.tokens)
-    train = _pieces([ids for number, ids in enumerate(files) if number % 8], size.tokens)
-    return train[: size.steps * size.batch], queries[:HALF]
+    """Pieces of source files, byte by byte; every eighth file is left to the queries."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    train, queries = [path for number, path in enumerate(files) if number % 8], files[::8]
+    return _pieces(train, size.tokens, size.steps * size.batch), _pieces(queries, size.tokens, HALF)
 
 
-def _pieces(files: list[list[int]], tokens: int) -> Int[Tensor, "pieces tokens"]:
-    whole = [torch.tensor(ids[: len(ids) // tokens * tokens], dtype=torch.long).view(-1, tokens) for ids in files]
-    pieces = torch.cat(whole)
-    return pieces[torch.randperm(len(pieces))]
+def _pieces(files: list[Path], tokens: int, count: int) -> Int[Tensor, "count tokens"]:
+    text = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in files)), dtype=torch.uint8).long()
+    pieces = text[: len(text) // tokens * tokens].view(-1, tokens)
+    return pieces[torch.randperm(len(pieces))[:count]]
 
 
 def trained(size: Size, train: Tensor) -> SmallGPT:
@@ -176,24 +169,24 @@ def line(kind: str, values: list[float], logs: range, seconds: float | None = No
     print(f"{kind:13}{cells}  {''.join(f'{log:>4}' for log in least)}{paper}{cost}", flush=True)
 
 
-def compare_sketches(rows: Tensor, exact: Dots, size: Size, dense_log: int) -> None:
-    kinds = [*KINDS, "random mask", *(["traker"] if importlib.util.find_spec("trak") else [])]
-    header = "".join(f"{f'2^{log}':>7}" for log in size.logs) + "   .95 .98 .99"
+def compare_sketches(rows: Tensor, exact: Dots, logs: range, dense_log: int, seeds: int) -> None:
+    kinds = ["random mask", *KINDS, *(["traker"] if importlib.util.find_spec("trak") else [])]
+    header = "".join(f"{f'2^{log}':>7}" for log in logs) + "   .95 .98 .99"
     print(f"\n{'dot products':13}{header}   (paper's)  s/gradient")
-    of_cosines, apart = {}, [0.0] * len(size.logs)
+    of_cosines, apart = {}, [0.0] * len(logs)
     for kind in kinds:
-        logs = [log for log in size.logs if kind not in DENSE or log <= dense_log]
-        pairs = [measure(kind, rows, exact, 1 << log, size.seeds) for log in logs]
+        own = [log for log in logs if kind not in DENSE or log <= dense_log]
+        pairs = [measure(kind, rows, exact, 1 << log, seeds) for log in own]
         means = [[statistics.mean(r) for r in zip(*found, strict=True)] for found, _ in pairs]
         of_cosines[kind] = [cosine for _, cosine in means]
-        line(kind, [dot for dot, _ in means], size.logs, pairs[-1][1] / len(rows))
+        line(kind, [dot for dot, _ in means], logs, pairs[-1][1] / len(rows))
         if kind in KINDS:
             ranges = [max(r for r, _ in found) - min(r for r, _ in found) for found, _ in pairs]
             apart = [*map(max, apart, ranges), *apart[len(ranges) :]]
     print("seeds differ " + "".join(f"{r:7.3f}" for r in apart) + "   at most, in any kind of ours")
     print(f"\n{'cosines':13}{header}")
     for kind, values in of_cosines.items():
-        line(kind, values, size.logs)
+        line(kind, values, logs)
 
 
 def compare_layers(module: SmallGPT, parts: dict[str, Dots], exact: Dots, size: Size) -> None:
@@ -212,6 +205,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small model and fewer dims, in less than a minute")
     parser.add_argument("--dense-log", type=int, default=10, help="largest log2 dim of gaussian and traker")
+    parser.add_argument("--every", action="store_true", help="odd powers of two as well")
+    parser.add_argument("--seeds", type=int, default=2)
     chosen = parser.parse_args()
     size, start = QUICK if chosen.quick else FULL, time.perf_counter()
     seed_everything(0, verbose=False)
@@ -229,7 +224,7 @@ def main():
     cosines = exact.cosines()
     print(f"cosines {float(cosines.mean()):.3f} ± {float(cosines.std()):.3f}")
     compare_layers(module, parts, exact, size)
-    compare_sketches(rows, exact, size, chosen.dense_log)
+    compare_sketches(rows, exact, range(8, size.last + 1, 1 if chosen.every else 2), chosen.dense_log, chosen.seeds)
     print(f"\n{(time.perf_counter() - start) / 60:.1f} minutes")
 
 
