@@ -6,10 +6,13 @@ Both namespaces, the step of the loggers, the bar, the scale of gradients, batch
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from types import FunctionType, MethodType
 from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.utilities.compile import _maybe_unwrap_optimized
+from torch import nn
 from torch.optim import Optimizer
 
 # The two namespaces hold two copies of each class. A callback is one for the Trainer and the CLI of a namespace only
@@ -22,12 +25,22 @@ if find_spec("lightning") is not None:
 
     class CallbackBase(pl.Callback, lp.Callback):
         """A callback for `pytorch_lightning` and for `lightning.pytorch`."""
+
+    class ModuleBase(pl.LightningModule, lp.LightningModule):
+        """A module for `pytorch_lightning` and for `lightning.pytorch`."""
+
+    _MODULES = (pl.LightningModule, lp.LightningModule)
 else:
     Trainer = pl.Trainer
     LightningModule = pl.LightningModule
 
     class CallbackBase(pl.Callback):
         """A callback for `pytorch_lightning`."""
+
+    class ModuleBase(pl.LightningModule):
+        """A module for `pytorch_lightning`."""
+
+    _MODULES = (pl.LightningModule,)
 
 
 def batches_done(trainer: Trainer) -> int:
@@ -127,3 +140,45 @@ def evaluated_loader(trainer: Trainer, index: int) -> Any:
     """The data loader of this index that is being validated, tested or predicted on."""
     loop = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer._active_loop
     return loop._combined_loader.flattened[index]
+
+
+def changed_hooks(module: LightningModule) -> list[str]:
+    """Names of the hooks and steps of a LightningModule that its class, or itself, has made its own."""
+    base = lightning_class(module)
+    return [name for name in _hooks(base) if _code(getattr(module, name)) is not _code(getattr(base, name))]
+
+
+def does_itself(module: LightningModule, name: str) -> bool:
+    """Whether a `ModuleBase`'s class has a hook of its own, other than Lightning's default."""
+    return getattr(type(module), name, None) is not getattr(pl.LightningModule, name, None)
+
+
+def like_namespace_of(module: LightningModule, wrapper: LightningModule) -> None:
+    """Give a `ModuleBase` the default hooks of another module's namespace: Lightning compares their code."""
+    theirs = lightning_class(module)
+    for name in _hooks(theirs):
+        if theirs is not pl.LightningModule and name not in vars(wrapper) and not does_itself(wrapper, name):
+            wrapper.__dict__[name] = MethodType(getattr(theirs, name), wrapper)
+
+
+def unwrapped(module: Any) -> Any:
+    """A LightningModule out of what torch.compile made of it; its compiled steps stay compiled."""
+    return _maybe_unwrap_optimized(module) if hasattr(module, "_orig_mod") else module
+
+
+def lightning_class(module: LightningModule) -> type:
+    """The LightningModule that it is one of."""
+    return next(base for base in _MODULES if isinstance(module, base))
+
+
+def _hooks(base: type) -> list[str]:
+    """Functions that a LightningModule has and a module of PyTorch has not."""
+    return [
+        name
+        for name in dir(base)
+        if not name.startswith("_") and isinstance(getattr(base, name), FunctionType) and not hasattr(nn.Module, name)
+    ]
+
+
+def _code(function: Any) -> Any:
+    return getattr(getattr(function, "__wrapped__", function), "__code__", None)

@@ -122,10 +122,45 @@ class Layout:
             total += sketch.columns(start, start + len(piece)).matvec(piece)
         return total
 
+    def lift(self, sketch: Sketch, y: Float[Tensor, " dim"], like: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The adjoint of `sketch`: Sᵀ y, cut into the parameters' shapes, one after the other.
+
+        Scratch: the largest parameter and a slab, if the sketch streams; n numbers if not.
+
+        Args:
+            sketch: with n as here.
+            y: what to lift.
+            like: the parameters; of a DTensor each rank gets its own shard.
+
+        Raises:
+            ValueError: if sizes disagree, or a DTensor meets a sketch that does not stream.
+        """
+        self._check(sketch, dict(zip(self.names, like, strict=True)))
+        slab = max(1, _SLAB // sketch.chunk) * sketch.chunk if sketch.streams else self.n
+        begin, held = 0, y[:0]
+
+        def read(start: int, stop: int) -> Tensor:
+            nonlocal begin, held
+            parts = []
+            while start < stop:
+                if not begin <= start < begin + len(held):
+                    begin = start // slab * slab
+                    held = sketch.columns(begin, min(begin + slab, self.n)).rmatvec(y)
+                parts.append(held[start - begin : stop - begin])
+                start += len(parts[-1])
+            return parts[0] if len(parts) == 1 else torch.cat([y[:0], *parts])
+
+        for start, tensor in zip(itertools.accumulate(self._sizes, initial=0), like, strict=False):
+            if hasattr(tensor, "placements"):
+                local = tensor.to_local()
+                first = start + _first_of_shard(tensor)
+                whole = sketch.columns(first, first + local.numel()).rmatvec(y) if local.numel() else y[:0]
+                yield whole.view(local.shape)
+            else:
+                yield read(start, start + tensor.numel()).view(tensor.shape)
+
     def _sketch_sharded(self, sketch: Sketch, tensors: Mapping[str, Tensor]) -> Float[Tensor, " dim"]:
         """The sum over all shards of their sketches, each taken by the rank that holds it."""
-        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # loaded with DTensor anyway
-
         starts = dict(zip(self.names, itertools.accumulate(self._sizes, initial=0), strict=False))
         partial: dict[tuple, Tensor] = {}
         for name, tensor in tensors.items():
@@ -135,8 +170,7 @@ class Layout:
                 partial[key] = torch.zeros(sketch.dim, dtype=torch.promote_types(local.dtype, torch.float32))
                 partial[key] = partial[key].to(local.device)
             if len(local):
-                _, offset = compute_local_shape_and_global_offset(tensor.shape, *key)
-                start = starts[name] + (offset[0] * tensor.shape[1:].numel() if tensor.ndim else 0)
+                start = starts[name] + _first_of_shard(tensor)
                 partial[key] += sketch.columns(start, start + len(local)).matvec(local).to(partial[key])
         return sum(_summed(part, *key) for key, part in partial.items())
 
@@ -192,6 +226,14 @@ def _check_sharded(name: str, tensor: Tensor, sketch: Sketch) -> None:
         raise TypeError(f"{name} is laid out as {tensor.placements}, not in runs of rows; pass tensor.full_tensor().")
     if not sketch.streams:
         raise ValueError(f"{type(sketch).__name__} needs the whole vector, {name} is sharded; use 'block_srht'.")
+
+
+def _first_of_shard(tensor: Tensor) -> int:
+    """The flat place of the first number of this rank's shard, a run of rows."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # loaded with DTensor anyway
+
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tuple(tensor.placements))
+    return offset[0] * tensor.shape[1:].numel() if tensor.ndim else 0
 
 
 def _summed(partial: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:

@@ -1,0 +1,77 @@
+"""A LightningModule around another: the inner one's own steps, hooks, logging and hyper-parameters go on working."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from lightning_sketch._compat import LightningModule, ModuleBase, changed_hooks, does_itself, like_namespace_of
+
+_STEPS = ("validation_step", "test_step", "predict_step")
+_LOGGING = ("log", "log_dict")
+
+
+class Wrapper(ModuleBase):
+    """Hands everything that it does not do itself to `module`.
+
+    Lightning asks a module which hooks it has. So the wrapper has, as an object and not as a class, those of the module
+    inside: they are that one's own bound methods. What the module logs goes under its own names.
+
+    Args:
+        module: a LightningModule of either namespace.
+    """
+
+    def __init__(self, module: LightningModule):
+        super().__init__()
+        self.module = module
+        for name in changed_hooks(module):
+            if name in _STEPS:
+                self.__dict__[name] = functools.partial(self._evaluate, name)
+            elif name not in _LOGGING and not does_itself(self, name):
+                self.__dict__[name] = getattr(module, name)
+        like_namespace_of(module, self)
+        module.__dict__["log"] = self.log
+        if module.example_input_array is not None:
+            self.example_input_array = module.example_input_array
+
+    def merge_hyperparameters(self) -> None:
+        """Log the module's hyper-parameters beside the wrapper's own, which win where names are equal."""
+        self._set_hparams({**self.module.hparams, **self.hparams})
+        self._hparams_initial = copy.deepcopy(self._hparams)
+
+    def ready(self) -> None:
+        """Bring the inner module up to date; called before each of its steps."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module gives."""
+        self.ready()
+        return self.module(*args, **kwargs)
+
+    def _evaluate(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        self.ready()
+        return call_fitting(getattr(self.module, name), *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is asked for, the module may have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "module" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A trainer is passed on, across namespaces too."""
+        super().__setattr__(name, value)
+        if name == "trainer":
+            self.module.trainer = value
+
+
+def call_fitting(step: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a step with as many of the arguments as it takes, as Lightning would: `batch_idx` can be left out."""
+    parameters = inspect.signature(step).parameters.values()
+    if any(parameter.kind == parameter.VAR_POSITIONAL for parameter in parameters):
+        return step(*args, **kwargs)
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return step(*args[: len(places)], **kwargs)

@@ -1,0 +1,120 @@
+"""The directions that the weights may move along, nested so that their number can be doubled.
+
+    θ = θ₀ + Dᵀ w          D = √(max_dim / dim) · (the first dim rows of Π S)
+
+S     a sketch R^n -> R^max_dim, E[SᵀS] = I
+Π     a random permutation of its outputs; left out where dim = max_dim from the start
+D     R^n -> R^dim, E[DᵀD] = I for every dim: a step of Adam on w has length lr √n in θ, whatever dim is
+
+Without Π a prefix would not be random enough: the first dim rows of a Hadamard matrix repeat with period dim, so
+that a vector with two entries at that distance would vanish in half of the draws.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_sketch.operators import make_sketch
+from lightning_sketch.operators.base import LinearOperator
+from lightning_sketch.operators.random import Key, words
+from lightning_sketch.operators.sketch import Sketch
+from lightning_sketch.subspace.identity import Identity
+
+
+@dataclass(frozen=True)
+class Directions(LinearOperator):
+    """D: R^n -> R^dim.
+
+    Args:
+        sketch: S, of max_dim outputs.
+        dim: how many of them are used.
+        nested: whether a random choice is used, so that there can be more later; else all are, in their own order.
+    """
+
+    sketch: Sketch
+    dim: int
+    nested: bool = False
+
+    @classmethod
+    def of(cls, kind: str, n: int, dim: int, seed: int, max_dim: int | None = None) -> "Directions":
+        """Directions of a kind of sketch; all n coordinates themselves where the largest dim is n.
+
+        Raises:
+            ValueError: unless 0 < dim <= max_dim <= n; if the kind is unknown.
+        """
+        largest = dim if max_dim is None else max_dim
+        if not 0 < dim <= largest <= n:
+            asked = f"dim={dim}" if max_dim is None else f"dim={dim}, max_dim={max_dim}"
+            raise ValueError(
+                f"a subspace of n={n} parameters needs 0 < dim <= {'n' if max_dim is None else 'max_dim <= n'}, "
+                f"got {asked}; dim=n trains all of them."
+            )
+        sketch = make_sketch(kind, n=n, dim=largest, seed=seed)
+        return cls(Identity(n, n, seed) if largest == n else sketch, dim, max_dim is not None)
+
+    def doubled(self) -> "Directions":
+        """Twice as many, at most all; the former are among them."""
+        return replace(self, dim=min(2 * self.dim, self.sketch.dim))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(dim, n)."""
+        return self.dim, self.sketch.n
+
+    def spec(self) -> dict[str, int | str | bool]:
+        """All there is to know of them but how many are used, in JSON."""
+        return {**self.sketch.spec(), "nested": self.nested}
+
+    def restrict(self, y: Float[Tensor, "... max_dim"]) -> Float[Tensor, "... dim"]:
+        """D x from y = S x."""
+        return y[..., self._order(y.device)] * self._scale if self.nested else y
+
+    def expand(self, w: Float[Tensor, "... dim"]) -> Float[Tensor, "... max_dim"]:
+        """The y with Sᵀ y = Dᵀ w."""
+        if not self.nested:
+            return w
+        y = w.new_zeros(*w.shape[:-1], self.sketch.dim)
+        return y.index_copy(-1, self._order(w.device), w * self._scale)
+
+    def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... dim"]:
+        """D x."""
+        return self.restrict(self.sketch.matvec(x))
+
+    def rmatvec(self, y: Float[Tensor, "... dim"]) -> Float[Tensor, "... n"]:
+        """Dᵀ y."""
+        return self.sketch.rmatvec(self.expand(y))
+
+    def condition(self, products: int = 30) -> float:
+        """√(λ_max / λ_min) of D Dᵀ, at least: how differently long the steps are that θ takes for equal ones of w.
+
+        By the extreme Ritz values of a Krylov space, in float64; exact where dim <= products.
+        """
+        basis = torch.zeros(self.dim, 0, dtype=torch.float64)
+        v = torch.linspace(-1, 2, self.dim, dtype=torch.float64).sin() + 0.1
+        images = []
+        for _ in range(min(products, self.dim)):
+            v = v - basis @ (basis.T @ v)
+            v = v - basis @ (basis.T @ v)
+            if v.norm() < 1e-12:
+                break
+            basis = torch.cat([basis, (v / v.norm())[:, None]], dim=1)
+            images.append(self.matvec(self.rmatvec(basis[:, -1])))
+            v = images[-1]
+        ritz = torch.linalg.eigvalsh(basis.T @ torch.stack(images, dim=1))
+        return float((ritz[-1] / ritz[0].clamp(min=1e-300)).sqrt())
+
+    @property
+    def _scale(self) -> float:
+        return (self.sketch.dim / self.dim) ** 0.5
+
+    def _order(self, device: torch.device) -> Int[Tensor, " dim"]:
+        return _permutation(self.sketch.seed, self.sketch.dim, device)[: self.dim]
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, size: int, device: torch.device) -> Int[Tensor, " size"]:
+    """The order of independent random words, of which no two are equal."""
+    return words(Key(seed, "subspace/order"), 0, size, device).argsort()

@@ -1,0 +1,308 @@
+"""Train a module in a random subspace of its weights: θ = θ₀ + Dᵀ w, and only w is trained."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_sketch._compat import LightningModule, unwrapped
+from lightning_sketch.gradients import fingerprint
+from lightning_sketch.gradients.substituted import substituted
+from lightning_sketch.params import Layout
+from lightning_sketch.subspace.delegated import Wrapper, call_fitting
+from lightning_sketch.subspace.directions import Directions
+from lightning_sketch.subspace.recipe import Recipe
+from lightning_sketch.subspace.saved import completed, kept
+from lightning_sketch.subspace.through import ExplicitGradient, Held, loss_of, trainable, with_loss
+
+
+class SubspaceModule(Wrapper):
+    """A LightningModule that trains another one along `dim` random directions of its weights.
+
+    Use it in place of the module: the same Trainer, data, callbacks, and the module's own `training_step`,
+    `validation_step`, logged names, buffers and optimizer, which trains `w` instead of the weights. The directions
+    are a sketch's rows: a few integers, nothing of size n is stored but θ₀.
+
+    Scaled so that E‖D x‖² = ‖x‖²: a step of Adam moves the weights by lr √n whatever `dim` is, so that one learning
+    rate serves all; it has to be about ten times the usual, see `lr_scale`.
+
+    A step costs the module's own, and one product with D and one with Dᵀ. Memory: one more vector of n, for θ₀.
+
+    Args:
+        module: to be trained; of `pytorch_lightning` or `lightning.pytorch`. Its parameters are frozen from here on.
+        dim: how many numbers are trained, 0 < dim <= n; at n, the weights themselves.
+        sketch: kind of the directions: block_srht, affd, afjl, qk, ffd, fjl, gaussian or count_sketch.
+        seed: of the directions.
+        parameters: shell-style pattern, or several, of the names of the parameters that move. Their number is n.
+        max_dim: if given, `dim` can be doubled up to this while training, see `IntrinsicDimensionFinder`.
+        others: what is done with the other trainable parameters: "frozen", or "full" to train them as ever.
+        implicit: differentiate through θ₀ + Dᵀ w, in place of D times the full gradient. Equal, and slower.
+        lr_scale: factor for the learning rate of the module's own optimizer, for w.
+        weight_decay: of w, which pulls towards θ₀; None is none, whatever the module's optimizer says.
+        optimizer_fn: parameters -> what `configure_optimizers` may return, in place of the module's own.
+        save_theta0: keep θ₀ in checkpoints; else its fingerprint, and the module must be made with the same weights.
+
+    Raises:
+        ValueError: if `dim`, `max_dim`, `others` or the kind of sketch is out of range; if no parameter matches.
+        TypeError: if `module` is no LightningModule.
+        MisconfigurationException: for manual optimization; at `setup`, if θ₀ differs between ranks; when optimizers
+            are made, if the module's own cannot train w.
+
+    Example::
+
+        sub = SubspaceModule(module, dim=1024, lr_scale=10)
+        trainer.fit(sub, datamodule=data)
+        plain = sub.materialize()
+
+    Source: Li, Farkhoor, Liu & Yosinski (2018), "Measuring the intrinsic dimension of objective landscapes", ICLR 2018,
+    arXiv:1804.08838, eq. (2); Schioppa (2024), arXiv:2402.03994, section 3.
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        dim: int,
+        sketch: str = "block_srht",
+        seed: int = 0,
+        parameters: str | Sequence[str] = "*",
+        max_dim: int | None = None,
+        others: str = "frozen",
+        implicit: bool = False,
+        lr_scale: float = 1.0,
+        weight_decay: float | None = None,
+        optimizer_fn: Callable[[list[nn.Parameter]], Any] | None = None,
+        save_theta0: bool = False,
+    ):
+        module = unwrapped(module)
+        if not isinstance(module, LightningModule):
+            raise TypeError(f"SubspaceModule wraps a LightningModule, got {type(module).__name__}; make it one.")
+        if not module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(module).__name__} optimizes by hand, with gradients of weights that are not trained here; use "
+                "automatic optimization."
+            )
+        if others not in ("frozen", "full"):
+            raise ValueError(f"others={others!r} is not known; use 'frozen' or 'full'.")
+        if not lr_scale > 0:
+            raise ValueError(f"need lr_scale > 0, got {lr_scale}.")
+        super().__init__(module)
+        self.save_hyperparameters(ignore=["module", "optimizer_fn"])
+        self.merge_hyperparameters()
+        self.others, self.implicit, self.save_theta0 = others, implicit, save_theta0
+        self.lr_scale, self.weight_decay, self.optimizer_fn = lr_scale, weight_decay, optimizer_fn
+        self._asked = (parameters, sketch, dim, seed, max_dim)
+        self._recipe: Recipe | None = None
+        self._begun = False
+        if "configure_model" in vars(self):
+            self.__dict__["configure_model"] = self._configure_model
+        if "configure_model" not in vars(self) or any(True for _ in module.parameters()):
+            self._begin()
+
+    @property
+    def n(self) -> int:
+        """The number of weights that move."""
+        return self.layout.n
+
+    @property
+    def blocks(self) -> list[Tensor]:
+        """The pieces of w: one, or if nested dim, dim, 2 dim, 4 dim, ... numbers."""
+        return list(self.w) if isinstance(self.w, nn.ParameterList) else [self.w]
+
+    def coordinates(self) -> Float[Tensor, " dim"]:
+        """The part of w that is in use, as one vector."""
+        return torch.cat(self.blocks)[: self.directions.dim] if self.directions.nested else self.w
+
+    def theta(self) -> list[nn.Parameter]:
+        """The parameters that move, inside the module."""
+        return self.layout.parameters(self.module)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, as a function of w."""
+        if self.implicit or self._current_fx_name != "training_step":
+            return self._implicit_step(*args, **kwargs)
+        self.ready()
+        theta = self.theta()
+        with trainable(theta):
+            output = call_fitting(self.module.training_step, *args, **kwargs)
+        loss = loss_of(output)
+        if loss is None:
+            return output
+        return with_loss(output, ExplicitGradient.apply(Held(loss, theta), self._take_gradient, *self.blocks))
+
+    def configure_optimizers(self) -> Any:
+        """The module's own, on w."""
+        full = [p for p in self.module.parameters() if p.requires_grad] if self.others == "full" else []
+        if self.optimizer_fn is not None:
+            return self.optimizer_fn([*self.blocks, *full])
+        theta = self.theta()
+        with trainable(theta):
+            configured = self.module.configure_optimizers()
+        self._recipe = Recipe(configured, theta, self.blocks, self.lr_scale, self.weight_decay)
+        return configured
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure=None) -> None:
+        """The module's own; then its weights follow w."""
+        with self._recipe.in_step(optimizer) if self._recipe else nullcontext():
+            self.module.optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.ready()
+
+    @torch.no_grad()
+    def ready(self) -> None:
+        """Set the weights to θ₀ + Dᵀ w if w is another than before, whoever changed it and however."""
+        w = self.coordinates()
+        if self._w_then is not None and self._w_then.shape == w.shape and torch.equal(self._w_then, w):
+            return
+        theta = self.theta()
+        y = self.directions.expand(w.to(torch.promote_types(w.dtype, torch.float32)))
+        steps = self.layout.lift(self.directions.sketch, y, theta)
+        for parameter, start, step in zip(theta, self._theta0, steps, strict=True):
+            _local(parameter).copy_(start + step)
+        self._w_then = w.clone()
+
+    def materialize(self) -> LightningModule:
+        """A copy of the module with the trained weights, and nothing of the subspace."""
+        self.ready()
+        log = self.module.__dict__.pop("log")
+        try:
+            plain = copy.deepcopy(self.module)
+        finally:
+            self.module.__dict__["log"] = log
+        for parameter in self.layout.parameters(plain):
+            parameter.requires_grad_(True)
+        return plain
+
+    def double(self) -> None:
+        """Twice as many directions, the former among them; the weights stay where they are."""
+        before, self.directions = self.directions, self.directions.doubled()
+        with torch.no_grad():
+            for block in self.blocks:
+                block *= (self.directions.dim / before.dim) ** 0.5
+
+    def theta0(self) -> dict[str, Tensor]:
+        """The weights that training starts from, by name."""
+        return dict(zip(self.layout.names, self._theta0, strict=True))
+
+    def on_fit_start(self) -> None:
+        """The module's own; refuse ranks that start from different weights."""
+        self.module.on_fit_start()
+        strategy = self.trainer.strategy
+        prints = strategy.all_gather(torch.tensor([self._fingerprint], device=strategy.root_device)).flatten()
+        if (prints != self._fingerprint).any():
+            raise MisconfigurationException(
+                f"the ranks start from different weights, with fingerprints {prints.tolist()}; call seed_everything "
+                "before the module is made."
+            )
+        if self.n / 2 < self.directions.dim < self.n:
+            rank_zero_info(
+                f"{self.directions.dim} random directions of {self.n}: their condition number is "
+                f"{self.directions.condition():.3g} or more."
+            )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the directions are made from, how many are used, and a fingerprint of θ₀."""
+        return {"directions": self.directions.spec(), "dim": self.directions.dim, "theta0": self._fingerprint}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """As many directions as then."""
+        self.directions = replace(self.directions, dim=state["dim"])
+        self._fingerprint = state["theta0"]
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+        """w, the module's buffers, and what is trained in full; see `save_theta0`."""
+        state = super().state_dict(*args, prefix=prefix, **kwargs)
+        kept(self, state, prefix)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """The inverse of `state_dict`.
+
+        Raises:
+            ValueError: if it was made with other directions or from other weights.
+        """
+        state, theta0 = completed(self, dict(state_dict))
+        for name, tensor in theta0.items():
+            self._theta0[self.layout.names.index(name)].copy_(tensor)
+        loaded = super().load_state_dict(state, strict, assign)
+        self._w_then = None
+        self.ready()
+        return loaded
+
+    def _configure_model(self) -> None:
+        self.module.configure_model()
+        if self._begun:  # the same weights, perhaps sharded by now
+            self._theta0 = self._start()
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
+        """From the module's weights as they are."""
+        pattern, kind, dim, seed, max_dim = self._asked
+        self.layout = Layout.of(self.module, pattern)
+        self.directions = Directions.of(kind, self.layout.n, dim, seed, max_dim)
+        theta = self.theta()
+        own = {id(parameter) for parameter in theta}
+        for parameter in self.module.parameters():
+            if id(parameter) in own or self.others == "frozen":
+                parameter.requires_grad_(False)
+        start = torch.zeros((), dtype=torch.promote_types(theta[0].dtype, torch.float32), device=theta[0].device)
+        sizes = block_sizes(dim, max_dim)
+        blocks = [nn.Parameter(start.new_zeros(size)) for size in sizes]
+        self.w = blocks[0] if max_dim is None else nn.ParameterList(blocks)
+        self._fingerprint = fingerprint([p for p in self.module.parameters() if not p.requires_grad])
+        self._theta0 = self._start()
+        self._begun = True
+
+    @torch.no_grad()
+    def _start(self) -> list[Tensor]:
+        """A copy of the weights: of this rank's shard, where they are sharded."""
+        self._w_then = self.coordinates().detach().clone()
+        return [_local(parameter).detach().clone() for parameter in self.theta()]
+
+    def _implicit_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own step at θ₀ + Dᵀ w, as a function of w to any order."""
+        w = self.coordinates()
+        steps = self.layout.unflatten(self.directions.rmatvec(w.to(torch.promote_types(w.dtype, torch.float32))))
+        moved = [(start + step).to(start) for start, step in zip(self._theta0, steps, strict=True)]
+        with substituted(self.module, self.theta(), moved):
+            return call_fitting(self.module.training_step, *args, **kwargs)
+
+    @torch.no_grad()
+    def _take_gradient(self) -> list[Tensor]:
+        """D g from the gradients of the weights, which are let go of; zero along directions not yet in use."""
+        theta = self.theta()
+        gradients = dict(zip(self.layout.names, (parameter.grad for parameter in theta), strict=True))
+        gradient = self.directions.restrict(self.layout.sketch(self.directions.sketch, gradients))
+        for parameter in theta:
+            parameter.grad = None
+        whole = self.blocks[0].new_zeros(sum(len(block) for block in self.blocks))
+        whole[: len(gradient)] = gradient
+        return list(whole.split([len(block) for block in self.blocks]))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SubspaceModule":
+        """θ₀ goes where the weights go."""
+        super()._apply(fn, recurse)
+        if self._begun:
+            self._theta0 = [fn(tensor) for tensor in self._theta0]
+            self._w_then = None
+        return self
+
+
+def block_sizes(dim: int, max_dim: int | None) -> list[int]:
+    """dim, and then as many as there are already, up to max_dim in all."""
+    sizes, largest = [dim], max_dim or dim
+    while sum(sizes) < largest:
+        sizes.append(min(sum(sizes), largest - sum(sizes)))
+    return sizes
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "placements") else tensor
