@@ -63,7 +63,7 @@ class SubspaceModule(Wrapper):
         plain = sub.materialize()
 
     Source: Li, Farkhoor, Liu & Yosinski (2018), "Measuring the intrinsic dimension of objective landscapes", ICLR 2018,
-    arXiv:1804.08838, eq. (2); Schioppa (2024), arXiv:2402.03994, section 3.
+    arXiv:1804.08838, eq. (2); Schioppa (2024), arXiv:2402.03994.
     """
 
     def __init__(
@@ -118,7 +118,14 @@ class SubspaceModule(Wrapper):
 
     def coordinates(self) -> Float[Tensor, " dim"]:
         """The part of w that is in use, as one vector."""
-        return torch.cat(self.blocks)[: self.directions.dim] if self.directions.nested else self.w
+        return torch.cat(self.blocks)[: self.directions.dim] if len(self.blocks) > 1 else self.blocks[0]
+
+    def cut(self, vector: Float[Tensor, " dim"]) -> list[Tensor]:
+        """A vector like the part of w that is in use, in blocks as w; zero in those that are not."""
+        sizes = [len(block) for block in self.blocks]
+        whole = self.blocks[0].new_zeros(sum(sizes))
+        whole[: len(vector)] = vector
+        return list(whole.split(sizes))
 
     def theta(self) -> list[nn.Parameter]:
         """The parameters that move, inside the module."""
@@ -282,9 +289,7 @@ class SubspaceModule(Wrapper):
         gradient = self.directions.restrict(self.layout.sketch(self.directions.sketch, gradients))
         for parameter in theta:
             parameter.grad = None
-        whole = self.blocks[0].new_zeros(sum(len(block) for block in self.blocks))
-        whole[: len(gradient)] = gradient
-        return list(whole.split([len(block) for block in self.blocks]))
+        return self.cut(gradient)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SubspaceModule":
         """θ₀ goes where the weights go."""

@@ -4,7 +4,7 @@
     implicit    ∇_w L(θ₀ + Dᵀ w), through the graph
 
 Source: Schioppa (2024), "Efficient sketches for training data attribution and studying the loss landscape",
-NeurIPS 2024, arXiv:2402.03994, section 3, "implicit" and "explicit" there.
+NeurIPS 2024, arXiv:2402.03994; the names are from there.
 """
 
 from collections.abc import Callable, Iterator, Sequence
