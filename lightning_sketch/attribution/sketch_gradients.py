@@ -63,7 +63,16 @@ def sketch_gradients(
     >>> rows.sketches.shape
     torch.Size([8, 4])
     """
-    make = ExampleRows(module, sketch, loss_fn, row_fn, engine, parameters, weight_fn, reduction)
+    layout = Layout.of(module, parameters)
+    if sketch.n != layout.n:
+        raise ValueError(
+            f"the sketch takes n={sketch.n} numbers, these parameters have {layout.n}; build it with n={layout.n}, "
+            "or pass the parameters that it was made for."
+        )
+    if loss_fn is None and not hasattr(module, "training_step"):
+        raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: mean loss.")
+    loss_fn = loss_fn or training_step_loss
+    make = ExampleRows(ExampleSketches(module, layout, sketch, loss_fn, engine, weight_fn, reduction), row_fn)
     parts = [make(without_index(batch), batch_ids(batch, index_key)) for batch in batches]
     if not parts:
         raise ValueError("sketch_gradients got no batches; pass a list of them or a data loader.")
@@ -73,39 +82,20 @@ def sketch_gradients(
 class ExampleRows:
     """A function: (batch, ids of its examples) -> their rows, at the module's weights when it was made.
 
-    Arguments and errors as in `sketch_gradients`.
+    Args:
+        sketches: makes the gradients.
+        row_fn: as in `sketch_gradients`.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        sketch: Sketch,
-        loss_fn: LossFn | None = None,
-        row_fn: RowFn | None = None,
-        engine: str = "auto",
-        parameters: str | list[str] = "*",
-        weight_fn: Callable[[Any], float] | None = None,
-        reduction: str = "mean",
-    ):
-        layout = Layout.of(module, parameters)
-        if sketch.n != layout.n:
-            raise ValueError(
-                f"the sketch takes n={sketch.n} numbers, these parameters have {layout.n}; build it with n={layout.n}, "
-                "or pass the parameters that it was made for."
-            )
-        if loss_fn is None and not hasattr(module, "training_step"):
-            raise ValueError(
-                f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: mean loss."
-            )
-        weights = layout.parameters(module)
-        self.module, self.sketch, self.row_fn, self.device = module, sketch, row_fn, weights[0].device
+    def __init__(self, sketches: ExampleSketches, row_fn: RowFn | None = None):
+        weights = list(sketches.parameters.values())
+        self.sketches, self.row_fn, self.device = sketches, row_fn, weights[0].device
         self.fingerprint = fingerprint(weights)
-        loss_fn = loss_fn or training_step_loss
-        self.sketches = ExampleSketches(module, layout, sketch, loss_fn, engine, weight_fn, reduction)
 
     def __call__(self, batch: Any, ids: Int[Tensor, " examples"]) -> SketchedGradients:
         """The rows, on the CPU."""
-        with undisturbed(self.module):
+        module = self.sketches.module
+        with undisturbed(module):
             batch = on_device(differentiable(batch), self.device)
             rows, losses = self.sketches(batch)
             columns = {"example_id": ids, "fingerprint": torch.full_like(ids, self.fingerprint)}
@@ -113,6 +103,6 @@ class ExampleRows:
                 columns["loss"] = losses.float().cpu()
             if self.row_fn is not None:
                 with torch.no_grad():
-                    losses, probabilities = self.row_fn(self.module, batch)
+                    losses, probabilities = self.row_fn(module, batch)
                 columns |= {"loss": losses.float().cpu(), "prob_true": probabilities.float().cpu()}
-        return SketchedGradients(rows.cpu(), self.sketch, columns)
+        return SketchedGradients(rows.cpu(), self.sketches.sketch, columns)

@@ -1,10 +1,11 @@
 """The rows of the examples of a training batch, from the backward pass that trains anyway."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -13,6 +14,7 @@ from lightning_sketch.attribution import SketchedGradients
 from lightning_sketch.attribution.rows import UNKNOWN_ID
 from lightning_sketch.callbacks.second_pass import SecondPass
 from lightning_sketch.callbacks.step_rows import one_rate
+from lightning_sketch.callbacks.store_run import Copies
 from lightning_sketch.gradients import fingerprint, num_examples, own_scale
 from lightning_sketch.gradients.hooks import ExampleHooks
 from lightning_sketch.gradients.sinks import SketchSink
@@ -20,6 +22,16 @@ from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.params import Layout
 
 _SUM_AGREES = 5e-2
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """What is known of a batch before its forward pass: its examples' numbers and factors, and the second pass."""
+
+    ids: Int[Tensor, " examples"]
+    padded: Bool[Tensor, " examples"]
+    scale: Float[Tensor, " examples"]
+    second: Float[Tensor, "examples dim"] | None
 
 
 class TrainingExamples:
@@ -51,10 +63,11 @@ class TrainingExamples:
         self.hooks = ExampleHooks(module, self.parameters)
         self.sink = SketchSink(sketch, layout, self.parameters)
         self.checked = False
-        self.batch: tuple[Tensor, Float[Tensor, " examples"], Float[Tensor, "examples dim"] | None] | None = None
+        self.batch: _Batch | None = None
+        self.epoch, self.copies = -1, Copies(None, 0)
 
-    def begin_batch(self, batch: Any, ids: Tensor) -> None:
-        """From here to the end of the backward pass hooks are on; a second pass is made before.
+    def begin_batch(self, trainer: Trainer, batch: Any, ids: Tensor, wanted: bool) -> None:
+        """If it is wanted: a second pass now, and from here to the end of the backward pass hooks are on.
 
         Raises:
             MisconfigurationException: if it is not known which examples these are.
@@ -65,8 +78,13 @@ class TrainingExamples:
                 "the batch holds, index_key='hash' for numbers made of the contents, or wrap the data set in "
                 "IndexedDataset."
             )
+        if self.epoch != trainer.current_epoch:
+            self.epoch, self.copies = trainer.current_epoch, Copies(trainer.train_dataloader, trainer.global_rank)
+        padded = self.copies.among(len(ids))
+        if not wanted:
+            return
         scale = own_scale(batch, self.reduction, self.weight_fn)
-        self.batch = ids, scale, None if self.second is None else self.second(batch)
+        self.batch = _Batch(ids, padded, scale, None if self.second is None else self.second(batch))
         examples = num_examples(batch)
         self.sink.start(examples)
         self.hooks.attach(self.sink, examples)
@@ -84,20 +102,20 @@ class TrainingExamples:
         """
         if self.batch is None:
             return None
-        (ids, scale, second), self.batch = self.batch, None
+        one, self.batch = self.batch, None
         shares = self.sink.rows()
         self.hooks.detach()
         if not self.checked and trainer.world_size == 1:
-            self._check_sum(shares)
-        self.checked = True
-        factor = (scale * trainer.accumulate_grad_batches / loss_scale(trainer)).to(shares)
+            self.checked = self._check_sum(shares)
+        factor = (one.scale * trainer.accumulate_grad_batches / loss_scale(trainer)).to(shares)
         rows = (shares * factor[:, None]).float().cpu()
-        if second is not None:  # the mean over no labels is NaN
-            rows += second.float().cpu().where(scale[:, None] > 0, 0.0)
-        count = len(ids)
+        if one.second is not None:
+            rows += one.second.float().cpu()
+        count = len(one.ids)
         rate = one_rate([group for optimizer in trainer.optimizers for group in optimizer.param_groups])
         columns = {
-            "example_id": ids,
+            "example_id": one.ids,
+            "padded": one.padded,
             "step": torch.full((count,), trainer.global_step + 1),
             "epoch": torch.full((count,), trainer.current_epoch),
             "lr": torch.full((count,), rate),
@@ -110,12 +128,15 @@ class TrainingExamples:
         self.batch = None
         self.hooks.detach()
 
-    def _check_sum(self, shares: Tensor) -> None:
-        """The first batch's gradient is all there is in `.grad`."""
+    def _check_sum(self, shares: Tensor) -> bool:
+        """The first batch's gradient is all there is in `.grad`; while a loss scale is too large it says nothing."""
         whole = self.layout.sketch(self.sketch, {name: p.grad for name, p in self.parameters.items()})
-        if not (shares.sum(0) - whole).norm() <= _SUM_AGREES * whole.norm() and whole.isfinite().all():
+        if not whole.isfinite().all():
+            return False
+        if not (shares.sum(0) - whole).norm() <= _SUM_AGREES * whole.norm():
             raise MisconfigurationException(
                 "the shares of the examples do not add up to the gradient in training mode, though they do in "
                 "evaluation mode: a part of the module works differently there. Use per='step', or write rows at "
                 "checkpoints: trainer.validate(model, train_loader)."
             )
+        return True

@@ -9,10 +9,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sketch._compat import Trainer, muted_loggers
-from lightning_sketch.gradients import copied, differentiable, num_examples, own_scale, training_step_loss, undisturbed
+from lightning_sketch.gradients import differentiable, num_examples, own_scale, training_step_loss, undisturbed
 from lightning_sketch.gradients.checks import hooks_fail
-from lightning_sketch.gradients.engines import ONE_BY_ONE
-from lightning_sketch.operators.sketch import Sketch
+from lightning_sketch.gradients.engines import ExampleSketches
+from lightning_sketch.gradients.loss import on_copies
 from lightning_sketch.params import Layout
 
 
@@ -37,7 +37,7 @@ def left_by_hooks(
     with muted_loggers(trainer), undisturbed(module):
         scale = own_scale(batch, reduction, weight_fn)
         try:
-            own = hooks_fail(module, differentiable(batch), parameters, _own_loss, scale)
+            own = hooks_fail(module, differentiable(batch), parameters, on_copies(training_step_loss), scale)
         except ValueError as error:
             if fallback is None:
                 raise
@@ -78,33 +78,14 @@ class SecondPass:
     statistics, and no way to draw the dropout that the example met in its batch. Leaves nothing behind.
 
     Args:
-        trainer: that trains,
-        module: this.
-        layout: of all that rows cover.
-        sketch: of the layout's vector.
-        names: of these parameters.
-        engine: "loop" or "vmap".
+        trainer: that trains.
+        sketches: makes the gradients.
     """
 
-    def __init__(
-        self, trainer: Trainer, module: nn.Module, layout: Layout, sketch: Sketch, names: Collection[str], engine: str
-    ):
-        self.trainer, self.module, self.layout, self.sketch, self.engine = trainer, module, layout, sketch, engine
-        named = zip(layout.names, layout.parameters(module), strict=True)
-        self.parameters = {name: p for name, p in named if name in names}
+    def __init__(self, trainer: Trainer, sketches: ExampleSketches):
+        self.trainer, self.sketches, self.parameters = trainer, sketches, sketches.parameters
 
     def __call__(self, batch: Any) -> Float[Tensor, "examples dim"]:
-        """All other parameters count as zero.
-
-        Raises:
-            ValueError: if vmap cannot vectorize the loss.
-        """
-        with muted_loggers(self.trainer), undisturbed(self.module):
-            rows, _ = ONE_BY_ONE[self.engine](
-                self.module, differentiable(batch), self.parameters, self.layout, self.sketch, _own_loss
-            )
-        return rows
-
-
-def _own_loss(module: nn.Module, batch: Any) -> Tensor:
-    return training_step_loss(module, copied(batch))  # a step may change its batch in place
+        """The rows, where other parameters count as zero."""
+        with muted_loggers(self.trainer), undisturbed(self.sketches.module):
+            return self.sketches(differentiable(batch))[0]

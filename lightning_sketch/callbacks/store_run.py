@@ -9,10 +9,11 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_sketch._compat import Trainer
+from lightning_sketch._compat import Trainer, say
 from lightning_sketch.attribution import GradientStore, RowAppender, SketchedGradients, StoreSpec
 from lightning_sketch.attribution.attempts import Attempt, read_attempts
 from lightning_sketch.attribution.rows import STAGES
+from lightning_sketch.attribution.spec import DTYPES
 
 
 class StoreRun:
@@ -23,11 +24,11 @@ class StoreRun:
         folder: of the store.
         spec: of its rows.
         stage: "fit", "validate", "test" or "predict".
-        parent: attempt that a fit goes on from,
-        parent_step: at this step.
+        parent: attempt that a fit goes on from, at the trainer's step.
 
     Raises:
         ValueError: if the store has another spec, or not this parent.
+        MisconfigurationException: if a fit from its first step finds another there.
     """
 
     def __init__(
@@ -37,20 +38,22 @@ class StoreRun:
         spec: StoreSpec,
         stage: str,
         parent: int | None = None,
-        parent_step: int | None = None,
     ):
+        parent_step = None if parent is None else trainer.global_step
         attempt, failure = None, None
         if trainer.is_global_zero:
             try:
+                if stage == "fit" and parent is None:
+                    check_fresh(folder)
                 store = GradientStore.create(folder, spec)
                 attempt = store.begin_attempt(stage, parent, parent_step, trainer.world_size)
-            except (ValueError, OSError) as error:  # the other ranks would wait for ever
+            except (ValueError, OSError, MisconfigurationException) as error:  # the other ranks would wait for ever
                 failure = error
         attempt, failure = trainer.strategy.broadcast((attempt, failure))
         if failure is not None:
             raise failure
         self.attempt: Attempt = attempt
-        self.folder, self.stage = folder, stage
+        self.folder, self.spec, self.stage = folder, spec, stage
         self.appender: RowAppender = GradientStore.open(folder).appender(attempt, trainer.global_rank)
 
     def put(self, rows: SketchedGradients, stage: str | None = None, **columns: float | int) -> None:
@@ -59,6 +62,17 @@ class StoreRun:
         columns |= {"stage": STAGES.index(stage or self.stage), "rank": self.appender.rank}
         filled = {key: rows.columns[key].new_full((count,), value) for key, value in columns.items()}
         self.appender.put(SketchedGradients(rows.sketches, rows.sketch, {**rows.columns, **filled}))
+
+
+def say_size(trainer: Trainer, name: str, run: StoreRun, every_n_train_steps: int, rows_a_step: int) -> None:
+    """What a fit is going to write: how many rows, where the number of steps is known."""
+    row = run.spec.sketch["dim"] * DTYPES[run.spec.dtype].itemsize
+    sizes = f"{row / 1e3:.1f} kB a row"
+    steps = trainer.estimated_stepping_batches
+    if steps not in (-1, float("inf")):
+        rows = max(0, int(steps) - trainer.global_step) // every_n_train_steps * rows_a_step
+        sizes = f"{rows:,} rows of {row / 1e3:.1f} kB, {rows * row / 1e6:,.1f} MB"
+    say(trainer, f"{name}: {sizes}, to {run.folder}")
 
 
 def default_folder(trainer: Trainer, name: str) -> Path:

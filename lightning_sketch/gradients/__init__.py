@@ -1,7 +1,6 @@
 """A model's loss and its gradients, without side effects."""
 
 from lightning_sketch.gradients.examples import HALF as HALF
-from lightning_sketch.gradients.examples import copied as copied
 from lightning_sketch.gradients.examples import differentiable as differentiable
 from lightning_sketch.gradients.examples import each_example as each_example
 from lightning_sketch.gradients.examples import labels_of as labels_of

@@ -1,6 +1,6 @@
 """One sketched gradient per example of a batch, by whichever engine serves the module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lightning_sketch.gradients.checks import hooks_fail
 from lightning_sketch.gradients.examples import num_examples
 from lightning_sketch.gradients.hooks import ExampleHooks
-from lightning_sketch.gradients.loss import LossFn
+from lightning_sketch.gradients.loss import LossFn, on_copies
 from lightning_sketch.gradients.one_by_one import loop_sketches, vmap_sketches
 from lightning_sketch.gradients.own_scale import check_reduction, own_scale
 from lightning_sketch.gradients.sinks import SketchSink
@@ -25,10 +25,11 @@ class ExampleSketches:
     """A function: batch -> rows, one per example, and losses, where the engine knows them.
 
     Run it under `undisturbed`. The first batch of two examples or more tells whether hooks serve the module: what they
-    give is compared with what autograd gives for two examples alone. Arguments as in `sketch_gradients`.
+    give is compared with what autograd gives for two examples alone. Arguments as in `sketch_gradients`; of the layout
+    only the parameters with these `names` count, the others are zero in the rows.
 
     Raises:
-        ValueError: if the engine is unknown, or cannot serve the module.
+        ValueError: if the engine is unknown, or cannot serve the module; if a parameter is frozen.
     """
 
     def __init__(
@@ -40,13 +41,21 @@ class ExampleSketches:
         engine: str = "auto",
         weight_fn: Callable[[Any], float] | None = None,
         reduction: str = "mean",
+        names: Collection[str] | None = None,
     ):
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r} is not known; use one of {', '.join(map(repr, ENGINES))}.")
         check_reduction(reduction)
-        self.module, self.layout, self.sketch, self.loss_fn = module, layout, sketch, loss_fn
+        self.module, self.layout, self.sketch, self.loss_fn = module, layout, sketch, on_copies(loss_fn)
         self.weight_fn, self.reduction, self.engine = weight_fn, reduction, engine
-        self.parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
+        named = zip(layout.names, layout.parameters(module), strict=True)
+        self.parameters = {name: p for name, p in named if names is None or name in names}
+        frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"rows are asked to cover {', '.join(frozen[:10])}, which {'is' if len(frozen) == 1 else 'are'} frozen "
+                "now; set requires_grad=True again for as long as rows are made."
+            )
         self._hooks: tuple[ExampleHooks, SketchSink] | None = None
 
     def __call__(self, batch: Any) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch.gradients.examples import copied
+
 LossFn = Callable[[nn.Module, Any], Tensor]
 """(module, batch) -> mean loss of the batch, a scalar."""
 
@@ -46,6 +48,11 @@ def training_step_loss(module: nn.Module, batch: Any, batch_idx: int = 0) -> Ten
             "or pass loss_fn=lambda module, batch: ..."
         )
     return loss
+
+
+def on_copies(loss_fn: LossFn) -> LossFn:
+    """The same loss, of a copy of the batch: a step may change its batch in place, and is called again on it."""
+    return lambda module, batch: loss_fn(module, copied(batch))
 
 
 def _takes_two(parameters: Mapping[str, inspect.Parameter]) -> bool:

@@ -273,20 +273,19 @@ def test_a_small_model_gets_as_many_numbers_as_it_has(tmp_path):
     assert rows_of(tmp_path).sketch.dim == 698
 
 
-def test_what_is_said_at_the_start(tmp_path, capsys):
-    from pytorch_lightning.callbacks import TQDMProgressBar
-
-    run = trainer(tmp_path, writer(tmp_path), max_epochs=1)
-    run.callbacks.append(TQDMProgressBar())
-    from lightning_sketch.callbacks import gradient_sketch_writer as module
-
+@pytest.mark.parametrize(
+    ("arguments", "rows"), [({}, "8 rows"), ({"per": "example", "every_n_train_steps": 2}, "256 rows")], ids=str
+)
+def test_what_is_said_at_the_start(tmp_path, monkeypatch, arguments, rows):
+    """Of the examples: four steps of two batches of 32."""
     said = []
-    before, module.say = module.say, lambda trainer, text: said.append(text)
-    try:
-        run.fit(Digits(), loader())
-    finally:
-        module.say = before
-    assert said == [f"sketches: 8 rows of 0.5 kB, 0.0 MB, to {tmp_path}/store"]
+    monkeypatch.setattr("lightning_sketch.callbacks.store_run.say", lambda trainer, text: said.append(text))
+    data = DataLoader(IndexedDataset(dataset()), batch_size=32)
+    accumulate = 2 if arguments else 1
+    fit(tmp_path, writer(tmp_path, **arguments), data=data, max_epochs=accumulate, accumulate_grad_batches=accumulate)
+    size = "0.1 MB" if arguments else "0.0 MB"
+    assert said == [f"sketches: {rows} of 0.5 kB, {size}, to {tmp_path}/store"]
+    assert len(rows_of(tmp_path)) == int(rows.split()[0])
 
 
 def test_fast_dev_run_writes_nothing(tmp_path):

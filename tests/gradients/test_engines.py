@@ -50,3 +50,28 @@ def test_an_example_that_uses_none_of_the_parameters_has_a_zero_row(size):
     with undisturbed(module):
         rows, _ = sketches(module, routed, "loop", first)(x)
     assert rows.any(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loss_that_changes_its_batch_in_place_sees_the_batch_as_it_is(engine):
+    """Every time: hooks are compared with examples alone, so the loss is called more than once on a batch."""
+    torch.manual_seed(0)
+    module, x = nn.Linear(3, 2), torch.randn(4, 3)
+
+    def loss(module, batch):
+        return module(batch["x"].mul_(2)).square().mean()
+
+    plain = {"x": x.clone()}
+    with undisturbed(module):
+        rows, _ = sketches(module, loss, engine)(plain)
+        truth, _ = sketches(module, lambda module, x: module(2 * x).square().mean(), "loop")(x)
+    torch.testing.assert_close(rows, truth)
+    assert torch.equal(plain["x"], x)
+
+
+def test_frozen_parameters_are_refused():
+    module = nn.Linear(3, 2)
+    layout = Layout.of(module)
+    module.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="cover bias, which is frozen now; set requires_grad"):
+        sketches(module, None, layout=layout)
