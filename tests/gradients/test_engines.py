@@ -13,7 +13,7 @@ from lightning_sketch.params import Layout
 
 def sketches(module, loss, engine="hooks", layout=None, **options):
     layout = layout or Layout.of(module)
-    return ExampleSketches(module, layout, BlockSRHT(layout.n, 16), loss, engine, **options)
+    return ExampleSketches(module, layout, BlockSRHT(layout.n, min(16, layout.n)), loss, engine, **options)
 
 
 @pytest.mark.parametrize("empty", [[0], [2], [0, 4], [1, 2, 3, 4]])
@@ -74,4 +74,4 @@ def test_frozen_parameters_are_refused():
     layout = Layout.of(module)
     module.bias.requires_grad_(False)
     with pytest.raises(ValueError, match="cover bias, which is frozen now; set requires_grad"):
-        sketches(module, None, layout=layout)
+        sketches(module, lambda module, x: module(x).sum(), layout=layout)
