@@ -21,6 +21,9 @@ METHODS = ("dot", "cosine", "tracin", "influence")
 FOLDER = "curvature"
 """Where a store keeps its curvatures."""
 
+PART = 1 << 20
+"""Numbers of rows that are widened and multiplied at once: 4 MB in float32."""
+
 Queries = SketchedGradients | AtCheckpoints
 CurvatureLike = str | Curvature | Influence
 
@@ -55,19 +58,29 @@ class Scorer:
     def _scores(
         self, sketches: Float[Tensor, "rows dim"], weights: Float[Tensor, " rows"], partners: Int[Tensor, " rows"]
     ) -> Float[Tensor, "*dampings queries rows"]:
-        rows = sketches.float()
-        with full_precision(rows.device):
-            met = partners.unique().tolist()
-            if len(met) == 1:
-                found = self.queries[met[0]] @ rows.T
-            else:
-                found = torch.empty(*self.queries[met[0]].shape[:-1], len(rows))
-                for step in met:
-                    own = partners == step
-                    found[..., own] = self.queries[step] @ rows[own].T
-        if self.cosine:
-            return found / rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny)
-        return found if (weights == 1).all() else found * weights
+        """Rows are widened a part at a time, each in the same place: memory never used before is slow."""
+        part = max(1, PART // sketches.shape[1])
+        room = torch.empty(min(part, len(sketches)), sketches.shape[1], dtype=torch.float32, device=sketches.device)
+        found = []
+        with full_precision(sketches.device):
+            for rows, steps in zip(sketches.split(part), partners.split(part), strict=True):
+                wide = rows if rows.dtype == room.dtype else room[: len(rows)].copy_(rows)
+                found.append(self._products(wide, steps))
+        result = torch.cat(found, -1)
+        return result if (weights == 1).all() else result * weights
+
+    def _products(
+        self, rows: Float[Tensor, "rows dim"], partners: Int[Tensor, " rows"]
+    ) -> Float[Tensor, "*dampings queries rows"]:
+        met = list(self.queries) if len(self.queries) == 1 else partners.unique().tolist()
+        if len(met) == 1:
+            found = self.queries[met[0]] @ rows.T
+        else:
+            found = torch.empty(*self.queries[met[0]].shape[:-1], len(rows))
+            for step in met:
+                own = partners == step
+                found[..., own] = self.queries[step] @ rows[own].T
+        return found / rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny) if self.cosine else found
 
 
 def scorers(
