@@ -19,11 +19,15 @@ if TYPE_CHECKING:
     from lightning_sketch.operators import CountSketch as CountSketch
     from lightning_sketch.operators import Gaussian as Gaussian
     from lightning_sketch.operators import make_sketch as make_sketch
+    from lightning_sketch.subspace import IntrinsicDimensionFinder as IntrinsicDimensionFinder
+    from lightning_sketch.subspace import IntrinsicDimensionTuner as IntrinsicDimensionTuner
+    from lightning_sketch.subspace import SubspaceModule as SubspaceModule
 
 _ROOMS = {
     "attribution": ["GradientStore"],
     "callbacks": ["GradientSketchWriter", "SpectrumMonitor"],
     "operators": ["AFFD", "AFJL", "FFD", "FJL", "QK", "BlockSRHT", "CountSketch", "Gaussian", "make_sketch"],
+    "subspace": ["IntrinsicDimensionFinder", "IntrinsicDimensionTuner", "SubspaceModule"],
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 

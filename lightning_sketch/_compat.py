@@ -182,3 +182,32 @@ def _hooks(base: type) -> list[str]:
 
 def _code(function: Any) -> Any:
     return getattr(getattr(function, "__wrapped__", function), "__code__", None)
+
+
+def trainer_class(module: LightningModule) -> type:
+    """The Trainer of a module's namespace."""
+    return pl.Trainer if lightning_class(module) is pl.LightningModule else lp.Trainer
+
+
+def train_for(trainer: Trainer, steps: int) -> None:
+    """Let a Trainer do as many steps, whatever it was made for."""
+    trainer.fit_loop.epoch_loop.max_steps = steps
+    trainer.fit_loop.max_epochs = -1
+
+
+def name_run(trainer: Trainer, name: str, group: str) -> None:
+    """Give a run of W&B that has not begun a name and a group, unless it has its own."""
+    for logger in trainer.loggers:
+        options = getattr(logger, "_wandb_init", None)
+        if options is not None:
+            options["name"] = options.get("name") or name
+            options["group"] = options.get("group") or group
+
+
+def close_run(trainer: Trainer, values: dict[str, float]) -> None:
+    """Log the last values of a run; end it where a next one would go on with it, as in W&B."""
+    for logger in trainer.loggers:
+        logger.log_metrics(values, step=trainer.global_step)
+        logger.save()
+        if hasattr(logger, "_wandb_init") and trainer.is_global_zero:
+            logger.experiment.finish()

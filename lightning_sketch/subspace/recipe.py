@@ -36,7 +36,7 @@ class Recipe:
     def __init__(
         self, configured: Any, moved: Sequence[Tensor], w: Sequence[Tensor], lr_scale: float, weight_decay: float | None
     ):
-        self.configured, self.w, self.lr_scale = configured, list(w), lr_scale
+        self.w, self.lr_scale = list(w), lr_scale
         found = list({id(optimizer): optimizer for optimizer in _optimizers(configured)}.values())
         if len(found) != 1:
             raise MisconfigurationException(
@@ -44,6 +44,7 @@ class Recipe:
                 "SubspaceModule(optimizer_fn=lambda params: torch.optim.Adam(params, lr=0.03))."
             )
         (optimizer,) = found
+        self.optimizer = optimizer
         options = [{k: v for k, v in group.items() if k not in _OWN} for group in optimizer.param_groups]
         different = {k for k in options[0] if any(other.get(k) != options[0][k] for other in options)}
         if different:
@@ -52,9 +53,8 @@ class Recipe:
                 "belongs to all of them at once; pass SubspaceModule(optimizer_fn=lambda params: "
                 "torch.optim.Adam(params, lr=0.03)), or choose parameters of one group with parameters='...'."
             )
-        self.decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
         self.decay = 0.0 if weight_decay is None else weight_decay
-        if weight_decay is None and any(self.decays):
+        if weight_decay is None and any(group.get("weight_decay") for group in optimizer.param_groups):
             rank_zero_info(
                 "weight decay on w would pull the weights back to where they started: off, unless "
                 "weight_decay=... is given."

@@ -1,0 +1,83 @@
+"""What a search for the intrinsic dimension found."""
+
+import math
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from pytorch_lightning.utilities import rank_zero_info
+
+from lightning_sketch import plots
+
+
+@dataclass(frozen=True)
+class IntrinsicDimensionResult:
+    """Metric against dimension, with the manners of what `Tuner.lr_find` returns."""
+
+    results: dict[str, list[Any]]
+    """Plain lists: dim, seed, value, steps, and status ("done", "nan", "out of memory"), an entry for each run."""
+    monitor: str
+    mode: str
+    threshold: float
+    n: int
+    """Parameters that could move."""
+    baseline: float
+    """The metric after full training."""
+    start: float
+    """The metric at θ₀."""
+
+    @property
+    def target(self) -> float:
+        """What counts as reached: threshold · baseline; for losses start - threshold (start - baseline)."""
+        return target(self.mode, self.threshold, self.baseline, self.start)
+
+    def suggestion(self) -> int | None:
+        """The smallest dimension whose mean over seeds reaches the target; None if none does, and the reason is said.
+
+        With threshold=0.9 this is the d90 of Li et al. (2018), arXiv:1804.08838.
+        """
+        means = self._means()
+        reached = [dim for dim, value in means.items() if reaches(value, self.target, self.mode)]
+        if reached:
+            return min(reached)
+        known = {dim: value for dim, value in means.items() if not math.isnan(value)}
+        best = max(known, key=lambda dim: known[dim] if self.mode == "max" else -known[dim]) if known else None
+        rank_zero_info(
+            f"no dimension reached {self.monitor} {self.target:.4g}: "
+            + (f"the best is {known[best]:.4g} at dim {best}" if known else "no run gave a number")
+            + f", full training ({self.n}) gives {self.baseline:.4g}. Try larger dims, longer training or another rate."
+        )
+        return None
+
+    def plot(self, suggest: bool = True, show: bool = False, ax: Any = None) -> Any:
+        """Metric against dimension: every run, their mean, full training, and the target.
+
+        Args:
+            suggest: mark the suggestion.
+            show: call matplotlib's show.
+            ax: axes to draw into; else a new figure is made.
+
+        Raises:
+            ImportError: if matplotlib is missing.
+        """
+        suggestion = self.suggestion() if suggest else None
+        runs = list(zip(self.results["dim"], self.results["value"], strict=True))
+        return plots.metric_over_dim(
+            runs, self._means(), self.baseline, self.target, self.monitor, suggestion, show=show, axes=ax
+        )
+
+    def _means(self) -> dict[int, float]:
+        values: dict[int, list[float]] = {}
+        for dim, value in zip(self.results["dim"], self.results["value"], strict=True):
+            values.setdefault(dim, []).append(value)
+        return {dim: statistics.fmean(values[dim]) for dim in sorted(values)}
+
+
+def target(mode: str, threshold: float, baseline: float, start: float) -> float:
+    """The metric that a subspace has to reach."""
+    return threshold * baseline if mode == "max" else start - threshold * (start - baseline)
+
+
+def reaches(value: float, target: float, mode: str) -> bool:
+    """Whether it is as good; no number is not."""
+    return value >= target if mode == "max" else value <= target
