@@ -6,7 +6,7 @@ Without groups the memory is that of k results per query and a block, however ma
 one example, there is a number for each query and example.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -78,9 +78,8 @@ def top_k(
     if any(not torch.equal(own, ids[0]) for own in ids[1:]):
         raise ValueError("members of the list have other rows, or another order of them; use group='example_id'.")
     best = _Best(k, largest)
-    for parts in zip(*(member.blocks(batch_rows) for member in members), strict=True):
-        place = parts[0][0]
-        best.add(sum(found for _, found in parts) / len(members), ids[0][place])
+    for place, found in _means(members, batch_rows):
+        best.add(found, ids[0][place])
     return best.found()
 
 
@@ -102,6 +101,22 @@ class _Best:
 
     def found(self) -> TopK:
         return TopK(*self.held)
+
+
+def _means(members: list[Scorer], batch_rows: int) -> Iterator[tuple[slice, Float[Tensor, "queries rows"]]]:
+    """Places among the rows, and their scores; each member's blocks may end elsewhere, as its files do."""
+    streams = [member.blocks(batch_rows) for member in members]
+    waiting = [next(stream)[1] for stream in streams]
+    start, count = 0, len(members[0].rows)
+    while True:
+        size = min(found.shape[1] for found in waiting)
+        yield slice(start, start + size), sum(found[:, :size] for found in waiting) / len(members)
+        start += size
+        if start == count:
+            return
+        waiting = [found[:, size:] for found in waiting]
+        pairs = zip(waiting, streams, strict=True)
+        waiting = [found if found.shape[1] else next(stream)[1] for found, stream in pairs]
 
 
 def _each_once(ids: list[Int[Tensor, " _"]]) -> bool:
