@@ -1,6 +1,5 @@
 """A LightningModule around another: the inner one's own steps, hooks, logging and hyper-parameters go on working."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable
@@ -35,10 +34,10 @@ class Wrapper(ModuleBase):
         if module.example_input_array is not None:
             self.example_input_array = module.example_input_array
 
-    def merge_hyperparameters(self) -> None:
-        """Log the module's hyper-parameters beside the wrapper's own, which win where names are equal."""
-        self._set_hparams({**self.module.hparams, **self.hparams})
-        self._hparams_initial = copy.deepcopy(self._hparams)
+    @property
+    def hparams_initial(self) -> dict[str, Any]:
+        """What is logged: the module's hyper-parameters beside the wrapper's own, which win where names are equal."""
+        return {**self.module.hparams_initial, **super().hparams_initial}
 
     def ready(self) -> None:
         """Bring the inner module up to date; called before each of its steps."""

@@ -57,9 +57,9 @@ class IntrinsicDimensionFinder(CallbackBase):
     def __init__(
         self,
         monitor: str,
-        target: float,
+        target: float | int,
         mode: str = "max",
-        delta: float = 0.05,
+        delta: float | int = 0.05,
         every_n_train_steps: int = 100,
         max_steps: int | None = None,
     ):

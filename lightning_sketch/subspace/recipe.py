@@ -34,7 +34,12 @@ class Recipe:
     """
 
     def __init__(
-        self, configured: Any, moved: Sequence[Tensor], w: Sequence[Tensor], lr_scale: float, weight_decay: float | None
+        self,
+        configured: Any,
+        moved: Sequence[Tensor],
+        w: Sequence[Tensor],
+        lr_scale: float,
+        weight_decay: float | int | None,
     ):
         self.w, self.lr_scale = list(w), lr_scale
         found = list({id(optimizer): optimizer for optimizer in _optimizers(configured)}.values())
@@ -67,19 +72,20 @@ class Recipe:
         _warn_if_slow(optimizer, lr_scale)
 
     @contextmanager
-    def in_step(self, optimizer: Optimizer) -> Iterator[None]:
+    def in_step(self) -> Iterator[None]:
         """The optimizer with a group of its own for w, at its rate and decay."""
-        groups = optimizer.param_groups
-        own, lr = {id(tensor) for tensor in self.w}, groups[0]["lr"]
-        with_w = {**groups[0], "params": self.w, "lr": lr * self.lr_scale}
+        groups = self.optimizer.param_groups
+        before = list(groups)
+        own = {id(tensor) for tensor in self.w}
+        with_w = {**before[0], "params": self.w, "lr": before[0]["lr"] * self.lr_scale}
         if "weight_decay" in with_w:
             with_w["weight_decay"] = self.decay
-        others = [{**g, "params": [p for p in g["params"] if id(p) not in own]} for g in groups]
-        optimizer.param_groups = [with_w, *(g for g in others if g["params"])]
+        others = [{**g, "params": [p for p in g["params"] if id(p) not in own]} for g in before]
+        groups[:] = [with_w, *(g for g in others if g["params"])]  # in place: Lightning's own wrapper holds this list
         try:
             yield
         finally:
-            optimizer.param_groups = groups
+            groups[:] = before
 
 
 def _warn_if_slow(optimizer: Optimizer, lr_scale: float) -> None:

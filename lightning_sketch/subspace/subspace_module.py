@@ -76,8 +76,8 @@ class SubspaceModule(Wrapper):
         max_dim: int | None = None,
         others: str = "frozen",
         implicit: bool = False,
-        lr_scale: float = 1.0,
-        weight_decay: float | None = None,
+        lr_scale: float | int = 1.0,
+        weight_decay: float | int | None = None,
         optimizer_fn: Callable[[list[nn.Parameter]], Any] | None = None,
         save_theta0: bool = False,
     ):
@@ -95,9 +95,8 @@ class SubspaceModule(Wrapper):
             raise ValueError(f"need lr_scale > 0, got {lr_scale}.")
         super().__init__(module)
         self.save_hyperparameters(ignore=["module", "optimizer_fn"])
-        self.merge_hyperparameters()
         self.others, self.implicit, self.save_theta0 = others, implicit, save_theta0
-        self.lr_scale, self.weight_decay, self.optimizer_fn = lr_scale, weight_decay, optimizer_fn
+        self.lr_scale, self.weight_decay, self.optimizer_fn = float(lr_scale), weight_decay, optimizer_fn
         self._asked = (parameters, sketch, dim, seed, max_dim)
         self._recipe: Recipe | None = None
         self._begun = False
@@ -157,7 +156,7 @@ class SubspaceModule(Wrapper):
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure=None) -> None:
         """The module's own; then its weights follow w."""
-        with self._recipe.in_step(optimizer) if self._recipe else nullcontext():
+        with self._recipe.in_step() if self._recipe else nullcontext():
             self.module.optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.ready()
 

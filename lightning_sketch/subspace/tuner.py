@@ -57,11 +57,11 @@ class IntrinsicDimensionTuner:
         trainer_fn: Callable[[int], Any] | dict[str, Any],
         sketch: str = "block_srht",
         parameters: str | Sequence[str] = "*",
-        lr_scale: float = 10.0,
+        lr_scale: float | int = 10.0,
         optimizer_fn: Callable[[list[nn.Parameter]], Any] | None = None,
     ):
         self.trainer_fn, self.sketch, self.parameters = trainer_fn, sketch, parameters
-        self.lr_scale, self.optimizer_fn = lr_scale, optimizer_fn
+        self.lr_scale, self.optimizer_fn = float(lr_scale), optimizer_fn
 
     def find(
         self,
@@ -72,10 +72,10 @@ class IntrinsicDimensionTuner:
         dims: Sequence[int] | None = None,
         monitor: str = "val_loss",
         mode: str = "max",
-        threshold: float = 0.9,
+        threshold: float | int = 0.9,
         seeds: int = 1,
         method: str = "grid",
-        baseline: float | None = None,
+        baseline: float | int | None = None,
     ) -> IntrinsicDimensionResult:
         """Train in full, unless `baseline` is given, then in subspaces; all runs start from the same weights.
 
@@ -115,7 +115,7 @@ class _Search:
         self.theta0 = fingerprint(list(self.first.parameters()))
 
     def find(
-        self, dims: Sequence[int] | None, threshold: float, seeds: int, method: str, baseline: float | None
+        self, dims: Sequence[int] | None, threshold: float | int, seeds: int, method: str, baseline: float | int | None
     ) -> IntrinsicDimensionResult:
         ladder = self._checked(dims, threshold, seeds, method)
         self.trainers = Trainers(self.tuner.trainer_fn, self.first)
@@ -130,15 +130,17 @@ class _Search:
         baseline = full["value"] if full else float(baseline)
         if not math.isfinite(baseline):
             raise MisconfigurationException(f"full training gives {self.monitor} = {baseline}; mend that first.")
-        self.target = target(self.mode, threshold, baseline, self.start)
+        self.target = target(self.mode, float(threshold), baseline, self.start)
         if method == "doubling":
             runs = [run for seed in range(seeds) for run in self._double(ladder, seed, full, baseline)]
         else:
             runs = list((self._bisect if method == "bisect" else self._grid)(ladder, seeds, dims is None))
         results = {key: [run[key] for run in runs] for key in ("dim", "seed", "value", "steps", "status")}
-        return IntrinsicDimensionResult(results, self.monitor, self.mode, threshold, self.n, baseline, self.start)
+        return IntrinsicDimensionResult(
+            results, self.monitor, self.mode, float(threshold), self.n, baseline, self.start
+        )
 
-    def _checked(self, dims: Sequence[int] | None, threshold: float, seeds: int, method: str) -> list[int]:
+    def _checked(self, dims: Sequence[int] | None, threshold: float | int, seeds: int, method: str) -> list[int]:
         if method not in _METHODS:
             raise ValueError(f"method={method!r} is not known; use {', '.join(map(repr, _METHODS))}.")
         if not 0 < threshold <= 1:

@@ -1,0 +1,162 @@
+"""A checkpoint holds w, the buffers and a few integers; it resumes exactly, and goes into no other module."""
+
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from nets import Classifier, Convolutional, train_loader, trainer, val_loader
+from pytorch_lightning.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_sketch.subspace import IntrinsicDimensionFinder, SubspaceModule
+
+
+def wrapped(kind=Convolutional, seed=0, dim=32, **options):
+    pl.seed_everything(seed, verbose=False)
+    return SubspaceModule(kind(), dim, **{"lr_scale": 10, **options})
+
+
+def saved(sub, folder, steps=8, **options):
+    run = trainer(max_steps=steps, **options)
+    run.fit(sub, train_loader())
+    run.save_checkpoint(folder / "a.ckpt")
+    return folder / "a.ckpt"
+
+
+def test_what_is_in_it(tmp_path):
+    sub = wrapped(dim=32)
+    path = saved(sub, tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    assert checkpoint["state_dict"].keys() == {
+        "w",
+        "_extra_state",
+        "module.net.2.running_mean",
+        "module.net.2.running_var",
+        "module.net.2.num_batches_tracked",
+    }
+    assert checkpoint["state_dict"]["_extra_state"]["directions"] == {
+        "kind": "block_srht",
+        "n": sub.n,
+        "dim": 32,
+        "seed": 0,
+        "rng": "v1",
+        "nested": False,
+    }
+    largest = max(t.numel() for s in checkpoint["optimizer_states"] for g in s["state"].values() for t in g.values())
+    assert largest == 32
+
+
+class Settled(Convolutional):
+    """Without dropout, whose random state no checkpoint holds."""
+
+    def network(self, width):
+        return nn.Sequential(*(part for part in super().network(width) if not isinstance(part, nn.Dropout)))
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+@pytest.mark.parametrize("options", [{}, {"implicit": True}, {"parameters": "net.1.*", "others": "full"}])
+def test_resume_is_exact(tmp_path, options):
+    """Three epochs, or one, a checkpoint, and two by a module that is made anew: the same bits, buffers and all."""
+    whole, resumed = wrapped(Settled, **options), wrapped(Settled, **options)
+    keep = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1)
+    trainer(keep, max_epochs=3, max_steps=-1, enable_checkpointing=True).fit(whole, train_loader())
+    trainer(max_epochs=3, max_steps=-1).fit(resumed, train_loader(), ckpt_path=tmp_path / "epoch=0-step=8.ckpt")
+    for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert one == other if name == "_extra_state" else torch.equal(one, other), name
+    for one, other in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_resume_of_a_search_is_exact(tmp_path):
+    """In the middle of a window, after doublings: history, mean of w, moments, counts."""
+
+    def run(callbacks=(), path=None):
+        finder = IntrinsicDimensionFinder("val_acc", 0.99, every_n_train_steps=6)
+        sub = wrapped(Classifier, dim=8, max_dim=64)
+        options = {"max_epochs": 5, "max_steps": -1, "enable_checkpointing": bool(callbacks)}
+        trainer(finder, *callbacks, **options).fit(sub, train_loader(), val_loader(), ckpt_path=path)
+        return sub, finder
+
+    keep = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)
+    whole, found = run([keep])
+    resumed, again = run(path=tmp_path / "epoch=2-step=24.ckpt")
+    assert found.history == again.history
+    assert [line["dim"] for line in found.history if line["step"] <= 24][-1] > 8
+    assert len(found.history) == 6
+    assert whole.directions == resumed.directions
+    assert torch.equal(whole.coordinates(), resumed.coordinates())
+
+
+def test_load_from_checkpoint(tmp_path):
+    sub = wrapped(dim=32, seed=0)
+    path = saved(sub, tmp_path)
+    pl.seed_everything(0, verbose=False)
+    found = SubspaceModule.load_from_checkpoint(path, module=Convolutional())
+    assert torch.equal(found.w, sub.w)
+    assert torch.equal(found.module.net[1].weight, sub.module.net[1].weight)
+    assert torch.equal(found.module.net[2].running_mean, sub.module.net[2].running_mean)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seed": 1}, r"other initial weights(.|\n)*fingerprint(.|\n)*save_theta0"),
+        ({"sketch": "qk"}, r"other directions(.|\n)*block_srht(.|\n)*qk"),
+        ({"dim": 16}, r"other directions(.|\n)*'dim': 32(.|\n)*'dim': 16"),
+        ({"parameters": "net.1.*", "dim": 32}, "other directions"),
+    ],
+)
+def test_it_goes_into_no_other_module(tmp_path, options, said):
+    path = saved(wrapped(), tmp_path)
+    other = wrapped(**options)
+    before = other.w.clone(), other.module.net[2].running_mean.clone()
+    with pytest.raises(ValueError, match=said):
+        trainer(max_steps=16).fit(other, train_loader(), ckpt_path=path)
+    assert torch.equal(before[0], other.w)
+    assert torch.equal(before[1], other.module.net[2].running_mean)
+
+
+def test_a_plain_checkpoint_is_refused():
+    with pytest.raises(ValueError, match="no checkpoint of a SubspaceModule"):
+        wrapped().load_state_dict(Convolutional().state_dict())
+
+
+def test_with_theta0_it_is_whole(tmp_path):
+    sub = wrapped(save_theta0=True, parameters="net.1.*")
+    path = saved(sub, tmp_path)
+    other = wrapped(seed=1, save_theta0=True, parameters="net.1.*")
+    other.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    for one, same in zip(sub.module.parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(one, same)
+    assert other.get_extra_state() == sub.get_extra_state()
+
+
+def test_weights_trained_in_full_are_kept(tmp_path):
+    sub = wrapped(parameters="net.1.*", others="full")
+    path = saved(sub, tmp_path)
+    other = wrapped(parameters="net.1.*", others="full")
+    other.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    assert torch.equal(sub.module.net[6].weight, other.module.net[6].weight)
+
+
+def test_model_checkpoint_and_best(tmp_path):
+    keep = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max")
+    sub = wrapped(Classifier)
+    run = trainer(keep, max_steps=24, enable_checkpointing=True)
+    run.fit(sub, train_loader(), val_loader())
+    found = run.validate(sub, val_loader(), ckpt_path="best", verbose=False)
+    assert found[0]["val_acc"] == pytest.approx(float(keep.best_model_score))
+
+
+def test_loading_into_a_copy_changes_only_the_copy():
+    sub = wrapped(Classifier)
+    trainer().fit(sub, train_loader())
+    state = copy.deepcopy(sub.state_dict())
+    other = wrapped(Classifier)
+    other.load_state_dict(state)
+    assert torch.equal(other.module.net[0].weight, sub.module.net[0].weight)
+    other.w.data.zero_()
+    other.ready()
+    assert not torch.equal(other.module.net[0].weight, sub.module.net[0].weight)

@@ -1,0 +1,156 @@
+"""The module's own optimizer on w: every form that configure_optimizers may have, and every scheduler."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from nets import Classifier, train_loader, trainer, val_loader
+from pytorch_lightning.callbacks import LearningRateMonitor
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.optim import SGD, Adam, AdamW
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
+
+from lightning_sketch.subspace import SubspaceModule
+
+
+def fitted(recipe, steps=8, callbacks=(), **options):
+    class Model(Classifier):
+        configure_optimizers = recipe
+
+    pl.seed_everything(0, verbose=False)
+    sub = SubspaceModule(Model(), 16, **{"lr_scale": 10, **options})
+    run = trainer(*callbacks, max_steps=steps)
+    run.fit(sub, train_loader(), val_loader())
+    return sub, run
+
+
+def expected(recipe_of_w, steps=8):
+    """w as trained by an optimizer that is given it."""
+    return fitted(lambda self: Adam(self.parameters()), steps, optimizer_fn=recipe_of_w, lr_scale=1)[0].w.detach()
+
+
+def constant(self):
+    return Adam(self.parameters(), lr=3e-3)
+
+
+def test_rates_are_multiplied_while_a_step_is_done():
+    found, run = fitted(constant)
+    assert torch.equal(found.w.detach(), expected(lambda params: Adam(params, lr=3e-2)))
+    assert run.optimizers[0].param_groups[0]["lr"] == 3e-3
+    assert [p is found.w for p in run.optimizers[0].param_groups[0]["params"]] == [True]
+
+
+@pytest.mark.parametrize(
+    ("of_module", "of_w"),
+    [
+        (
+            lambda self: ([SGD(self.parameters(), lr=0.1, momentum=0.9)], []),
+            lambda params: SGD(params, lr=1.0, momentum=0.9),
+        ),
+        (
+            lambda self: Adam([{"params": self.net[0].parameters()}, {"params": self.net[2].parameters()}], lr=3e-3),
+            lambda params: Adam(params, lr=3e-2),
+        ),
+        (
+            lambda self: Adam(self.net.named_parameters(), lr=3e-3),
+            lambda params: Adam(params, lr=3e-2),
+        ),
+        (
+            lambda self: Adam([p for p in self.parameters() if p.requires_grad], lr=3e-3),
+            lambda params: Adam(params, lr=3e-2),
+        ),
+        (
+            lambda self: AdamW(
+                [{"params": [self.net[0].weight, self.net[2].weight], "weight_decay": 0.3},
+                 {"params": [self.net[0].bias, self.net[2].bias], "weight_decay": 0.0}], lr=3e-3),
+            lambda params: Adam(params, lr=3e-2),
+        ),
+    ],
+    ids=["lists", "groups", "named", "filtered", "decay"],
+)  # fmt: skip
+def test_any_form_is_reused(of_module, of_w):
+    assert torch.equal(fitted(of_module)[0].w.detach(), expected(of_w))
+
+
+def test_lbfgs():
+    sub, _ = fitted(lambda self: torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3), steps=3, lr_scale=1)
+    assert sub.w.norm() > 0
+
+
+def warm_up(optimizer):
+    return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
+
+
+def one_cycle(scale):
+    return lambda optimizer: OneCycleLR(optimizer, 3e-3 * scale, total_steps=8)
+
+
+@pytest.mark.parametrize(
+    ("of_module", "of_w"), [(warm_up, warm_up), (one_cycle(1), one_cycle(10))], ids=["warm-up", "one cycle"]
+)
+def test_schedulers_go_on(of_module, of_w):
+    """Relative rates and absolute ones: w sees ten times what the schedule says."""
+
+    def recipe(rate, schedule):
+        def configure(parameters):
+            optimizer = Adam(parameters.parameters() if hasattr(parameters, "parameters") else parameters, lr=rate)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"}}
+
+        return configure
+
+    found, _ = fitted(lambda self: recipe(3e-3, of_module)(self))
+    assert torch.allclose(found.w.detach(), expected(recipe(3e-2, of_w)), rtol=1e-4, atol=1e-6)
+
+
+def test_a_plateau_is_seen():
+    def recipe(self):
+        optimizer = Adam(self.parameters(), lr=3e-3)
+        plateau = ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
+
+    _, run = fitted(recipe, steps=24)
+    assert run.optimizers[0].param_groups[0]["lr"] < 3e-3
+
+
+def test_decay_of_w_is_off_unless_it_is_given(caplog):
+    def recipe(self):
+        return SGD(self.parameters(), lr=0.1, weight_decay=0.5)
+
+    with caplog.at_level("INFO"):
+        plain, _ = fitted(recipe, lr_scale=1)
+    assert caplog.text.count("weight decay on w") == 1
+    assert torch.equal(plain.w, fitted(lambda self: SGD(self.parameters(), lr=0.1), lr_scale=1)[0].w)
+    decayed, _ = fitted(recipe, lr_scale=1, weight_decay=0.5)
+    same = expected(lambda params: SGD(params, lr=0.1, weight_decay=0.5))
+    assert torch.equal(decayed.w.detach(), same)
+    assert decayed.w.norm() < plain.w.norm()
+
+
+def test_a_rate_far_below_the_usual_is_warned_of():
+    with pytest.warns(UserWarning, match=r"learning rate of 0.0003; .*lr_scale=10"):
+        fitted(lambda self: Adam(self.parameters(), lr=3e-4), lr_scale=1)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (
+            lambda self: Adam([{"params": self.net[0].parameters(), "lr": 1e-2}, {"params": self.net[2].parameters()}]),
+            "differ in lr, .*optimizer_fn",
+        ),
+        (lambda self: [Adam(self.net[0].parameters()), Adam(self.net[2].parameters())], "2 optimizers.*optimizer_fn"),
+        (lambda self: None, "0 optimizers.*optimizer_fn"),
+    ],
+)
+def test_what_cannot_be_reused_asks_for_a_function(recipe, said):
+    with pytest.raises(MisconfigurationException, match=said):
+        fitted(recipe)
+
+
+def test_learning_rate_monitor(tmp_path):
+    class Model(Classifier):
+        pass
+
+    logger = pl.loggers.CSVLogger(tmp_path)
+    run = trainer(LearningRateMonitor("step"), logger=logger, log_every_n_steps=1)
+    run.fit(SubspaceModule(Model(), 16, lr_scale=10), train_loader(), val_loader())
+    assert "lr-Adam" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()

@@ -1,0 +1,304 @@
+"""θ = θ₀ + Dᵀ w: gradients, steps, and a module inside that notices nothing."""
+
+import copy
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from nets import Classifier, Convolutional, Tied, train_loader, trainer, val_loader
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_sketch.operators.kinds import KINDS
+from lightning_sketch.params import Layout
+from lightning_sketch.subspace import SubspaceModule
+
+
+def made(kind=Classifier, seed=0):
+    pl.seed_everything(seed, verbose=False)
+    return kind()
+
+
+def flat(module, names):
+    return torch.cat([dict(module.named_parameters())[name].detach().flatten() for name in names])
+
+
+class Gradients(pl.Callback):
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(torch.cat([block.grad for block in pl_module.blocks]).clone())
+
+
+def first_gradient(module, **options):
+    watch = Gradients()
+    trainer(watch, max_steps=1).fit(SubspaceModule(module, 24, seed=5, lr_scale=10, **options), train_loader())
+    return watch.seen[0]
+
+
+@pytest.mark.parametrize("kind", [Classifier, Tied])
+def test_both_ways_give_the_gradient_of_the_loss(kind):
+    """By dense matrices: D ∇L(θ₀), in float32."""
+    module = made(kind)
+    layout = Layout.of(module)
+    directions = SubspaceModule(copy.deepcopy(module), 24, seed=5).directions
+    images, labels = next(iter(train_loader()))
+    gradients = torch.autograd.grad(F.cross_entropy(module(images), labels), layout.parameters(module))
+    expected = directions.as_matrix() @ torch.cat([g.flatten() for g in gradients])
+    for options in ({}, {"implicit": True}):
+        found = first_gradient(copy.deepcopy(module), **options)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6 * expected.norm())
+
+
+@pytest.mark.parametrize("sketch", KINDS)
+def test_weights_follow_w(sketch):
+    """After eight steps of Adam, for every kind: θ = θ₀ + Dᵀ w, and the explicit way ends where the implicit one does."""
+    module = made()
+    ends = []
+    for implicit in (False, True):
+        sub = SubspaceModule(copy.deepcopy(module), 24, sketch, seed=1, lr_scale=10, implicit=implicit)
+        trainer().fit(sub, train_loader())
+        moved = flat(sub.module, sub.layout.names) - flat(module, sub.layout.names)
+        assert torch.allclose(moved, sub.directions.rmatvec(sub.w.detach()), atol=1e-5)
+        assert sub.w.norm() > 0.05
+        ends.append(sub.w.detach())
+    assert torch.allclose(*ends, rtol=1e-2, atol=1e-4)
+
+
+def test_a_step_of_adam_has_one_length_for_all_dims():
+    """‖Dᵀ w‖ = lr √n after one step, where w = ± lr; within √(2 / dim) four times over, for random directions."""
+    for dim in (32, 128, 512):
+        sub = SubspaceModule(made(), dim, lr_scale=10)
+        trainer(max_steps=1).fit(sub, train_loader())
+        moved = flat(sub.module, sub.layout.names) - torch.cat([t.flatten() for t in sub.theta0().values()])
+        assert moved.norm() == pytest.approx(0.03 * sub.n**0.5, rel=4 * (2 / dim) ** 0.5)
+
+
+def test_dim_n_is_full_training():
+    """Adam on w = θ - θ₀ takes the steps of Adam on θ."""
+    module = made()
+    plain = copy.deepcopy(module)
+    trainer().fit(plain, train_loader())
+    sub = SubspaceModule(module, Layout.of(module).n, lr_scale=1)
+    trainer().fit(sub, train_loader())
+    assert torch.allclose(flat(sub.module, sub.layout.names), flat(plain, sub.layout.names), atol=2e-5)
+
+
+def test_what_the_module_does_it_goes_on_doing():
+    """Names it logs under, metrics, hooks, steps that take no batch_idx, hyper-parameters, mode and buffers."""
+    sub = SubspaceModule(made(Convolutional), 64, lr_scale=10)
+    before = {name: buffer.clone() for name, buffer in sub.module.named_buffers()}
+    run = trainer(max_steps=16)
+    run.fit(sub, train_loader(), val_loader())
+    assert {"train_loss", "val_acc", "val_loss"} <= run.callback_metrics.keys()
+    assert sub.module.calls == ["on_train_epoch_end"] * 2
+    assert (sub.hparams_initial["lr"], sub.hparams_initial["dim"]) == (3e-3, 64)
+    assert any(
+        not torch.equal(before[name], buffer) for name, buffer in sub.module.named_buffers() if "running" in name
+    )
+    assert not sub.eval().module.net[4].training
+    assert sub.train().module.net[4].training
+    assert sub.net is sub.module.net
+    images, _ = next(iter(val_loader()))
+    assert torch.equal(sub.eval()(images), sub.module(images))
+    assert sum(p.numel() for p in sub.parameters() if p.requires_grad) == 64
+    assert [name for name, p in sub.named_parameters() if p.requires_grad] == ["w"]
+
+
+def test_evaluation_is_at_the_weights_that_w_says_whoever_wrote_it():
+    sub = SubspaceModule(made(), 32, lr_scale=10)
+    before = trainer().validate(sub, val_loader(), verbose=False)[0]["val_loss"]
+    sub.w.data.add_(0.3)  # no version is counted
+    after = trainer().validate(sub, val_loader(), verbose=False)[0]["val_loss"]
+    assert after != before
+    plain = sub.materialize()
+    assert trainer().validate(plain, val_loader(), verbose=False)[0]["val_loss"] == pytest.approx(after)
+
+
+def test_materialized_is_a_plain_module_that_trains_on():
+    sub = SubspaceModule(made(Convolutional), 32, lr_scale=10)
+    trainer().fit(sub, train_loader())
+    plain = sub.materialize()
+    assert type(plain) is Convolutional
+    assert all(p.requires_grad for p in plain.parameters())
+    assert "log" not in vars(plain)
+    trainer(max_steps=2).fit(plain, train_loader())
+    assert not torch.equal(plain.net[1].weight, sub.module.net[1].weight)
+    trainer(max_steps=2).fit(sub, train_loader())  # and so does the former
+
+
+def test_tied_weights_stay_tied():
+    sub = SubspaceModule(made(Tied), 32, lr_scale=10)
+    trainer().fit(sub, train_loader())
+    assert sub.module.net[2].weight is sub.module.net[6].weight
+    assert sub.n == sum(p.numel() for p in made(Tied).parameters())
+
+
+def test_accumulation_is_a_larger_batch():
+    ends = []
+    for size, accumulate in ((64, 1), (32, 2)):
+        sub = SubspaceModule(made(), 32, lr_scale=10)
+        trainer(max_steps=4, accumulate_grad_batches=accumulate).fit(sub, train_loader(batch_size=size))
+        ends.append(sub.w.detach())
+    assert torch.allclose(*ends, rtol=1e-3, atol=1e-5)
+
+
+def test_clipping_is_of_the_gradient_of_w():
+    watch = Gradients()
+
+    class SGD(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1.0)
+
+    sub = SubspaceModule(made(SGD), 32)
+    trainer(watch, max_steps=1, gradient_clip_val=0.01).fit(sub, train_loader())
+    assert watch.seen[0].norm() > 0.02
+    assert float(sub.w.detach().norm()) == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    class Checkpointed(Classifier):
+        def forward(self, images):
+            hidden = self.net[:2](images)
+            return checkpoint(self.net[2], hidden, use_reentrant=reentrant)
+
+    expected = first_gradient(made())
+    assert torch.allclose(first_gradient(made(Checkpointed)), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_compiled_inside():
+    class Compiled(Classifier):
+        def network(self, width):
+            return torch.compile(super().network(width), backend="eager")
+
+    assert torch.allclose(first_gradient(made(Compiled)), first_gradient(made()), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision(precision):
+    """Gradients of 8 bits; θ follows w to the rounding of its own type."""
+    sub = SubspaceModule(made(), 64, lr_scale=10)
+    run = trainer(precision=precision, max_steps=80)
+    run.fit(sub, train_loader(), val_loader())
+    assert run.callback_metrics["val_acc"] > 0.4
+    assert sub.module.net[0].weight.dtype == (torch.float32 if precision == "bf16-mixed" else torch.bfloat16)
+
+
+def test_chosen_parameters_move_and_the_others_stay():
+    module = made()
+    names = [name for name, _ in module.named_parameters()]
+    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    sub = SubspaceModule(module, 10, parameters="net.2.*", lr_scale=10)
+    assert sub.n == 10 * 16 + 10
+    trainer().fit(sub, train_loader())
+    moved = {name for name in names if not torch.equal(before[name], dict(module.named_parameters())[name])}
+    assert moved == {"net.2.weight", "net.2.bias"}
+
+
+def test_the_others_can_be_trained_in_full():
+    """As by their own optimizer: at its rate, not at that of w."""
+    rates = {}
+
+    class Watch(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    rates[id(p)] = group["lr"]
+
+    sub = SubspaceModule(made(), 16, parameters="net.0.*", others="full", lr_scale=10)
+    bias = sub.module.net[2].bias
+    before = bias.detach().clone()
+    trainer(Watch()).fit(sub, train_loader())
+    assert not torch.equal(before, bias)
+    assert rates[id(bias)] == pytest.approx(3e-3)
+    assert rates[id(sub.w)] == pytest.approx(3e-2)
+    assert "module.net.2.bias" in sub.state_dict()
+
+
+def test_parameters_smaller_than_dim():
+    sub = SubspaceModule(made(), 512, lr_scale=10)  # of biases of 10 and 16
+    trainer().fit(sub, train_loader())
+    assert sub.w.count_nonzero() == 512
+
+
+def test_a_copy_is_a_module_of_its_own():
+    sub = SubspaceModule(made(), 16, lr_scale=10)
+    twin = copy.deepcopy(sub)
+    run = trainer()
+    run.fit(twin, train_loader(), val_loader())
+    assert sub.w.norm() == 0
+    assert twin.w.norm() > 0
+    assert twin.module.__dict__["log"].__self__ is twin
+    assert "val_acc" in run.callback_metrics
+
+
+@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
+def test_both_namespaces(namespace):
+    lightning = pytest.importorskip(namespace)
+
+    class Plain(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(64, 10)
+
+        def training_step(self, batch):
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.log("train_loss", loss)
+            assert self.trainer.training
+            return {"loss": loss, "more": 1}
+
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    run = lightning.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
+    )
+    sub = SubspaceModule(Plain(), 16)
+    assert isinstance(sub, lightning.LightningModule)
+    run.fit(sub, train_loader(), val_loader())
+    assert {"train_loss", "val_loss"} <= run.callback_metrics.keys()
+    assert sub.w.norm() > 0
+
+
+class ByHand(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"dim": 0}, ValueError, "dim=0"),
+        ({"dim": 10**6}, ValueError, r"dim=1000000; dim=n trains all"),
+        ({"parameters": "head.*"}, ValueError, "no trainable parameter matches 'head.*'"),
+        ({"sketch": "srht"}, ValueError, "unknown kind of sketch 'srht'"),
+        ({"others": "half"}, ValueError, "others='half'"),
+        ({"lr_scale": 0}, ValueError, "lr_scale > 0"),
+        ({"max_dim": 8}, ValueError, "max_dim=8"),
+        ({"module": ByHand}, MisconfigurationException, "optimizes by hand"),
+        ({"module": lambda: nn.Linear(2, 2)}, TypeError, "wraps a LightningModule, got Linear"),
+    ],
+)
+def test_what_cannot_be_is_refused_when_it_is_made(untyped, options, error, said):
+    module = options.get("module", Classifier)()
+    with pytest.raises(error, match=said):
+        SubspaceModule(module, **{"dim": 16, **{k: v for k, v in options.items() if k != "module"}})
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_without_a_loss_is_skipped():
+    class Skips(Classifier):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx % 2 else super().training_step(batch, batch_idx)
+
+    sub = SubspaceModule(made(Skips), 16, lr_scale=10)
+    trainer(max_epochs=1, max_steps=-1).fit(sub, train_loader())
+    assert sub.w.norm() > 0
