@@ -122,12 +122,18 @@ def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
 
 
 @contextmanager
-def changed_batches(module: LightningModule, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Every batch that the Trainer takes from a loader, changed before anybody else sees it."""
-    before = module._on_before_batch_transfer
+def changed_batches(
+    module: LightningModule, note: Callable[[Any], None], change: Callable[[Any], Any]
+) -> Iterator[None]:
+    """Every batch that the Trainer takes from a loader: noted as it is, and changed before anybody else sees it.
+
+    Of several contexts all note the batch, and the first one changes it.
+    """
+    before, first = module._on_before_batch_transfer, "_on_before_batch_transfer" not in vars(module)
 
     def hook(batch: Any, dataloader_idx: int = 0) -> Any:
-        return before(change(batch), dataloader_idx)
+        note(batch)
+        return before(change(batch) if first else batch, dataloader_idx)
 
     module.__dict__["_on_before_batch_transfer"] = hook
     try:

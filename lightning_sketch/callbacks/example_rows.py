@@ -1,5 +1,6 @@
 """The rows of the examples of a training batch, from the backward pass that trains anyway."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,7 @@ class TrainingExamples:
         self.parameters = {name: p for name, p in named if name not in others}
         self.hooks = ExampleHooks(module, self.parameters)
         self.sink = SketchSink(sketch, layout, self.parameters)
-        self.checked = False
+        self.checked, self.reasons = False, None
         self.batch: _Batch | None = None
         self.epoch, self.copies = -1, Copies(None, 0)
 
@@ -105,8 +106,9 @@ class TrainingExamples:
         one, self.batch = self.batch, None
         shares = self.sink.rows()
         self.hooks.detach()
-        if not self.checked and trainer.world_size == 1:
-            self.checked = self._check_sum(shares)
+        self._check_reasons()
+        if self.parameters and not self.checked:
+            self.checked = self._check_sum(trainer, shares)
         factor = (one.scale * trainer.accumulate_grad_batches / loss_scale(trainer)).to(shares)
         rows = (shares * factor[:, None]).float().cpu()
         if one.second is not None:
@@ -128,12 +130,31 @@ class TrainingExamples:
         self.batch = None
         self.hooks.detach()
 
-    def _check_sum(self, shares: Tensor) -> bool:
+    def _check_reasons(self) -> None:
+        """What the first batch could be split in, a later one may not be: it may take another way through the module.
+
+        The checks of the first batch have shown that what hooks did not see of it was nothing.
+        """
+        if self.reasons is None:
+            self.reasons = set(self.hooks.reasons)
+        more = {name: reason for name, reason in self.hooks.reasons.items() if name not in self.reasons}
+        if more:
+            self.reasons |= set(more)
+            listed = "".join(f"\n  {name}: {reason}" for name, reason in more.items())
+            warnings.warn(f"from this batch on rows may lack a part of {len(more)} parameters:{listed}", stacklevel=2)
+
+    def _check_sum(self, trainer: Trainer, shares: Tensor) -> bool:
         """The first batch's gradient is all there is in `.grad`; while a loss scale is too large it says nothing."""
+        total = shares.sum(0)
+        if trainer.world_size > 1:
+            # Of this rank, or of all, or compressed?
+            if trainer.accumulate_grad_batches > 1 or getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
+                return True
+            total = trainer.strategy.reduce(total, reduce_op="mean")
         whole = self.layout.sketch(self.sketch, {name: p.grad for name, p in self.parameters.items()})
         if not whole.isfinite().all():
             return False
-        if not (shares.sum(0) - whole).norm() <= _SUM_AGREES * whole.norm():
+        if not (total - whole).norm() <= _SUM_AGREES * whole.norm():
             raise MisconfigurationException(
                 "the shares of the examples do not add up to the gradient in training mode, though they do in "
                 "evaluation mode: a part of the module works differently there. Use per='step', or write rows at "

@@ -21,8 +21,9 @@ from lightning_sketch.callbacks.second_pass import SecondPass, left_by_hooks, wi
 from lightning_sketch.callbacks.step_rows import StepRows, one_rate
 from lightning_sketch.callbacks.store_run import StoreRun
 from lightning_sketch.gradients import num_examples, training_step_loss
-from lightning_sketch.gradients.engines import ONE_BY_ONE, ExampleSketches
+from lightning_sketch.gradients.engines import ENGINES, ONE_BY_ONE, ExampleSketches
 from lightning_sketch.gradients.norms import couples
+from lightning_sketch.gradients.own_scale import REDUCTIONS
 from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.params import Layout
 
@@ -109,6 +110,8 @@ class GradientSketchWriter(CallbackBase):
             ("per", per, ROWS),
             ("queries", queries, ("val", None)),
             ("dtype", dtype, DTYPES),
+            ("reduction", reduction, REDUCTIONS),
+            ("engine", engine, ENGINES),
             ("fallback", fallback, (*ONE_BY_ONE, None)),
         ):
             if value not in known:
@@ -185,6 +188,8 @@ class GradientSketchWriter(CallbackBase):
         if trainer.fast_dev_run:
             return
         ids = self._numbers(batch)
+        if batch_idx == 0 and self._run is not None:
+            self._run.check_covers(Layout.of(pl_module, self.parameters))
         if self._steps is not None:
             self._steps.begin_batch(trainer, ids)
             return
@@ -284,7 +289,7 @@ class GradientSketchWriter(CallbackBase):
         """Rows of examples at the module's present weights."""
         layout, sketch, loss_fn = run.spec.parameters, run.spec.operator, self.loss_fn or training_step_loss
         own = ExampleSketches(pl_module, layout, sketch, loss_fn, self.engine, self.weight_fn, self.reduction)
-        return CheckpointRows(ExampleRows(own, self.row_fn), run, stage, self._moment)
+        return CheckpointRows(ExampleRows(own, self.row_fn), run, stage, self._moment, self._numbers.hashed)
 
     def _close(self) -> None:
         self._numbers.detach()

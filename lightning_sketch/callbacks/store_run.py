@@ -1,5 +1,6 @@
 """A store, opened by all ranks of a Trainer for one of its runs."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_sketch.attribution import GradientStore, RowAppender, SketchedGra
 from lightning_sketch.attribution.attempts import Attempt, read_attempts
 from lightning_sketch.attribution.rows import STAGES
 from lightning_sketch.attribution.spec import DTYPES
+from lightning_sketch.params import Layout
 
 
 class StoreRun:
@@ -53,7 +55,7 @@ class StoreRun:
         if failure is not None:
             raise failure
         self.attempt: Attempt = attempt
-        self.folder, self.spec, self.stage = folder, spec, stage
+        self.folder, self.spec, self.stage, self.warned = folder, spec, stage, False
         self.appender: RowAppender = GradientStore.open(folder).appender(attempt, trainer.global_rank)
 
     def put(self, rows: SketchedGradients, stage: str | None = None, **columns: float | int) -> None:
@@ -63,6 +65,18 @@ class StoreRun:
         filled = {key: rows.columns[key].new_full((count,), value) for key, value in columns.items()}
         self.appender.put(SketchedGradients(rows.sketches, rows.sketch, {**rows.columns, **filled}))
 
+    def check_covers(self, layout: Layout) -> None:
+        """Warn, once, of parameters that are trained now and were not when the store was opened."""
+        more = set(layout.names) - set(self.spec.parameters.names) - set(self.spec.left_out)
+        if more and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"{len(more)} parameters are trained now that were frozen when the store was opened, and rows do not "
+                f"cover them: {', '.join(sorted(more)[:10])}. Write each phase of training to a store of its own, or "
+                "let them be trainable from the start, at a learning rate of 0.",
+                stacklevel=2,
+            )
+
 
 def say_size(trainer: Trainer, name: str, run: StoreRun, every_n_train_steps: int, rows_a_step: int) -> None:
     """What a fit is going to write: how many rows, where the number of steps is known."""
@@ -71,7 +85,8 @@ def say_size(trainer: Trainer, name: str, run: StoreRun, every_n_train_steps: in
     steps = trainer.estimated_stepping_batches
     if steps not in (-1, float("inf")):
         rows = max(0, int(steps) - trainer.global_step) // every_n_train_steps * rows_a_step
-        sizes = f"{rows:,} rows of {row / 1e3:.1f} kB, {rows * row / 1e6:,.1f} MB"
+        most = "up to " if rows_a_step > 1 else ""  # a last batch, or window of batches, may be smaller
+        sizes = f"{most}{rows:,} rows of {row / 1e3:.1f} kB, {rows * row / 1e6:,.1f} MB"
     say(trainer, f"{name}: {sizes}, to {run.folder}")
 
 

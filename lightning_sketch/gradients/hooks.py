@@ -53,6 +53,7 @@ class ExampleHooks:
         self._parts()
         self._pass: Pass | None = None
         self._shared: list[tuple[Any, Shared]] = []
+        self._for_all: set[tuple[str, int]] = set()
         self.served: set[str] = set()
         """Names that got a piece in the last pass."""
         self.reasons: dict[str, str] = {}
@@ -119,7 +120,7 @@ class ExampleHooks:
             return
         one.taken |= {id(p) for p in wanted}
         input = args[0] if args else next(iter(kwargs.values()))
-        if input.shape[:1] == output.shape[:1] == (one.examples,):
+        if self._has_examples(path, part, input, output):
             needed = any(p.requires_grad for n, p in own.items() if p is not None and n != "bias")
             input = input.detach() if needed else input.to("meta")
             one.on_gradient(output, wanted, partial(rule.pieces, part), input)
@@ -132,6 +133,17 @@ class ExampleHooks:
                 f"{type(part).__name__} {path} was called with shape {tuple(input.shape)} and returned "
                 f"{tuple(output.shape)}, where the first axis is not that of the {one.examples} examples",
             )
+
+    def _has_examples(self, path: str, part: nn.Module, input: Tensor, output: Tensor) -> bool:
+        """Whether the first axis is that of the examples.
+
+        It is not in an embedding that was once seen to look positions up for all examples: a later batch may have as
+        many examples as there are positions.
+        """
+        fits = input.shape[:1] == output.shape[:1] == (self._pass.examples,)
+        if not fits and isinstance(part, nn.Embedding):
+            self._for_all.add((path, input.ndim))
+        return fits and (path, input.ndim) not in self._for_all
 
     def _owner(self, name: str) -> str:
         """How a reason begins: whose parameter it is."""
@@ -153,9 +165,10 @@ def _looked_up_by_all(part: nn.Embedding, index: Tensor, values: Tensor) -> list
 
 def _refuse_compiled(module: nn.Module) -> None:
     for path, part in module.named_modules():
-        if getattr(part, "_compiled_call_impl", None) is not None or "_orig_mod" in part._modules:
+        by_trainer = getattr(part, "_compiler_ctx", None)  # Lightning takes the wrapper off and compiles the steps
+        if getattr(part, "_compiled_call_impl", None) is not None or "_orig_mod" in part._modules or by_trainer:
             kind, where = type(part).__name__, f" ({path})" if path else ""
             raise ValueError(
                 f"{kind}{where} is compiled, and a compiled forward may skip hooks without a word; train without "
-                "torch.compile, or take per-example gradients by another engine ('loop' or 'vmap')."
+                "torch.compile, or take per-example gradients by another engine or fallback ('loop' or 'vmap')."
             )

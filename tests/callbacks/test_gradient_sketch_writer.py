@@ -1,5 +1,6 @@
 """A row for each optimizer step: S times the gradient that the step is made from, with what belongs to the step."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,41 @@ def test_a_checkpoint_file_tells_its_step_and_rate(tmp_path):
     assert rows.fingerprint == fingerprint(list(other.parameters())) != fingerprint(list(model.parameters()))
 
 
+@pytest.mark.parametrize("key", [None, "hash"])
+def test_several_data_loaders_are_told_apart(tmp_path, key):
+    """Both have an example of number 0; rows of the same contents may be added up, those of the same place may not."""
+
+    class Every(Digits):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            pass
+
+    whole = dataset(40)
+    parts = [torch.utils.data.Subset(whole, range(start, start + 20)) for start in (0, 20)]
+    loaders = [DataLoader(IndexedDataset(part) if key is None else part, batch_size=16) for part in parts]
+    warned = pytest.warns(UserWarning, match=r"where\(dataloader=0\)") if key is None else nullcontext()
+    with warned:
+        trainer(tmp_path, writer(tmp_path, index_key=key)).validate(Every(), loaders, verbose=False)
+    store = GradientStore.open(tmp_path / "store")
+    assert [len(store.where(dataloader=i)) for i in (0, 1)] == [20, 20]
+    assert len(store.metadata()["example_id"].unique()) == (20 if key is None else 40)
+
+
+def test_two_writers_at_once(tmp_path):
+    """Both see which examples a batch is of; the module sees neither."""
+    writers = [GradientSketchWriter(tmp_path / per, dim=64, name=per, per=per) for per in ("step", "example")]
+    data = DataLoader(IndexedDataset(dataset()), batch_size=32, shuffle=True)
+    model = fit(tmp_path, *writers, data=data, max_epochs=1)
+    steps, examples = (GradientStore.open(one.dirpath).metadata() for one in writers)
+    assert torch.equal(steps["example_ids"].flatten(), examples["example_id"])
+    assert "_on_before_batch_transfer" not in vars(model)
+
+
+def test_indexed_batches_inside_others_are_refused(tmp_path):
+    data = {"one": DataLoader(IndexedDataset(dataset(32))), "two": DataLoader(dataset(32))}
+    with pytest.raises(ValueError, match="inside other batches"):
+        fit(tmp_path, writer(tmp_path), data=data)
+
+
 def test_files_go_where_the_checkpoints_go_and_rows_are_logged(tmp_path):
     watch = GradientSketchWriter(dim=64)
     logger = CSVLogger(tmp_path, name="mine")
@@ -274,7 +310,7 @@ def test_a_small_model_gets_as_many_numbers_as_it_has(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "rows"), [({}, "8 rows"), ({"per": "example", "every_n_train_steps": 2}, "256 rows")], ids=str
+    ("arguments", "rows"), [({}, "8"), ({"per": "example", "every_n_train_steps": 2}, "up to 256")], ids=str
 )
 def test_what_is_said_at_the_start(tmp_path, monkeypatch, arguments, rows):
     """Of the examples: four steps of two batches of 32."""
@@ -284,8 +320,8 @@ def test_what_is_said_at_the_start(tmp_path, monkeypatch, arguments, rows):
     accumulate = 2 if arguments else 1
     fit(tmp_path, writer(tmp_path, **arguments), data=data, max_epochs=accumulate, accumulate_grad_batches=accumulate)
     size = "0.1 MB" if arguments else "0.0 MB"
-    assert said == [f"sketches: {rows} of 0.5 kB, {size}, to {tmp_path}/store"]
-    assert len(rows_of(tmp_path)) == int(rows.split()[0])
+    assert said == [f"sketches: {rows} rows of 0.5 kB, {size}, to {tmp_path}/store"]
+    assert len(rows_of(tmp_path)) == int(rows.split()[-1])
 
 
 def test_fast_dev_run_writes_nothing(tmp_path):
@@ -307,6 +343,8 @@ def test_a_second_fit_into_the_same_folder_is_refused(tmp_path):
         ({"per": "epoch"}, "per='epoch'"),
         ({"queries": "train"}, "queries='train'.*'val'"),
         ({"dtype": "int8"}, "dtype='int8'"),
+        ({"reduction": "max"}, "reduction='max'.*'mean', 'sum'"),
+        ({"engine": "fast"}, "engine='fast'.*'auto', 'hooks', 'loop', 'vmap'"),
         ({"fallback": "auto"}, "fallback='auto'.*'loop', 'vmap', None"),
         ({"dim": 0}, "need dim and every_n_train_steps >= 1, got 0"),
         ({"every_n_train_steps": 0}, "got 128 and 0"),

@@ -46,11 +46,11 @@ class Still(LightningModule):
 
 @pytest.mark.parametrize(
     ("arguments", "tolerance"),
-    [({}, 1e-5), ({"accumulate_grad_batches": 3}, 1e-5), ({"precision": "bf16-mixed"}, 0.05)],
+    [({}, 1e-5), ({"accumulate_grad_batches": 4}, 1e-5), ({"precision": "bf16-mixed"}, 0.05)],
     ids=str,
 )
 def test_rows_are_the_gradients_of_each_example_alone(tmp_path, arguments, tolerance):
-    """Against one example at a time; 128 examples in batches of 24, the last of 8.
+    """Against one example at a time; 128 examples in batches of 24, the last of 8; windows of four batches and of two.
 
     In bfloat16, which rounds to 2^-8, a ReLU near zero may switch: a tenth of the rows may be further off.
     """
@@ -157,8 +157,9 @@ def test_refused_on_the_first_batch(tmp_path):
             super().__init__()
             self.net = torch.compile(self.net, backend="eager")
 
-    with pytest.raises(ValueError, match="compiled"):
-        fit(tmp_path, writer(tmp_path / "b", index_key="hash"), model=Compiled, data=plain)
+    for model in (Compiled(), torch.compile(Still(), backend="eager")):
+        with pytest.raises(ValueError, match="compiled"):
+            fit(tmp_path, writer(tmp_path / "b", index_key="hash"), model=model, data=plain)
 
     class ByHand(Still):
         def __init__(self):
@@ -167,6 +168,65 @@ def test_refused_on_the_first_batch(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="optimizes by hand"):
         fit(tmp_path, writer(tmp_path / "c"), model=ByHand, data=plain)
+
+
+class Thawing(Still):
+    """From the second epoch on the convolution is trained too."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def on_train_epoch_start(self):
+        self.net[0].requires_grad_(self.current_epoch > 0)
+
+
+@pytest.mark.parametrize("per", ["step", "example"])
+def test_parameters_that_are_trained_later_are_named(tmp_path, per):
+    with pytest.warns(UserWarning, match=r"2 parameters are trained now .* not cover them: net.0.bias, net.0.weight"):
+        fit(tmp_path, writer(tmp_path, per=per), model=Thawing, data=data())
+
+
+class Turning(Still):
+    """From the second epoch on the examples go through the head one token later: along another axis."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(64, 10)
+
+    def training_step(self, batch, batch_idx):
+        images = batch[0].flatten(1)[:, None]
+        logits = self.head(images.transpose(0, 1))[0] if self.current_epoch else self.head(images)[:, 0]
+        return F.cross_entropy(self.net(batch[0]) + logits, batch[1])
+
+
+def test_another_way_through_the_module_that_hooks_cannot_follow_is_named(tmp_path):
+    with pytest.warns(UserWarning, match=r"may lack a part of 2 parameters:\n  head.weight: Linear head was called"):
+        fit(tmp_path, writer(tmp_path), model=Turning, data=data())
+
+
+class Placed(LightningModule):
+    """Positions are looked up once for all, as in many language models."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.places, self.head = nn.Embedding(17, 8), nn.Embedding(6, 8), nn.Linear(8, 5)
+
+    def training_step(self, batch, batch_idx):
+        places = self.places(torch.arange(batch["x"].shape[1]))
+        return F.cross_entropy(self.head((self.words(batch["x"]) + places).tanh().mean(1)), batch["labels"][:, 0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_a_last_batch_of_as_many_examples_as_positions(tmp_path):
+    """Two batches of nine examples and one of six, of six tokens each."""
+    loader = DataLoader(sentences(), batch_size=9)
+    model = fit(tmp_path, writer(tmp_path, dim=64, index_key="number"), model=Placed, data=loader, max_epochs=1)
+    store = GradientStore.open(tmp_path / "store")
+    truth = sketch_gradients(model, loader, store.sketch, engine="loop", index_key="number")
+    torch.testing.assert_close(store.read().sketches, truth.sketches, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before")
