@@ -9,6 +9,7 @@ from lightning_sketch._compat import LightningModule, ModuleBase, changed_hooks,
 
 _STEPS = ("validation_step", "test_step", "predict_step")
 _LOGGING = ("log", "log_dict")
+_TOLD = ("trainer", "_device_mesh")
 
 
 class Wrapper(ModuleBase):
@@ -61,10 +62,10 @@ class Wrapper(ModuleBase):
             return getattr(self.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A trainer is passed on, across namespaces too."""
+        """What Lightning tells the module that it fits is passed on, across namespaces too."""
         super().__setattr__(name, value)
-        if name == "trainer":
-            self.module.trainer = value
+        if name in _TOLD and "module" in self.__dict__.get("_modules", {}):
+            setattr(self.module, name, value)
 
 
 def call_fitting(step: Callable, *args: Any, **kwargs: Any) -> Any:

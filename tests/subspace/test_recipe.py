@@ -24,7 +24,7 @@ def fitted(recipe, steps=8, callbacks=(), **options):
 
 
 def expected(recipe_of_w, steps=8):
-    """w as trained by an optimizer that is given it."""
+    """What w becomes, trained by an optimizer that is given it."""
     return fitted(lambda self: Adam(self.parameters()), steps, optimizer_fn=recipe_of_w, lr_scale=1)[0].w.detach()
 
 

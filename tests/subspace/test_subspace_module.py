@@ -55,7 +55,7 @@ def test_both_ways_give_the_gradient_of_the_loss(kind):
 
 @pytest.mark.parametrize("sketch", KINDS)
 def test_weights_follow_w(sketch):
-    """After eight steps of Adam, for every kind: θ = θ₀ + Dᵀ w, and the explicit way ends where the implicit one does."""
+    """After eight steps of Adam, for every kind: θ = θ₀ + Dᵀ w; both ways end alike."""
     module = made()
     ends = []
     for implicit in (False, True):

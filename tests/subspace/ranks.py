@@ -1,0 +1,91 @@
+"""Run as a program: ten steps in a subspace, on one process or two; what came of it is printed as JSON by each rank.
+
+python ranks.py FOLDER DEVICES alone|ddp|shards [differ]
+
+differ: the ranks make different weights.
+"""
+
+import json
+import sys
+
+import torch
+import torch.nn.functional as F
+from nets import Classifier, digits, trainer
+from pytorch_lightning import Callback, seed_everything
+from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from lightning_sketch.subspace import SubspaceModule
+
+moved: list[int] = []
+
+
+def counted(state, bucket):
+    moved.append(bucket.buffer().numel() * bucket.buffer().element_size())
+    return allreduce_hook(state, bucket)
+
+
+class Count(Callback):
+    def on_train_start(self, trainer, pl_module):
+        if isinstance(trainer.strategy, DDPStrategy):
+            trainer.strategy.model.register_comm_hook(None, counted)
+
+
+class Model(Classifier):
+    """Seventeen rows on two ranks: nine and eight."""
+
+    def __init__(self):
+        super().__init__(width=17)
+
+    def configure_model(self):
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for layer in (self.net[0], self.net[2]):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def train_dataloader(self):
+        rows, ranks = TensorDataset(*digits(slice(0, 320))), self.trainer.world_size
+        sampler = DistributedSampler(rows, ranks, rank=self.trainer.global_rank, shuffle=False)
+        return DataLoader(rows, batch_size=32 // ranks, sampler=sampler)
+
+
+def main(folder, devices, kind, differ):
+    torch.set_num_threads(1)
+    strategy = {
+        "alone": "auto",
+        "ddp": DDPStrategy(process_group_backend="gloo"),
+        "shards": ModelParallelStrategy(
+            data_parallel_size=2,
+            tensor_parallel_size=1,
+            process_group_backend="gloo",
+            save_distributed_checkpoint=False,
+        ),
+    }[kind]
+    run = trainer(
+        Count(),
+        default_root_dir=folder,
+        devices=devices,
+        strategy=strategy,
+        max_steps=10,
+        use_distributed_sampler=False,
+    )
+    seed_everything(run.global_rank if differ else 3, verbose=False)
+    sub = SubspaceModule(Model(), 64, lr_scale=10)
+    run.fit(sub)
+    theta = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in sub.theta()]
+    run.save_checkpoint(f"{folder}/a.ckpt")
+    found = {
+        "w": sub.w.tolist(),
+        "theta": torch.cat([p.detach().flatten() for p in theta]).tolist(),
+        "moved": moved,
+        "sharded": [hasattr(p, "placements") for p in sub.theta()],
+    }
+    print("\nFOUND " + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], "differ" in sys.argv)

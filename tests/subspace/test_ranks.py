@@ -1,0 +1,47 @@
+"""Two processes train what one does, and move `dim` numbers a step."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+PROGRAM = Path(__file__).with_name("ranks.py")
+
+
+def ran(folder, *arguments):
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, str(PROGRAM), str(folder), *map(str, arguments)]
+    path = os.pathsep.join([str(PROGRAM.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "PYTHONPATH": path})
+
+
+def found(folder, *arguments):
+    done = ran(folder, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+
+
+def test_two_processes_train_what_one_does(tmp_path):
+    """Whole weights on each rank or shards of them; sums in float32 in other orders, over ten steps of Adam."""
+    (alone,) = found(tmp_path / "alone", 1, "alone")
+    for kind in ("ddp", "shards"):
+        ranks = found(tmp_path / kind, 2, kind)
+        assert ranks[0]["w"] == ranks[-1]["w"]
+        for what in ("w", "theta"):
+            one, two = torch.tensor(alone[what]), torch.tensor(ranks[0][what])
+            assert (one - two).norm() <= 2e-3 * one.norm(), (kind, what)
+        assert ranks[0]["sharded"] == [kind == "shards"] * 4
+        if kind == "ddp":
+            assert ranks[0]["moved"] == [4 * 64] * 10
+        kept = torch.load(tmp_path / kind / "a.ckpt", weights_only=True)["state_dict"]
+        assert kept["w"].tolist() == ranks[0]["w"]
+        assert kept.keys() == {"w", "_extra_state"}
+
+
+def test_ranks_that_start_from_different_weights_are_told(tmp_path):
+    done = ran(tmp_path, 2, "ddp", "differ")
+    assert done.returncode != 0
+    assert "the ranks start from different weights" in done.stderr
