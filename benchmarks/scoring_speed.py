@@ -1,0 +1,107 @@
+"""Speed of questions to a store, beside one product with the same numbers in memory (4 minutes, 6 GB).
+
+100,000 rows of dim 4096 in a `GradientStore`, and 100 queries; random numbers, for speed does not depend on them. The
+store's files are in the page cache, which a first pass over them sees to. All lines of a table take turns, in one
+process; a number is the median.
+
+product   torch.matmul(queries, rows.T), all rows in memory as one tensor, with the same float32 arithmetic; of
+          float32 rows, and of rows in the stored type, which is another and less exact product if that is bfloat16
+speed     time of the float32 product / time of the line: by the clock, and by time of the CPU
+error     largest difference of scores from the product's, over their standard deviation
+
+python benchmarks/scoring_speed.py [rows]
+"""
+
+import functools
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from lightning_sketch.attribution import GradientStore, SketchedGradients, StoreSpec
+from lightning_sketch.operators import BlockSRHT
+from lightning_sketch.params import Layout
+
+ROWS, DIM, QUERIES, PART = 100_000, 4096, 100, 2048
+ROUNDS = 5
+ASKED = 0.8
+
+
+def main():
+    count = int(sys.argv[1]) if len(sys.argv) > 1 else ROWS
+    print(f"{cpu()}, torch {torch.__version__}; {count:,} rows of dim {DIM}, {QUERIES} queries")
+    for dtype in ("bfloat16", "float16", "float32"):
+        with tempfile.TemporaryDirectory() as folder:
+            layout = Layout.of(nn.Linear(DIM, 8))
+            sketch = BlockSRHT(layout.n, DIM)
+            store = GradientStore.create(folder, StoreSpec.of(sketch, layout, dtype=dtype))
+            with store.appender(store.begin_attempt("predict")) as appender:
+                for start in range(0, count, PART):
+                    appender.put(random_rows(sketch, start, min(PART, count - start)))
+            store = GradientStore.open(folder)
+            queries = random_rows(sketch, -1, QUERIES)
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                table(dtype, store, queries)
+
+
+def random_rows(sketch: BlockSRHT, seed: int, count: int) -> SketchedGradients:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return SketchedGradients(torch.randn(count, sketch.dim, generator=generator), sketch)
+
+
+def table(dtype: str, store: GradientStore, queries: SketchedGradients) -> None:
+    """Print it, after a first pass that warms everything up and compares the numbers."""
+    stored = store.read().sketches
+    rows = stored.float()
+    asked = queries.sketches
+    lines: dict[str, Callable[[], Tensor]] = {
+        "product, float32": functools.partial(product, asked, rows),
+        "scores, dot": lambda: store.scores(queries),
+        "scores, cosine": lambda: store.scores(queries, method="cosine"),
+        "top_k, 10, by row": lambda: store.top_k(queries, 10, group=None).scores,
+    }
+    if dtype == "bfloat16":
+        lines["product, bfloat16"] = functools.partial(product, asked.bfloat16(), stored)
+    first = {name: call() for name, call in lines.items()}
+    error = float((first["scores, dot"] - first["product, float32"]).abs().max() / first["product, float32"].std())
+    best = first["product, float32"].topk(10).values
+    error = max(error, float((first["top_k, 10, by row"] - best).abs().max() / best.std()))
+    del first, best
+
+    wall: dict[str, list[float]] = {name: [] for name in lines}
+    busy: dict[str, list[float]] = {name: [] for name in lines}
+    for _ in range(ROUNDS):
+        for name, call in lines.items():
+            start, start_busy = time.perf_counter(), time.process_time()
+            call()
+            wall[name].append(time.perf_counter() - start)
+            busy[name].append(time.process_time() - start_busy)
+
+    title = f"{dtype} rows, {torch.get_num_threads()} threads"
+    print(f"\n{title:24} seconds  speed    CPU  speed    (error {error:.0e})")
+    bases = [statistics.median(times["product, float32"]) for times in (wall, busy)]
+    for name in lines:
+        seconds, used = statistics.median(wall[name]), statistics.median(busy[name])
+        speed, speed_busy = bases[0] / seconds, bases[1] / used
+        verdict = f"asked {ASKED}: {'met' if speed >= ASKED else 'NOT MET'}" if name == "scores, dot" else ""
+        print(f"{name:24} {seconds:7.3f} {speed:6.2f} {used:6.3f} {speed_busy:6.2f}    {verdict}".rstrip(), flush=True)
+
+
+def product(queries: Tensor, rows: Tensor) -> Tensor:
+    return torch.matmul(queries, rows.T)
+
+
+def cpu() -> str:
+    info = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
+    return next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()
