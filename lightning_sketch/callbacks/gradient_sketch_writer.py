@@ -54,7 +54,7 @@ class GradientSketchWriter(CallbackBase):
         every_n_train_steps: optimizer steps between two rows while training.
         parameters: which parameters, as a shell pattern on their names.
         index_key: where a batch keeps the numbers of its examples: a key or a place in it, or "hash" for numbers made
-            of their contents. An `IndexedDataset` needs none.
+            of their contents, which are others wherever these are drawn anew. An `IndexedDataset` needs none.
         queries: "val" to write the validation examples' rows too, each time that they are looked at while training, so
             that TracIn needs no saved checkpoints.
         dtype: of the stored numbers: "bfloat16", "float16" or "float32".

@@ -29,24 +29,28 @@ _FLOOR = 1e-5
 
 
 class _Each:
-    """A small sketch for each parameter."""
+    """A small sketch for each parameter, made with the scratch memory of one at a time."""
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], examples: int):
-        self.sketches, self.sinks, self.names = {}, {}, {}
+        self.examples, self.rows = examples, {}
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.sketches = {name: CountSketch(p.numel(), min(p.numel(), _DIM)) for name, p in parameters.items()}
         for name, p in parameters.items():
-            layout = Layout((name,), (p.shape,))
-            self.sketches[name] = CountSketch(p.numel(), min(p.numel(), _DIM))
-            self.sinks[name] = SketchSink(self.sketches[name], layout, {name: p})
-            self.sinks[name].start(examples)
-            self.names[id(p)] = name
+            dtype = torch.promote_types(p.dtype, torch.float32)
+            self.rows[name] = torch.zeros(examples, self.sketches[name].dim, dtype=dtype, device=p.device)
 
     def add(self, piece: Piece) -> None:
-        self.sinks[self.names[id(piece.parameter)]].add(piece)
+        name = self.names[id(piece.parameter)]
+        layout = Layout((name,), (piece.parameter.shape,))
+        sink = SketchSink(self.sketches[name], layout, {name: piece.parameter})
+        sink.start(self.examples)
+        sink.add(piece)
+        self.rows[name] += sink.rows()
 
     def of(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """The same sketches of gradients; a missing one is zero."""
         return {
-            name: sketch.matvec((torch.zeros(sketch.n) if g is None else g.to_dense()).reshape(-1))
+            name: self.rows[name].new_zeros(sketch.dim) if g is None else sketch.matvec(g.to_dense().reshape(-1))
             for (name, g), sketch in zip(gradients.items(), self.sketches.values(), strict=True)
         }
 
@@ -73,8 +77,7 @@ def hooks_fail(
         hooks.before_backward(loss)
         whole = _gradients(loss, parameters)
     served, reasons = hooks.served, hooks.reasons  # some are known only once the hooks are off
-    rows = {name: sink.rows() for name, sink in each.sinks.items()}
-    wrong = _differing(each.of(whole), {name: row.sum(0) for name, row in rows.items()}, parameters)
+    wrong = _differing(each.of(whole), {name: rows.sum(0) for name, rows in each.rows.items()}, parameters)
     found = {}
     missed = [name for name, gradient in whole.items() if gradient is not None and name not in served]  # zero, or not
     for name in dict.fromkeys([*missed, *wrong]):
@@ -83,12 +86,13 @@ def hooks_fail(
     for place in scale.nonzero().flatten()[[0, -1]].tolist() if scale.any() else ():
         example = next(itertools.islice(split_batch(batch, 1), place, None))
         alone = _gradients(loss_fn(module, example).sum(), parameters)
-        shares = {name: row[place] * float(scale[place]) for name, row in rows.items()}
+        shares = {name: rows[place] * float(scale[place]) for name, rows in each.rows.items()}
         for name in _differing(each.of(alone), shares, parameters):
             found.setdefault(
                 name,
                 "the share of an example in the batch is not the gradient of the example alone: the examples are along "
-                "another axis, or coupled, or the loss is no mean over them (reduction='sum', weight_fn=num_labels)",
+                "another axis, or coupled, or the loss is no mean over them (reduction='sum'; weight_fn=num_labels, with "
+                "shift=True for a causal language model)",
             )
     return found
 
