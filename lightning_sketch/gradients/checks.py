@@ -91,8 +91,8 @@ def hooks_fail(
             found.setdefault(
                 name,
                 "the share of an example in the batch is not the gradient of the example alone: the examples are along "
-                "another axis, or coupled, or the loss is no mean over them (reduction='sum'; weight_fn=num_labels, with "
-                "shift=True for a causal language model)",
+                "another axis, or coupled, or the loss is no mean over them (reduction='sum', or weight_fn=num_labels, "
+                "which counts with shift=True for a causal language model)",
             )
     return found
 

@@ -324,8 +324,19 @@ def test_what_is_said_at_the_start(tmp_path, monkeypatch, arguments, rows):
     assert len(rows_of(tmp_path)) == int(rows.split()[-1])
 
 
-def test_fast_dev_run_writes_nothing(tmp_path):
-    fit(tmp_path, writer(tmp_path), fast_dev_run=True)
+@pytest.mark.parametrize("per", ["step", "example"])
+def test_fast_dev_run_writes_nothing(tmp_path, per):
+    class Every(Digits):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+        test_step = predict_step = validation_step
+
+    run = trainer(tmp_path, writer(tmp_path, per=per, queries="val"), fast_dev_run=True)
+    model, data = Every(), DataLoader(IndexedDataset(dataset(40)), batch_size=16)
+    run.fit(model, data, data)
+    for look in (run.validate, run.test, run.predict):
+        look(model, data)
     assert not (tmp_path / "store").exists()
 
 
