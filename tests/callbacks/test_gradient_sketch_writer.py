@@ -330,7 +330,10 @@ def test_fast_dev_run_writes_nothing(tmp_path, per):
         def validation_step(self, batch, batch_idx):
             pass
 
-        test_step = predict_step = validation_step
+        test_step = validation_step
+
+        def predict_step(self, batch, batch_idx):
+            return batch[1]
 
     run = trainer(tmp_path, writer(tmp_path, per=per, queries="val"), fast_dev_run=True)
     model, data = Every(), DataLoader(IndexedDataset(dataset(40)), batch_size=16)
