@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Digits, dataset, fit
+from models import Digits, dataset, fit, trainer
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_do_no_harm import assert_same, outcome
@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_sketch import GradientStore
+from lightning_sketch.callbacks.second_pass import left_by_hooks
 from lightning_sketch.gradients import num_labels, undisturbed
 from lightning_sketch.params import Layout
 
@@ -164,3 +165,13 @@ def test_without_a_fallback_both_messages_name_it(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="fallback='loop'"):
         fit(tmp_path / "b", writer(tmp_path / "b"), model=Every, data=data(), max_epochs=1)
+
+
+def test_what_another_rank_cannot_split_is_left_out_on_all(tmp_path, monkeypatch):
+    """Its first batch may take a way through the module that this one's does not."""
+    run, model = trainer(tmp_path), Still()
+    monkeypatch.setattr(type(run), "world_size", 2)
+    elsewhere = {"net.4.bias": "seen elsewhere"}
+    monkeypatch.setattr(run.strategy, "broadcast", lambda own, rank: elsewhere if rank else own)
+    with pytest.warns(UserWarning, match=r"leave out 1 of 6 .*\n  net.4.bias: seen elsewhere"):
+        assert left_by_hooks(run, model, Layout.of(model), dataset(8)[:], None, "mean", None) == elsewhere
