@@ -51,7 +51,7 @@ def left_by_hooks(
             "fallback='loop', which takes a pass for each example, or per='step', or write rows at checkpoints: "
             "trainer.validate(model, train_loader)."
         )
-    if left:
+    if left and trainer.is_global_zero:
         many = f"{len(left)} of {len(layout.names)} parameters"
         passes = "a vectorized pass" if fallback == "vmap" else f"a pass for each of its {num_examples(batch)} examples"
         told = (
