@@ -206,7 +206,7 @@ class _Search:
         found = self._run(
             ladder[-1],
             seed,
-            {"search": [ladder[0], ladder[-1]], "target": self.target, "delta": finder.delta},
+            {**self._directions(), "from": ladder[0], "target": self.target, "delta": finder.delta},
             lambda: self._module(ladder[0], seed, max_dim=ladder[-1], constant=True),
             finder,
         )
@@ -222,7 +222,7 @@ class _Search:
         return reaches(mean, self.target, self.mode)
 
     def _subspace(self, dim: int, seed: int) -> Run:
-        return self._run(dim, seed, {}, lambda: self._module(dim, seed))
+        return self._run(dim, seed, self._directions(), lambda: self._module(dim, seed))
 
     def _module(self, dim: int, seed: int, max_dim: int | None = None, constant: bool = False) -> SubspaceModule:
         tuner = self.tuner
@@ -280,6 +280,8 @@ class _Search:
                 for seeded in (random.seed, np.random.seed, torch.manual_seed):
                     seeded(seed)
                 trainer.fit(module, train, val, datamodule=datamodule)
+                if self.monitor not in trainer.callback_metrics:  # it ended before the first validation
+                    trainer.validate(module, val, datamodule=datamodule, verbose=False)
             value = _value(trainer, self.monitor)
             status = "nan" if math.isnan(value) else "done"
         except (RuntimeError, MemoryError) as error:
@@ -292,17 +294,19 @@ class _Search:
         return {"dim": dim, "seed": seed, "value": value, "steps": trainer.global_step, "status": status}
 
     def _settings(self, trainer: Trainer) -> dict[str, Any]:
-        """What two runs must have in common to be one."""
+        """What any two runs must have in common to be one."""
         return {
             "module": f"{type(self.first).__name__} {dict(self.first.hparams)}",
             "theta0": self.theta0,
-            "sketch": self.tuner.sketch,
-            "parameters": self.tuner.parameters,
-            "lr_scale": self.tuner.lr_scale,
             "monitor": self.monitor,
             "max_steps": trainer.max_steps,
             "max_epochs": trainer.max_epochs,
         }
+
+    def _directions(self) -> dict[str, Any]:
+        """And runs in a subspace."""
+        tuner = self.tuner
+        return {"sketch": tuner.sketch, "parameters": tuner.parameters, "lr_scale": tuner.lr_scale}
 
 
 class ConstantRate(SubspaceModule):

@@ -1,0 +1,293 @@
+"""The search by several runs: real fits on digits; what is refused; what a restart finds done."""
+
+import copy
+import json
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from nets import Classifier, train_loader, trainer, val_loader
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+from lightning_sketch.subspace import IntrinsicDimensionResult, IntrinsicDimensionTuner, SubspaceModule
+from lightning_sketch.subspace.tuner import FILE
+
+LADDER = [4, 32, 128, 512]
+
+
+def made(seed=0, **options):
+    pl.seed_everything(seed, verbose=False)
+    return Classifier(**options)
+
+
+def tuner(folder, steps=100, **options):
+    def trainer_fn(dim):
+        made_for.append(dim)
+        return trainer(max_steps=steps, default_root_dir=folder, check_val_every_n_epoch=1)
+
+    made_for: list[int] = []
+    found = IntrinsicDimensionTuner(trainer_fn, **options)
+    return found, made_for
+
+
+def find(searcher, model, **options):
+    options = {"dims": LADDER, "monitor": "val_acc", "threshold": 0.7, **options}
+    return searcher.find(model, train_loader(shuffle=True), val_loader(), **options)
+
+
+def test_grid(tmp_path):
+    """Every dimension with the same weights at the start and the same order of data; full training first."""
+    model = made()
+    before = copy.deepcopy(model.state_dict())
+    searcher, made_for = tuner(tmp_path)
+    result = find(searcher, model, seeds=2)
+    assert result.results["dim"] == [4, 4, 32, 32, 128, 128, 512, 512]
+    assert result.results["seed"] == [0, 1] * 4
+    assert result.results["steps"] == [100] * 8
+    assert result.results["status"] == ["done"] * 8
+    assert all(type(value) is float for value in result.results["value"])
+    assert made_for == [result.n, *result.results["dim"]]
+    assert result.target == pytest.approx(0.7 * result.baseline)
+    values = result.results["value"]
+    assert values[0] < result.target < values[-1]
+    assert result.suggestion() == 128
+    assert torch.equal(torch.cat([t.flatten() for t in before.values()]), flat(model))
+
+
+def flat(module):
+    return torch.cat([t.flatten() for t in module.state_dict().values()])
+
+
+def test_a_restart_does_what_is_left(tmp_path):
+    model = made()
+    searcher, made_for = tuner(tmp_path)
+    first = find(searcher, model, dims=[4, 32])
+    made_for.clear()
+    again = find(tuner(tmp_path)[0], made(), dims=[4, 32, 128])
+    assert again.results["value"][:2] == first.results["value"]
+    noted = json.loads((tmp_path / FILE).read_text())
+    assert [entry["run"]["dim"] for entry in noted] == [first.n, 4, 32, 128]
+    other = find(tuner(tmp_path)[0], made(seed=1), dims=[4])  # other weights: nothing of it is done
+    assert other.results["value"] != first.results["value"][:1]
+    find(tuner(tmp_path, lr_scale=20)[0], made(), dims=[4])
+    assert len(json.loads((tmp_path / FILE).read_text())) == 4 + 2 + 1
+
+
+def test_runs_are_the_same_alone_or_in_a_row(tmp_path):
+    """Each has its own seed: what ran before does not matter, and the caller's random state is left alone."""
+    first = find(tuner(tmp_path / "a")[0], made(), dims=[4, 32], baseline=0.9)
+    model, loader, state = made(), train_loader(shuffle=True), torch.get_rng_state()
+    second = tuner(tmp_path / "b")[0].find(
+        model, loader, val_loader(), dims=[32], baseline=0.9, monitor="val_acc", threshold=0.7
+    )
+    assert first.results["value"][1] == second.results["value"][0]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bisection(tmp_path):
+    result = find(tuner(tmp_path)[0], made(), method="bisect", baseline=0.9)
+    assert result.results["dim"] == [128, 32]
+    assert result.suggestion() == 128
+    assert result.baseline == 0.9
+
+
+def test_doubling_is_verified_at_half(tmp_path):
+    result = find(tuner(tmp_path, steps=80)[0], made(), method="doubling", dims=[4, 512])
+    found, half = result.results["dim"]
+    assert half == found // 2
+    assert result.results["steps"][0] <= 2 * 120
+    assert result.suggestion() in (found, half)
+    assert found >= 64
+
+
+def test_without_dims_it_goes_up_until_reached(tmp_path):
+    result = find(tuner(tmp_path)[0], made(), dims=None)
+    assert result.results["dim"] == [8 * 2**i for i in range(len(result.results["dim"]))]
+    assert result.suggestion() == result.results["dim"][-1] in (64, 128, 256)
+
+
+def test_a_loss_counts_from_where_it_starts(tmp_path):
+    """Target: start - threshold (start - full), start at θ₀."""
+    model = made()
+    start = trainer().validate(copy.deepcopy(model), val_loader(), verbose=False)[0]["val_loss"]
+    result = find(tuner(tmp_path)[0], model, monitor="val_loss", mode="min", dims=[4, 512], threshold=0.7)
+    assert result.start == pytest.approx(start)
+    assert result.target == pytest.approx(start - 0.7 * (start - result.baseline))
+    assert result.suggestion() == 512
+
+
+def test_a_function_makes_the_model_and_all_start_alike(tmp_path):
+    starts = []
+
+    class Seen(Classifier):
+        def on_fit_start(self):
+            starts.append(torch.cat([p.detach().flatten() for p in self.parameters()]))
+
+    find(tuner(tmp_path, steps=2)[0], Seen, dims=[4, 32])
+    assert len(starts) == 3
+    assert torch.equal(starts[0], starts[1])
+    assert torch.equal(starts[0], starts[2])
+
+
+def test_a_dict_of_arguments_makes_trainers(tmp_path):
+    class Once(pl.Callback):
+        fits = 0
+
+        def on_fit_start(self, trainer, pl_module):
+            self.fits += 1
+            assert self.fits == 1
+
+    once = Once()
+    arguments = {
+        "max_steps": 2,
+        "accelerator": "cpu",
+        "callbacks": [once],
+        "logger": lambda dim: pl.loggers.CSVLogger(tmp_path, name=f"dim-{dim}"),
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
+    result = find(IntrinsicDimensionTuner(arguments), made(), dims=[4, 32])
+    assert once.fits == 0
+    for dim in (result.n, 4, 32):
+        lines = (tmp_path / f"dim-{dim}" / "version_0" / "metrics.csv").read_text().splitlines()
+        last = dict(zip(lines[0].split(","), lines[-1].split(","), strict=True))
+        assert float(last["subspace/dim"]) == dim
+        assert float(last["val_acc"]) > 0
+    assert (tmp_path / FILE).exists()
+
+
+class Diverges(Classifier):
+    """No number at dim 4; no memory at dim 32."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        dims = [c.dim for c in self.trainer.callbacks if isinstance(c, Dim)]
+        if 32 in dims:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss * float("nan") if 4 in dims else loss
+
+    def validation_step(self, batch):
+        self.log("val_acc", self(batch[0]).sum() * 0 + 0.5)
+
+
+class Dim(pl.Callback):
+    def __init__(self, dim):
+        self.dim = dim
+
+
+def test_what_fails_is_noted_and_the_search_goes_on(tmp_path):
+    searcher = IntrinsicDimensionTuner(lambda dim: trainer(Dim(dim), max_steps=8, default_root_dir=tmp_path))
+    result = find(searcher, Diverges(), dims=[4, 32, 128], baseline=0.5)
+    assert result.results["status"] == ["nan", "out of memory", "done"]
+    assert [math.isnan(value) for value in result.results["value"]] == [True, True, False]
+    assert result.suggestion() == 128
+    assert result.plot().axes[0].get_xscale() == "log"
+
+
+def test_other_errors_are_the_users(tmp_path):
+    class Broken(Classifier):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        find(tuner(tmp_path)[0], Broken())
+
+
+def test_bad_input_is_refused_before_training(tmp_path):
+    class Untouched(Classifier):
+        def on_fit_start(self):
+            raise AssertionError("training began")
+
+    one, logger = trainer(), pl.loggers.CSVLogger(tmp_path)
+    fine = tuner(tmp_path)[0]
+    for searcher, options, error, said in [
+        (IntrinsicDimensionTuner(lambda dim: one), {}, MisconfigurationException, "Trainer that is in use"),
+        (
+            IntrinsicDimensionTuner(lambda dim: trainer(logger=logger)),
+            {},
+            MisconfigurationException,
+            "two Trainers one logger",
+        ),
+        (IntrinsicDimensionTuner(lambda dim: dim), {}, MisconfigurationException, "gave int, no Trainer"),
+        (fine, {"monitor": "accuracy"}, MisconfigurationException, "'accuracy' is not logged in validation.*'val_acc'"),
+        (fine, {"threshold": 0.0}, ValueError, r"threshold in \(0, 1\], got 0.0"),
+        (fine, {"threshold": 1.5}, ValueError, r"threshold in \(0, 1\], got 1.5"),
+        (fine, {"dims": [0, 4]}, ValueError, r"dims from 1 to n=.*\[0\]"),
+        (fine, {"dims": [10**6]}, ValueError, r"\[1000000\]"),
+        (fine, {"dims": []}, ValueError, "none"),
+        (fine, {"mode": "up"}, ValueError, "mode='up'"),
+        (fine, {"method": "halving"}, ValueError, "method='halving'"),
+        (fine, {"seeds": 0}, ValueError, "seeds >= 1"),
+        (tuner(tmp_path, parameters="head.*")[0], {}, ValueError, "no trainable parameter matches 'head"),
+    ]:
+        with pytest.raises(error, match=said):
+            find(searcher, Untouched(), **options)
+
+
+def test_no_suggestion_says_why(caplog):
+    results = {"dim": [8, 16], "seed": [0, 0], "value": [0.3, 0.5], "steps": [9, 9], "status": ["done", "done"]}
+    result = IntrinsicDimensionResult(results, "val_acc", "max", 0.9, 100, 0.9, 0.1)
+    with caplog.at_level("INFO"):
+        assert result.suggestion() is None
+    assert "no dimension reached val_acc 0.81: the best is 0.5 at dim 16" in caplog.text
+    assert result.plot(suggest=False).axes[0].get_ylabel() == "val_acc"
+
+
+def test_a_plot_into_given_axes():
+    from matplotlib.figure import Figure
+
+    results = {
+        "dim": [8, 16, 16],
+        "seed": [0, 0, 1],
+        "value": [0.3, 0.9, 0.8],
+        "steps": [9] * 3,
+        "status": ["done"] * 3,
+    }
+    axes = Figure().subplots()
+    figure = IntrinsicDimensionResult(results, "val_acc", "max", 0.9, 100, 0.9, 0.1).plot(ax=axes)
+    assert figure is axes.figure
+    assert any("suggestion: 16" in text.get_text() for text in axes.get_legend().get_texts())
+
+
+def test_wandb_draws_the_curve(tmp_path, monkeypatch):
+    """Real offline runs, one for each dimension, in one group, each with its dimension and metric."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ended = []
+    finish = wandb.Run.finish
+
+    def finished(run, *args, **kwargs):
+        ended.append((run.name, run.group, dict(run.summary)))
+        return finish(run, *args, **kwargs)
+
+    monkeypatch.setattr(wandb.Run, "finish", finished)
+    arguments = {
+        "max_steps": 2,
+        "accelerator": "cpu",
+        "logger": lambda dim: pl.loggers.WandbLogger(project="digits", save_dir=tmp_path, offline=True),
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+    }
+    result = find(IntrinsicDimensionTuner(arguments), made(), dims=[4, 32])
+    assert [name for name, _, _ in ended] == [f"dim {result.n}", "dim 4", "dim 32"]
+    assert len({group for _, group, _ in ended}) == 1
+    for (_, _, summary), dim in zip(ended, (result.n, 4, 32), strict=True):
+        assert summary["subspace/dim"] == dim
+    assert [summary["val_acc"] for _, _, summary in ended[1:]] == pytest.approx(result.results["value"])
+
+
+def test_optuna(tmp_path):
+    """The wrapper alone serves whoever searches: the objective is what Lightning logged."""
+    optuna = pytest.importorskip("optuna")
+
+    def objective(trial):
+        dim = trial.suggest_int("dim", 4, 256, log=True)
+        run = trainer(max_steps=16)
+        run.fit(SubspaceModule(made(), dim, lr_scale=10), train_loader(), val_loader())
+        return float(run.callback_metrics["val_acc"])
+
+    optuna.logging.disable_default_handler()
+    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(0))
+    study.optimize(objective, n_trials=3)
+    assert 0 < study.best_value <= 1
