@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from lightning_sketch._compat import LightningModule, unwrapped
 from lightning_sketch.gradients import fingerprint
 from lightning_sketch.gradients.substituted import substituted
-from lightning_sketch.params import Layout
 from lightning_sketch.subspace.delegated import Wrapper, call_fitting
 from lightning_sketch.subspace.directions import Directions
+from lightning_sketch.subspace.moving import MovingWeights
 from lightning_sketch.subspace.recipe import Recipe
 from lightning_sketch.subspace.saved import completed, kept
 from lightning_sketch.subspace.through import ExplicitGradient, Held, loss_of, trainable, with_loss
@@ -108,7 +108,7 @@ class SubspaceModule(Wrapper):
     @property
     def n(self) -> int:
         """The number of weights that move."""
-        return self.layout.n
+        return self.weights.layout.n
 
     @property
     def blocks(self) -> list[Tensor]:
@@ -126,29 +126,25 @@ class SubspaceModule(Wrapper):
         whole[: len(vector)] = vector
         return list(whole.split(sizes))
 
-    def theta(self) -> list[nn.Parameter]:
-        """The parameters that move, inside the module."""
-        return self.layout.parameters(self.module)
-
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own, as a function of w."""
         if self.implicit or self._current_fx_name != "training_step":
             return self._implicit_step(*args, **kwargs)
         self.ready()
-        theta = self.theta()
+        theta = self.weights.parameters()
         with trainable(theta):
             output = call_fitting(self.module.training_step, *args, **kwargs)
         loss = loss_of(output)
         if loss is None:
             return output
-        return with_loss(output, ExplicitGradient.apply(Held(loss, theta), self._take_gradient, *self.blocks))
+        return with_loss(output, ExplicitGradient.apply(Held(loss, theta), self._gradient, *self.blocks))
 
     def configure_optimizers(self) -> Any:
         """The module's own, on w."""
         full = [p for p in self.module.parameters() if p.requires_grad] if self.others == "full" else []
         if self.optimizer_fn is not None:
             return self.optimizer_fn([*self.blocks, *full])
-        theta = self.theta()
+        theta = self.weights.parameters()
         with trainable(theta):
             configured = self.module.configure_optimizers()
         self._recipe = Recipe(configured, theta, self.blocks, self.lr_scale, self.weight_decay)
@@ -164,14 +160,9 @@ class SubspaceModule(Wrapper):
     def ready(self) -> None:
         """Set the weights to θ₀ + Dᵀ w if w is another than before, whoever changed it and however."""
         w = self.coordinates()
-        if self._w_then is not None and self._w_then.shape == w.shape and torch.equal(self._w_then, w):
-            return
-        theta = self.theta()
-        y = self.directions.expand(w.to(torch.promote_types(w.dtype, torch.float32)))
-        steps = self.layout.lift(self.directions.sketch, y, theta)
-        for parameter, start, step in zip(theta, self._theta0, steps, strict=True):
-            _local(parameter).copy_(start + step)
-        self._w_then = w.clone()
+        if self._w_then is None or self._w_then.shape != w.shape or not torch.equal(self._w_then, w):
+            self.weights.move(self.directions, w)
+            self._w_then = w.clone()
 
     def materialize(self) -> LightningModule:
         """A copy of the module with the trained weights, and nothing of the subspace."""
@@ -181,7 +172,7 @@ class SubspaceModule(Wrapper):
             plain = copy.deepcopy(self.module)
         finally:
             self.module.__dict__["log"] = log
-        for parameter in self.layout.parameters(plain):
+        for parameter in self.weights.layout.parameters(plain):
             parameter.requires_grad_(True)
         return plain
 
@@ -194,7 +185,7 @@ class SubspaceModule(Wrapper):
 
     def theta0(self) -> dict[str, Tensor]:
         """The weights that training starts from, by name."""
-        return dict(zip(self.layout.names, self._theta0, strict=True))
+        return dict(zip(self.weights.layout.names, self.weights.start, strict=True))
 
     def on_fit_start(self) -> None:
         """The module's own; refuse ranks that start from different weights."""
@@ -235,7 +226,7 @@ class SubspaceModule(Wrapper):
         """
         state, theta0 = completed(self, dict(state_dict))
         for name, tensor in theta0.items():
-            self._theta0[self.layout.names.index(name)].copy_(tensor)
+            self.theta0()[name].copy_(tensor)
         loaded = super().load_state_dict(state, strict, assign)
         self._w_then = None
         self.ready()
@@ -244,57 +235,42 @@ class SubspaceModule(Wrapper):
     def _configure_model(self) -> None:
         self.module.configure_model()
         if self._begun:  # the same weights, perhaps sharded by now
-            self._theta0 = self._start()
+            self.weights.restart()
         else:
             self._begin()
 
     def _begin(self) -> None:
         """From the module's weights as they are."""
         pattern, kind, dim, seed, max_dim = self._asked
-        self.layout = Layout.of(self.module, pattern)
-        self.directions = Directions.of(kind, self.layout.n, dim, seed, max_dim)
-        theta = self.theta()
-        own = {id(parameter) for parameter in theta}
-        for parameter in self.module.parameters():
-            if id(parameter) in own or self.others == "frozen":
-                parameter.requires_grad_(False)
-        start = torch.zeros((), dtype=torch.promote_types(theta[0].dtype, torch.float32), device=theta[0].device)
-        sizes = block_sizes(dim, max_dim)
-        blocks = [nn.Parameter(start.new_zeros(size)) for size in sizes]
+        self.weights = MovingWeights(self.module, pattern)
+        self.directions = Directions.of(kind, self.n, dim, seed, max_dim)
+        theta = self.weights.parameters()
+        for parameter in theta if self.others == "full" else self.module.parameters():
+            parameter.requires_grad_(False)
+        dtype = torch.promote_types(theta[0].dtype, torch.float32)
+        blocks = [
+            nn.Parameter(torch.zeros(size, dtype=dtype, device=theta[0].device)) for size in block_sizes(dim, max_dim)
+        ]
         self.w = blocks[0] if max_dim is None else nn.ParameterList(blocks)
-        self._fingerprint = fingerprint([p for p in self.module.parameters() if not p.requires_grad])
-        self._theta0 = self._start()
-        self._begun = True
-
-    @torch.no_grad()
-    def _start(self) -> list[Tensor]:
-        """A copy of the weights: of this rank's shard, where they are sharded."""
         self._w_then = self.coordinates().detach().clone()
-        return [_local(parameter).detach().clone() for parameter in self.theta()]
+        self._fingerprint = fingerprint([p for p in self.module.parameters() if not p.requires_grad])
+        self._begun = True
 
     def _implicit_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own step at θ₀ + Dᵀ w, as a function of w to any order."""
-        w = self.coordinates()
-        steps = self.layout.unflatten(self.directions.rmatvec(w.to(torch.promote_types(w.dtype, torch.float32))))
-        moved = [(start + step).to(start) for start, step in zip(self._theta0, steps, strict=True)]
-        with substituted(self.module, self.theta(), moved):
+        moved = self.weights.moved(self.directions, self.coordinates())
+        with substituted(self.module, self.weights.parameters(), moved):
             return call_fitting(self.module.training_step, *args, **kwargs)
 
-    @torch.no_grad()
-    def _take_gradient(self) -> list[Tensor]:
-        """D g from the gradients of the weights, which are let go of; zero along directions not yet in use."""
-        theta = self.theta()
-        gradients = dict(zip(self.layout.names, (parameter.grad for parameter in theta), strict=True))
-        gradient = self.directions.restrict(self.layout.sketch(self.directions.sketch, gradients))
-        for parameter in theta:
-            parameter.grad = None
-        return self.cut(gradient)
+    def _gradient(self) -> list[Tensor]:
+        """D g, in blocks as w; zero along directions not yet in use."""
+        return self.cut(self.weights.take_gradient(self.directions))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SubspaceModule":
         """θ₀ goes where the weights go."""
         super()._apply(fn, recurse)
         if self._begun:
-            self._theta0 = [fn(tensor) for tensor in self._theta0]
+            self.weights.to(fn)
             self._w_then = None
         return self
 
@@ -305,8 +281,3 @@ def block_sizes(dim: int, max_dim: int | None) -> list[int]:
     while sum(sizes) < largest:
         sizes.append(min(sum(sizes), largest - sum(sizes)))
     return sizes
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard of a DTensor."""
-    return tensor.to_local() if hasattr(tensor, "placements") else tensor

@@ -1,29 +1,19 @@
 """The intrinsic dimension of a task, by training in subspaces of several sizes."""
 
-import copy
 import math
-import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.memory import is_oom_error
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import nn
 
-from lightning_sketch._compat import LightningModule, Trainer, close_run, muted_loggers, name_run, train_for
-from lightning_sketch.gradients import fingerprint
-from lightning_sketch.params import Layout
+from lightning_sketch._compat import LightningModule
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
-from lightning_sketch.subspace.ledger import Ledger, Run
+from lightning_sketch.subspace.ledger import Run
 from lightning_sketch.subspace.result import IntrinsicDimensionResult, reaches, target
-from lightning_sketch.subspace.subspace_module import SubspaceModule
-from lightning_sketch.subspace.trainers import Trainers
+from lightning_sketch.subspace.runs import Runs
 
-FILE = "intrinsic_dimension.json"
 _METHODS = ("grid", "bisect", "doubling")
 
 
@@ -60,8 +50,15 @@ class IntrinsicDimensionTuner:
         lr_scale: float | int = 10.0,
         optimizer_fn: Callable[[list[nn.Parameter]], Any] | None = None,
     ):
-        self.trainer_fn, self.sketch, self.parameters = trainer_fn, sketch, parameters
-        self.lr_scale, self.optimizer_fn = float(lr_scale), optimizer_fn
+        self.trainer_fn, self.options = (
+            trainer_fn,
+            {
+                "sketch": sketch,
+                "parameters": parameters,
+                "lr_scale": float(lr_scale),
+                "optimizer_fn": optimizer_fn,
+            },
+        )
 
     def find(
         self,
@@ -98,231 +95,85 @@ class IntrinsicDimensionTuner:
                 `IntrinsicDimensionFinder`, and verifies what it finds by a run at half of it.
             baseline: the metric after full training, to spare that run.
         """
-        search = _Search(self, model, (train_dataloaders, val_dataloaders, datamodule), monitor, mode)
-        return search.find(dims, threshold, seeds, method, baseline)
-
-
-class _Search:
-    """One call of `find`."""
-
-    def __init__(self, tuner: IntrinsicDimensionTuner, model: Any, data: tuple, monitor: str, mode: str):
-        if mode not in ("max", "min"):
-            raise ValueError(f"mode={mode!r} is not known; use 'max' or 'min'.")
-        self.tuner, self.data, self.monitor, self.mode = tuner, data, monitor, mode
-        self.first = model if isinstance(model, LightningModule) else model()
-        self.make = (lambda: copy.deepcopy(self.first)) if self.first is model else self._made_by(model)
-        self.n = Layout.of(self.first, tuner.parameters).n
-        self.theta0 = fingerprint(list(self.first.parameters()))
-
-    def find(
-        self, dims: Sequence[int] | None, threshold: float | int, seeds: int, method: str, baseline: float | int | None
-    ) -> IntrinsicDimensionResult:
-        ladder = self._checked(dims, threshold, seeds, method)
-        self.trainers = Trainers(self.tuner.trainer_fn, self.first)
-        self.trainers.check([self.n, ladder[0]])
-        self.ledger = Ledger(self.trainers.folder(self.n) / FILE)
-        self.start = self._start(self.trainers.peek(self.n))
+        _check(mode, threshold, seeds, method)
+        runs = Runs(self.trainer_fn, self.options, model, (train_dataloaders, val_dataloaders, datamodule), monitor)
+        ladder = _ladder(dims, runs.n, method)
+        start = runs.begin(ladder[0])
         rank_zero_info(
-            f"intrinsic dimension of {self.n:,} parameters: the module's learning rate x {self.tuner.lr_scale:g} in "
-            f"subspaces; runs are noted in {self.ledger.path}"
+            f"intrinsic dimension of {runs.n:,} parameters: in subspaces the module's learning rate x "
+            f"{self.options['lr_scale']:g}; runs are noted in {runs.ledger.path}"
         )
-        full = self._full() if baseline is None else None
-        baseline = full["value"] if full else float(baseline)
-        if not math.isfinite(baseline):
-            raise MisconfigurationException(f"full training gives {self.monitor} = {baseline}; mend that first.")
-        self.target = target(self.mode, float(threshold), baseline, self.start)
+        full = runs.full() if baseline is None else {"value": float(baseline), "steps": None}
+        if not math.isfinite(full["value"]):
+            raise MisconfigurationException(f"full training gives {monitor} = {full['value']}; mend that first.")
+        aim = target(mode, float(threshold), full["value"], start)
+
+        def reached(several: list[Run]) -> bool:
+            return reaches(sum(run["value"] for run in several) / len(several), aim, mode)
+
+        def at(dim: int) -> list[Run]:
+            return [runs.at(dim, seed) for seed in range(seeds)]
+
         if method == "doubling":
-            runs = [run for seed in range(seeds) for run in self._double(ladder, seed, full, baseline)]
+            delta = abs(full["value"] - start) / 20
+            done = [
+                run
+                for seed in range(seeds)
+                for run in _doubling(runs, ladder, seed, full["steps"], (monitor, aim, mode, delta))
+            ]
+        elif method == "bisect":
+            done = list(_bisect(ladder, at, reached))
         else:
-            runs = list((self._bisect if method == "bisect" else self._grid)(ladder, seeds, dims is None))
-        results = {key: [run[key] for run in runs] for key in ("dim", "seed", "value", "steps", "status")}
-        return IntrinsicDimensionResult(
-            results, self.monitor, self.mode, float(threshold), self.n, baseline, self.start
-        )
-
-    def _checked(self, dims: Sequence[int] | None, threshold: float | int, seeds: int, method: str) -> list[int]:
-        if method not in _METHODS:
-            raise ValueError(f"method={method!r} is not known; use {', '.join(map(repr, _METHODS))}.")
-        if not 0 < threshold <= 1:
-            raise ValueError(f"need a threshold in (0, 1], got {threshold}; 0.9 is usual.")
-        if seeds < 1:
-            raise ValueError(f"need seeds >= 1, got {seeds}.")
-        if dims is None:
-            powers = [1 << k for k in range(3, self.n.bit_length()) if 1 << k < self.n]
-            return powers if method == "doubling" else [*powers, self.n]
-        wrong = [dim for dim in dims if not 0 < dim <= self.n]
-        if wrong or not dims:
-            raise ValueError(f"need dims from 1 to n={self.n}, got {wrong or 'none'}.")
-        return sorted(set(dims))
-
-    def _made_by(self, model: Callable[[], LightningModule]) -> Callable[[], LightningModule]:
-        def make() -> LightningModule:
-            made = model()
-            made.load_state_dict(self.first.state_dict())
-            return made
-
-        return make
-
-    def _start(self, trainer: Trainer) -> float:
-        """The metric before training, which shows as well whether it is logged."""
-        _, val, datamodule = self.data
-        with isolate_rng(), muted_loggers(trainer):
-            trainer.validate(self.make(), val, datamodule=datamodule, verbose=False)
-        if self.monitor not in trainer.callback_metrics:
-            raise MisconfigurationException(
-                f"monitor={self.monitor!r} is not logged in validation, which logs "
-                f"{', '.join(map(repr, trainer.callback_metrics)) or 'nothing'}; log it in validation_step."
-            )
-        return _value(trainer, self.monitor)
-
-    def _full(self) -> Run:
-        return self._run(self.n, 0, {"full": True}, lambda: self.make())
-
-    def _grid(self, ladder: list[int], seeds: int, until_reached: bool) -> Iterator[Run]:
-        for dim in ladder:
-            runs = self._at(dim, seeds)
-            yield from runs
-            if until_reached and self._reached(runs):
-                return
-
-    def _bisect(self, ladder: list[int], seeds: int, _: bool) -> Iterator[Run]:
-        low, high = 0, len(ladder)
-        while low < high:
-            middle = (low + high) // 2
-            runs = self._at(ladder[middle], seeds)
-            yield from runs
-            low, high = (low, middle) if self._reached(runs) else (middle + 1, high)
-
-    def _double(self, ladder: list[int], seed: int, full: Run | None, baseline: float) -> Iterator[Run]:
-        steps = full["steps"] if full else None
-        finder = IntrinsicDimensionFinder(
-            self.monitor,
-            self.target,
-            self.mode,
-            delta=abs(baseline - self.start) / 20,
-            every_n_train_steps=max(1, steps // 8) if steps else 100,
-            max_steps=2 * steps if steps else None,
-        )
-        found = self._run(
-            ladder[-1],
-            seed,
-            {**self._directions(), "from": ladder[0], "target": self.target, "delta": finder.delta},
-            lambda: self._module(ladder[0], seed, max_dim=ladder[-1], constant=True),
-            finder,
-        )
-        yield found
-        if found["status"] == "done" and found["dim"] // 2 >= 1:
-            yield self._subspace(found["dim"] // 2, seed)
-
-    def _at(self, dim: int, seeds: int) -> list[Run]:
-        return [self._subspace(dim, seed) for seed in range(seeds)]
-
-    def _reached(self, runs: list[Run]) -> bool:
-        mean = sum(run["value"] for run in runs) / len(runs)
-        return reaches(mean, self.target, self.mode)
-
-    def _subspace(self, dim: int, seed: int) -> Run:
-        return self._run(dim, seed, self._directions(), lambda: self._module(dim, seed))
-
-    def _module(self, dim: int, seed: int, max_dim: int | None = None, constant: bool = False) -> SubspaceModule:
-        tuner = self.tuner
-        return (ConstantRate if constant else SubspaceModule)(
-            self.make(),
-            dim,
-            tuner.sketch,
-            seed,
-            tuner.parameters,
-            max_dim,
-            lr_scale=tuner.lr_scale,
-            optimizer_fn=tuner.optimizer_fn,
-        )
-
-    def _run(
-        self,
-        dim: int,
-        seed: int,
-        extra: dict[str, Any],
-        make: Callable[[], LightningModule],
-        finder: IntrinsicDimensionFinder | None = None,
-    ) -> Run:
-        """One fit, or what is noted of it."""
-        trainer = self.trainers.peek(dim)
-        settings = {**self._settings(trainer), "dim": dim, "seed": seed, **extra}
-        run = self.ledger.find(settings)
-        noted = ", as noted before" if run else ""
-        if run is None:
-            trainer = self.trainers.take(dim)
-            run = self._fit(trainer, make(), dim, seed, finder)
-            self.ledger.add(settings, run, trainer.is_global_zero)
-        what = "full training" if extra.get("full") else f"dim {run['dim']}"
-        rank_zero_info(
-            f"{what}, seed {seed}: {self.monitor} {run['value']:.4g}, {run['steps']} steps, {run['status']}{noted}"
-        )
-        return run
-
-    def _fit(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        dim: int,
-        seed: int,
-        finder: IntrinsicDimensionFinder | None,
-    ) -> Run:
-        train, val, datamodule = self.data
-        if finder is not None:
-            trainer.callbacks.insert(0, finder)
-            if finder.max_steps is not None:
-                train_for(trainer, finder.max_steps)
-        name_run(trainer, f"dim {dim}", f"intrinsic dimension {self.theta0 % (1 << 32):08x}")
-        value, status = math.nan, "done"
-        try:
-            with isolate_rng():
-                for seeded in (random.seed, np.random.seed, torch.manual_seed):
-                    seeded(seed)
-                trainer.fit(module, train, val, datamodule=datamodule)
-                if self.monitor not in trainer.callback_metrics:  # it ended before the first validation
-                    trainer.validate(module, val, datamodule=datamodule, verbose=False)
-            value = _value(trainer, self.monitor)
-            status = "nan" if math.isnan(value) else "done"
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or is_oom_error(error)):
-                raise
-            status = "out of memory"
-        if finder is not None:
-            dim, status = (finder.found, status) if finder.found else (module.directions.dim, "not reached")
-        close_run(trainer, {"subspace/dim": float(dim), self.monitor: value})
-        return {"dim": dim, "seed": seed, "value": value, "steps": trainer.global_step, "status": status}
-
-    def _settings(self, trainer: Trainer) -> dict[str, Any]:
-        """What any two runs must have in common to be one."""
-        return {
-            "module": f"{type(self.first).__name__} {dict(self.first.hparams)}",
-            "theta0": self.theta0,
-            "monitor": self.monitor,
-            "max_steps": trainer.max_steps,
-            "max_epochs": trainer.max_epochs,
-        }
-
-    def _directions(self) -> dict[str, Any]:
-        """And runs in a subspace."""
-        tuner = self.tuner
-        return {"sketch": tuner.sketch, "parameters": tuner.parameters, "lr_scale": tuner.lr_scale}
+            done = list(_grid(ladder, at, reached if dims is None else lambda several: False))
+        results = {key: [run[key] for run in done] for key in ("dim", "seed", "value", "steps", "status")}
+        return IntrinsicDimensionResult(results, monitor, mode, float(threshold), runs.n, full["value"], start)
 
 
-class ConstantRate(SubspaceModule):
-    """Without the module's schedulers, at the rate that they start from or rise to."""
+def _check(mode: str, threshold: float | int, seeds: int, method: str) -> None:
+    if mode not in ("max", "min"):
+        raise ValueError(f"mode={mode!r} is not known; use 'max' or 'min'.")
+    if method not in _METHODS:
+        raise ValueError(f"method={method!r} is not known; use {', '.join(map(repr, _METHODS))}.")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"need a threshold in (0, 1], got {threshold}; 0.9 is usual.")
+    if seeds < 1:
+        raise ValueError(f"need seeds >= 1, got {seeds}.")
 
-    def configure_optimizers(self) -> Any:
-        """The optimizer alone."""
-        super().configure_optimizers()
-        optimizer = self._recipe.optimizer
-        for group in optimizer.param_groups:
-            group["lr"] = max(group.get(key, 0.0) for key in ("lr", "initial_lr", "max_lr"))
-        return optimizer
+
+def _ladder(dims: Sequence[int] | None, n: int, method: str) -> list[int]:
+    """What is tried, from the smallest on; by default powers of two, and n where it stands for itself."""
+    if dims is None:
+        powers = [1 << k for k in range(3, n.bit_length()) if 1 << k < n]
+        return powers if powers and method == "doubling" else [*powers, n]
+    wrong = [dim for dim in dims if not 0 < dim <= n]
+    if wrong or not dims:
+        raise ValueError(f"need dims from 1 to n={n}, got {wrong or 'none'}.")
+    return sorted(set(dims))
 
 
-def _value(trainer: Trainer, monitor: str) -> float:
-    """The same on all ranks."""
-    if monitor not in trainer.callback_metrics:
-        raise MisconfigurationException(f"{monitor!r} was not logged; there are {', '.join(trainer.callback_metrics)}.")
-    return trainer.strategy.broadcast(float(trainer.callback_metrics[monitor]))
+def _grid(ladder: list[int], at: Callable[[int], list[Run]], until: Callable[[list[Run]], bool]) -> Iterator[Run]:
+    for dim in ladder:
+        several = at(dim)
+        yield from several
+        if until(several):
+            return
+
+
+def _bisect(ladder: list[int], at: Callable[[int], list[Run]], reached: Callable[[list[Run]], bool]) -> Iterator[Run]:
+    low, high = 0, len(ladder)
+    while low < high:
+        middle = (low + high) // 2
+        several = at(ladder[middle])
+        yield from several
+        low, high = (low, middle) if reached(several) else (middle + 1, high)
+
+
+def _doubling(
+    runs: Runs, ladder: list[int], seed: int, steps: int | None, rule: tuple[str, float, str, float]
+) -> Iterator[Run]:
+    """A search of at most twice the steps of full training, judged every eighth of them; then a run at half."""
+    cadence, most = (max(1, steps // 8), 2 * steps) if steps else (100, None)
+    found = runs.search(IntrinsicDimensionFinder(*rule, cadence, most), ladder[0], ladder[-1], seed)
+    yield found
+    if found["status"] == "done" and found["dim"] > 1:
+        yield runs.at(found["dim"] // 2, seed)

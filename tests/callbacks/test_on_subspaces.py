@@ -43,11 +43,11 @@ def test_the_hessian_is_that_of_w():
     sub = fitted(monitor)
     assert torch.equal(sub.w, fitted().w)
     images, labels = next(iter(loader(shuffle=False)))
-    names = sub.layout.names
-    theta = torch.cat([p.detach().flatten() for p in sub.theta()]).double()
+    names = sub.weights.layout.names
+    theta = torch.cat([p.detach().flatten() for p in sub.weights.parameters()]).double()
 
     def loss(vector):
-        parts = dict(zip(names, sub.layout.unflatten(vector), strict=True))
+        parts = dict(zip(names, sub.weights.layout.unflatten(vector), strict=True))
         hidden = torch.tanh(F.linear(images.flatten(1).double(), parts["net.1.weight"], parts["net.1.bias"]))
         return F.cross_entropy(F.linear(hidden, parts["net.3.weight"], parts["net.3.bias"]), labels)
 

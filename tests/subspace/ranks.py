@@ -76,13 +76,13 @@ def main(folder, devices, kind, differ):
     seed_everything(run.global_rank if differ else 3, verbose=False)
     sub = SubspaceModule(Model(), 64, lr_scale=10)
     run.fit(sub)
-    theta = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in sub.theta()]
+    theta = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in sub.weights.parameters()]
     run.save_checkpoint(f"{folder}/a.ckpt")
     found = {
         "w": sub.w.tolist(),
         "theta": torch.cat([p.detach().flatten() for p in theta]).tolist(),
         "moved": moved,
-        "sharded": [hasattr(p, "placements") for p in sub.theta()],
+        "sharded": [hasattr(p, "placements") for p in sub.weights.parameters()],
     }
     print("\nFOUND " + json.dumps(found), flush=True)
 

@@ -94,10 +94,10 @@ def test_the_mean_of_the_last_half_is_judged_and_training_goes_on_from_w():
 def test_a_doubling_leaves_the_weights_and_rescales_w():
     sub = SubspaceModule(Classifier(), 8, max_dim=64, lr_scale=10)
     trainer(max_steps=4).fit(sub, train_loader())
-    before = torch.cat([p.flatten() for p in sub.theta()]), sub.coordinates().detach()
+    before = torch.cat([p.flatten() for p in sub.weights.parameters()]), sub.coordinates().detach()
     sub.double()
     sub.ready()
-    assert torch.allclose(torch.cat([p.flatten() for p in sub.theta()]), before[0], atol=1e-6)
+    assert torch.allclose(torch.cat([p.flatten() for p in sub.weights.parameters()]), before[0], atol=1e-6)
     assert torch.allclose(sub.coordinates()[:8], before[1] * 2**0.5)
     assert torch.equal(sub.coordinates()[8:], torch.zeros(8))
     assert [len(block) for block in sub.blocks] == [8, 8, 16, 32]

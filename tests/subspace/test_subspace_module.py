@@ -61,7 +61,7 @@ def test_weights_follow_w(sketch):
     for implicit in (False, True):
         sub = SubspaceModule(copy.deepcopy(module), 24, sketch, seed=1, lr_scale=10, implicit=implicit)
         trainer().fit(sub, train_loader())
-        moved = flat(sub.module, sub.layout.names) - flat(module, sub.layout.names)
+        moved = flat(sub.module, sub.weights.layout.names) - flat(module, sub.weights.layout.names)
         assert torch.allclose(moved, sub.directions.rmatvec(sub.w.detach()), atol=1e-5)
         assert sub.w.norm() > 0.05
         ends.append(sub.w.detach())
@@ -73,7 +73,7 @@ def test_a_step_of_adam_has_one_length_for_all_dims():
     for dim in (32, 128, 512):
         sub = SubspaceModule(made(), dim, lr_scale=10)
         trainer(max_steps=1).fit(sub, train_loader())
-        moved = flat(sub.module, sub.layout.names) - torch.cat([t.flatten() for t in sub.theta0().values()])
+        moved = flat(sub.module, sub.weights.layout.names) - torch.cat([t.flatten() for t in sub.theta0().values()])
         assert moved.norm() == pytest.approx(0.03 * sub.n**0.5, rel=4 * (2 / dim) ** 0.5)
 
 
@@ -84,7 +84,7 @@ def test_dim_n_is_full_training():
     trainer().fit(plain, train_loader())
     sub = SubspaceModule(module, Layout.of(module).n, lr_scale=1)
     trainer().fit(sub, train_loader())
-    assert torch.allclose(flat(sub.module, sub.layout.names), flat(plain, sub.layout.names), atol=2e-5)
+    assert torch.allclose(flat(sub.module, sub.weights.layout.names), flat(plain, sub.weights.layout.names), atol=2e-5)
 
 
 def test_what_the_module_does_it_goes_on_doing():

@@ -11,7 +11,7 @@ from nets import Classifier, train_loader, trainer, val_loader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_sketch.subspace import IntrinsicDimensionResult, IntrinsicDimensionTuner, SubspaceModule
-from lightning_sketch.subspace.tuner import FILE
+from lightning_sketch.subspace.runs import FILE
 
 LADDER = [4, 32, 128, 512]
 

@@ -1,0 +1,178 @@
+"""One training run after the other: in full, in a subspace, or searching; each from the same weights, each once."""
+
+import copy
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.memory import is_oom_error
+from pytorch_lightning.utilities.seed import isolate_rng
+
+from lightning_sketch._compat import LightningModule, Trainer, close_run, muted_loggers, name_run, train_for
+from lightning_sketch.gradients import fingerprint
+from lightning_sketch.params import Layout
+from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
+from lightning_sketch.subspace.ledger import Ledger, Run
+from lightning_sketch.subspace.subspace_module import SubspaceModule
+from lightning_sketch.subspace.trainers import Trainers
+
+FILE = "intrinsic_dimension.json"
+
+
+class Runs:
+    """Trains copies of a model.
+
+    Args:
+        trainer_fn: as of `IntrinsicDimensionTuner`.
+        options: of `SubspaceModule`: sketch, parameters, lr_scale, optimizer_fn.
+        model: a module, or a function that makes one.
+        data: train and validation loaders, and data module, each or None.
+        monitor: the metric that a run is worth.
+    """
+
+    def __init__(
+        self,
+        trainer_fn: Callable[[int], Trainer] | dict[str, Any],
+        options: dict[str, Any],
+        model: LightningModule | Callable[[], LightningModule],
+        data: tuple[Any, Any, Any],
+        monitor: str,
+    ):
+        self.options, self.data, self.monitor = options, data, monitor
+        self.made_by = None if isinstance(model, LightningModule) else model
+        self.first = model if self.made_by is None else model()
+        self.n = Layout.of(self.first, options["parameters"]).n
+        self.theta0 = fingerprint(list(self.first.parameters()))
+        self.trainers = Trainers(trainer_fn, self.first)
+
+    def begin(self, dim: int) -> float:
+        """Make the first two Trainers and read what is noted; the metric before training.
+
+        Raises:
+            MisconfigurationException: if the Trainers cannot be used, or the metric is not logged.
+        """
+        self.trainers.check([self.n, dim])
+        self.ledger = Ledger(self.trainers.folder(self.n) / FILE)
+        trainer, (_, val, datamodule) = self.trainers.peek(self.n), self.data
+        with isolate_rng(), muted_loggers(trainer):
+            trainer.validate(self._model(), val, datamodule=datamodule, verbose=False)
+        if self.monitor not in trainer.callback_metrics:
+            raise MisconfigurationException(
+                f"monitor={self.monitor!r} is not logged in validation, which logs "
+                f"{', '.join(map(repr, trainer.callback_metrics)) or 'nothing'}; log it in validation_step."
+            )
+        return self._value(trainer)
+
+    def full(self) -> Run:
+        """All parameters."""
+        return self._once(self.n, 0, {"full": True}, self._model)
+
+    def at(self, dim: int, seed: int) -> Run:
+        """As many directions."""
+        return self._once(
+            dim, seed, self._told(), lambda: SubspaceModule(self._model(), dim, seed=seed, **self.options)
+        )
+
+    def search(self, finder: IntrinsicDimensionFinder, dim: int, max_dim: int, seed: int) -> Run:
+        """From so many directions to so many, at a constant rate."""
+        return self._once(
+            max_dim,
+            seed,
+            {**self._told(), "from": dim, "target": finder.target, "delta": finder.delta},
+            lambda: ConstantRate(self._model(), dim, seed=seed, max_dim=max_dim, **self.options),
+            finder,
+        )
+
+    def _model(self) -> LightningModule:
+        """With the weights of the first."""
+        if self.made_by is None:
+            return copy.deepcopy(self.first)
+        made = self.made_by()
+        made.load_state_dict(self.first.state_dict())
+        return made
+
+    def _told(self) -> dict[str, Any]:
+        """The options, without functions."""
+        return {key: value for key, value in self.options.items() if key != "optimizer_fn"}
+
+    def _once(
+        self,
+        dim: int,
+        seed: int,
+        told: dict[str, Any],
+        make: Callable[[], LightningModule],
+        finder: IntrinsicDimensionFinder | None = None,
+    ) -> Run:
+        """A fit, or what is noted of one with the same settings."""
+        trainer = self.trainers.peek(dim)
+        settings = {
+            "module": f"{type(self.first).__name__} {dict(self.first.hparams)}",
+            "theta0": self.theta0,
+            "monitor": self.monitor,
+            "max_steps": trainer.max_steps,
+            "max_epochs": trainer.max_epochs,
+            "dim": dim,
+            "seed": seed,
+            **told,
+        }
+        run, noted = self.ledger.find(settings), ", as noted before"
+        if run is None:
+            trainer, noted = self.trainers.take(dim), ""
+            run = self._fit(trainer, make(), dim, seed, finder)
+            self.ledger.add(settings, run, trainer.is_global_zero)
+        what = "full training" if told.get("full") else f"dim {run['dim']}"
+        rank_zero_info(
+            f"{what}, seed {seed}: {self.monitor} {run['value']:.4g}, {run['steps']} steps, {run['status']}{noted}"
+        )
+        return run
+
+    def _fit(
+        self, trainer: Trainer, module: LightningModule, dim: int, seed: int, finder: IntrinsicDimensionFinder | None
+    ) -> Run:
+        train, val, datamodule = self.data
+        if finder is not None:
+            trainer.callbacks.insert(0, finder)
+            if finder.max_steps is not None:
+                train_for(trainer, finder.max_steps)
+        name_run(trainer, f"dim {dim}", f"intrinsic dimension {self.theta0 % (1 << 32):08x}")
+        value, status = math.nan, "done"
+        try:
+            with isolate_rng():
+                for seeded in (random.seed, np.random.seed, torch.manual_seed):
+                    seeded(seed)
+                trainer.fit(module, train, val, datamodule=datamodule)
+                if self.monitor not in trainer.callback_metrics:  # it ended before the first validation
+                    trainer.validate(module, val, datamodule=datamodule, verbose=False)
+            value = self._value(trainer)
+            status = "nan" if math.isnan(value) else "done"
+        except (RuntimeError, MemoryError) as error:
+            if not (isinstance(error, MemoryError) or is_oom_error(error)):
+                raise
+            status = "out of memory"
+        if finder is not None:
+            dim = module.directions.dim
+            status = "not reached" if finder.found is None and status == "done" else status
+        close_run(trainer, {"subspace/dim": float(dim), self.monitor: value})
+        return {"dim": dim, "seed": seed, "value": value, "steps": trainer.global_step, "status": status}
+
+    def _value(self, trainer: Trainer) -> float:
+        """The same on all ranks."""
+        return trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+
+
+class ConstantRate(SubspaceModule):
+    """Without the module's schedulers, at the rate that they start from or rise to."""
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer alone."""
+        configured = super().configure_optimizers()
+        if self._recipe is None:
+            return configured
+        for group in self._recipe.optimizer.param_groups:
+            group["lr"] = max(group.get(key, 0.0) for key in ("lr", "initial_lr", "max_lr"))
+        return self._recipe.optimizer
