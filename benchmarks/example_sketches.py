@@ -1,4 +1,4 @@
-"""Sketched gradients of single examples in a second: here, by TRAK and by dattri (8 minutes).
+"""Sketched gradients of single examples in a second: here, by TRAK and by dattri.
 
 One classifier for all, of scikit-learn's digits, batches of 64, dim 2048, float32, one thread: once a network
 512-1024-448-10 of 989,002 parameters (8 x 8 pixels through a fixed random map and tanh), once a transformer of 994,826

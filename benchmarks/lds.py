@@ -9,7 +9,7 @@ dim        of the sketch; 1024 is more than logistic regression has, and exact t
 lds        mean over 200 test examples, and its 95 % interval for other tests and other halves
 ceiling    what one training says of another with another seed
 share      LDS with automatic damping over the best of a grid of quarter decades; mean of two models (--all: all sets,
-           three lengths of training)
+           three lengths of training; a quarter of an hour of CPU time)
 AUC        of finding the 10 % of labels that are wrong, by self-influence
 
 Beside us, where installed: dattri, traker, kronfluence (see `lds_peers`), the first with its best damping of five.

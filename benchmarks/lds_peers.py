@@ -1,6 +1,7 @@
 """Attributors of three other packages behind one signature: scores (tests, examples), positive where it helps.
 
-Not dependencies: pip install dattri traker kronfluence. What is not installed is left out of the table.
+Not dependencies: pip install dattri traker kronfluence, in an environment of its own, since the last brings a
+torchvision that must fit your torch. What is not installed is left out of the table.
 """
 
 import contextlib

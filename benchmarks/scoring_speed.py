@@ -1,4 +1,4 @@
-"""Speed of questions to a store, beside one product with the same numbers in memory (4 minutes, 6 GB).
+"""Speed of questions to a store, beside one product with the same numbers in memory.
 
 100,000 rows of dim 4096 in a `GradientStore`, and 100 queries; random numbers, for speed does not depend on them. The
 store's files are in the page cache, which a first pass over them sees to. All lines of a table take turns, in one

@@ -146,7 +146,7 @@ class Shard:
     def sketches(self, start: int, stop: int, scale: Tensor | None = None) -> Tensor:
         """Rows of numbers, from the file's pages as they are; float16 becomes float32 by its scale."""
         stored = self._open.get_slice(SKETCHES)[start:stop]
-        return stored if scale is None else stored.float() * scale[start:stop, None]
+        return stored if scale is None else stored.float().mul_(scale[start:stop, None])
 
     def rows(self, places: Tensor) -> SketchedGradients:
         """Some of the rows, in memory."""

@@ -4,7 +4,15 @@ import pytest
 import torch
 from rows import DIM, random_rows
 
-from lightning_sketch.attribution import Influence, SketchedGradients, row_curvature, scores, self_influence, together
+from lightning_sketch.attribution import (
+    Influence,
+    SketchedGradients,
+    row_curvature,
+    scorer,
+    scores,
+    self_influence,
+    together,
+)
 from lightning_sketch.attribution.source import RowSource
 
 TRAIN = random_rows(70, seed=1, fingerprint=5, prob_true=0.7, example_id=torch.arange(70) % 40)
@@ -155,3 +163,15 @@ def test_an_influence_brings_its_damping():
     inverse = Influence(row_curvature(TRAIN, "fisher"), 0.1)
     by_hand = scores(ASKED, TRAIN, "influence", "fisher", 0.1)
     assert torch.equal(scores(ASKED, TRAIN, "influence", inverse), by_hand)
+
+
+@pytest.mark.parametrize("method", ["dot", "cosine", "tracin"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rows_widened_in_parts_score_as_rows_widened_whole(method, dtype, monkeypatch):
+    columns = {"step": torch.arange(11) % 3, "lr": torch.rand(11)}
+    rows = random_rows(11, sketches=random_rows(11).sketches.to(dtype), **columns)
+    queries = {step: random_rows(4, seed=step) for step in range(3)} if method == "tracin" else random_rows(4, seed=9)
+    whole = scores(queries, rows, method)
+    monkeypatch.setattr(scorer, "PART", 3 * DIM)
+    torch.testing.assert_close(scores(queries, rows, method), whole)
+    assert not torch.equal(whole[:, :3], whole[:, 3:6])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from rows import random_rows
 
-from lightning_sketch.attribution import scores, top_k
+from lightning_sketch.attribution import SketchedGradients, scores, top_k
 
 QUERY = random_rows(3, seed=1)
 
@@ -102,3 +102,22 @@ def test_no_more_rows_are_held_than_two_blocks():
 
     assert top_k(QUERY, Endless(), 3, group=None).scores.shape == (3, 3)
     assert len(alive) == 20
+
+
+class InOtherFiles(SketchedGradients):
+    """As a store whose files end elsewhere."""
+
+    def blocks(self, batch_rows=4096):
+        for part in (slice(0, 3), slice(3, 8), slice(8, 11)):
+            yield SketchedGradients(self.sketches[part], self.sketch)
+
+
+@pytest.mark.parametrize("batch_rows", [1, 2, 4, 7, 4096])
+def test_members_of_a_list_may_be_read_in_blocks_of_other_sizes(batch_rows):
+    one, other = random_rows(11, seed=1), random_rows(11, seed=2)
+    members = [one, InOtherFiles(other.sketches, other.sketch)]
+    queries = [random_rows(4, seed=3), random_rows(4, seed=4)]
+    found = top_k(queries, members, k=5, batch_rows=batch_rows)
+    best, place = scores(queries, members).topk(5)
+    torch.testing.assert_close(found.scores, best)
+    assert torch.equal(found.example_ids, place)

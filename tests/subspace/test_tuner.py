@@ -10,7 +10,7 @@ import torch
 from nets import Classifier, train_loader, trainer, val_loader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_sketch.subspace import IntrinsicDimensionResult, IntrinsicDimensionTuner, SubspaceModule
+from lightning_sketch.subspace import IntrinsicDimensionResult, IntrinsicDimensionTuner
 from lightning_sketch.subspace.runs import FILE
 
 LADDER = [4, 32, 128, 512]
@@ -275,19 +275,3 @@ def test_wandb_draws_the_curve(tmp_path, monkeypatch):
     for (_, _, summary), dim in zip(ended, (result.n, 4, 32), strict=True):
         assert summary["subspace/dim"] == dim
     assert [summary["val_acc"] for _, _, summary in ended[1:]] == pytest.approx(result.results["value"])
-
-
-def test_optuna(tmp_path):
-    """The wrapper alone serves whoever searches: the objective is what Lightning logged."""
-    optuna = pytest.importorskip("optuna")
-
-    def objective(trial):
-        dim = trial.suggest_int("dim", 4, 256, log=True)
-        run = trainer(max_steps=16)
-        run.fit(SubspaceModule(made(), dim, lr_scale=10), train_loader(), val_loader())
-        return float(run.callback_metrics["val_acc"])
-
-    optuna.logging.disable_default_handler()
-    study = optuna.create_study(direction="maximize", sampler=optuna.samplers.RandomSampler(0))
-    study.optimize(objective, n_trials=3)
-    assert 0 < study.best_value <= 1
