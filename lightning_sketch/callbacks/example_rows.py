@@ -1,7 +1,7 @@
 """The rows of the examples of a training batch, from the backward pass that trains anyway."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from lightning_sketch.attribution.rows import UNKNOWN_ID
 from lightning_sketch.callbacks.second_pass import SecondPass
 from lightning_sketch.callbacks.step_rows import one_rate
 from lightning_sketch.callbacks.store_run import Copies
-from lightning_sketch.gradients import fingerprint, num_examples, own_scale
+from lightning_sketch.gradients import fingerprint, num_examples, own_scale, training_step_loss
+from lightning_sketch.gradients.engines import ExampleSketches
 from lightning_sketch.gradients.hooks import ExampleHooks
 from lightning_sketch.gradients.sinks import SketchSink
 from lightning_sketch.operators.sketch import Sketch
@@ -39,28 +40,35 @@ class TrainingExamples:
     """Watches the backward passes of training; gives a row per example, in the mode and precision of training.
 
     Args:
-        module: that is trained.
+        trainer: that trains,
+        module: this.
         layout: of the parameters that rows cover.
         sketch: of the layout's vector.
         weight_fn: batch -> its weight in a mean.
         reduction: "mean" or "sum".
-        second: serves those of the parameters that hooks do not.
+        fallback: engine of a second pass, or None,
+        left: for these parameters, by name, which hooks leave.
     """
 
     def __init__(
         self,
+        trainer: Trainer,
         module: nn.Module,
         layout: Layout,
         sketch: Sketch,
         weight_fn: Callable[[Any], float] | None,
         reduction: str,
-        second: SecondPass | None = None,
+        fallback: str | None,
+        left: Collection[str],
     ):
         self.layout, self.sketch, self.weight_fn, self.reduction = layout, sketch, weight_fn, reduction
-        self.weights, self.second = layout.parameters(module), second
-        others = second.parameters if second is not None else {}
+        self.weights = layout.parameters(module)
         named = zip(layout.names, self.weights, strict=True)
-        self.parameters = {name: p for name, p in named if name not in others}
+        self.parameters = {name: p for name, p in named if name not in left}
+        self.second = None
+        if left and fallback is not None:
+            own = ExampleSketches(module, layout, sketch, training_step_loss, fallback, weight_fn, reduction, left)
+            self.second = SecondPass(trainer, own)
         self.hooks = ExampleHooks(module, self.parameters)
         self.sink = SketchSink(sketch, layout, self.parameters)
         self.checked, self.reasons = False, None

@@ -17,7 +17,7 @@ from lightning_sketch.callbacks.example_rows import TrainingExamples
 from lightning_sketch.callbacks.fits import check_rows
 from lightning_sketch.callbacks.log_spectrum import log_scalars
 from lightning_sketch.callbacks.opening import ROWS, Opening
-from lightning_sketch.callbacks.second_pass import SecondPass, left_by_hooks, without
+from lightning_sketch.callbacks.second_pass import left_by_hooks, without
 from lightning_sketch.callbacks.step_rows import StepRows, one_rate
 from lightning_sketch.callbacks.store_run import StoreRun
 from lightning_sketch.gradients import num_examples, training_step_loss
@@ -124,8 +124,7 @@ class GradientSketchWriter(CallbackBase):
         self.loss_fn, self.row_fn, self.weight_fn, self.reduction = loss_fn, row_fn, weight_fn, reduction
         self.engine, self.fallback, self.queries, self.name = engine, fallback, queries, name or "sketches"
 
-        folder = None if dirpath is None else str(dirpath)
-        self._store = Opening(folder, self.name, per, dtype, kind=sketch, dim=dim, seed=seed)
+        self._store = Opening(dirpath, self.name, per, dtype, kind=sketch, dim=dim, seed=seed)
         self._numbers = BatchNumbers(index_key)
         self._moment: dict[str, Any] = {}
         self._run: StoreRun | None = None
@@ -279,11 +278,8 @@ class GradientSketchWriter(CallbackBase):
             layout, told["left_out"] = without(layout, left), left
         examples = num_examples(batch) * trainer.accumulate_grad_batches * trainer.world_size
         self._run = self._store.fit(trainer, layout, self.every_n_train_steps, examples, **told)
-        sketch, second = self._run.spec.operator, None
-        if left and self.fallback is not None:
-            own = ExampleSketches(pl_module, layout, sketch, training_step_loss, self.fallback, *weights, names=left)
-            second = SecondPass(trainer, own)
-        return TrainingExamples(pl_module, layout, sketch, *weights, second)
+        sketch = self._run.spec.operator
+        return TrainingExamples(trainer, pl_module, layout, sketch, *weights, self.fallback, left)
 
     def _rows_at(self, pl_module: LightningModule, run: StoreRun, stage: str) -> CheckpointRows:
         """Rows of examples at the module's present weights."""

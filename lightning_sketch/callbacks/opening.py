@@ -31,10 +31,10 @@ class Opening:
         resumed: number and folder of the attempt that a checkpoint says to go on from, or that goes on now.
     """
 
-    def __init__(self, dirpath: str | None, name: str, per: str, dtype: str, **sketch: Any):
-        self.dirpath, self.name, self.per, self.dtype, self.sketch = dirpath, name, per, dtype, sketch
+    def __init__(self, dirpath: str | Path | None, name: str, per: str, dtype: str, **sketch: Any):
+        self.dirpath = self._asked = None if dirpath is None else str(dirpath)
+        self.name, self.per, self.dtype, self.sketch = name, per, dtype, sketch
         self.resumed: dict[str, Any] | None = None
-        self._asked = dirpath
 
     def fit(
         self, trainer: Trainer, layout: Layout, every_n_train_steps: int, rows_a_step: int = 1, **told: Any

@@ -83,7 +83,7 @@ class SecondPass:
     """
 
     def __init__(self, trainer: Trainer, sketches: ExampleSketches):
-        self.trainer, self.sketches, self.parameters = trainer, sketches, sketches.parameters
+        self.trainer, self.sketches = trainer, sketches
 
     def __call__(self, batch: Any) -> Float[Tensor, "examples dim"]:
         """The rows, where other parameters count as zero."""

@@ -149,7 +149,7 @@ def test_training_is_the_same_bit_for_bit(tmp_path):
 
 
 def test_nothing_to_serve_says_nothing_and_costs_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_sketch.callbacks.gradient_sketch_writer.SecondPass", None)
+    monkeypatch.setattr("lightning_sketch.callbacks.example_rows.SecondPass", None)
     fit(tmp_path, writer(tmp_path, fallback="loop"), model=Still, data=data(), max_epochs=1)
     assert len(GradientStore.open(tmp_path / "store")) == 128
 
