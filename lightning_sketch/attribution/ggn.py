@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lightning_sketch.attribution.curvature import Curvature, CurvatureSum
 from lightning_sketch.attribution.indexed_dataset import without_index
-from lightning_sketch.attribution.output_curvature import check_output, output_loss_of, output_roots
-from lightning_sketch.gradients import differentiable, fingerprint, on_device, undisturbed
+from lightning_sketch.attribution.output_curvature import check_output, output_loss_of, output_roots, token_roots
+from lightning_sketch.gradients import differentiable, fingerprint, labels_of, num_examples, on_device, undisturbed
 from lightning_sketch.gradients.engines import ExampleSketches
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.params import Layout
@@ -38,6 +38,7 @@ def fit_ggn(
     draws: int = 8,
     seed: int = 0,
     engine: str = "auto",
+    counted: Callable[[Any], Tensor] | None = None,
 ) -> Curvature:
     """The Gauss-Newton matrix over all examples of the batches, at the module's present parameters.
 
@@ -46,17 +47,21 @@ def fit_ggn(
         batches: read once.
         sketch: as of the rows that the curvature is for.
         layout: the parameters; as of these rows.
-        model_fn: (module, batch) -> output (examples, classes); by default that of `module(**batch)` for a mapping,
-            else of `module(x)` with x the first item of the batch; of what a Hugging Face model returns, the logits.
+        model_fn: (module, batch) -> output (examples, classes), or (examples, tokens, classes) where an example's loss
+            is a mean over tokens; by default that of `module(**batch)` for a mapping, else of `module(x)` with x the
+            first item of the batch; of what a Hugging Face model returns, the logits.
         output_loss: "cross_entropy", "binary_cross_entropy" or "squared_error", means over an example's outputs; by
             default cross-entropy for whole-number labels, squared error for real ones.
-        max_classes: above it, `draws` labels are drawn for each example.
+        max_classes: above it, `draws` labels are drawn for each example; for tokens always.
         draws: how many.
         seed: of the draws.
         engine: what makes the sketched gradients, as in `sketch_gradients`.
+        counted: batch -> (examples, tokens), which tokens have a loss, for instance
+            `lambda batch: batch["labels"][:, 1:] != -100` beside a `model_fn` that leaves the last logits out.
 
     Raises:
-        ValueError: if the output does not have one row per example, or sketch and layout disagree.
+        ValueError: if the output does not have one row per example, or not one for each token in `counted`; if labels
+            of -100 are among those of tokens and `counted` is not given; if sketch and layout disagree.
 
     O(examples classes dim²) in float64 beside the gradients.
 
@@ -89,9 +94,12 @@ def fit_ggn(
             with torch.no_grad():
                 output = _output(model_fn, module, batch)
             loss = output_loss or output_loss_of(batch)
-            check_output(output, loss)
-            flat = output.double().flatten(1) if output.ndim > 1 else output.double()[:, None]
-            roots = output_roots(flat, loss, max_classes, draws, generator)
+            check_output(output, loss, num_examples(batch))
+            if output.ndim > 2:
+                roots = token_roots(output.double(), _counted(counted, batch, output), loss, draws, generator)
+            else:
+                flat = output.double().view(len(output), -1)
+                roots = output_roots(flat, loss, max_classes, draws, generator)
             rows = [sketches((batch, v.view(output.shape).to(output)))[0] for v in roots]
         total.add(torch.stack(rows, 1).cpu())
     return total.curvature("ggn", fingerprint(weights))
@@ -100,6 +108,25 @@ def fit_ggn(
 def _output(model_fn: Callable[[nn.Module, Any], Any], module: nn.Module, batch: Any) -> Any:
     returned = model_fn(module, batch)
     return getattr(returned, "logits", returned)
+
+
+def _counted(counted: Callable[[Any], Tensor] | None, batch: Any, output: Tensor) -> Tensor:
+    """Which tokens have a loss: all, unless it is said."""
+    if counted is None:
+        labels = labels_of(batch)
+        if not labels.is_floating_point() and (labels == -100).any():
+            raise ValueError(
+                "some labels are -100, so that not every token has a loss; pass counted=lambda batch: "
+                'batch["labels"] != -100, shifted as the loss of your model shifts them.'
+            )
+        return torch.ones(output.shape[:-1], dtype=torch.bool, device=output.device)
+    kept = counted(batch)
+    if kept.shape != output.shape[:-1]:
+        raise ValueError(
+            f"counted gives shape {tuple(kept.shape)}, the output has tokens {tuple(output.shape[:-1])}; make both of "
+            "one length, e.g. by model_fn=lambda module, batch: module(**batch).logits[:, :-1]."
+        )
+    return kept.bool().to(output.device)
 
 
 def _call(module: nn.Module, batch: Any) -> Any:

@@ -10,12 +10,16 @@ With many classes or outputs, drawn ones instead, k for each example, with E sum
     outputs    random signs s,                                      v = sum_k s_k v_k / sqrt(k)
 
 q evens out what is large: under p itself, the rare label that matters is almost never drawn from a confident model.
+
+Where an example has several outputs t, such as tokens, whose losses have a weighted mean, all get a drawn one at once:
+
+    tokens     random signs s_t,                                    v = sum_t s_t sqrt(w_t) v_t,  H = sum_t w_t H_t
 """
 
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lightning_sketch.gradients import labels_of
@@ -28,8 +32,8 @@ def output_loss_of(batch: Any) -> str:
     return "squared_error" if labels_of(batch).is_floating_point() else "cross_entropy"
 
 
-def check_output(output: Any, output_loss: str) -> None:
-    """Refuse an output of which this is no loss.
+def check_output(output: Any, output_loss: str, examples: int) -> None:
+    """Refuse an output of which this is no loss, or that has not one row for each example.
 
     Raises:
         ValueError: saying what to pass instead.
@@ -37,12 +41,13 @@ def check_output(output: Any, output_loss: str) -> None:
     if output_loss not in LOSSES:
         raise ValueError(f"output_loss={output_loss!r} is not known; use one of {', '.join(LOSSES)}.")
     got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
-    if not isinstance(output, Tensor) or output.ndim > 2 or not output.ndim:
+    if not isinstance(output, Tensor) or not output.ndim or len(output) != examples:
         raise ValueError(
-            f"ggn needs an output of shape (examples, classes), got {got}; pass model_fn=lambda module, batch: ... "
-            "that gives one row per example, or use curvature='margin' or 'fisher', which need no outputs."
+            f"ggn needs an output of shape (examples, classes) or (examples, tokens, classes) of {examples} examples, "
+            f"got {got}; pass model_fn=lambda module, batch: ... that gives it, or use curvature='margin' or 'fisher', "
+            "which need none."
         )
-    if output_loss == "cross_entropy" and (output.ndim == 1 or output.shape[1] == 1):
+    if output_loss == "cross_entropy" and (output.ndim == 1 or output.shape[-1] == 1):
         raise ValueError(
             f"an output of {got} has one class, whose cross-entropy is zero; pass "
             "output_loss='binary_cross_entropy' or 'squared_error'."
@@ -70,6 +75,21 @@ def output_roots(
         return torch.eye(outputs).to(roots)[:, None] * roots
     signs = torch.randint(0, 2, (draws, *roots.shape), generator=generator).to(roots) * 2 - 1
     return signs * roots / draws**0.5
+
+
+def token_roots(
+    output: Float[Tensor, "examples *tokens outputs"],
+    counted: Bool[Tensor, "examples *tokens"],
+    output_loss: str,
+    draws: int,
+    generator: torch.Generator,
+) -> Float[Tensor, "draws examples *tokens outputs"]:
+    """Drawn vectors v of each example over all its counted tokens, whose losses have a mean."""
+    flat, kept = output.flatten(0, -2), counted.flatten(1).double()
+    weights = (kept / kept.sum(1, keepdim=True).clamp(min=1)).flatten().sqrt().to(flat)
+    roots = output_roots(flat, output_loss, 0, draws, generator)
+    signs = torch.randint(0, 2, (draws, len(flat)), generator=generator).to(flat) * 2 - 1
+    return (roots * (signs * weights)[..., None]).view(draws, *output.shape)
 
 
 def _all_classes(p: Float[Tensor, "examples classes"]) -> Float[Tensor, "classes examples classes"]:
