@@ -6,7 +6,7 @@
     h = (h ^ h >> 15) m2
     word = h ^ h >> 16
 
-No generator, no state, no buffer: any slice can be made on any device at any time, bit for bit the
+No generator, no state (but for a cache of some pages of words, 1 MB): any slice can be made on any device at any time, bit for bit the
 same, so that a sketch is described wholly by its few integers. Every product stays below 2^63:
 nothing relies on how a device wraps around. For a fixed `hi`, index -> word is a bijection.
 
@@ -31,6 +31,7 @@ _MASK = 0xFFFFFFFF
 _M1, _M2 = 0x7FEB352D, 0x5BD1E995
 _W = 256
 _BLOCK = 32 * _W
+_PAGE = 1 << 16
 
 FLIP_SLACK = 2 * _BLOCK
 
@@ -77,7 +78,7 @@ def flip_(x: Float[Tensor, "... count"], key: Key, start: int, spare: Tensor | N
     ints, top = _ints(x)
     stop = start + x.shape[-1]
     first, last = start // _BLOCK, -(-stop // _BLOCK)
-    word = _narrowed(words(key, first * _W, last * _W, x.device), ints)
+    word = _sign_words(key, first * _W, last * _W, ints, x.device)
     shift = (top - torch.arange(32, device=x.device)).to(ints)[:, None]
     if spare is None:
         spare = x.new_empty((last - first) * _BLOCK)
@@ -105,6 +106,19 @@ def flip_chunks_(x: Float[Tensor, "rows group chunk"], key: Key, number: Int[Ten
     mask = (word[..., None, :] << shift[..., None]).bitwise_and_(torch.iinfo(ints).min)
     x.view(ints).bitwise_xor_(mask.view(*number.shape, size))
     return x
+
+
+def _sign_words(key: Key, start: int, stop: int, ints: torch.dtype, device: torch.device) -> Int[Tensor, " count"]:
+    """`words` in a type of integers, of pages that are kept for as long as a small vector or a neighbour asks again."""
+    pages = range(start // _PAGE, -(-stop // _PAGE))
+    parts = [_page(key, n, ints, device)[max(start - n * _PAGE, 0) : stop - n * _PAGE] for n in pages]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@functools.lru_cache(maxsize=4)
+def _page(key: Key, number: int, ints: torch.dtype, device: torch.device) -> Int[Tensor, " count"]:
+    with torch.inference_mode(False):
+        return _narrowed(words(key, number * _PAGE, (number + 1) * _PAGE, device), ints)
 
 
 def _ints(x: Tensor) -> tuple[torch.dtype, int]:
