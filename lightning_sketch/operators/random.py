@@ -6,9 +6,10 @@
     h = (h ^ h >> 15) m2
     word = h ^ h >> 16
 
-No generator, no state (but for a cache of some pages of words, 1 MB): any slice can be made on any device at any time, bit for bit the
-same, so that a sketch is described wholly by its few integers. Every product stays below 2^63:
-nothing relies on how a device wraps around. For a fixed `hi`, index -> word is a bijection.
+No generator, no state: any slice can be made on any device at any time, bit for bit the same, so that a
+sketch is described wholly by its few integers; what is kept, some pages of words (1 MB), only saves time.
+Every product stays below 2^63: nothing relies on how a device wraps around. For a fixed `hi`, index -> word
+is a bijection.
 
 A word is 32 signs. Bit k of word w of a block is the sign of its element k·W + w, with W = 256 words
 a block: unpacking then runs along contiguous memory for each bit.
