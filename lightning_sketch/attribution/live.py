@@ -1,7 +1,8 @@
 """The index of a store: every row's columns and where it lies, and which rows count."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -64,6 +65,13 @@ def shard_names(folder: Path) -> list[ShardName]:
     return sorted(ShardName.of(path) for path in folder.rglob("*.safetensors"))
 
 
+def gaps(names: Iterable[ShardName]) -> list[ShardName]:
+    """Names that were given before later ones, and are not there."""
+    found = set(names)
+    before = {replace(name, sequence=i) for name in found for i in range(name.sequence)}
+    return sorted(before - found)
+
+
 def read_index(folder: Path, spec: StoreSpec) -> StoredRows:
     """All rows below a folder, live or not, in the order of attempt, rank and time.
 
@@ -71,6 +79,10 @@ def read_index(folder: Path, spec: StoreSpec) -> StoredRows:
         CorruptShard: if a file is cut or foreign.
     """
     names = shard_names(folder)
+    missing = gaps(names)
+    if missing:
+        listed = ", ".join(str(folder / name.path) for name in missing)
+        warnings.warn(f"rows are missing, since later files of their writers are there: {listed}.", stacklevel=2)
     parts, files, places = [_empty()], [], []
     for i, name in enumerate(names):
         shard = Shard(folder, name, spec)

@@ -9,7 +9,7 @@ from lightning_sketch.attribution.appender import RowAppender
 from lightning_sketch.attribution.attempts import line_of, read_attempts
 from lightning_sketch.attribution.files import sync_folder
 from lightning_sketch.attribution.generations import next_folder, rows_folder, switch
-from lightning_sketch.attribution.live import StoredRows
+from lightning_sketch.attribution.live import StoredRows, gaps
 from lightning_sketch.attribution.shards import CorruptShard, Shard, ShardName
 from lightning_sketch.attribution.spec import StoreSpec
 
@@ -34,11 +34,7 @@ def verify(path: Path, spec: StoreSpec) -> int:
         except CorruptShard as error:
             wrong.append(str(error))
             names += [ShardName.of(file)] if "is not a file of a store" not in str(error) else []
-    found = set(names)
-    for name in sorted(found):
-        before = ShardName(name.attempt, name.rank, name.sequence - 1)
-        if name.sequence and before not in found:
-            wrong.append(f"{folder / before.path} is missing: a later file of its writer is there.")
+    wrong += [f"{folder / name.path} is missing: a later file of its writer is there." for name in gaps(names)]
     if wrong:
         raise CorruptShard(f"{len(wrong)} files of {path} are not as they were written:\n" + "\n".join(wrong))
     return rows

@@ -161,6 +161,8 @@ def test_foreign_and_missing_files_are_named(tmp_path):
     (folder / "00000001.safetensors").rename(tmp_path / "away")
     with pytest.raises(CorruptShard, match=r"00000001\.safetensors is missing"):
         store.verify()
+    with pytest.warns(UserWarning, match=r"rows are missing.*00000001\.safetensors\.$"):
+        assert GradientStore.open(tmp_path / "one").metadata()["step"].tolist() == [1, 3]
     (folder / "00000001.safetensors").write_bytes(Path(only_file(other)).read_bytes())
     with pytest.raises(CorruptShard, match=r"00000001\.safetensors belongs elsewhere: its spec"):
         GradientStore.open(tmp_path / "one")
