@@ -21,6 +21,20 @@ def test_example(script, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (picture,) = re.findall(r"^picture: (.+)$", done.stdout, re.MULTILINE)
     assert Path(picture).stat().st_size > 10_000
+    if script.stem == "intrinsic_dimension":
+        intrinsic_dimensions_differ(done.stdout)
+
+
+def intrinsic_dimensions_differ(printed):
+    """The classifier needs a few hundred numbers, the language model a part larger by far; and it learns of contexts."""
+    found = re.findall(r"^(\w+): d90 = (\d+) of (\d+)", printed, re.MULTILINE)
+    d90 = {name: (int(dim), int(n)) for name, dim, n in found}
+    (digits, n_digits), (text, n_text) = d90["digits"], d90["text"]
+    assert digits in (64, 128, 256)
+    assert text / n_text >= 10 * digits / n_digits
+    (full,) = re.findall(r"^text: loss .+ start, (.+) after full", printed, re.MULTILINE)
+    (by_last_letter,) = re.findall(r"by the last letter (.+)$", printed, re.MULTILINE)
+    assert float(full) < float(by_last_letter) - 0.3
 
 
 def test_the_readme(tmp_path, monkeypatch):
