@@ -26,7 +26,7 @@ def test_example(script, tmp_path):
 
 
 def intrinsic_dimensions_differ(printed):
-    """The classifier needs a few hundred numbers, the language model a part larger by far; and it learns of contexts."""
+    """The classifier needs a few hundred numbers, the language model a part far larger; and it learns of contexts."""
     found = re.findall(r"^(\w+): d90 = (\d+) of (\d+)", printed, re.MULTILINE)
     d90 = {name: (int(dim), int(n)) for name, dim, n in found}
     (digits, n_digits), (text, n_text) = d90["digits"], d90["text"]
