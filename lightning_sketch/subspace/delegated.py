@@ -57,7 +57,7 @@ class Wrapper(ModuleBase):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or "module" not in self.__dict__.get("_modules", {}):
+            if name.startswith("_") or not self.__dict__.get("_begun"):  # names that are not taken yet
                 raise
             return getattr(self.module, name)
 

@@ -302,3 +302,20 @@ def test_a_step_without_a_loss_is_skipped():
     sub = SubspaceModule(made(Skips), 16, lr_scale=10)
     trainer(max_epochs=1, max_steps=-1).fit(sub, train_loader())
     assert sub.w.norm() > 0
+
+
+def test_names_of_the_wrapper_may_be_names_in_the_module():
+    class Same(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.w, self.weights, self.blocks, self.n = nn.Linear(64, 10), [1], 3, 7
+
+        def forward(self, images):
+            assert (self.n, self.blocks, self.weights) == (7, 3, [1])
+            return self.net(images) + self.w(images)
+
+    for options in ({}, {"max_dim": 32}):
+        sub = SubspaceModule(Same(), 16, lr_scale=10, **options)
+        trainer().fit(sub, train_loader())
+        assert sub.coordinates().norm() > 0
+        assert isinstance(sub.materialize().w, nn.Linear)
