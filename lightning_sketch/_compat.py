@@ -205,7 +205,7 @@ def name_run(trainer: Trainer, name: str, group: str) -> None:
     """Give a run of W&B that has not begun a name and a group, unless it has its own."""
     for logger in trainer.loggers:
         options = getattr(logger, "_wandb_init", None)
-        if options is not None:
+        if isinstance(options, dict):
             options["name"] = options.get("name") or name
             options["group"] = options.get("group") or group
 
@@ -215,5 +215,5 @@ def close_run(trainer: Trainer, values: dict[str, float]) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
         logger.save()
-        if hasattr(logger, "_wandb_init") and trainer.is_global_zero:
+        if isinstance(getattr(logger, "_wandb_init", None), dict) and trainer.is_global_zero:
             logger.experiment.finish()

@@ -176,7 +176,7 @@ class IntrinsicDimensionFinder(CallbackBase):
         before = sub.directions.dim
         if before == sub.directions.sketch.dim:
             return  # more time is all that can help
-        sub.double()
+        sub.double_dim()
         used = 1 + list(itertools.accumulate(map(len, sub.blocks))).index(before)
         for optimizer in trainer.optimizers:
             carry_over(optimizer, sub.blocks[:used], sub.blocks[used:], (before / sub.directions.dim) ** 0.5)

@@ -176,7 +176,7 @@ class SubspaceModule(Wrapper):
             parameter.requires_grad_(True)
         return plain
 
-    def double(self) -> None:
+    def double_dim(self) -> None:
         """Twice as many directions, the former among them; the weights stay where they are."""
         before, self.directions = self.directions, self.directions.doubled()
         with torch.no_grad():

@@ -107,6 +107,11 @@ class IntrinsicDimensionTuner:
         if not math.isfinite(full["value"]):
             raise MisconfigurationException(f"full training gives {monitor} = {full['value']}; mend that first.")
         aim = target(mode, float(threshold), full["value"], start)
+        if reaches(start, aim, mode) or not reaches(full["value"], aim, mode):
+            raise MisconfigurationException(
+                f"{monitor} is {start:.4g} before training and {full['value']:.4g} after full training, so that mode="
+                f"{mode!r} and threshold={threshold} ask for nothing to be learned; is it the other mode?"
+            )
 
         def reached(several: list[Run]) -> bool:
             return reaches(sum(run["value"] for run in several) / len(several), aim, mode)

@@ -95,7 +95,7 @@ def test_a_doubling_leaves_the_weights_and_rescales_w():
     sub = SubspaceModule(Classifier(), 8, max_dim=64, lr_scale=10)
     trainer(max_steps=4).fit(sub, train_loader())
     before = torch.cat([p.flatten() for p in sub.weights.parameters()]), sub.coordinates().detach()
-    sub.double()
+    sub.double_dim()
     sub.ready()
     assert torch.allclose(torch.cat([p.flatten() for p in sub.weights.parameters()]), before[0], atol=1e-6)
     assert torch.allclose(sub.coordinates()[:8], before[1] * 2**0.5)

@@ -168,7 +168,7 @@ class Diverges(Classifier):
         return loss * float("nan") if 4 in dims else loss
 
     def validation_step(self, batch):
-        self.log("val_acc", self(batch[0]).sum() * 0 + 0.5)
+        self.log("val_acc", self(batch[0]).sum() * 0 + (0.5 if self.trainer.global_step else 0.1))
 
 
 class Dim(pl.Callback):
@@ -275,3 +275,8 @@ def test_wandb_draws_the_curve(tmp_path, monkeypatch):
     for (_, _, summary), dim in zip(ended, (result.n, 4, 32), strict=True):
         assert summary["subspace/dim"] == dim
     assert [summary["val_acc"] for _, _, summary in ended[1:]] == pytest.approx(result.results["value"])
+
+
+def test_the_wrong_mode_is_told(tmp_path):
+    with pytest.raises(MisconfigurationException, match="is it the other mode"):
+        find(tuner(tmp_path)[0], made(), monitor="val_loss", mode="max")
