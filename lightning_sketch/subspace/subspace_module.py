@@ -234,10 +234,10 @@ class SubspaceModule(Wrapper):
 
     def _configure_model(self) -> None:
         self.module.configure_model()
-        if self._begun:  # the same weights, perhaps sharded by now
-            self.weights.restart()
-        else:
+        if not self._begun:
             self._begin()
+        elif not self.coordinates().any():  # the same weights, perhaps sharded by now; later they are not θ₀
+            self.weights.restart()
 
     def _begin(self) -> None:
         """From the module's weights as they are."""
