@@ -9,7 +9,7 @@ d90         of each seed: the smallest of these dims with 90 % of the accuracy o
 in one run  what `method="doubling"` finds for each seed from 8 directions up, and its steps; full training takes 805.
             It doubles at a constant rate, until it gets there: an upper bound, which a run at half of it verifies
 
-Then the table of `intrinsic_peers`: time and memory of a step, here and in other packages.
+Then the table of `intrinsic_peers`: time and memory of a step, here and in other packages. Together about 20 minutes.
 
 python benchmarks/intrinsic_dimension.py [--quick]        --quick: one seed, and no table of costs
 """
