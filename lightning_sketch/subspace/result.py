@@ -7,7 +7,7 @@ from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info
 
-from lightning_sketch import plots
+from lightning_sketch.subspace.pictures import metric_over_dim
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class IntrinsicDimensionResult:
         """
         suggestion = self.suggestion() if suggest else None
         runs = list(zip(self.results["dim"], self.results["value"], strict=True))
-        return plots.metric_over_dim(
+        return metric_over_dim(
             runs, self._means(), self.baseline, self.target, self.monitor, suggestion, show=show, axes=ax
         )
 

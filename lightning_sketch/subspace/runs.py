@@ -22,6 +22,16 @@ from lightning_sketch.subspace.subspace_module import SubspaceModule
 from lightning_sketch.subspace.trainers import Trainers
 
 FILE = "intrinsic_dimension.json"
+_LENGTH_AND_STEP = (
+    "max_steps",
+    "max_epochs",
+    "limit_train_batches",
+    "limit_val_batches",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "precision",
+)
 
 
 class Runs:
@@ -83,7 +93,11 @@ class Runs:
         return self._once(
             max_dim,
             seed,
-            {**self._told(), "from": dim, "target": finder.target, "delta": finder.delta},
+            {
+                **self._told(),
+                "from": dim,
+                "rule": [finder.target, finder.delta, finder.every_n_train_steps, finder.max_steps],
+            },
             lambda: ConstantRate(self._model(), dim, seed=seed, max_dim=max_dim, **self.options),
             finder,
         )
@@ -95,6 +109,11 @@ class Runs:
         made = self.made_by()
         made.load_state_dict(self.first.state_dict())
         return made
+
+    def _shape_of_data(self) -> str:
+        """Numbers of batches and of examples in one, of loaders that are given; what a data module has is not known."""
+        loaders = [loader for loader in self.data[:2] if loader is not None]
+        return repr([(len(x) if hasattr(x, "__len__") else None, getattr(x, "batch_size", None)) for x in loaders])
 
     def _told(self) -> dict[str, Any]:
         """The options, without functions."""
@@ -114,8 +133,8 @@ class Runs:
             "module": f"{type(self.first).__name__} {dict(self.first.hparams)}",
             "theta0": self.theta0,
             "monitor": self.monitor,
-            "max_steps": trainer.max_steps,
-            "max_epochs": trainer.max_epochs,
+            **{name: repr(getattr(trainer, name)) for name in _LENGTH_AND_STEP},
+            "data": self._shape_of_data(),
             "dim": dim,
             "seed": seed,
             **told,

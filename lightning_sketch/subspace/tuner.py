@@ -77,7 +77,10 @@ class IntrinsicDimensionTuner:
         """Train in full, unless `baseline` is given, then in subspaces; all runs start from the same weights.
 
         A run that is done is noted in `intrinsic_dimension.json` beside the logs, and not done again by a search with
-        the same settings. One that gives no number, or runs out of memory, is noted as such, and the search goes on.
+        the same settings: initial weights, hyper-parameters, directions, metric, the Trainer's length, precision,
+        clipping and accumulation, and the shape of loaders. Contents of the data, an `optimizer_fn` and a rate that is
+        no hyper-parameter are not compared: delete the file after such a change. One that gives no number, or runs out
+        of memory, is noted as such, and the search goes on.
         Each run's logger gets `subspace/dim` and the metric at its end; W&B runs get a group in common.
 
         Args:

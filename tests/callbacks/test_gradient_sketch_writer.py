@@ -205,19 +205,21 @@ def test_queries_are_kept_at_every_look_at_the_validation_examples(tmp_path):
     assert len(store) == 16
 
 
+class Every(Digits):
+    """With all steps; those of evaluation do nothing."""
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    test_step = validation_step
+
+    def predict_step(self, batch, batch_idx):
+        return batch[1]
+
+
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_rows_of_examples_at_a_checkpoint(tmp_path, stage):
     """After training, at the final weights, in inference mode; the step and the rate are those of the fit."""
-
-    class Every(Digits):
-        def validation_step(self, batch, batch_idx):
-            pass
-
-        test_step = validation_step
-
-        def predict_step(self, batch, batch_idx):
-            return batch[1]
-
     seed_everything(3, verbose=False)
     model = Every()
     watch = writer(tmp_path, row_fn=lambda m, b: 2 * (F.cross_entropy(m.net(b[0]), b[1], reduction="none"),))
@@ -326,15 +328,6 @@ def test_what_is_said_at_the_start(tmp_path, monkeypatch, arguments, rows):
 
 @pytest.mark.parametrize("per", ["step", "example"])
 def test_fast_dev_run_writes_nothing(tmp_path, per):
-    class Every(Digits):
-        def validation_step(self, batch, batch_idx):
-            pass
-
-        test_step = validation_step
-
-        def predict_step(self, batch, batch_idx):
-            return batch[1]
-
     run = trainer(tmp_path, writer(tmp_path, per=per, queries="val"), fast_dev_run=True)
     model, data = Every(), DataLoader(IndexedDataset(dataset(40)), batch_size=16)
     run.fit(model, data, data)

@@ -319,3 +319,24 @@ def test_names_of_the_wrapper_may_be_names_in_the_module():
         trainer().fit(sub, train_loader())
         assert sub.coordinates().norm() > 0
         assert isinstance(sub.materialize().w, nn.Linear)
+
+
+def test_configure_model_is_called_again_and_the_start_stays():
+    """Lightning calls it at every fit and validation; by then the weights are not those at the start."""
+
+    class Late(Classifier):
+        def network(self, width):
+            return None
+
+        def configure_model(self):
+            if self.net is None:
+                self.net = Classifier.network(self, 16)
+
+    sub = SubspaceModule(made(Late), 16, lr_scale=10)
+    trainer().fit(sub, train_loader())
+    start = [tensor.clone() for tensor in sub.theta0().values()]
+    trainer().validate(sub, val_loader(), verbose=False)
+    trainer(max_steps=2).fit(sub, train_loader())
+    assert all(torch.equal(one, same) for one, same in zip(start, sub.theta0().values(), strict=True))
+    moved = torch.cat([(p - t).flatten() for p, t in zip(sub.weights.parameters(), start, strict=True)])
+    assert torch.allclose(moved.detach(), sub.directions.rmatvec(sub.w.detach()), atol=1e-5)

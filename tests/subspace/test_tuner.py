@@ -280,3 +280,29 @@ def test_wandb_draws_the_curve(tmp_path, monkeypatch):
 def test_the_wrong_mode_is_told(tmp_path):
     with pytest.raises(MisconfigurationException, match="is it the other mode"):
         find(tuner(tmp_path)[0], made(), monitor="val_loss", mode="max")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"limit_train_batches": 3},
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.1},
+        {"precision": "bf16-mixed"},
+    ],
+)
+def test_runs_of_other_length_or_step_are_not_taken_for_these(tmp_path, changed):
+    def noted(**options):
+        searcher = IntrinsicDimensionTuner(lambda dim: trainer(max_steps=4, default_root_dir=tmp_path, **options))
+        searcher.find(made(), train_loader(), val_loader(), dims=[4], monitor="val_acc", baseline=0.9)
+        return len(json.loads((tmp_path / FILE).read_text()))
+
+    assert [noted(), noted(), noted(**changed)] == [1, 1, 2]
+
+
+def test_runs_on_other_loaders_are_not_taken_for_these(tmp_path):
+    searcher, counts = tuner(tmp_path, steps=4)[0], []
+    for data in (train_loader(), train_loader(), train_loader(slice(0, 64)), train_loader(batch_size=16)):
+        searcher.find(made(), data, val_loader(), dims=[4], monitor="val_acc", baseline=0.9)
+        counts.append(len(json.loads((tmp_path / FILE).read_text())))
+    assert counts == [1, 1, 2, 3]
