@@ -30,7 +30,7 @@ class RitzPairs(NamedTuple):
     """Approximate eigenpairs in falling order, float64, on the CPU."""
 
     values: Float[Tensor, " r"]
-    """θ: real parts; complex pairs arise only among values that have not converged."""
+    """θ: real parts; complex pairs arise among values that have not converged, and among equal ones."""
     residuals: Float[Tensor, " r"]
     """c ||S (A x - θ x)|| / ||S x||, and the error of the products: some eigenvalue lies within that of θ."""
     vectors: Float[Tensor, "dim r"]
@@ -63,8 +63,10 @@ def rayleigh_ritz(runs: Sequence[SketchedRun], tau: float, defect: float, exact:
     if not exact:
         e = math.sqrt(r / len(basis))
         residuals *= math.sqrt((1 + e) / (1 - e))
-    coefficients = whitened.to(y.dtype) @ y / y.norm(dim=0)
-    residuals += defect * theta.abs().max() * coefficients.norm(dim=0).clamp(min=1)
-    vectors = u.to(y.dtype) @ y / y.norm(dim=0)
+    residuals += defect * theta.abs().max() * ((whitened.to(y.dtype) @ y).norm(dim=0) / y.norm(dim=0)).clamp(min=1)
+    # The two of a complex pair, as equal eigenvalues give, share a real part: it and the imaginary one span their plane.
+    y = torch.where(theta.imag < 0, y.imag, y.real)
+    y /= y.norm(dim=0)
     order = theta.real.argsort(descending=True, stable=True)
-    return RitzPairs(theta.real[order], residuals[order], vectors.real[:, order], coefficients.real[:, order])
+    y = y[:, order]
+    return RitzPairs(theta.real[order], residuals[order], u @ y, whitened @ y)

@@ -56,6 +56,16 @@ def test_they_span_the_true_eigenspaces(dense_operator, name, dtype, dim):
     assert found.vectors.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seed", range(8))
+def test_equal_eigenvalues_have_as_many_vectors(dense_operator, dtype, seed):
+    """Rounding makes complex pairs of equal Ritz values, whose real parts alone would be one vector twice."""
+    matrix = symmetric(SPECTRA["few distinct"], dtype)
+    sp = spectrum(dense_operator(matrix), num_matvecs=64, top_k=8, bottom_k=2, tol=0.0, seed=seed)
+    found = sp.eigenvectors(dense_operator(matrix), 8, 2).vectors
+    torch.testing.assert_close(found @ found.T, torch.eye(10, dtype=dtype), rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("case", ["mlp trained"], indirect=True)
 def test_of_a_network_they_are_those_of_the_dense_hessian(case):
     """Found in float32, looked at in float64: measured residuals of 2e-5 of the eigenvalue at most."""
