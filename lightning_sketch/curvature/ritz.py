@@ -64,7 +64,7 @@ def rayleigh_ritz(runs: Sequence[SketchedRun], tau: float, defect: float, exact:
         e = math.sqrt(r / len(basis))
         residuals *= math.sqrt((1 + e) / (1 - e))
     residuals += defect * theta.abs().max() * ((whitened.to(y.dtype) @ y).norm(dim=0) / y.norm(dim=0)).clamp(min=1)
-    # The two of a complex pair, as equal eigenvalues give, share a real part: it and the imaginary one span their plane.
+    # Both of a complex pair, as equal eigenvalues give, have one real part: it and the imaginary one span their plane.
     y = torch.where(theta.imag < 0, y.imag, y.real)
     y /= y.norm(dim=0)
     order = theta.real.argsort(descending=True, stable=True)
