@@ -2,14 +2,16 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
+
+from pytorch_lightning.utilities.parsing import AttributeDict
 
 from lightning_sketch._compat import LightningModule, ModuleBase, changed_hooks, does_itself, like_namespace_of
 
 _STEPS = ("validation_step", "test_step", "predict_step")
 _LOGGING = ("log", "log_dict")
-_TOLD = ("trainer", "_device_mesh")
+_TOLD = ("trainer", "_device_mesh", "_current_fx_name", "_metric_attributes")
 
 
 class Wrapper(ModuleBase):
@@ -31,9 +33,14 @@ class Wrapper(ModuleBase):
             elif name not in _LOGGING and not does_itself(self, name):
                 self.__dict__[name] = getattr(module, name)
         like_namespace_of(module, self)
-        module.__dict__["log"] = self.log
         if module.example_input_array is not None:
             self.example_input_array = module.example_input_array
+
+    @property
+    def hparams(self) -> MutableMapping[str, Any]:
+        """The module's hyper-parameters and the wrapper's own, which win where names are equal; set where they are."""
+        own = super().hparams
+        return _Both(self.module.hparams, own) if self.__dict__.get("_begun") else own
 
     @property
     def hparams_initial(self) -> dict[str, Any]:
@@ -62,10 +69,32 @@ class Wrapper(ModuleBase):
             return getattr(self.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What Lightning tells the module that it fits is passed on, across namespaces too."""
+        """What Lightning tells the module that it fits is passed on, across namespaces too.
+
+        What only the module has is set there: a learning rate that `Tuner.lr_find` found, say.
+        """
+        if self.__dict__.get("_begun") and not self._has(name) and hasattr(self.module, name):
+            setattr(self.module, name, value)
+            return
         super().__setattr__(name, value)
         if name in _TOLD and "module" in self.__dict__.get("_modules", {}):
             setattr(self.module, name, value)
+
+    def _has(self, name: str) -> bool:
+        return any(name in place for place in (self.__dict__, self._parameters, self._modules, dir(type(self))))
+
+
+class _Both(AttributeDict):
+    """Two sets of hyper-parameters as one; of equal names the second's."""
+
+    def __init__(self, first: MutableMapping[str, Any], second: MutableMapping[str, Any]):
+        super().__init__({**first, **second})
+        self.__dict__.update(sources=(second, first))
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        second, first = self.__dict__["sources"]
+        (first if name in first and name not in second else second)[name] = value
 
 
 def call_fitting(step: Callable, *args: Any, **kwargs: Any) -> Any:

@@ -1,13 +1,12 @@
 """The user's own optimizer and schedulers, put to work on w in place of the parameters that w moves.
 
 What `configure_optimizers` returns is kept, objects and all, so that any scheduler goes on as it is; only the contents
-of the optimizer's groups are exchanged. The rate of w is multiplied while a step is done, and at no other time:
-schedulers that set absolute rates would undo it.
+of the optimizer's groups are exchanged. The rate of w is multiplied while `optimizer.step` runs, and at no other time:
+schedulers, and a module's own `optimizer_step`, that set absolute rates would undo it.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 
 _USUAL = 3e-3
 _OWN = ("params", "param_names", "weight_decay")
+_INSTEAD = "SubspaceModule(optimizer_fn=lambda params: torch.optim.Adam(params, lr=0.03))"
 
 
 class Recipe:
@@ -24,73 +24,114 @@ class Recipe:
 
     Args:
         configured: what `configure_optimizers` returned; changed in place.
-        moved: the parameters that w moves.
+        moved: the parameters that w moves, by name.
         w: what is trained for them.
         lr_scale: factor for the rate of w.
         weight_decay: of w; None is none at all.
 
     Raises:
-        MisconfigurationException: if there are several optimizers, or groups with different options.
+        MisconfigurationException: if there are several optimizers, groups with different options, or no learning rate;
+            if it leaves out parameters that w moves.
     """
 
     def __init__(
         self,
         configured: Any,
-        moved: Sequence[Tensor],
+        moved: Mapping[str, Tensor],
         w: Sequence[Tensor],
         lr_scale: float,
         weight_decay: float | int | None,
     ):
         self.w, self.lr_scale = list(w), lr_scale
-        found = list({id(optimizer): optimizer for optimizer in _optimizers(configured)}.values())
-        if len(found) != 1:
-            raise MisconfigurationException(
-                f"configure_optimizers made {len(found)} optimizers, w can be trained by one; pass "
-                "SubspaceModule(optimizer_fn=lambda params: torch.optim.Adam(params, lr=0.03))."
-            )
-        (optimizer,) = found
-        self.optimizer = optimizer
-        options = [{k: v for k, v in group.items() if k not in _OWN} for group in optimizer.param_groups]
-        different = {k for k in options[0] if any(other.get(k) != options[0][k] for other in options)}
-        if different:
-            raise MisconfigurationException(
-                f"the groups of parameters in configure_optimizers differ in {', '.join(sorted(different))}, and w "
-                "belongs to all of them at once; pass SubspaceModule(optimizer_fn=lambda params: "
-                "torch.optim.Adam(params, lr=0.03)), or choose parameters of one group with parameters='...'."
-            )
         self.decay = 0.0 if weight_decay is None else weight_decay
-        if weight_decay is None and any(group.get("weight_decay") for group in optimizer.param_groups):
+        self.optimizer = _only(list({id(optimizer): optimizer for optimizer in _optimizers(configured)}.values()))
+        homes = _homes(self.optimizer, moved)
+        if weight_decay is None and any(group.get("weight_decay") for group in homes):
             rank_zero_info(
                 "weight decay on w would pull the weights back to where they started: off, unless "
                 "weight_decay=... is given."
             )
-        taken = {id(parameter) for parameter in moved}
-        for number, group in enumerate(optimizer.param_groups):
+        _warn_if_slow(self.optimizer, homes[0], lr_scale)
+        self.home = [id(group) for group in self.optimizer.param_groups].index(id(homes[0]))
+        taken = {id(parameter) for parameter in moved.values()}
+        for group in homes:
             kept = [parameter for parameter in group["params"] if id(parameter) not in taken]
-            group["params"][:] = [*(self.w if number == 0 else ()), *kept]  # in place: LBFGS holds this very list
+            group["params"][:] = [*(self.w if group is homes[0] else ()), *kept]  # in place: LBFGS holds this very list
             group.pop("param_names", None)
-        _warn_if_slow(optimizer, lr_scale)
+        self._depth = 0
+        self._groups: list[dict[str, Any]] = []
+        self._parts: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        self.optimizer.register_step_pre_hook(self._before_step)
+        self.optimizer.register_step_post_hook(self._after_step)
 
-    @contextmanager
-    def in_step(self) -> Iterator[None]:
-        """The optimizer with a group of its own for w, at its rate and decay."""
-        groups = self.optimizer.param_groups
-        before = list(groups)
+    def _before_step(self, *_: Any) -> None:
+        """Give w a group of its own, at its rate and decay."""
+        self._depth += 1
+        if self._depth > 1:  # the step of a class within that of one made from it
+            return
         own = {id(tensor) for tensor in self.w}
-        with_w = {**before[0], "params": self.w, "lr": before[0]["lr"] * self.lr_scale}
+        self._groups = list(self.optimizer.param_groups)
+        home = self._groups[self.home]
+        with_w = {**home, "params": self.w, "lr": home["lr"] * self.lr_scale}
         if "weight_decay" in with_w:
             with_w["weight_decay"] = self.decay
-        others = [{**g, "params": [p for p in g["params"] if id(p) not in own]} for g in before]
-        groups[:] = [with_w, *(g for g in others if g["params"])]  # in place: Lightning's own wrapper holds this list
-        try:
-            yield
-        finally:
-            groups[:] = before
+        others = [({**g, "params": [p for p in g["params"] if id(p) not in own]}, g) for g in self._groups]
+        parts = [(with_w, home), *((part, group) for part, group in others if part["params"])]
+        self._parts = [(part, dict(part), group) for part, group in parts]
+        self.optimizer.param_groups[:] = [part for part, _ in parts]  # in place: Lightning's wrapper holds this list
+
+    def _after_step(self, *_: Any) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.close()
+
+    def close(self) -> None:
+        """The groups as they were, with what the optimizer wrote into them; nothing if no step is on."""
+        for part, before, group in reversed(self._parts):  # w last: what it says of its group counts
+            for key, value in part.items():
+                if value is not before.get(key):
+                    group[key] = value / self.lr_scale if key == "lr" and part["params"] is self.w else value
+        self.optimizer.param_groups[:] = self._groups or self.optimizer.param_groups
+        self._groups, self._parts, self._depth = [], [], 0
 
 
-def _warn_if_slow(optimizer: Optimizer, lr_scale: float) -> None:
+def _only(found: Sequence[Optimizer]) -> Optimizer:
+    if len(found) != 1:
+        raise MisconfigurationException(
+            f"configure_optimizers made {len(found)} optimizers, w can be trained by one; pass {_INSTEAD}."
+        )
+    return found[0]
+
+
+def _homes(optimizer: Optimizer, moved: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """The groups of what moves; they must agree, and hold all of it."""
+    kind = type(optimizer).__name__
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    left = [name for name, parameter in moved.items() if id(parameter) not in trained]
+    if left:
+        raise MisconfigurationException(
+            f"w moves {len(left)} parameters that {kind} of configure_optimizers does not train: "
+            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}; choose those that it trains with "
+            f"parameters='...', or pass {_INSTEAD}."
+        )
+    taken = {id(parameter) for parameter in moved.values()}
+    homes = [group for group in optimizer.param_groups if any(id(parameter) in taken for parameter in group["params"])]
+    options = [{k: v for k, v in group.items() if k not in _OWN} for group in homes]
+    different = {k for k in options[0] if any(other.get(k) != options[0][k] for other in options)}
+    if different:
+        raise MisconfigurationException(
+            f"the groups of parameters in configure_optimizers differ in {', '.join(sorted(different))}, and w "
+            f"belongs to all of them at once; pass {_INSTEAD}, or choose parameters of one group with parameters='...'."
+        )
+    if options[0].get("lr") is None:
+        raise MisconfigurationException(
+            f"{kind} of configure_optimizers has no learning rate that lr_scale could multiply; pass {_INSTEAD}."
+        )
+    return homes
+
+
+def _warn_if_slow(optimizer: Optimizer, group: Mapping[str, Any], lr_scale: float) -> None:
     """Adam moves θ by lr √n a step, which in a subspace has to be some ten times longer than usual."""
-    group = optimizer.param_groups[0]
     lr = max(float(group.get(key, 0)) for key in ("lr", "initial_lr", "max_lr")) * lr_scale
     if "adam" in type(optimizer).__name__.lower() and lr < _USUAL:
         warnings.warn(

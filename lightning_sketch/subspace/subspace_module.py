@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -141,19 +140,24 @@ class SubspaceModule(Wrapper):
 
     def configure_optimizers(self) -> Any:
         """The module's own, on w."""
+        self._refuse_late_parameters()
         full = [p for p in self.module.parameters() if p.requires_grad] if self.others == "full" else []
         if self.optimizer_fn is not None:
             return self.optimizer_fn([*self.blocks, *full])
         theta = self.weights.parameters()
         with trainable(theta):
             configured = self.module.configure_optimizers()
-        self._recipe = Recipe(configured, theta, self.blocks, self.lr_scale, self.weight_decay)
+        moved = dict(zip(self.weights.layout.names, theta, strict=True))
+        self._recipe = Recipe(configured, moved, self.blocks, self.lr_scale, self.weight_decay)
         return configured
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure=None) -> None:
         """The module's own; then its weights follow w."""
-        with self._recipe.in_step() if self._recipe else nullcontext():
+        try:
             self.module.optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        finally:
+            if self._recipe:
+                self._recipe.close()  # a step that failed
         self.ready()
 
     @torch.no_grad()
@@ -167,11 +171,7 @@ class SubspaceModule(Wrapper):
     def materialize(self) -> LightningModule:
         """A copy of the module with the trained weights, and nothing of the subspace."""
         self.ready()
-        log = self.module.__dict__.pop("log")
-        try:
-            plain = copy.deepcopy(self.module)
-        finally:
-            self.module.__dict__["log"] = log
+        plain = copy.deepcopy(self.module)
         for parameter in self.weights.layout.parameters(plain):
             parameter.requires_grad_(True)
         return plain
@@ -231,6 +231,14 @@ class SubspaceModule(Wrapper):
         self._w_then = None
         self.ready()
         return loaded
+
+    def _refuse_late_parameters(self) -> None:
+        late = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+        if late and self.others == "frozen":
+            raise MisconfigurationException(
+                f"{', '.join(late[:3])}{', ...' if len(late) > 3 else ''} became trainable after the module was "
+                "wrapped, in setup() perhaps; make them in __init__ or configure_model, or pass others='full'."
+            )
 
     def _configure_model(self) -> None:
         self.module.configure_model()

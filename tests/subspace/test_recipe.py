@@ -101,6 +101,68 @@ def test_schedulers_go_on(of_module, of_w):
     assert torch.allclose(found.w.detach(), expected(recipe(3e-2, of_w)), rtol=1e-4, atol=1e-6)
 
 
+class Counting(SGD):
+    """Keeps its count in its groups, and falls with it, as optimizers without a schedule do."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+            group["lr"] = group["lr"] / 2
+        return loss
+
+
+def test_what_an_optimizer_writes_into_its_groups_stays():
+    found, run = fitted(lambda self: Counting(self.parameters(), lr=0.1), steps=3)
+    assert torch.equal(found.w.detach(), expected(lambda params: Counting(params, lr=1.0), steps=3))
+    (group,) = run.optimizers[0].param_groups
+    assert (group["k"], group["lr"]) == (3, pytest.approx(0.1 / 8))
+
+
+def test_a_warm_up_in_the_modules_own_step():
+    """Written into the groups before the step, it is multiplied like any other rate."""
+
+    class Model(Classifier):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            for group in optimizer.param_groups:
+                group["lr"] = 3e-3 * min(1.0, (self.trainer.global_step + 1) / 4)
+            optimizer.step(closure=optimizer_closure)
+
+    pl.seed_everything(0, verbose=False)
+    sub = SubspaceModule(Model(), 16, lr_scale=10)
+    trainer().fit(sub, train_loader(), val_loader())
+
+    def of_w(params):
+        optimizer = Adam(params, lr=3e-2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up(optimizer), "interval": "step"}}
+
+    assert torch.allclose(sub.w.detach(), expected(of_w), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_that_fails_leaves_the_groups_as_they_were():
+    class Fails(Adam):
+        def step(self, closure=None):
+            raise RuntimeError("no step")
+
+    class Model(Classifier):
+        def configure_optimizers(self):
+            self.optimizer = Fails(self.parameters(), lr=3e-3)
+            return self.optimizer
+
+    model = Model()
+    with pytest.raises(RuntimeError, match="no step"):
+        trainer().fit(SubspaceModule(model, 16, lr_scale=10), train_loader(), val_loader())
+    assert [group["lr"] for group in model.optimizer.param_groups] == [3e-3]
+
+
+class RateFree(Adam):
+    """Makes its own rate."""
+
+    def __init__(self, params):
+        super().__init__(params)
+        self.param_groups[0]["lr"] = None
+
+
 def test_a_plateau_is_seen():
     def recipe(self):
         optimizer = Adam(self.parameters(), lr=3e-3)
@@ -125,6 +187,27 @@ def test_decay_of_w_is_off_unless_it_is_given(caplog):
     assert decayed.w.norm() < plain.w.norm()
 
 
+def test_another_group_keeps_its_options_where_the_others_are_trained_in_full():
+    """w takes those of the group that it replaces, the second here."""
+
+    def recipe(self):
+        return SGD([{"params": self.net[2].parameters(), "lr": 0.02}, {"params": self.net[0].parameters()}], lr=0.1)
+
+    sub, run = fitted(recipe, steps=1, parameters="net.0.*", others="full")
+    assert [[p.numel() for p in group["params"]] for group in run.optimizers[0].param_groups] == [[160, 10], [16]]
+    head = [p.detach() for p in sub.module.net[2].parameters()]
+    same, _ = fitted(
+        lambda self: None,
+        steps=1,
+        parameters="net.0.*",
+        others="full",
+        lr_scale=1,
+        optimizer_fn=lambda params: SGD([{"params": params[1:], "lr": 0.02}, {"params": params[:1], "lr": 1.0}]),
+    )
+    assert torch.equal(sub.w, same.w)
+    assert all(torch.equal(one, other) for one, other in zip(head, same.module.net[2].parameters(), strict=True))
+
+
 def test_a_rate_far_below_the_usual_is_warned_of():
     with pytest.warns(UserWarning, match=r"learning rate of 0.0003; .*lr_scale=10"):
         fitted(lambda self: Adam(self.parameters(), lr=3e-4), lr_scale=1)
@@ -139,6 +222,14 @@ def test_a_rate_far_below_the_usual_is_warned_of():
         ),
         (lambda self: [Adam(self.net[0].parameters()), Adam(self.net[2].parameters())], "2 optimizers.*optimizer_fn"),
         (lambda self: None, "0 optimizers.*optimizer_fn"),
+        (
+            lambda self: Adam(self.net[2].parameters()),
+            r"w moves 2 parameters that .* does not train: net.0.weight, net.0.bias; .*parameters='...'",
+        ),
+        (
+            lambda self: RateFree(self.parameters()),
+            "RateFree of configure_optimizers has no learning rate.*optimizer_fn",
+        ),
     ],
 )
 def test_what_cannot_be_reused_asks_for_a_function(recipe, said):

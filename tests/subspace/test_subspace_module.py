@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from nets import Classifier, Convolutional, Tied, train_loader, trainer, val_loader
+from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -124,7 +125,6 @@ def test_materialized_is_a_plain_module_that_trains_on():
     plain = sub.materialize()
     assert type(plain) is Convolutional
     assert all(p.requires_grad for p in plain.parameters())
-    assert "log" not in vars(plain)
     trainer(max_steps=2).fit(plain, train_loader())
     assert not torch.equal(plain.net[1].weight, sub.module.net[1].weight)
     trainer(max_steps=2).fit(sub, train_loader())  # and so does the former
@@ -232,7 +232,6 @@ def test_a_copy_is_a_module_of_its_own():
     run.fit(twin, train_loader(), val_loader())
     assert sub.w.norm() == 0
     assert twin.w.norm() > 0
-    assert twin.module.__dict__["log"].__self__ is twin
     assert "val_acc" in run.callback_metrics
 
 
@@ -340,3 +339,83 @@ def test_configure_model_is_called_again_and_the_start_stays():
     assert all(torch.equal(one, same) for one, same in zip(start, sub.theta0().values(), strict=True))
     moved = torch.cat([(p - t).flatten() for p, t in zip(sub.weights.parameters(), start, strict=True)])
     assert torch.allclose(moved.detach(), sub.directions.rmatvec(sub.w.detach()), atol=1e-5)
+
+
+def test_a_log_of_the_modules_own():
+    class Prefixed(Classifier):
+        def log(self, name, *args, **kwargs):
+            super().log(f"net/{name}", *args, **kwargs)
+
+    run = trainer()
+    run.fit(SubspaceModule(made(Prefixed), 16, lr_scale=10), train_loader(), val_loader())
+    assert {"net/train_loss", "net/val_acc"} <= run.callback_metrics.keys()
+    assert not {"train_loss", "val_acc"} & run.callback_metrics.keys()
+
+
+class Rated(Classifier):
+    """Its rate is an attribute, not a hyper-parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate, self.batch_size = 3e-3, 5
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=self.rate)
+
+    def train_dataloader(self):
+        return train_loader(batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return val_loader()
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Rated, "rate"), (Classifier, "lr")])
+def test_lr_find_sets_the_rate_of_the_module(kind, name, tmp_path):
+    sub = SubspaceModule(made(kind), 16, lr_scale=10)
+    run = trainer(max_steps=2, default_root_dir=tmp_path)
+    data = {} if kind is Rated else {"train_dataloaders": train_loader()}
+    found = Tuner(run).lr_find(sub, **data, attr_name=name, num_training=40, min_lr=1e-4, max_lr=1e-2)
+    held = sub.module.rate if kind is Rated else sub.module.hparams.lr
+    assert held == found.suggestion() != 3e-3
+    run.fit(sub, **data)
+    assert run.optimizers[0].param_groups[0]["lr"] == held
+
+
+def test_the_batch_size_finder_sets_that_of_the_module(tmp_path):
+    sub = SubspaceModule(made(Rated), 16, lr_scale=10)
+    run = trainer(max_steps=2, default_root_dir=tmp_path)
+    assert Tuner(run).scale_batch_size(sub, max_trials=3, steps_per_trial=1) == sub.module.batch_size == 8
+
+
+def test_hyper_parameters_are_seen_together_and_set_where_they_are():
+    class Seeded(Classifier):
+        def __init__(self, seed: int = 7, width: int = 16, lr: float = 3e-3):
+            super().__init__(width, lr)
+            self.save_hyperparameters()
+
+    sub = SubspaceModule(made(Seeded), 16, seed=1, lr_scale=10)
+    assert (sub.hparams.seed, sub.hparams["dim"], sub.hparams.lr) == (1, 16, 3e-3)
+    sub.hparams["lr"], sub.hparams.seed, sub.hparams.note = 0.1, 2, "here"
+    assert (sub.module.hparams.lr, sub.module.hparams.seed) == (0.1, 7)
+    assert (sub.hparams.seed, sub.hparams.note) == (2, "here")
+    assert not {"dim", "note"} & sub.module.hparams.keys()
+
+
+def test_attributes_are_set_where_they_are():
+    sub = SubspaceModule(made(Rated), 16)
+    sub.rate, sub.lr_scale, sub.mine = 0.1, 3.0, 5
+    assert (sub.module.rate, sub.lr_scale, sub.mine) == (0.1, 3.0, 5)
+    assert not {"lr_scale", "mine"} & vars(sub.module).keys()
+
+
+def test_layers_that_come_after_the_wrapping_are_refused():
+    class Late(Classifier):
+        def setup(self, stage):
+            self.head = nn.Linear(10, 10)
+
+    with pytest.raises(
+        MisconfigurationException, match=r"head.weight, head.bias became trainable after.*configure_model"
+    ):
+        trainer().fit(SubspaceModule(made(Late), 16), train_loader())
+    sub = SubspaceModule(made(Late), 16, others="full", lr_scale=10)
+    trainer().fit(sub, train_loader())
