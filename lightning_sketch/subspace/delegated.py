@@ -47,6 +47,11 @@ class Wrapper(ModuleBase):
         """What is logged: the module's hyper-parameters beside the wrapper's own, which win where names are equal."""
         return {**self.module.hparams_initial, **super().hparams_initial}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """The module's own; of hyper-parameters the wrapper's alone, which `load_from_checkpoint` makes it from."""
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(super().hparams)
+        self.module.on_save_checkpoint(checkpoint)
+
     def ready(self) -> None:
         """Bring the inner module up to date; called before each of its steps."""
 

@@ -3,7 +3,7 @@
     θ = θ₀ + Dᵀ w          D = √(max_dim / dim) · (the first dim rows of Π S)
 
 S     a sketch R^n -> R^max_dim, E[SᵀS] = I
-Π     a random permutation of its outputs; left out where dim = max_dim from the start
+Π     a random permutation of its outputs; left out where dim = max_dim from the start, as S is where that is n
 D     R^n -> R^dim, E[DᵀD] = I for every dim: a step of Adam on w has length lr √n in θ, whatever dim is
 
 Without Π a prefix would not be random enough: the first dim rows of a Hadamard matrix repeat with period dim, so
@@ -40,7 +40,7 @@ class Directions(LinearOperator):
 
     @classmethod
     def of(cls, kind: str, n: int, dim: int, seed: int, max_dim: int | None = None) -> "Directions":
-        """Directions of a kind of sketch; all n coordinates themselves where the largest dim is n.
+        """Directions of a kind of sketch; for dim = n without max_dim the n coordinates themselves.
 
         Raises:
             ValueError: unless 0 < dim <= max_dim <= n; if the kind is unknown.
@@ -52,8 +52,9 @@ class Directions(LinearOperator):
                 f"a subspace of n={n} parameters needs 0 < dim <= {'n' if max_dim is None else 'max_dim <= n'}, "
                 f"got {asked}; dim=n trains all of them."
             )
+        nested = max_dim is not None
         sketch = make_sketch(kind, n=n, dim=largest, seed=seed)
-        return cls(Identity(n, n, seed) if largest == n else sketch, dim, max_dim is not None)
+        return cls(Identity(n, n, seed) if dim == n and not nested else sketch, dim, nested)
 
     def doubled(self) -> "Directions":
         """Twice as many, at most all; the former are among them."""

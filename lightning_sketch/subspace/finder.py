@@ -43,8 +43,8 @@ class IntrinsicDimensionFinder(CallbackBase):
 
     Raises:
         ValueError: if an argument is out of its range.
-        MisconfigurationException: at setup, if the module is no `SubspaceModule` with `max_dim`, or there is no
-            validation; at the first validation, if `monitor` is not logged.
+        MisconfigurationException: at setup, if the module is no `SubspaceModule` with `max_dim`, there is no
+            validation, or accumulation is scheduled; at the first validation, if `monitor` is not logged.
 
     Example::
 
@@ -110,9 +110,15 @@ class IntrinsicDimensionFinder(CallbackBase):
             )
         if not trainer.enable_validation:
             raise MisconfigurationException(f"{self.monitor} comes from validation; pass val_dataloaders to fit.")
-        self._rhythm = trainer.val_check_interval, trainer.check_val_every_n_epoch
-        trainer.val_check_interval = self.every_n_train_steps * trainer.accumulate_grad_batches
-        trainer.check_val_every_n_epoch = None
+        if any("AccumulationScheduler" in type(callback).__name__ for callback in trainer.callbacks):
+            raise MisconfigurationException(
+                "IntrinsicDimensionFinder validates by batches, and GradientAccumulationScheduler changes how "
+                "many make a step; use Trainer(accumulate_grad_batches=...)."
+            )
+        if not trainer.fast_dev_run:
+            self._rhythm = trainer.val_check_interval, trainer.check_val_every_n_epoch
+            trainer.val_check_interval = self.every_n_train_steps * trainer.accumulate_grad_batches
+            trainer.check_val_every_n_epoch = None
         if trainer.global_step == 0:
             self.history, self.found, self._window = [], None, [0, 0.0, 0]
 

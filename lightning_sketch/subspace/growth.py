@@ -37,7 +37,7 @@ def carry_over(optimizer: Optimizer, old: Sequence[Tensor], new: Sequence[Tensor
         state = optimizer.state.get(block, {})
         tensors = {name for name, value in state.items() if isinstance(value, Tensor) and value.shape == block.shape}
         if tensors <= _POWERS.keys() and state.keys() <= {*_POWERS, *_COUNTS}:
-            for name in tensors:
+            for name in tensors - ({"momentum_buffer"} if "square_avg" in state else set()):  # RMSprop's is of g / √v
                 state[name] *= shrunk ** _POWERS[name]
         else:
             optimizer.state.pop(block, None)

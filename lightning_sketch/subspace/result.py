@@ -15,7 +15,8 @@ class IntrinsicDimensionResult:
     """Metric against dimension, with the manners of what `Tuner.lr_find` returns."""
 
     results: dict[str, list[Any]]
-    """Plain lists: dim, seed, value, steps, and status ("done", "nan", "out of memory"), an entry for each run."""
+    """Plain lists, an entry for each run: kind ("fit", or "search" in which the dimension doubles), dim, seed, value,
+    steps of the optimizer, and status ("done", "nan", "out of memory", or "not reached" of a search)."""
     monitor: str
     mode: str
     threshold: float
@@ -34,12 +35,17 @@ class IntrinsicDimensionResult:
     def suggestion(self) -> int | None:
         """The smallest dimension whose mean over seeds reaches the target; None if none does, and the reason is said.
 
+        Of searches, which end at another dimension for each seed: the median over seeds of the smallest that reached.
+
         With threshold=0.9 this is the d90 of Li et al. (2018), arXiv:1804.08838.
         """
-        means = self._means()
-        reached = [dim for dim, value in means.items() if reaches(value, self.target, self.mode)]
-        if reached:
-            return min(reached)
+        means = self.means()
+        if "search" in self.results["kind"]:
+            chosen = statistics.median_high(self._smallest_of_each_seed())
+        else:
+            chosen = min((dim for dim, value in means.items() if self._reached(value)), default=math.inf)
+        if chosen < math.inf:
+            return int(chosen)
         known = {dim: value for dim, value in means.items() if not math.isnan(value)}
         best = max(known, key=lambda dim: known[dim] if self.mode == "max" else -known[dim]) if known else None
         rank_zero_info(
@@ -48,6 +54,13 @@ class IntrinsicDimensionResult:
             + f", full training ({self.n}) gives {self.baseline:.4g}. Try larger dims, longer training or another rate."
         )
         return None
+
+    def means(self) -> dict[int, float]:
+        """The metric by dimension, from the smallest on: its mean over the runs there; no number if one gave none."""
+        values: dict[int, list[float]] = {}
+        for dim, value in zip(self.results["dim"], self.results["value"], strict=True):
+            values.setdefault(dim, []).append(value)
+        return {dim: statistics.fmean(values[dim]) for dim in sorted(values)}
 
     def plot(self, suggest: bool = True, show: bool = False, ax: Any = None) -> Any:
         """Metric against dimension: every run, their mean, full training, and the target.
@@ -63,14 +76,19 @@ class IntrinsicDimensionResult:
         suggestion = self.suggestion() if suggest else None
         runs = list(zip(self.results["dim"], self.results["value"], strict=True))
         return metric_over_dim(
-            runs, self._means(), self.baseline, self.target, self.monitor, suggestion, show=show, axes=ax
+            runs, self.means(), self.baseline, self.target, self.monitor, suggestion, show=show, axes=ax
         )
 
-    def _means(self) -> dict[int, float]:
-        values: dict[int, list[float]] = {}
-        for dim, value in zip(self.results["dim"], self.results["value"], strict=True):
-            values.setdefault(dim, []).append(value)
-        return {dim: statistics.fmean(values[dim]) for dim in sorted(values)}
+    def _smallest_of_each_seed(self) -> list[int | float]:
+        """Infinite for a seed that did not reach the target."""
+        runs = list(zip(*(self.results[key] for key in ("seed", "dim", "value")), strict=True))
+        return [
+            min((dim for seed, dim, value in runs if seed == one and self._reached(value)), default=math.inf)
+            for one in sorted(set(self.results["seed"]))
+        ]
+
+    def _reached(self, value: float) -> bool:
+        return reaches(value, self.target, self.mode)
 
 
 def target(mode: str, threshold: float, baseline: float, start: float) -> float:

@@ -13,7 +13,16 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.memory import is_oom_error
 from pytorch_lightning.utilities.seed import isolate_rng
 
-from lightning_sketch._compat import LightningModule, Trainer, close_run, muted_loggers, name_run, train_for
+from lightning_sketch._compat import (
+    CallbackBase,
+    LightningModule,
+    Trainer,
+    close_run,
+    muted_loggers,
+    name_run,
+    train_for,
+    unwrapped,
+)
 from lightning_sketch.gradients import fingerprint
 from lightning_sketch.params import Layout
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
@@ -40,9 +49,12 @@ class Runs:
     Args:
         trainer_fn: as of `IntrinsicDimensionTuner`.
         options: of `SubspaceModule`: sketch, parameters, lr_scale, optimizer_fn.
-        model: a module, or a function that makes one.
+        model: a module, or a function that makes one, which may be compiled.
         data: train and validation loaders, and data module, each or None.
         monitor: the metric that a run is worth.
+
+    Raises:
+        TypeError: if `model` is neither, or a module that is compiled.
     """
 
     def __init__(
@@ -54,8 +66,10 @@ class Runs:
         monitor: str,
     ):
         self.options, self.data, self.monitor = options, data, monitor
+        if hasattr(model, "_orig_mod") or getattr(model, "_compiler_ctx", None) is not None:
+            raise TypeError("a compiled module cannot be copied; pass a function: lambda: torch.compile(Module()).")
         self.made_by = None if isinstance(model, LightningModule) else model
-        self.first = model if self.made_by is None else model()
+        self.first = _with_parameters(model) if self.made_by is None else _made(model)
         self.n = Layout.of(self.first, options["parameters"]).n
         self.theta0 = fingerprint(list(self.first.parameters()))
         self.trainers = Trainers(trainer_fn, self.first)
@@ -74,9 +88,24 @@ class Runs:
         if self.monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
                 f"monitor={self.monitor!r} is not logged in validation, which logs "
-                f"{', '.join(map(repr, trainer.callback_metrics)) or 'nothing'}; log it in validation_step."
+                f"{', '.join(map(repr, trainer.callback_metrics)) or 'nothing'}; log it in validation_step, and leave "
+                "limit_val_batches above 0."
             )
         return self._value(trainer)
+
+    def length(self) -> int:
+        """Optimizer steps of a run, as far as the Trainer says so.
+
+        Raises:
+            MisconfigurationException: if it does not.
+        """
+        steps = self.trainers.peek(self.n).max_steps
+        if steps < 1:
+            raise MisconfigurationException(
+                "method='doubling' takes up to twice the steps of full training, which is not run where baseline is "
+                "given; say how many those are: Trainer(max_steps=...)."
+            )
+        return steps
 
     def full(self) -> Run:
         """All parameters."""
@@ -106,7 +135,7 @@ class Runs:
         """With the weights of the first."""
         if self.made_by is None:
             return copy.deepcopy(self.first)
-        made = self.made_by()
+        made = _made(self.made_by)
         made.load_state_dict(self.first.state_dict())
         return made
 
@@ -139,11 +168,12 @@ class Runs:
             "seed": seed,
             **told,
         }
-        run, noted = self.ledger.find(settings), ", as noted before"
+        run, noted = None if trainer.fast_dev_run else self.ledger.find(settings), ", as noted before"
         if run is None:
             trainer, noted = self.trainers.take(dim), ""
             run = self._fit(trainer, make(), dim, seed, finder)
-            self.ledger.add(settings, run, trainer.is_global_zero)
+            if not trainer.fast_dev_run:
+                self.ledger.add(settings, run, trainer.is_global_zero)
         what = "full training" if told.get("full") else f"dim {run['dim']}"
         rank_zero_info(
             f"{what}, seed {seed}: {self.monitor} {run['value']:.4g}, {run['steps']} steps, {run['status']}{noted}"
@@ -154,34 +184,74 @@ class Runs:
         self, trainer: Trainer, module: LightningModule, dim: int, seed: int, finder: IntrinsicDimensionFinder | None
     ) -> Run:
         train, val, datamodule = self.data
+        validated = LastValidation()
+        trainer.callbacks.append(validated)
         if finder is not None:
             trainer.callbacks.insert(0, finder)
             if finder.max_steps is not None:
                 train_for(trainer, finder.max_steps)
         name_run(trainer, f"dim {dim}", f"intrinsic dimension {self.theta0 % (1 << 32):08x}")
-        value, status = math.nan, "done"
+        status = "done"
         try:
             with isolate_rng():
                 for seeded in (random.seed, np.random.seed, torch.manual_seed):
                     seeded(seed)
                 trainer.fit(module, train, val, datamodule=datamodule)
-                if self.monitor not in trainer.callback_metrics:  # it ended before the first validation
-                    trainer.validate(module, val, datamodule=datamodule, verbose=False)
-            value = self._value(trainer)
-            status = "nan" if math.isnan(value) else "done"
+                if validated.step != trainer.global_step:
+                    with muted_loggers(trainer):
+                        trainer.validate(module, val, datamodule=datamodule, verbose=False)
         except (RuntimeError, MemoryError) as error:
             if not (isinstance(error, MemoryError) or is_oom_error(error)):
                 raise
             status = "out of memory"
-        if finder is not None:
-            dim = module.directions.dim
+        value = self._value(trainer) if status == "done" else math.nan
+        if finder is not None and finder.history:  # of the mean of w, at the dimension that it was taken at
+            dim, value = finder.history[-1]["dim"], finder.history[-1]["value"]
             status = "not reached" if finder.found is None and status == "done" else status
+        status = "nan" if math.isnan(value) and status != "out of memory" else status
         close_run(trainer, {"subspace/dim": float(dim), self.monitor: value})
-        return {"dim": dim, "seed": seed, "value": value, "steps": trainer.global_step, "status": status}
+        return {
+            "kind": "fit" if finder is None else "search",
+            "dim": dim,
+            "seed": seed,
+            "value": value,
+            "steps": trainer.global_step,
+            "status": status,
+        }
 
     def _value(self, trainer: Trainer) -> float:
         """The same on all ranks."""
         return trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+
+
+class LastValidation(CallbackBase):
+    """Remembers the optimizer step at which validation ran."""
+
+    step: int | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of training, not of the sanity check."""
+        if not trainer.sanity_checking:
+            self.step = trainer.global_step
+
+
+def _made(function: Callable[[], LightningModule]) -> LightningModule:
+    """A module with its parameters.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    module = unwrapped(function())
+    if not isinstance(module, LightningModule):
+        raise TypeError(f"model must be a LightningModule or a function that makes one, it gave {type(module)}.")
+    return _with_parameters(module)
+
+
+def _with_parameters(module: LightningModule) -> LightningModule:
+    """Lightning asks of `configure_model` that it can be called again."""
+    if not any(True for _ in module.parameters()):
+        module.configure_model()
+    return module
 
 
 class ConstantRate(SubspaceModule):

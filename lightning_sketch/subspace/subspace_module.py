@@ -37,7 +37,7 @@ class SubspaceModule(Wrapper):
 
     Args:
         module: to be trained; of `pytorch_lightning` or `lightning.pytorch`. Its parameters are frozen from here on.
-        dim: how many numbers are trained, 0 < dim <= n; at n, the weights themselves.
+        dim: how many numbers are trained, 0 < dim <= n; at n without `max_dim`, the weights themselves.
         sketch: kind of the directions: block_srht, affd, afjl, qk, ffd, fjl, gaussian or count_sketch.
         seed: of the directions.
         parameters: shell-style pattern, or several, of the names of the parameters that move. Their number is n.
@@ -81,8 +81,11 @@ class SubspaceModule(Wrapper):
         save_theta0: bool = False,
     ):
         module = unwrapped(module)
-        if not isinstance(module, LightningModule):
-            raise TypeError(f"SubspaceModule wraps a LightningModule, got {type(module).__name__}; make it one.")
+        if not isinstance(module, LightningModule) or isinstance(module, SubspaceModule):
+            raise TypeError(
+                f"SubspaceModule wraps a LightningModule, got {type(module).__name__}; make it one, or materialize() it"
+                " first."
+            )
         if not module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(module).__name__} optimizes by hand, with gradients of weights that are not trained here; use "
@@ -96,6 +99,11 @@ class SubspaceModule(Wrapper):
         self.save_hyperparameters(ignore=["module", "optimizer_fn"])
         self.others, self.implicit, self.save_theta0 = others, implicit, save_theta0
         self.lr_scale, self.weight_decay, self.optimizer_fn = float(lr_scale), weight_decay, optimizer_fn
+        if any(True for _ in module.parameters()) and not any(p.requires_grad for p in module.parameters()):
+            raise ValueError(
+                f"all parameters of {type(module).__name__} are frozen, as of a module that is in a SubspaceModule "
+                "already; give each its own copy.deepcopy(module)."
+            )
         self._asked = (parameters, sketch, dim, seed, max_dim)
         self._recipe: Recipe | None = None
         self._begun = False
@@ -172,6 +180,7 @@ class SubspaceModule(Wrapper):
         """A copy of the module with the trained weights, and nothing of the subspace."""
         self.ready()
         plain = copy.deepcopy(self.module)
+        plain._current_fx_name = plain._metric_attributes = None  # of a fit that may be on
         for parameter in self.weights.layout.parameters(plain):
             parameter.requires_grad_(True)
         return plain
@@ -280,6 +289,8 @@ class SubspaceModule(Wrapper):
         if self._begun:
             self.weights.to(fn)
             self._w_then = None
+            if not self.blocks[0].is_meta:
+                self.ready()  # at once: nobody can while a graph is traced
         return self
 
 

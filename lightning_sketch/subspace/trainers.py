@@ -1,6 +1,7 @@
 """A new Trainer for each run: one that has fitted would do no step more."""
 
 import copy
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ class Trainers:
 
     def __init__(self, trainer_fn: Callable[[int], Trainer] | dict[str, Any], module: LightningModule):
         self.trainer_fn, self.kind = trainer_fn, trainer_class(module)
-        self.made: list[Trainer] = []
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()  # none is kept alive for this
         self.waiting: dict[int, list[Trainer]] = {}
 
     def check(self, dims: list[int]) -> None:
@@ -55,16 +56,15 @@ class Trainers:
             raise MisconfigurationException(
                 f"trainer_fn({dim}) gave {type(trainer).__name__}, no Trainer; use lambda dim: Trainer(...)."
             )
-        if trainer.state.fn is not None or any(trainer is other for other in self.made):
+        if trainer.state.fn is not None or trainer in self.seen:
             raise MisconfigurationException(
                 f"trainer_fn({dim}) gave a Trainer that is in use; make a new one each time: lambda dim: Trainer(...)."
             )
-        loggers = [logger for other in self.made for logger in other.loggers]
-        if any(logger is other for logger in trainer.loggers for other in loggers):
+        if any(logger in self.seen for logger in trainer.loggers):
             raise MisconfigurationException(
                 "trainer_fn gave two Trainers one logger, which holds one run; make the logger in trainer_fn too."
             )
-        self.made.append(trainer)
+        self.seen.update([trainer, *trainer.loggers])
         return trainer
 
     def _of_arguments(self, dim: int) -> Trainer:

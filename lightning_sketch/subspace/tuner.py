@@ -32,7 +32,8 @@ class IntrinsicDimensionTuner:
     Raises:
         ValueError: by `find`, before training: if an argument is out of its range; if no parameter matches.
         MisconfigurationException: by `find`, before training: if `trainer_fn` gives the same Trainer or logger twice;
-            if `monitor` is not logged in validation.
+            if `monitor` is not logged in validation; for "doubling" with a `baseline`, without max_steps.
+        TypeError: by `find`, before training: if `model` is neither a module nor a function that makes one.
 
     Example::
 
@@ -67,7 +68,8 @@ class IntrinsicDimensionTuner:
         val_dataloaders: Any = None,
         datamodule: Any = None,
         dims: Sequence[int] | None = None,
-        monitor: str = "val_loss",
+        *,
+        monitor: str,
         mode: str = "max",
         threshold: float | int = 0.9,
         seeds: int = 1,
@@ -89,7 +91,7 @@ class IntrinsicDimensionTuner:
             val_dataloaders: as in `Trainer.fit`.
             datamodule: as in `Trainer.fit`.
             dims: to try. None is 8, 16, 32, ... and n; then "grid" ends at the first that is large enough.
-            monitor: a metric that `validation_step` logs. The value of a run is its last one.
+            monitor: a metric that `validation_step` logs. The value of a run is that at its end.
             mode: "max" if larger is better, "min" if smaller is.
             threshold: part of what full training gains, in (0, 1].
             seeds: number of runs for each dimension, each with its own directions and order of the data.
@@ -106,7 +108,10 @@ class IntrinsicDimensionTuner:
             f"intrinsic dimension of {runs.n:,} parameters: in subspaces the module's learning rate x "
             f"{self.options['lr_scale']:g}; runs are noted in {runs.ledger.path}"
         )
-        full = runs.full() if baseline is None else {"value": float(baseline), "steps": None}
+        if baseline is not None:
+            full = {"value": float(baseline), "steps": runs.length() if method == "doubling" else 0}
+        else:
+            full = runs.full()
         if not math.isfinite(full["value"]):
             raise MisconfigurationException(f"full training gives {monitor} = {full['value']}; mend that first.")
         aim = target(mode, float(threshold), full["value"], start)
@@ -133,7 +138,7 @@ class IntrinsicDimensionTuner:
             done = list(_bisect(ladder, at, reached))
         else:
             done = list(_grid(ladder, at, reached if dims is None else lambda several: False))
-        results = {key: [run[key] for run in done] for key in ("dim", "seed", "value", "steps", "status")}
+        results = {key: [run[key] for run in done] for key in ("kind", "dim", "seed", "value", "steps", "status")}
         return IntrinsicDimensionResult(results, monitor, mode, float(threshold), runs.n, full["value"], start)
 
 
@@ -177,11 +182,11 @@ def _bisect(ladder: list[int], at: Callable[[int], list[Run]], reached: Callable
 
 
 def _doubling(
-    runs: Runs, ladder: list[int], seed: int, steps: int | None, rule: tuple[str, float, str, float]
+    runs: Runs, ladder: list[int], seed: int, steps: int, rule: tuple[str, float, str, float]
 ) -> Iterator[Run]:
     """A search of at most twice the steps of full training, judged every eighth of them; then a run at half."""
-    cadence, most = (max(1, steps // 8), 2 * steps) if steps else (100, None)
-    found = runs.search(IntrinsicDimensionFinder(*rule, cadence, most), ladder[0], ladder[-1], seed)
+    finder = IntrinsicDimensionFinder(*rule, max(1, steps // 8), 2 * steps)
+    found = runs.search(finder, ladder[0], ladder[-1], seed)
     yield found
     if found["status"] == "done" and found["dim"] > 1:
         yield runs.at(found["dim"] // 2, seed)

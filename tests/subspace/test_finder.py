@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from nets import Classifier, train_loader, trainer, val_loader
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -50,6 +51,12 @@ def test_the_rule():
     assert finder.suggestion() == 50
     assert run.global_step == 32
     assert sub.directions.dim == 50
+
+
+def test_just_delta_better_is_better():
+    finder, _, _ = searched([0.25, 0.5, 0.75, 0.9], delta=0.25, target=2.0, steps=16)
+    assert dims(finder) == [8, 8, 8, 8]
+    assert finder.suggestion() is None
 
 
 def test_smaller_can_be_better():
@@ -103,10 +110,22 @@ def test_a_doubling_leaves_the_weights_and_rescales_w():
     assert [len(block) for block in sub.blocks] == [8, 8, 16, 32]
 
 
-@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.RMSprop])
-def test_the_state_is_that_of_gradients_that_were_always_so_small(kind):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (torch.optim.Adam, {}),
+        (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.AdamW, {}),
+        (torch.optim.NAdam, {}),
+        (torch.optim.RAdam, {}),
+        (torch.optim.Adamax, {}),
+        (torch.optim.Adagrad, {}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}),
+    ],
+)
+def test_the_state_is_that_of_gradients_that_were_always_so_small(kind, options):
     """An optimizer that saw √½ of each gradient has the same state as one that is carried over."""
-    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     torch.manual_seed(0)
     gradients = torch.randn(5, 6)
     w, same = nn.Parameter(torch.zeros(6)), nn.Parameter(torch.zeros(6))
@@ -192,6 +211,10 @@ def test_what_cannot_be_searched_is_refused_before_training():
     nested = SubspaceModule(Classifier(), 8, max_dim=16, lr_scale=10)
     with pytest.raises(MisconfigurationException, match="val_dataloaders"):
         trainer(finder).fit(nested, train_loader())
+    with pytest.raises(MisconfigurationException, match="accumulate_grad_batches"):
+        trainer(finder, GradientAccumulationScheduler({2: 2})).fit(copy.deepcopy(nested), train_loader(), val_loader())
     other = IntrinsicDimensionFinder("accuracy", 0.9, every_n_train_steps=2)
+    with pytest.raises(MisconfigurationException, match=r"'accuracy' was not logged.*'val_acc'"):
+        trainer(other, fast_dev_run=True).fit(copy.deepcopy(nested), train_loader(), val_loader())
     with pytest.raises(MisconfigurationException, match=r"'accuracy' was not logged.*'val_acc'"):
         trainer(other).fit(copy.deepcopy(nested), train_loader(), val_loader())

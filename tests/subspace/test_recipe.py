@@ -188,7 +188,7 @@ def test_decay_of_w_is_off_unless_it_is_given(caplog):
 
 
 def test_another_group_keeps_its_options_where_the_others_are_trained_in_full():
-    """w takes those of the group that it replaces, the second here."""
+    """Those of w are of the group that it replaces, the second here."""
 
     def recipe(self):
         return SGD([{"params": self.net[2].parameters(), "lr": 0.02}, {"params": self.net[0].parameters()}], lr=0.1)

@@ -1,6 +1,10 @@
 """θ = θ₀ + Dᵀ w: gradients, steps, and a module inside that notices nothing."""
 
 import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -178,6 +182,27 @@ def test_compiled_inside():
     assert torch.allclose(first_gradient(made(Compiled)), first_gradient(made()), rtol=1e-5, atol=1e-7)
 
 
+def test_compiled_as_a_whole():
+    """In a process of its own: what checks types in the tests cannot be compiled."""
+    folder = Path(__file__).parent
+    done = subprocess.run([sys.executable, "compiled.py"], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    plain, inside, outside = (torch.tensor(found) for found in json.loads(done.stdout.splitlines()[-1]))
+    assert torch.allclose(inside, plain, rtol=1e-5, atol=1e-7)
+    assert torch.allclose(outside, plain, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("implicit", [True, False])
+def test_its_graph_can_be_logged(implicit, tmp_path):
+    module = made()
+    module.example_input_array = torch.zeros(2, 64)
+    logger = pl.loggers.TensorBoardLogger(tmp_path, log_graph=True)
+    run = trainer(logger=logger)
+    run.fit(SubspaceModule(module, 16, lr_scale=10, implicit=implicit), train_loader())
+    assert run.global_step == 8
+
+
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_half_precision(precision):
     """Gradients of 8 bits; θ follows w to the rounding of its own type."""
@@ -284,6 +309,8 @@ class ByHand(Classifier):
         ({"max_dim": 8}, ValueError, "max_dim=8"),
         ({"module": ByHand}, MisconfigurationException, "optimizes by hand"),
         ({"module": lambda: nn.Linear(2, 2)}, TypeError, "wraps a LightningModule, got Linear"),
+        ({"module": lambda: SubspaceModule(Classifier(), 4)}, TypeError, "got SubspaceModule; .*materialize"),
+        ({"module": lambda: SubspaceModule(Classifier(), 4).module}, ValueError, "in a SubspaceModule .*deepcopy"),
     ],
 )
 def test_what_cannot_be_is_refused_when_it_is_made(untyped, options, error, said):
@@ -413,9 +440,7 @@ def test_layers_that_come_after_the_wrapping_are_refused():
         def setup(self, stage):
             self.head = nn.Linear(10, 10)
 
-    with pytest.raises(
-        MisconfigurationException, match=r"head.weight, head.bias became trainable after.*configure_model"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"head.weight, head.bias became trainable.*configure_model"):
         trainer().fit(SubspaceModule(made(Late), 16), train_loader())
     sub = SubspaceModule(made(Late), 16, others="full", lr_scale=10)
     trainer().fit(sub, train_loader())

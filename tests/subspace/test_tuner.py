@@ -1,12 +1,15 @@
 """The search by several runs: real fits on digits; what is refused; what a restart finds done."""
 
 import copy
+import gc
 import json
 import math
+import weakref
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from nets import Classifier, train_loader, trainer, val_loader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -44,6 +47,7 @@ def test_grid(tmp_path):
     result = find(searcher, model, seeds=2)
     assert result.results["dim"] == [4, 4, 32, 32, 128, 128, 512, 512]
     assert result.results["seed"] == [0, 1] * 4
+    assert result.results["kind"] == ["fit"] * 8
     assert result.results["steps"] == [100] * 8
     assert result.results["status"] == ["done"] * 8
     assert all(type(value) is float for value in result.results["value"])
@@ -96,7 +100,8 @@ def test_doubling_is_verified_at_half(tmp_path):
     result = find(tuner(tmp_path, steps=80)[0], made(), method="doubling", dims=[4, 512])
     found, half = result.results["dim"]
     assert half == found // 2
-    assert result.results["steps"][0] <= 2 * 120
+    assert result.results["steps"][0] <= 2 * 80
+    assert result.results["kind"] == ["search", "fit"]
     assert result.suggestion() in (found, half)
     assert found >= 64
 
@@ -225,9 +230,39 @@ def test_bad_input_is_refused_before_training(tmp_path):
             find(searcher, Untouched(), **options)
 
 
+def of_runs(runs):
+    """Full training gives 0.9, so that 0.81 is the target."""
+    columns = dict(zip(("kind", "dim", "seed", "value"), map(list, zip(*runs, strict=True)), strict=True))
+    more = {"steps": [9] * len(runs), "status": ["done"] * len(runs)}
+    return IntrinsicDimensionResult({**columns, **more}, "val_acc", "max", 0.9, 100, 0.9, 0.1)
+
+
+def test_means_over_seeds_decide():
+    result = of_runs([("fit", 8, 0, 0.9), ("fit", 8, 1, 0.7), ("fit", 16, 0, 0.8), ("fit", 16, 1, 0.84)])
+    assert result.means() == {8: pytest.approx(0.8), 16: pytest.approx(0.82)}
+    assert result.suggestion() == 16
+
+
+@pytest.mark.parametrize(
+    ("found", "suggested"),
+    [([(32, 16, 0.9), (64, 32, 0.7), (128, 64, 0.9)], 64), ([(32, 16, 0.9), (64, 32, 0.7)], 64), ([(8, 4, 0.9)], 4)],
+    ids=["16, 64, 64", "16, 64", "4"],
+)
+def test_searches_of_several_seeds_give_their_median(found, suggested):
+    """Not the luckiest: a dimension that one seed alone tried says nothing of the others. Of two, the larger."""
+    runs = []
+    for seed, (dim, half, value) in enumerate(found):
+        runs += [("search", dim, seed, 0.85), ("fit", half, seed, value)]
+    assert of_runs(runs).suggestion() == suggested
+
+
+def test_most_searches_must_arrive():
+    reached, not_reached = ("search", 32, 0, 0.85), [("search", 64, seed, 0.5) for seed in (1, 2)]
+    assert of_runs([reached, *not_reached]).suggestion() is None
+
+
 def test_no_suggestion_says_why(caplog):
-    results = {"dim": [8, 16], "seed": [0, 0], "value": [0.3, 0.5], "steps": [9, 9], "status": ["done", "done"]}
-    result = IntrinsicDimensionResult(results, "val_acc", "max", 0.9, 100, 0.9, 0.1)
+    result = of_runs([("fit", 8, 0, 0.3), ("fit", 16, 0, 0.5)])
     with caplog.at_level("INFO"):
         assert result.suggestion() is None
     assert "no dimension reached val_acc 0.81: the best is 0.5 at dim 16" in caplog.text
@@ -237,15 +272,8 @@ def test_no_suggestion_says_why(caplog):
 def test_a_plot_into_given_axes():
     from matplotlib.figure import Figure
 
-    results = {
-        "dim": [8, 16, 16],
-        "seed": [0, 0, 1],
-        "value": [0.3, 0.9, 0.8],
-        "steps": [9] * 3,
-        "status": ["done"] * 3,
-    }
     axes = Figure().subplots()
-    figure = IntrinsicDimensionResult(results, "val_acc", "max", 0.9, 100, 0.9, 0.1).plot(ax=axes)
+    figure = of_runs([("fit", 8, 0, 0.3), ("fit", 16, 0, 0.9), ("fit", 16, 1, 0.8)]).plot(ax=axes)
     assert figure is axes.figure
     assert any("suggestion: 16" in text.get_text() for text in axes.get_legend().get_texts())
 
@@ -306,3 +334,120 @@ def test_runs_on_other_loaders_are_not_taken_for_these(tmp_path):
         searcher.find(made(), data, val_loader(), dims=[4], monitor="val_acc", baseline=0.9)
         counts.append(len(json.loads((tmp_path / FILE).read_text())))
     assert counts == [1, 1, 2, 3]
+
+
+def test_the_value_of_a_run_is_that_at_its_end(tmp_path):
+    """Twelve steps with a validation every eight: the last one is of the weights that training ended with."""
+    ended = []
+
+    class Watch(pl.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            ended.append(pl_module.materialize())
+
+    def trainer_fn(dim):
+        options = {"val_check_interval": 8, "check_val_every_n_epoch": None}
+        return trainer(Watch(), max_steps=12, default_root_dir=tmp_path, **options)
+
+    result = find(IntrinsicDimensionTuner(trainer_fn), made(), dims=[64], baseline=0.9)
+    at_the_end = trainer().validate(ended[0], val_loader(), verbose=False)[0]["val_acc"]
+    assert result.results["value"] == [pytest.approx(at_the_end)]
+
+
+class Halting(Classifier):
+    """Gets better until the last validation of a search of sixteen steps."""
+
+    def validation_step(self, batch):
+        self.log("val_acc", 0.06 * min(self.trainer.global_step, 15))
+
+
+def test_a_search_that_does_not_arrive_says_how_far_it_came(tmp_path):
+    """The dimension that the last value was measured at, although it was doubled after that."""
+    pl.seed_everything(0, verbose=False)
+    searcher = tuner(tmp_path, steps=8)[0]
+    result = find(searcher, Halting(), method="doubling", dims=[4, 512], baseline=1.0, threshold=1.0)
+    assert result.results == {
+        "kind": ["search"],
+        "dim": [4],
+        "seed": [0],
+        "value": [pytest.approx(0.9)],
+        "steps": [16],
+        "status": ["not reached"],
+    }
+    assert result.suggestion() is None
+
+
+def test_doubling_with_a_baseline_needs_the_length_of_full_training(tmp_path):
+    def trainer_fn(dim):
+        return trainer(max_epochs=1, max_steps=-1, default_root_dir=tmp_path)
+
+    with pytest.raises(MisconfigurationException, match=r"Trainer\(max_steps=...\)"):
+        find(IntrinsicDimensionTuner(trainer_fn), made(), method="doubling", baseline=0.9)
+
+
+def test_a_fast_dev_run_tries_all_and_notes_nothing(tmp_path):
+    def trainer_fn(dim):
+        return trainer(fast_dev_run=True, default_root_dir=tmp_path)
+
+    for method in ("grid", "doubling"):
+        result = find(IntrinsicDimensionTuner(trainer_fn), made(), method=method, dims=[4, 32], threshold=1.0)
+        assert set(result.results["steps"]) == {1}
+    assert not (tmp_path / FILE).exists()
+
+
+def test_trainers_and_modules_of_runs_that_are_done_are_let_go(tmp_path):
+    alive = []
+
+    def trainer_fn(dim):
+        gc.collect()
+        alive.append(sum(one() is not None for one in made_before))
+        made_before.append(weakref.ref(run := trainer(max_steps=2, default_root_dir=tmp_path)))
+        return run
+
+    made_before: list[weakref.ref] = []
+    find(IntrinsicDimensionTuner(trainer_fn), made(), dims=[4, 8, 16, 32, 64])
+    assert max(alive) <= 2
+
+
+class Unlogged(Classifier):
+    """Lightning's `log` cannot be compiled."""
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class Late(Classifier):
+    """Makes its layers where Lightning asks for them."""
+
+    def network(self, width):
+        return None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = Classifier.network(self, 16)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Late, lambda: Late(), lambda: torch.compile(Unlogged(), backend="eager")],
+    ids=["late", "made", "compiled"],
+)
+def test_modules_that_are_made_late_or_compiled(tmp_path, model):
+    pl.seed_everything(0, verbose=False)
+    result = find(tuner(tmp_path, steps=4)[0], model() if model is Late else model, dims=[4, 32], baseline=0.9)
+    assert result.n == 64 * 16 + 16 + 16 * 10 + 10
+    assert result.results["status"] == ["done", "done"]
+
+
+def test_what_is_no_model(tmp_path, untyped):
+    for model, said in [
+        (torch.compile(made(), backend="eager"), "lambda: torch.compile"),
+        (lambda: torch.nn.Linear(2, 2), "must be a LightningModule or a function"),
+    ]:
+        with pytest.raises(TypeError, match=said):
+            find(tuner(tmp_path)[0], model)
+
+
+def test_validation_that_is_switched_off(tmp_path):
+    searcher = IntrinsicDimensionTuner(lambda dim: trainer(limit_val_batches=0, default_root_dir=tmp_path))
+    with pytest.raises(MisconfigurationException, match="limit_val_batches above 0"):
+        find(searcher, made())
