@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_sketch._compat import Trainer, evaluated_loader, muted_loggers
 from lightning_sketch.attribution.rows import UNKNOWN_ID
 from lightning_sketch.attribution.sketch_gradients import ExampleRows
-from lightning_sketch.callbacks.step_rows import one_rate
+from lightning_sketch.callbacks.optimizers import groups_of_step, one_rate
 from lightning_sketch.callbacks.store_run import Copies, StoreRun
 
 
@@ -40,7 +40,7 @@ class CheckpointRows:
             self._check_numbers(ids, loader)
         rows.columns["padded"][:] = self.copies[loader].among(len(rows))
         rows.columns["dataloader"] = torch.full_like(ids, loader)
-        rate = one_rate([group for optimizer in trainer.optimizers for group in optimizer.param_groups])
+        rate = one_rate(groups_of_step(trainer, trainer.optimizers))
         now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "lr": rate}
         self.run.put(rows, self.stage, **(self.moment or now))
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_sketch._compat import Trainer, loss_scale
 from lightning_sketch.attribution import SketchedGradients
 from lightning_sketch.attribution.rows import UNKNOWN_ID
+from lightning_sketch.callbacks.optimizers import groups_of_step, one_rate
 from lightning_sketch.callbacks.second_pass import SecondPass
-from lightning_sketch.callbacks.step_rows import one_rate
 from lightning_sketch.callbacks.store_run import Copies
 from lightning_sketch.gradients import fingerprint, num_examples, own_scale, training_step_loss
 from lightning_sketch.gradients.engines import ExampleSketches
@@ -122,7 +122,7 @@ class TrainingExamples:
         if one.second is not None:
             rows += one.second.float().cpu()
         count = len(one.ids)
-        rate = one_rate([group for optimizer in trainer.optimizers for group in optimizer.param_groups])
+        rate = one_rate(groups_of_step(trainer, trainer.optimizers))
         columns = {
             "example_id": one.ids,
             "padded": one.padded,

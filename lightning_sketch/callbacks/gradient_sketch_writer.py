@@ -1,5 +1,6 @@
 """Store sketched gradients while training, and at checkpoints."""
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ from lightning_sketch.callbacks.example_rows import TrainingExamples
 from lightning_sketch.callbacks.fits import check_rows
 from lightning_sketch.callbacks.log_spectrum import log_scalars
 from lightning_sketch.callbacks.opening import ROWS, Opening
+from lightning_sketch.callbacks.optimizers import one_rate
 from lightning_sketch.callbacks.second_pass import left_by_hooks, without
-from lightning_sketch.callbacks.step_rows import StepRows, one_rate
+from lightning_sketch.callbacks.step_rows import StepRows
 from lightning_sketch.callbacks.store_run import StoreRun
 from lightning_sketch.gradients import num_examples, training_step_loss
 from lightning_sketch.gradients.engines import ENGINES, ONE_BY_ONE, ExampleSketches
@@ -26,6 +28,7 @@ from lightning_sketch.gradients.norms import couples
 from lightning_sketch.gradients.own_scale import REDUCTIONS
 from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.params import Layout
+from lightning_sketch.subspace import SubspaceModule
 
 
 class GradientSketchWriter(CallbackBase):
@@ -153,7 +156,8 @@ class GradientSketchWriter(CallbackBase):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the moment of a checkpoint that is looked at."""
         groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
-        self._moment = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"], "lr": one_rate(groups)}
+        rate = math.nan if isinstance(pl_module, SubspaceModule) else one_rate(groups)  # there they are not those of w
+        self._moment = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"], "lr": rate}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work; from here on take the index off the batches of an `IndexedDataset`."""

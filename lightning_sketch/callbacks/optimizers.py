@@ -1,11 +1,13 @@
-"""What the Trainer's optimizers say of stability."""
+"""What the Trainer's optimizers say of their rates, and of stability."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from lightning_sketch._compat import Trainer
+from lightning_sketch.subspace import SubspaceModule
 
 
 class Stability(NamedTuple):
@@ -22,12 +24,20 @@ UNKNOWN = Stability(math.nan, math.nan)
 
 def stability(trainer: Trainer) -> Stability:
     """Of the Trainer's optimizers as they are now."""
-    return Stability(_learning_rate(trainer), _stable_below(trainer))
+    return Stability(one_rate(groups_of_step(trainer, trainer.optimizers)), _stable_below(trainer))
 
 
-def _learning_rate(trainer: Trainer) -> float:
-    """The learning rate, where all parameters have the same; else NaN."""
-    rates = {float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups}
+def groups_of_step(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> list[Mapping[str, Any]]:
+    """The groups of optimizers as a step has them."""
+    module = trainer.lightning_module
+    if isinstance(module, SubspaceModule):
+        return module.groups(optimizers)
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def one_rate(groups: Sequence[Mapping[str, Any]]) -> float:
+    """The learning rate of groups, where all have the same; else NaN."""
+    rates = {float(group["lr"]) for group in groups}
     return rates.pop() if len(rates) == 1 else math.nan
 
 
@@ -38,14 +48,11 @@ def _stable_below(trainer: Trainer) -> float:
     Source: Cohen et al. (2021), "Gradient descent on neural networks typically occurs at the edge of stability",
     ICLR 2021, arXiv:2103.00065, eqs. (1), (2) and appendix B.
     """
-    lr = _learning_rate(trainer)
+    found = groups_of_step(trainer, trainer.optimizers)
+    lr = one_rate(found)
     if not lr > 0 or not all(type(optimizer) is torch.optim.SGD for optimizer in trainer.optimizers):
         return math.nan
-    options = {
-        tuple(group[name] for name in ("momentum", "nesterov", "dampening", "maximize"))
-        for optimizer in trainer.optimizers
-        for group in optimizer.param_groups
-    }
+    options = {tuple(group[name] for name in ("momentum", "nesterov", "dampening", "maximize")) for group in found}
     if len(options) > 1:
         return math.nan
     ((momentum, nesterov, dampening, maximize),) = options

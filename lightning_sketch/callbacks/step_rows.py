@@ -1,6 +1,5 @@
 """The row of an optimizer step: the sketch of the gradient that the step is made from."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from lightning_sketch._compat import Trainer, gradient_scale, loss_scale
 from lightning_sketch.attribution import SketchedGradients
 from lightning_sketch.attribution.rows import UNKNOWN_ID
+from lightning_sketch.callbacks.optimizers import groups_of_step, one_rate
 from lightning_sketch.gradients import fingerprint
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.params import Layout
@@ -55,7 +55,7 @@ class StepRows:
         columns: dict[str, Any] = {
             "step": step,
             "epoch": trainer.current_epoch,
-            "lr": one_rate(optimizer.param_groups),
+            "lr": one_rate(groups_of_step(trainer, [optimizer])),
             "loss": float(loss),
             "fingerprint": self._fingerprint(),
         }
@@ -79,12 +79,6 @@ class StepRows:
             return rows
         ids = _of_all_ranks(trainer, ids)
         return [SketchedGradients(r.sketches, r.sketch, {**r.columns, "example_ids": ids[None]}) for r in rows]
-
-
-def one_rate(groups: Sequence[Mapping[str, Any]]) -> float:
-    """The learning rate of an optimizer's groups, where all have the same; else NaN."""
-    rates = {float(group["lr"]) for group in groups}
-    return rates.pop() if len(rates) == 1 else torch.nan
 
 
 def _of_all_ranks(trainer: Trainer, ids: Tensor) -> Tensor:

@@ -44,8 +44,12 @@ class Wrapper(ModuleBase):
 
     @property
     def hparams_initial(self) -> dict[str, Any]:
-        """What is logged: the module's hyper-parameters beside the wrapper's own, which win where names are equal."""
-        return {**self.module.hparams_initial, **super().hparams_initial}
+        """What is logged: the module's hyper-parameters, and the wrapper's own as `subspace/dim` and so on.
+
+        Loggers refuse a name that both a module and its data have, `seed` for instance.
+        """
+        own = {f"subspace/{name}": value for name, value in super().hparams_initial.items()}
+        return {**self.module.hparams_initial, **own}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """The module's own; of hyper-parameters the wrapper's alone, which `load_from_checkpoint` makes it from."""
@@ -86,7 +90,7 @@ class Wrapper(ModuleBase):
             setattr(self.module, name, value)
 
     def _has(self, name: str) -> bool:
-        return any(name in place for place in (self.__dict__, self._parameters, self._modules, dir(type(self))))
+        return name in self.__dict__ or name in self._parameters or name in self._modules or hasattr(type(self), name)
 
 
 class _Both(AttributeDict):

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_sketch.gradients import fingerprint
 from lightning_sketch.params import Layout
 from lightning_sketch.subspace.directions import Directions
 
@@ -57,6 +58,30 @@ class MovingWeights:
     def to(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Bring θ₀ where a module's `_apply` brings its parameters."""
         self.start = [fn(tensor) for tensor in self.start]
+
+
+class FrozenWeights:
+    """Parameters that are not trained, and how they were: a module may move its own, as a mean teacher does.
+
+    Args:
+        module: that holds them.
+        names: of the parameters that w moves.
+    """
+
+    def __init__(self, module: nn.Module, names: Sequence[str]):
+        self.module, self.moving = module, frozenset(names)
+        self.start = self._fingerprints()
+
+    def unchanged(self) -> set[str]:
+        """Names of those that are as at the start."""
+        return {name for name, found in self._fingerprints().items() if self.start.get(name) == found}
+
+    def _fingerprints(self) -> dict[str, int]:
+        return {
+            name: fingerprint([_local(parameter)])
+            for name, parameter in self.module.named_parameters(remove_duplicate=False)
+            if not parameter.requires_grad and name not in self.moving
+        }
 
 
 def _at_least_float32(w: Tensor) -> Tensor:

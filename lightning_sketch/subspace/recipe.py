@@ -1,13 +1,13 @@
 """The user's own optimizer and schedulers, put to work on w in place of the parameters that w moves.
 
 What `configure_optimizers` returns is kept, objects and all, so that any scheduler goes on as it is; only the contents
-of the optimizer's groups are exchanged. The rate of w is multiplied while `optimizer.step` runs, and at no other time:
-schedulers, and a module's own `optimizer_step`, that set absolute rates would undo it.
+of the optimizer's groups are exchanged. The rate of w is multiplied while the optimizer itself is at work, and at no
+other time, not in the closure that it is given either: schedulers and modules that set absolute rates would undo it.
 """
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -60,39 +60,72 @@ class Recipe:
             group.pop("param_names", None)
         self._depth = 0
         self._groups: list[dict[str, Any]] = []
-        self._parts: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
+        self._parts: list[_Part] = []
         self.optimizer.register_step_pre_hook(self._before_step)
         self.optimizer.register_step_post_hook(self._after_step)
 
-    def _before_step(self, *_: Any) -> None:
-        """Give w a group of its own, at its rate and decay."""
-        self._depth += 1
-        if self._depth > 1:  # the step of a class within that of one made from it
-            return
+    def groups(self) -> list[dict[str, Any]]:
+        """Copies of the optimizer's groups as a step has them: w in one of its own, at its rate and decay."""
+        return [part.now for part in self._parts or self._divided()]
+
+    def _divided(self) -> "list[_Part]":
         own = {id(tensor) for tensor in self.w}
-        self._groups = list(self.optimizer.param_groups)
-        home = self._groups[self.home]
+        groups = self.optimizer.param_groups
+        home = groups[self.home]
         with_w = {**home, "params": self.w, "lr": home["lr"] * self.lr_scale}
         if "weight_decay" in with_w:
             with_w["weight_decay"] = self.decay
-        others = [({**g, "params": [p for p in g["params"] if id(p) not in own]}, g) for g in self._groups]
-        parts = [(with_w, home), *((part, group) for part, group in others if part["params"])]
-        self._parts = [(part, dict(part), group) for part, group in parts]
-        self.optimizer.param_groups[:] = [part for part, _ in parts]  # in place: Lightning's wrapper holds this list
+        others = [({**g, "params": [p for p in g["params"] if id(p) not in own]}, g) for g in groups]
+        parts = [(with_w, home), *((now, group) for now, group in others if now["params"])]
+        return [_Part(now, dict(now), group) for now, group in parts]
+
+    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        self._depth += 1
+        if self._depth > 1:  # the step of a class within that of one made from it
+            return None
+        self._open()
+        return (args[0], *map(self._outside, args[1:])), {name: self._outside(value) for name, value in kwargs.items()}
 
     def _after_step(self, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             self.close()
 
+    def _outside(self, argument: Any) -> Any:
+        """If it is a closure, one that sees the groups as they are outside."""
+        if not callable(argument):
+            return argument
+
+        def closure() -> Any:
+            depth = self._depth
+            self.close()
+            value = argument()
+            self._open()
+            self._depth = depth
+            return value
+
+        return closure
+
+    def _open(self) -> None:
+        self._groups, self._parts = list(self.optimizer.param_groups), self._divided()
+        self.optimizer.param_groups[:] = self.groups()  # in place: Lightning's own wrapper holds this list
+
     def close(self) -> None:
         """The groups as they were, with what the optimizer wrote into them; nothing if no step is on."""
-        for part, before, group in reversed(self._parts):  # w last: what it says of its group counts
-            for key, value in part.items():
-                if value is not before.get(key):
-                    group[key] = value / self.lr_scale if key == "lr" and part["params"] is self.w else value
+        for part in reversed(self._parts):  # w last: what it says of its group counts
+            for key, value in part.now.items():
+                if value is not part.before.get(key):
+                    part.group[key] = value / self.lr_scale if key == "lr" and part.now["params"] is self.w else value
         self.optimizer.param_groups[:] = self._groups or self.optimizer.param_groups
         self._groups, self._parts, self._depth = [], [], 0
+
+
+class _Part(NamedTuple):
+    """What a step has for a group, what it was at first, and the group itself."""
+
+    now: dict[str, Any]
+    before: dict[str, Any]
+    group: dict[str, Any]
 
 
 def _only(found: Sequence[Optimizer]) -> Optimizer:

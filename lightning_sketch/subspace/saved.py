@@ -1,14 +1,12 @@
 """What a checkpoint of a `SubspaceModule` holds, and when it is refused.
 
-    w, the buffers of the module, parameters trained in full
+    w, the buffers of the module, parameters trained in full, and frozen ones that the module itself has changed
     _extra_state: what the directions are made from, and a fingerprint of θ₀
 
-Neither D nor a second copy of the weights. With `save_theta0`, θ₀ and the frozen parameters too.
+Neither D nor a second copy of the weights. With `save_theta0`, θ₀ and all frozen parameters too.
 """
 
 from typing import TYPE_CHECKING, Any
-
-from torch import Tensor
 
 if TYPE_CHECKING:
     from lightning_sketch.subspace.subspace_module import SubspaceModule
@@ -18,23 +16,23 @@ THETA0 = "theta0."
 
 def kept(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
     """Take out of a state dict what need not be saved; put in θ₀ if it is asked for."""
-    theta0 = sub.theta0()
-    for name, parameter in sub.module.named_parameters(remove_duplicate=False):
-        if name in theta0 or not (parameter.requires_grad or sub.save_theta0):
+    theta0, frozen = sub.theta0(), set() if sub.save_theta0 else sub.frozen.unchanged()
+    for name, _ in sub.module.named_parameters(remove_duplicate=False):
+        if name in theta0 or name in frozen:
             state.pop(f"{prefix}module.{name}", None)
     if sub.save_theta0:
         state.update({f"{prefix}{THETA0}{name}": tensor for name, tensor in theta0.items()})
 
 
-def completed(sub: "SubspaceModule", state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The state dict with all that the module expects; and θ₀, empty if it was not saved.
+def complete(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
+    """Put into a state dict all that the module expects; if θ₀ was saved, take it from there.
 
     Raises:
         ValueError: if it was made with other directions or from other weights.
     """
-    theta0 = {name[len(THETA0) :]: tensor for name, tensor in state.items() if name.startswith(THETA0)}
-    state = {name: tensor for name, tensor in state.items() if not name.startswith(THETA0)}
-    there, here = state.get("_extra_state"), sub.get_extra_state()
+    start = f"{prefix}{THETA0}"
+    theta0 = {name[len(start) :]: state.pop(name) for name in list(state) if name.startswith(start)}
+    there, here = state.get(f"{prefix}_extra_state"), sub.get_extra_state()
     if there is None:
         raise ValueError("this is no checkpoint of a SubspaceModule; load it into the module inside, then wrap that.")
     if there["directions"] != here["directions"]:
@@ -48,6 +46,13 @@ def completed(sub: "SubspaceModule", state: dict[str, Any]) -> tuple[dict[str, A
             f"  module:     fingerprint {here['theta0']}\nmake the module with the same seed (seed_everything) or the "
             "same pretrained weights, or train with save_theta0=True."
         )
+    absent = [name for name in sub.frozen.start if f"{prefix}module.{name}" not in state]
+    if absent and not sub.frozen.unchanged().issuperset(absent):
+        raise ValueError(
+            "the checkpoint is of a time when frozen parameters were as at the start, and here they no longer are; load "
+            "it into a module that is made anew."
+        )
+    for name, tensor in theta0.items():
+        sub.theta0()[name].copy_(tensor)
     for name, parameter in sub.module.named_parameters(remove_duplicate=False):
-        state.setdefault(f"module.{name}", parameter.detach())
-    return state, theta0
+        state.setdefault(f"{prefix}module.{name}", parameter.detach())

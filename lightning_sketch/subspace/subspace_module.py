@@ -17,9 +17,9 @@ from lightning_sketch.gradients import fingerprint
 from lightning_sketch.gradients.substituted import substituted
 from lightning_sketch.subspace.delegated import Wrapper, call_fitting
 from lightning_sketch.subspace.directions import Directions
-from lightning_sketch.subspace.moving import MovingWeights
+from lightning_sketch.subspace.moving import FrozenWeights, MovingWeights
 from lightning_sketch.subspace.recipe import Recipe
-from lightning_sketch.subspace.saved import completed, kept
+from lightning_sketch.subspace.saved import complete, kept
 from lightning_sketch.subspace.through import ExplicitGradient, Held, loss_of, trainable, with_loss
 
 
@@ -107,6 +107,7 @@ class SubspaceModule(Wrapper):
         self._asked = (parameters, sketch, dim, seed, max_dim)
         self._recipe: Recipe | None = None
         self._begun = False
+        self.register_load_state_dict_post_hook(_follow)
         if "configure_model" in vars(self):
             self.__dict__["configure_model"] = self._configure_model
         if "configure_model" not in vars(self) or any(True for _ in module.parameters()):
@@ -158,6 +159,12 @@ class SubspaceModule(Wrapper):
         moved = dict(zip(self.weights.layout.names, theta, strict=True))
         self._recipe = Recipe(configured, moved, self.blocks, self.lr_scale, self.weight_decay)
         return configured
+
+    def groups(self, optimizers: Sequence[Optimizer]) -> list[Mapping[str, Any]]:
+        """The groups of the optimizers as a step has them, w at its own rate."""
+        if self._recipe is not None:
+            return self._recipe.groups()
+        return [group for optimizer in optimizers for group in optimizer.param_groups]
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure=None) -> None:
         """The module's own; then its weights follow w."""
@@ -227,19 +234,10 @@ class SubspaceModule(Wrapper):
         kept(self, state, prefix)
         return state
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """The inverse of `state_dict`.
-
-        Raises:
-            ValueError: if it was made with other directions or from other weights.
-        """
-        state, theta0 = completed(self, dict(state_dict))
-        for name, tensor in theta0.items():
-            self.theta0()[name].copy_(tensor)
-        loaded = super().load_state_dict(state, strict, assign)
-        self._w_then = None
-        self.ready()
-        return loaded
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The inverse of `state_dict`; here, since what holds this module loads it so."""
+        complete(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _refuse_late_parameters(self) -> None:
         late = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
@@ -270,6 +268,7 @@ class SubspaceModule(Wrapper):
         ]
         self.w = blocks[0] if max_dim is None else nn.ParameterList(blocks)
         self._w_then = self.coordinates().detach().clone()
+        self.frozen = FrozenWeights(self.module, self.weights.layout.names)
         self._fingerprint = fingerprint([p for p in self.module.parameters() if not p.requires_grad])
         self._begun = True
 
@@ -292,6 +291,12 @@ class SubspaceModule(Wrapper):
             if not self.blocks[0].is_meta:
                 self.ready()  # at once: nobody can while a graph is traced
         return self
+
+
+def _follow(sub: SubspaceModule, _: Any) -> None:
+    """The weights go where the w that was loaded says."""
+    sub._w_then = None
+    sub.ready()
 
 
 def block_sizes(dim: int, max_dim: int | None) -> list[int]:

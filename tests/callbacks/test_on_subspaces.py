@@ -1,5 +1,6 @@
 """A monitor on a SubspaceModule sees the curvature of what trains: D H Dᵀ, by the wrapper's own directions."""
 
+import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,9 @@ class Small(pl.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
-def fitted(*callbacks, steps=6, **options):
+def fitted(*callbacks, steps=6, kind=Small, **options):
     pl.seed_everything(0, verbose=False)
-    sub = SubspaceModule(Small(), 20, lr_scale=10, **options)
+    sub = SubspaceModule(kind(), 20, lr_scale=10, **options)
     pl.Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -67,3 +68,18 @@ def test_the_writer_stores_the_gradients_of_w(tmp_path):
     rows = GradientStore.open(tmp_path).read()
     assert rows.sketches.shape == (6, 20)
     assert rows.sketches.norm(dim=1).min() > 0
+    assert rows.columns["lr"].tolist() == pytest.approx([3e-2] * 6)  # that of w, ten times the module's
+
+
+class Descent(Small):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=3e-3)
+
+
+def test_sharpness_is_told_by_the_rate_of_w():
+    """λ_max times the rate, and the bound 2 / rate; the module's own rate is a tenth of it."""
+    monitor = SpectrumMonitor(num_batches=1, every_n_train_steps=2, top_k=3)
+    fitted(monitor, steps=2, kind=Descent)
+    found = monitor.history[-1]
+    assert found.lr == pytest.approx(3e-2)
+    assert found.stable_below == pytest.approx(2 / 3e-2)

@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from nets import Classifier, Convolutional, train_loader, trainer, val_loader
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
 from lightning_sketch.subspace import IntrinsicDimensionFinder, SubspaceModule
@@ -54,14 +54,22 @@ class Settled(Convolutional):
         return nn.Sequential(*(part for part in super().network(width) if not isinstance(part, nn.Dropout)))
 
 
+def in_one_go_and_resumed(folder, kind=Settled, callback=list, **options):
+    """Three epochs, or one, a checkpoint, and two by a module that is made anew; and the checkpoint."""
+    whole, resumed = wrapped(kind, **options), wrapped(kind, **options)
+    keep = ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1)
+    long = {"max_epochs": 3, "max_steps": -1}
+    trainer(keep, *callback(), **long, enable_checkpointing=True).fit(whole, train_loader())
+    path = folder / "epoch=0-step=8.ckpt"
+    trainer(*callback(), **long).fit(resumed, train_loader(), ckpt_path=path)
+    return whole, resumed, torch.load(path, weights_only=True)
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("options", [{}, {"implicit": True}, {"parameters": "net.1.*", "others": "full"}])
 def test_resume_is_exact(tmp_path, options):
-    """Three epochs, or one, a checkpoint, and two by a module that is made anew: the same bits, buffers and all."""
-    whole, resumed = wrapped(Settled, **options), wrapped(Settled, **options)
-    keep = ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1)
-    trainer(keep, max_epochs=3, max_steps=-1, enable_checkpointing=True).fit(whole, train_loader())
-    trainer(max_epochs=3, max_steps=-1).fit(resumed, train_loader(), ckpt_path=tmp_path / "epoch=0-step=8.ckpt")
+    """The same bits, buffers and all."""
+    whole, resumed, _ = in_one_go_and_resumed(tmp_path, **options)
     for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert one == other if name == "_extra_state" else torch.equal(one, other), name
     for one, other in zip(whole.module.parameters(), resumed.module.parameters(), strict=True):
@@ -160,3 +168,48 @@ def test_loading_into_a_copy_changes_only_the_copy():
     other.w.data.zero_()
     other.ready()
     assert not torch.equal(other.module.net[0].weight, sub.module.net[0].weight)
+
+
+class MeanTeacher(Classifier):
+    """A frozen network follows the trained one, and is in the loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.still = nn.Linear(4, 4).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + (self(batch[0]) - self.teacher(batch[0])).square().mean()
+
+    @torch.no_grad()
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        for old, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+            old.lerp_(new, 0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_frozen_weights_that_the_module_moves_are_kept(tmp_path):
+    """Those that stay as they were are not; resume is exact."""
+    whole, resumed, checkpoint = in_one_go_and_resumed(tmp_path, MeanTeacher)
+    assert {name.split(".")[1] for name in checkpoint["state_dict"] if "." in name} == {"teacher"}
+    assert torch.equal(whole.w, resumed.w)
+    assert torch.equal(whole.module.teacher[0].weight, resumed.module.teacher[0].weight)
+
+
+def test_a_checkpoint_from_before_they_moved_goes_into_a_new_module_only():
+    sub = wrapped(MeanTeacher)
+    state = copy.deepcopy(sub.state_dict())
+    trainer().fit(sub, train_loader())
+    with pytest.raises(ValueError, match="a module that is made anew"):
+        sub.load_state_dict(state)
+    wrapped(MeanTeacher).load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_what_holds_the_wrapper_can_load_it(tmp_path):
+    """Averaged weights, in a module around this one: resumed exactly; another start is refused here too."""
+    whole, resumed, _ = in_one_go_and_resumed(tmp_path, callback=lambda: [EMAWeightAveraging(decay=0.9)])
+    assert torch.equal(whole.w, resumed.w)
+    assert torch.equal(whole.module.net[1].weight, resumed.module.net[1].weight)
+    with pytest.raises(ValueError, match="other initial weights"):
+        nn.ModuleList([wrapped(seed=1)]).load_state_dict(nn.ModuleList([whole]).state_dict())

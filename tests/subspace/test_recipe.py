@@ -245,3 +245,43 @@ def test_learning_rate_monitor(tmp_path):
     run = trainer(LearningRateMonitor("step"), logger=logger, log_every_n_steps=1)
     run.fit(SubspaceModule(Model(), 16, lr_scale=10), train_loader(), val_loader())
     assert "lr-Adam" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
+
+
+def test_a_rate_that_the_module_writes_while_it_trains_is_multiplied_too():
+    """In `training_step` and in hooks, both within the optimizer's step: |w| is ten times the rate after one of Adam."""
+
+    class InStep(Classifier):
+        def training_step(self, batch, batch_idx):
+            self.seen = [group["lr"] for group in self.optimizers().param_groups]
+            for group in self.optimizers().param_groups:
+                group["lr"] = 2e-3
+            return super().training_step(batch, batch_idx)
+
+        def configure_optimizers(self):
+            matrices, vectors = (
+                [p for p in self.parameters() if p.ndim > 1],
+                [p for p in self.parameters() if p.ndim < 2],
+            )
+            return AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-3)
+
+    class InHook(Classifier):
+        def on_before_optimizer_step(self, optimizer):
+            self.seen = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = 2e-3
+
+    for kind in (InStep, InHook):
+        sub, run = SubspaceModule(kind(), 16, lr_scale=10), trainer(max_steps=1)
+        run.fit(sub, train_loader())
+        assert torch.allclose(sub.w.detach().abs(), torch.full((16,), 2e-2), rtol=1e-3)
+        assert sub.module.seen == ([1e-3, 1e-3] if kind is InStep else [3e-3])
+        assert {group["lr"] for group in run.optimizers[0].param_groups} == {2e-3}
+
+
+def test_what_a_step_has_can_be_asked_for():
+    sub, run = fitted(constant, steps=1, weight_decay=0.5)
+    (group,) = sub.groups(run.optimizers)
+    assert (group["lr"], group["weight_decay"]) == (pytest.approx(3e-2), 0.5)
+    assert group["params"][0] is sub.w
+    own, other = fitted(lambda self: None, steps=1, optimizer_fn=lambda params: SGD(params, lr=0.2))
+    assert own.groups(other.optimizers) == other.optimizers[0].param_groups
