@@ -124,8 +124,8 @@ def main():
         print(f"{'':<12}{'full':>6} " + "".join(f"{dim:>7}" for dim in DIMS) + f"   {'d90':<13}{'in one run':<13}steps")
         with tempfile.TemporaryDirectory() as folder:
             found = {kind: line(kind, net, data, 1 if quick else 3, folder) for kind in KINDS}
-        known = [dim for dim in found.values() if dim]
-        print(f"d90 of the means: {found}; largest / smallest {max(known) / min(known):g}")
+        spread = "not all reached" if None in found.values() else f"{max(found.values()) / min(found.values()):g}"
+        print(f"d90 of the means: {found}; largest / smallest: {spread}")
     if not quick:
         table(threads=2)
 

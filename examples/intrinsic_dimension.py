@@ -172,8 +172,9 @@ def main():
             print(f"{dim:>7,}{dim / result.n:>9.2%}{value:>10.3f}{part:>9.1%}{mark}")
     print(f"\nloss of text by the frequencies of letters {found['text'].start:.3f}, by the last letter {by_last:.3f}")
     for name, result in found.items():
-        d90 = result.suggestion() or result.n
-        print(f"{name}: d90 = {d90} of {result.n} parameters, {d90 / result.n:.2%}")
+        d90 = result.suggestion()
+        found_it = "not reached" if d90 is None else f"{d90} of {result.n} parameters, {d90 / result.n:.2%}"
+        print(f"{name}: d90 = {found_it}")
     draw(found).savefig(args.out / "intrinsic_dimension.png", dpi=150)
     print(f"\npicture: {args.out / 'intrinsic_dimension.png'}")
 

@@ -37,6 +37,15 @@ class Wrapper(ModuleBase):
             self.example_input_array = module.example_input_array
 
     @property
+    def strict_loading(self) -> bool:
+        """As the module says."""
+        return self.module.strict_loading
+
+    @strict_loading.setter
+    def strict_loading(self, strict: bool) -> None:
+        self.module.strict_loading = strict
+
+    @property
     def hparams(self) -> MutableMapping[str, Any]:
         """The module's hyper-parameters and the wrapper's own, which win where names are equal; set where they are."""
         own = super().hparams
@@ -80,9 +89,11 @@ class Wrapper(ModuleBase):
     def __setattr__(self, name: str, value: Any) -> None:
         """What Lightning tells the module that it fits is passed on, across namespaces too.
 
-        What only the module has is set there: a learning rate that `Tuner.lr_find` found, say.
+        What only the module has is set there: a learning rate that `Tuner.lr_find` found, say. So is an optimizer that
+        LightningCLI was asked for, which is then reused as the module's own would be.
         """
-        if self.__dict__.get("_begun") and not self._has(name) and hasattr(self.module, name):
+        theirs = not self._has(name) and hasattr(self.module, name) if self.__dict__.get("_begun") else False
+        if theirs or name == "configure_optimizers":
             setattr(self.module, name, value)
             return
         super().__setattr__(name, value)
@@ -99,6 +110,11 @@ class _Both(AttributeDict):
     def __init__(self, first: MutableMapping[str, Any], second: MutableMapping[str, Any]):
         super().__init__({**first, **second})
         self.__dict__.update(sources=(second, first))
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """One by one."""
+        for name, value in dict(*args, **kwargs).items():
+            self[name] = value
 
     def __setitem__(self, name: str, value: Any) -> None:
         super().__setitem__(name, value)

@@ -27,8 +27,11 @@ class IntrinsicDimensionFinder(CallbackBase):
     """Doubles the `dim` of a `SubspaceModule(max_dim=...)` while it trains, until a metric reaches its target.
 
     Validation runs every `every_n_train_steps` steps, in place of the Trainer's own rhythm, on the mean of w over the
-    last half of that time. What is found is an upper bound, typically twice the smallest dimension: verify it by a
-    run at half of it, as `IntrinsicDimensionTuner(...).find(method="doubling")` does. Use a constant learning rate.
+    last half of that time, which is also what the module is left with where the target is reached. A checkpoint of a
+    validation before that holds w itself, and is scored by its mean.
+
+    What is found is an upper bound, typically twice the smallest dimension: verify it by a run at half of it, as
+    `IntrinsicDimensionTuner(...).find(method="doubling")` does. Use a constant learning rate.
 
     Logged at each validation: `subspace/dim`.
 
@@ -44,7 +47,8 @@ class IntrinsicDimensionFinder(CallbackBase):
     Raises:
         ValueError: if an argument is out of its range.
         MisconfigurationException: at setup, if the module is no `SubspaceModule` with `max_dim`, there is no
-            validation, or accumulation is scheduled; at the first validation, if `monitor` is not logged.
+            validation, accumulation is scheduled, or weights are averaged; at the first validation, if `monitor` is
+            not logged.
 
     Example::
 
@@ -110,10 +114,16 @@ class IntrinsicDimensionFinder(CallbackBase):
             )
         if not trainer.enable_validation:
             raise MisconfigurationException(f"{self.monitor} comes from validation; pass val_dataloaders to fit.")
-        if any("AccumulationScheduler" in type(callback).__name__ for callback in trainer.callbacks):
+        names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
+        if "GradientAccumulationScheduler" in names:
             raise MisconfigurationException(
-                "IntrinsicDimensionFinder validates by batches, and GradientAccumulationScheduler changes how "
-                "many make a step; use Trainer(accumulate_grad_batches=...)."
+                "IntrinsicDimensionFinder validates by batches, and GradientAccumulationScheduler changes how many "
+                "make a step; use Trainer(accumulate_grad_batches=...)."
+            )
+        if names & {"WeightAveraging", "StochasticWeightAveraging"}:
+            raise MisconfigurationException(
+                "an average of weights from before and after a doubling is one of other numbers; leave out the "
+                "callback that averages, IntrinsicDimensionFinder judges the mean of w by itself."
             )
         if not trainer.fast_dev_run:
             self._rhythm = trainer.val_check_interval, trainer.check_val_every_n_epoch
@@ -151,12 +161,10 @@ class IntrinsicDimensionFinder(CallbackBase):
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Back to the present w; stop, double, or go on."""
+        """Stop at the mean; or back to the present w, and double or go on."""
         if not self._searches(trainer):
             return
-        for block, present in zip(pl_module.blocks, self._present, strict=False):
-            block.copy_(present)
-        self._present, self._window = [], [0, 0.0, trainer.global_step]
+        self._window = [0, 0.0, trainer.global_step]
         if self.monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
                 f"{self.monitor!r} was not logged in validation; there are "
@@ -170,13 +178,28 @@ class IntrinsicDimensionFinder(CallbackBase):
             logger.log_metrics({"subspace/dim": float(dim)}, step=batches_done(trainer))
         better = 1 if self.mode == "max" else -1
         if better * (value - self.target) >= 0:
+            self._present = []
             self.found, trainer.should_stop = dim, True
             say(trainer, f"{self.monitor} {value:.4g} at dim {dim}: the intrinsic dimension is at most {dim}")
-        elif math.isnan(value):
+            return
+        self._return(pl_module)
+        if math.isnan(value):
             trainer.should_stop = True
             say(trainer, f"{self.monitor} is not a number at dim {dim}: the search ends; lower the learning rate")
         elif better * (value - last) < self.delta:
             self._double(trainer, pl_module, value)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A validation that fails leaves w as it was."""
+        if self._present:
+            self._return(pl_module)
+
+    @torch.no_grad()
+    def _return(self, sub: SubspaceModule) -> None:
+        """To the present w, from its mean."""
+        for block, present in zip(sub.blocks, self._present, strict=False):
+            block.copy_(present)
+        self._present = []
 
     def _double(self, trainer: Trainer, sub: SubspaceModule, value: float) -> None:
         before = sub.directions.dim

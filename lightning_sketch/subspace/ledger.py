@@ -22,7 +22,7 @@ class Ledger:
 
     def __init__(self, path: Path):
         self.path = path
-        self.entries: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
+        self.entries = self._read()
 
     def find(self, settings: dict[str, Any]) -> Run | None:
         """The run with these settings, if it is done."""
@@ -30,10 +30,14 @@ class Ledger:
         return next((entry["run"] for entry in self.entries if entry["settings"] == asked), None)
 
     def add(self, settings: dict[str, Any], run: Run, write: bool) -> None:
-        """Note a run that is done; `write` on one rank only."""
+        """Note a run that is done; `write` on one rank only. What another search has noted meanwhile stays."""
+        self.entries = self._read()
         self.entries.append({"settings": json.loads(json.dumps(settings)), "run": run})
         if write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
             temporary.write_text(json.dumps(self.entries, indent=1))
             os.replace(temporary, self.path)
+
+    def _read(self) -> list[dict[str, Any]]:
+        return json.loads(self.path.read_text()) if self.path.exists() else []

@@ -6,14 +6,15 @@ other time, not in the closure that it is given either: schedulers and modules t
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.rank_zero import WarningCache
 from torch import Tensor
 from torch.optim import Optimizer
 
+SAID = WarningCache()
 _USUAL = 3e-3
 _OWN = ("params", "param_names", "weight_decay")
 _INSTEAD = "SubspaceModule(optimizer_fn=lambda params: torch.optim.Adam(params, lr=0.03))"
@@ -44,16 +45,16 @@ class Recipe:
     ):
         self.w, self.lr_scale = list(w), lr_scale
         self.decay = 0.0 if weight_decay is None else weight_decay
-        self.optimizer = _only(list({id(optimizer): optimizer for optimizer in _optimizers(configured)}.values()))
+        self.optimizer = _only(optimizers_in(configured))
         homes = _homes(self.optimizer, moved)
         if weight_decay is None and any(group.get("weight_decay") for group in homes):
-            rank_zero_info(
+            SAID.info(
                 "weight decay on w would pull the weights back to where they started: off, unless "
                 "weight_decay=... is given."
             )
         _warn_if_slow(self.optimizer, homes[0], lr_scale)
         self.home = [id(group) for group in self.optimizer.param_groups].index(id(homes[0]))
-        taken = {id(parameter) for parameter in moved.values()}
+        taken = {id(parameter) for parameter in [*moved.values(), *self.w]}
         for group in homes:
             kept = [parameter for parameter in group["params"] if id(parameter) not in taken]
             group["params"][:] = [*(self.w if group is homes[0] else ()), *kept]  # in place: LBFGS holds this very list
@@ -174,12 +175,10 @@ def _warn_if_slow(optimizer: Optimizer, group: Mapping[str, Any], lr_scale: floa
         )
 
 
-def _optimizers(configured: Any) -> Iterator[Optimizer]:
-    """All optimizers in whatever `configure_optimizers` may return."""
+def optimizers_in(configured: Any) -> list[Optimizer]:
+    """All optimizers in whatever `configure_optimizers` may return, each once."""
     if isinstance(configured, Optimizer):
-        yield configured
-    elif isinstance(configured, dict):
-        yield from _optimizers(configured.get("optimizer"))
-    elif isinstance(configured, list | tuple):
-        for part in configured:
-            yield from _optimizers(part)
+        return [configured]
+    parts = [configured.get("optimizer")] if isinstance(configured, dict) else configured
+    found = [one for part in parts for one in optimizers_in(part)] if isinstance(parts, list | tuple) else []
+    return list({id(optimizer): optimizer for optimizer in found}.values())

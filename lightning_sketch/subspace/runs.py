@@ -3,6 +3,7 @@
 import copy
 import math
 import random
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,7 @@ from lightning_sketch.gradients import fingerprint
 from lightning_sketch.params import Layout
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
 from lightning_sketch.subspace.ledger import Ledger, Run
+from lightning_sketch.subspace.recipe import optimizers_in
 from lightning_sketch.subspace.subspace_module import SubspaceModule
 from lightning_sketch.subspace.trainers import Trainers
 
@@ -48,7 +50,7 @@ class Runs:
 
     Args:
         trainer_fn: as of `IntrinsicDimensionTuner`.
-        options: of `SubspaceModule`: sketch, parameters, lr_scale, optimizer_fn.
+        options: of `SubspaceModule`: sketch, parameters, others, lr_scale, optimizer_fn.
         model: a module, or a function that makes one, which may be compiled.
         data: train and validation loaders, and data module, each or None.
         monitor: the metric that a run is worth.
@@ -82,9 +84,9 @@ class Runs:
         """
         self.trainers.check([self.n, dim])
         self.ledger = Ledger(self.trainers.folder(self.n) / FILE)
-        trainer, (_, val, datamodule) = self.trainers.peek(self.n), self.data
-        with isolate_rng(), muted_loggers(trainer):
-            trainer.validate(self._model(), val, datamodule=datamodule, verbose=False)
+        trainer = self.trainers.peek(self.n)
+        with isolate_rng():
+            self._validate(trainer, self._model())
         if self.monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
                 f"monitor={self.monitor!r} is not logged in validation, which logs "
@@ -108,8 +110,9 @@ class Runs:
         return steps
 
     def full(self) -> Run:
-        """All parameters."""
-        return self._once(self.n, 0, {"full": True}, self._model)
+        """Of the parameters that subspaces are of, and of the others if these are trained there too."""
+        told = {"full": True, "parameters": self.options["parameters"], "others": self.options["others"]}
+        return self._once(self.n, 0, told, self._whole)
 
     def at(self, dim: int, seed: int) -> Run:
         """As many directions."""
@@ -139,6 +142,25 @@ class Runs:
         made.load_state_dict(self.first.state_dict())
         return made
 
+    def _whole(self) -> LightningModule:
+        """The model; frozen where subspaces are."""
+        model = self._model()
+        moving = {id(p) for p in Layout.of(model, self.options["parameters"]).parameters(model)}
+        for parameter in model.parameters():
+            if self.options["others"] == "frozen" and id(parameter) not in moving:
+                parameter.requires_grad_(False)
+        return model
+
+    def _validate(self, trainer: Trainer, module: LightningModule) -> None:
+        """With nobody looking on: a checkpoint callback would settle for a folder."""
+        _, val, datamodule = self.data
+        callbacks, trainer.callbacks = trainer.callbacks, []
+        try:
+            with muted_loggers(trainer):
+                trainer.validate(module, val, datamodule=datamodule, verbose=False)
+        finally:
+            trainer.callbacks = callbacks
+
     def _shape_of_data(self) -> str:
         """Numbers of batches and of examples in one, of loaders that are given; what a data module has is not known."""
         loaders = [loader for loader in self.data[:2] if loader is not None]
@@ -159,7 +181,7 @@ class Runs:
         """A fit, or what is noted of one with the same settings."""
         trainer = self.trainers.peek(dim)
         settings = {
-            "module": f"{type(self.first).__name__} {dict(self.first.hparams)}",
+            "module": f"{type(self.first).__name__} {_text(dict(self.first.hparams))}",
             "theta0": self.theta0,
             "monitor": self.monitor,
             **{name: repr(getattr(trainer, name)) for name in _LENGTH_AND_STEP},
@@ -198,8 +220,7 @@ class Runs:
                     seeded(seed)
                 trainer.fit(module, train, val, datamodule=datamodule)
                 if validated.step != trainer.global_step:
-                    with muted_loggers(trainer):
-                        trainer.validate(module, val, datamodule=datamodule, verbose=False)
+                    self._validate(trainer, module)
         except (RuntimeError, MemoryError) as error:
             if not (isinstance(error, MemoryError) or is_oom_error(error)):
                 raise
@@ -247,6 +268,11 @@ def _made(function: Callable[[], LightningModule]) -> LightningModule:
     return _with_parameters(module)
 
 
+def _text(value: Any) -> str:
+    """The same in each process: functions have an address in theirs."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
 def _with_parameters(module: LightningModule) -> LightningModule:
     """Lightning asks of `configure_model` that it can be called again."""
     if not any(True for _ in module.parameters()):
@@ -259,9 +285,7 @@ class ConstantRate(SubspaceModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer alone."""
-        configured = super().configure_optimizers()
-        if self._recipe is None:
-            return configured
-        for group in self._recipe.optimizer.param_groups:
+        found = optimizers_in(super().configure_optimizers())
+        for group in (group for optimizer in found for group in optimizer.param_groups):
             group["lr"] = max(group.get(key, 0.0) for key in ("lr", "initial_lr", "max_lr"))
-        return self._recipe.optimizer
+        return found

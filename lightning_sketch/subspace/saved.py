@@ -49,8 +49,8 @@ def complete(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
     absent = [name for name in sub.frozen.start if f"{prefix}module.{name}" not in state]
     if absent and not sub.frozen.unchanged().issuperset(absent):
         raise ValueError(
-            "the checkpoint is of a time when frozen parameters were as at the start, and here they no longer are; load "
-            "it into a module that is made anew."
+            "the checkpoint is of a time when frozen parameters were as at the start, and here they no longer are; "
+            "load it into a module that is made anew."
         )
     for name, tensor in theta0.items():
         sub.theta0()[name].copy_(tensor)

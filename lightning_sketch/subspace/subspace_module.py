@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from operator import index
 from typing import Any
 
 import torch
@@ -95,23 +96,25 @@ class SubspaceModule(Wrapper):
             raise ValueError(f"others={others!r} is not known; use 'frozen' or 'full'.")
         if not lr_scale > 0:
             raise ValueError(f"need lr_scale > 0, got {lr_scale}.")
+        dim, seed, max_dim = index(dim), index(seed), None if max_dim is None else index(max_dim)
         super().__init__(module)
         self.save_hyperparameters(ignore=["module", "optimizer_fn"])
         self.others, self.implicit, self.save_theta0 = others, implicit, save_theta0
         self.lr_scale, self.weight_decay, self.optimizer_fn = float(lr_scale), weight_decay, optimizer_fn
-        if any(True for _ in module.parameters()) and not any(p.requires_grad for p in module.parameters()):
-            raise ValueError(
-                f"all parameters of {type(module).__name__} are frozen, as of a module that is in a SubspaceModule "
-                "already; give each its own copy.deepcopy(module)."
-            )
         self._asked = (parameters, sketch, dim, seed, max_dim)
         self._recipe: Recipe | None = None
         self._begun = False
         self.register_load_state_dict_post_hook(_follow)
         if "configure_model" in vars(self):
             self.__dict__["configure_model"] = self._configure_model
-        if "configure_model" not in vars(self) or any(True for _ in module.parameters()):
+        if any(p.requires_grad for p in module.parameters()):
             self._begin()
+        elif "configure_model" not in vars(self) or any(True for _ in module.parameters()):
+            raise ValueError(
+                f"{type(module).__name__} has no trainable parameters. Layers have to be made in __init__ or "
+                "configure_model, setup is too late; and a module that is in a SubspaceModule already is frozen: give "
+                "each its own copy.deepcopy(module)."
+            )
 
     @property
     def n(self) -> int:
@@ -188,8 +191,9 @@ class SubspaceModule(Wrapper):
         self.ready()
         plain = copy.deepcopy(self.module)
         plain._current_fx_name = plain._metric_attributes = None  # of a fit that may be on
-        for parameter in self.weights.layout.parameters(plain):
-            parameter.requires_grad_(True)
+        for name, parameter in plain.named_parameters():
+            if name in self._trainable:
+                parameter.requires_grad_(True)
         return plain
 
     def double_dim(self) -> None:
@@ -244,7 +248,8 @@ class SubspaceModule(Wrapper):
         if late and self.others == "frozen":
             raise MisconfigurationException(
                 f"{', '.join(late[:3])}{', ...' if len(late) > 3 else ''} became trainable after the module was "
-                "wrapped, in setup() perhaps; make them in __init__ or configure_model, or pass others='full'."
+                "wrapped, in setup() or by unfreeze() perhaps; make layers in __init__ or configure_model, or pass "
+                "others='full'."
             )
 
     def _configure_model(self) -> None:
@@ -260,6 +265,7 @@ class SubspaceModule(Wrapper):
         self.weights = MovingWeights(self.module, pattern)
         self.directions = Directions.of(kind, self.n, dim, seed, max_dim)
         theta = self.weights.parameters()
+        self._trainable = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
         for parameter in theta if self.others == "full" else self.module.parameters():
             parameter.requires_grad_(False)
         dtype = torch.promote_types(theta[0].dtype, torch.float32)

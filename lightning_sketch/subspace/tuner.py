@@ -1,7 +1,8 @@
 """The intrinsic dimension of a task, by training in subspaces of several sizes."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import index
 from typing import Any
 
 from pytorch_lightning.utilities import rank_zero_info
@@ -24,7 +25,8 @@ class IntrinsicDimensionTuner:
         trainer_fn: dim -> a new Trainer with a new logger, for each run; or a dict of the Trainer's arguments, in
             which `logger` may be a function of dim, and callbacks are copied for each run.
         sketch: kind of the directions.
-        parameters: which parameters may move, as in `SubspaceModule`.
+        parameters: which parameters may move, as in `SubspaceModule`; in full training too.
+        others: what is done with the others, as in `SubspaceModule`: "frozen" or "full"; in full training too.
         lr_scale: factor for the learning rate of the module's own optimizer in a subspace, where steps have to be
             longer than in full training.
         optimizer_fn: in place of the module's own optimizer, in subspaces.
@@ -48,6 +50,7 @@ class IntrinsicDimensionTuner:
         trainer_fn: Callable[[int], Any] | dict[str, Any],
         sketch: str = "block_srht",
         parameters: str | Sequence[str] = "*",
+        others: str = "frozen",
         lr_scale: float | int = 10.0,
         optimizer_fn: Callable[[list[nn.Parameter]], Any] | None = None,
     ):
@@ -56,6 +59,7 @@ class IntrinsicDimensionTuner:
             {
                 "sketch": sketch,
                 "parameters": parameters,
+                "others": others,
                 "lr_scale": float(lr_scale),
                 "optimizer_fn": optimizer_fn,
             },
@@ -67,7 +71,7 @@ class IntrinsicDimensionTuner:
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
         datamodule: Any = None,
-        dims: Sequence[int] | None = None,
+        dims: Iterable[int] | None = None,
         *,
         monitor: str,
         mode: str = "max",
@@ -114,6 +118,11 @@ class IntrinsicDimensionTuner:
             full = runs.full()
         if not math.isfinite(full["value"]):
             raise MisconfigurationException(f"full training gives {monitor} = {full['value']}; mend that first.")
+        if mode == "max" and full["value"] <= 0:
+            raise MisconfigurationException(
+                f"mode='max' asks for threshold x {full['value']:.4g}, which is more than full training reaches; log "
+                f"the negative of {monitor} and use mode='min'."
+            )
         aim = target(mode, float(threshold), full["value"], start)
         if reaches(start, aim, mode) or not reaches(full["value"], aim, mode):
             raise MisconfigurationException(
@@ -153,11 +162,12 @@ def _check(mode: str, threshold: float | int, seeds: int, method: str) -> None:
         raise ValueError(f"need seeds >= 1, got {seeds}.")
 
 
-def _ladder(dims: Sequence[int] | None, n: int, method: str) -> list[int]:
+def _ladder(dims: Iterable[int] | None, n: int, method: str) -> list[int]:
     """What is tried, from the smallest on; by default powers of two, and n where it stands for itself."""
     if dims is None:
         powers = [1 << k for k in range(3, n.bit_length()) if 1 << k < n]
         return powers if powers and method == "doubling" else [*powers, n]
+    dims = [index(dim) for dim in dims]
     wrong = [dim for dim in dims if not 0 < dim <= n]
     if wrong or not dims:
         raise ValueError(f"need dims from 1 to n={n}, got {wrong or 'none'}.")

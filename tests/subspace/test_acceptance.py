@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
 
-STEPS = 800
+STEPS, DIMS = 800, [16, 32, 64, 128, 256, 512, 1024]
 
 
 class MLP(Classifier):
@@ -25,12 +25,15 @@ class Constant(Classifier):
 
 
 def test_d90_of_digits(tmp_path):
-    """128 for three seeds of an earlier program; 64 and 256 are within the factor of two asked of every seed."""
+    """128 for three seeds of an earlier program; 64 and 256 are within the factor of two asked of every seed.
+
+    Of the dimensions searched through, the smallest are not enough, and in one run the cap is 4096.
+    """
     pl.seed_everything(0, verbose=False)
     options = {"max_steps": STEPS, "default_root_dir": tmp_path, "check_val_every_n_epoch": 10}
     tuner = IntrinsicDimensionTuner(lambda dim: trainer(**options))
     train = train_loader(slice(0, 1437), 64, shuffle=True)
-    result = tuner.find(MLP(), train, val_loader(), monitor="val_acc", dims=[64, 128, 256], method="bisect")
+    result = tuner.find(MLP(), train, val_loader(), monitor="val_acc", dims=DIMS, method="bisect")
     assert result.baseline > 0.96
     d90 = result.suggestion()
     assert d90 in (64, 128, 256)
@@ -42,3 +45,29 @@ def test_d90_of_digits(tmp_path):
         run.fit(sub, train, val_loader())
         assert finder.suggestion() in (d90 // 2, d90, 2 * d90), (seed, finder.history)
         assert run.global_step <= 2 * STEPS
+
+
+class CNN(MLP):
+    """With batch norm: its statistics follow the weights that move."""
+
+    def network(self, width):
+        return nn.Sequential(
+            nn.Unflatten(1, (1, 8, 8)),
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Conv2d(16, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(128, 10)),
+        )
+
+
+def test_kinds_agree_on_a_network_with_batch_norm(tmp_path):
+    """Within a factor of two, as all do in benchmarks/intrinsic_dimension.py over three seeds; here one of each family."""
+    pl.seed_everything(0, verbose=False)
+    options = {"max_steps": STEPS, "default_root_dir": tmp_path, "check_val_every_n_epoch": 40}
+    train, d90 = train_loader(slice(0, 1437), 64, shuffle=True), {}
+    for kind in ("block_srht", "qk"):
+        tuner = IntrinsicDimensionTuner(lambda dim: trainer(**options), sketch=kind)
+        d90[kind] = tuner.find(
+            CNN(), train, val_loader(), monitor="val_acc", dims=DIMS, method="bisect", baseline=0.97
+        ).suggestion()
+    assert all(DIMS[0] < dim < DIMS[-1] for dim in d90.values()), d90
+    assert max(d90.values()) <= 2 * min(d90.values()), d90

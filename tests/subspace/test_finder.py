@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from nets import Classifier, train_loader, trainer, val_loader
-from pytorch_lightning.callbacks import GradientAccumulationScheduler
+from pytorch_lightning.callbacks import EMAWeightAveraging, GradientAccumulationScheduler, ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -213,8 +213,45 @@ def test_what_cannot_be_searched_is_refused_before_training():
         trainer(finder).fit(nested, train_loader())
     with pytest.raises(MisconfigurationException, match="accumulate_grad_batches"):
         trainer(finder, GradientAccumulationScheduler({2: 2})).fit(copy.deepcopy(nested), train_loader(), val_loader())
+    with pytest.raises(MisconfigurationException, match="leave out the callback that averages"):
+        trainer(finder, EMAWeightAveraging()).fit(copy.deepcopy(nested), train_loader(), val_loader())
     other = IntrinsicDimensionFinder("accuracy", 0.9, every_n_train_steps=2)
     with pytest.raises(MisconfigurationException, match=r"'accuracy' was not logged.*'val_acc'"):
         trainer(other, fast_dev_run=True).fit(copy.deepcopy(nested), train_loader(), val_loader())
     with pytest.raises(MisconfigurationException, match=r"'accuracy' was not logged.*'val_acc'"):
         trainer(other).fit(copy.deepcopy(nested), train_loader(), val_loader())
+
+
+def test_what_reached_the_target_is_what_is_left_and_saved(tmp_path):
+    """The mean of w, not the last w: validated again, the module and the best checkpoint give the value found."""
+    pl.seed_everything(0, verbose=False)
+    finder = IntrinsicDimensionFinder("val_acc", 0.6, every_n_train_steps=16)
+    keep = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max")
+    sub = SubspaceModule(Classifier(), 8, max_dim=256, lr_scale=10)
+    run = trainer(finder, keep, max_steps=800, enable_checkpointing=True)
+    run.fit(sub, train_loader(slice(0, 1437)), val_loader())
+    assert finder.found is not None
+    left = trainer().validate(sub, val_loader(), verbose=False)[0]["val_acc"]
+    assert left == pytest.approx(finder.history[-1]["value"])
+    best = run.validate(sub, val_loader(), ckpt_path="best", verbose=False)[0]["val_acc"]
+    assert best == pytest.approx(float(keep.best_model_score)) == pytest.approx(left)
+
+
+def test_a_validation_that_fails_leaves_w_as_it_was():
+    class Fails(Classifier):
+        def validation_step(self, batch, batch_idx):
+            if self.trainer.global_step:
+                raise RuntimeError("no validation")
+
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(pl_module.coordinates().detach().clone())
+
+    sub = SubspaceModule(Fails(), 8, max_dim=16, lr_scale=10)
+    finder = IntrinsicDimensionFinder("val_acc", 0.9, every_n_train_steps=4)
+    with pytest.raises(RuntimeError, match="no validation"):
+        trainer(finder, Watch()).fit(sub, train_loader(), val_loader())
+    assert len(seen) == 4
+    assert torch.equal(sub.coordinates(), seen[-1])

@@ -10,6 +10,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from lightning_sketch.subspace import SubspaceModule
+from lightning_sketch.subspace.recipe import SAID
 
 
 def fitted(recipe, steps=8, callbacks=(), **options):
@@ -177,8 +178,10 @@ def test_decay_of_w_is_off_unless_it_is_given(caplog):
     def recipe(self):
         return SGD(self.parameters(), lr=0.1, weight_decay=0.5)
 
+    SAID.clear()
     with caplog.at_level("INFO"):
         plain, _ = fitted(recipe, lr_scale=1)
+        fitted(recipe, lr_scale=1)
     assert caplog.text.count("weight decay on w") == 1
     assert torch.equal(plain.w, fitted(lambda self: SGD(self.parameters(), lr=0.1), lr_scale=1)[0].w)
     decayed, _ = fitted(recipe, lr_scale=1, weight_decay=0.5)
@@ -248,7 +251,7 @@ def test_learning_rate_monitor(tmp_path):
 
 
 def test_a_rate_that_the_module_writes_while_it_trains_is_multiplied_too():
-    """In `training_step` and in hooks, both within the optimizer's step: |w| is ten times the rate after one of Adam."""
+    """In `training_step` and in hooks, both within the optimizer's step. After one |w| is ten times the rate."""
 
     class InStep(Classifier):
         def training_step(self, batch, batch_idx):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -100,7 +101,7 @@ def test_what_the_module_does_it_goes_on_doing():
     run.fit(sub, train_loader(), val_loader())
     assert {"train_loss", "val_acc", "val_loss"} <= run.callback_metrics.keys()
     assert sub.module.calls == ["on_train_epoch_end"] * 2
-    assert (sub.hparams_initial["lr"], sub.hparams_initial["dim"]) == (3e-3, 64)
+    assert (sub.hparams_initial["lr"], sub.hparams_initial["subspace/dim"]) == (3e-3, 64)
     assert any(
         not torch.equal(before[name], buffer) for name, buffer in sub.module.named_buffers() if "running" in name
     )
@@ -129,6 +130,7 @@ def test_materialized_is_a_plain_module_that_trains_on():
     plain = sub.materialize()
     assert type(plain) is Convolutional
     assert all(p.requires_grad for p in plain.parameters())
+    assert all(p.requires_grad for p in SubspaceModule(made(), 8, parameters="net.2.*").materialize().parameters())
     trainer(max_steps=2).fit(plain, train_loader())
     assert not torch.equal(plain.net[1].weight, sub.module.net[1].weight)
     trainer(max_steps=2).fit(sub, train_loader())  # and so does the former
@@ -230,7 +232,7 @@ def test_the_others_can_be_trained_in_full():
 
     class Watch(pl.Callback):
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            for group in optimizer.param_groups:
+            for group in pl_module.groups([optimizer]):
                 for p in group["params"]:
                     rates[id(p)] = group["lr"]
 
@@ -311,6 +313,7 @@ class ByHand(Classifier):
         ({"module": lambda: nn.Linear(2, 2)}, TypeError, "wraps a LightningModule, got Linear"),
         ({"module": lambda: SubspaceModule(Classifier(), 4)}, TypeError, "got SubspaceModule; .*materialize"),
         ({"module": lambda: SubspaceModule(Classifier(), 4).module}, ValueError, "in a SubspaceModule .*deepcopy"),
+        ({"module": pl.LightningModule}, ValueError, "LightningModule has no trainable parameters.*setup is too late"),
     ],
 )
 def test_what_cannot_be_is_refused_when_it_is_made(untyped, options, error, said):
@@ -426,6 +429,8 @@ def test_hyper_parameters_are_seen_together_and_set_where_they_are():
     assert (sub.module.hparams.lr, sub.module.hparams.seed) == (0.1, 7)
     assert (sub.hparams.seed, sub.hparams.note) == (2, "here")
     assert not {"dim", "note"} & sub.module.hparams.keys()
+    sub.hparams.update({"lr": 0.2}, seed=3)
+    assert (sub.module.hparams.lr, sub.module.hparams.seed, sub.hparams.seed) == (0.2, 7, 3)
 
 
 def test_attributes_are_set_where_they_are():
@@ -444,3 +449,40 @@ def test_layers_that_come_after_the_wrapping_are_refused():
         trainer().fit(SubspaceModule(made(Late), 16), train_loader())
     sub = SubspaceModule(made(Late), 16, others="full", lr_scale=10)
     trainer().fit(sub, train_loader())
+
+
+def test_data_may_have_hyper_parameters_of_the_same_name(tmp_path):
+    """Loggers refuse a name that module and data both have: the wrapper's own are logged with a prefix."""
+
+    class Data(pl.LightningDataModule):
+        def __init__(self, seed: int = 42, dim: int = 64):
+            super().__init__()
+            self.save_hyperparameters()
+
+        def train_dataloader(self):
+            return train_loader()
+
+    logger = pl.loggers.CSVLogger(tmp_path)
+    trainer(logger=logger).fit(SubspaceModule(made(), 16, lr_scale=10), datamodule=Data())
+    written = (tmp_path / "lightning_logs" / "version_0" / "hparams.yaml").read_text()
+    assert "subspace/dim: 16" in written
+    assert "seed: 42" in written
+
+
+def test_numbers_of_numpy_are_integers_in_a_checkpoint(tmp_path, untyped):
+    sub = SubspaceModule(made(), np.int64(16), seed=np.int64(1), lr_scale=10)
+    run = trainer()
+    run.fit(sub, train_loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]["dim"] == 16
+
+
+def test_the_module_says_how_strictly_it_loads():
+    class Loose(Classifier):
+        strict_loading = False
+
+    sub = SubspaceModule(made(Loose), 16)
+    assert not sub.strict_loading
+    other = SubspaceModule(made(), 16)
+    other.strict_loading = False
+    assert not other.module.strict_loading

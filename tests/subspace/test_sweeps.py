@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from nets import Classifier, train_loader, val_loader
+from pytorch_lightning.cli import LightningCLI
 
 SHOWN = (Path(__file__).parents[2] / "examples" / "sweeps.md").read_text()
 
@@ -86,6 +88,28 @@ class Data(pl.LightningDataModule):
 
     def val_dataloader(self):
         return val_loader()
+
+
+@pytest.mark.filterwarnings("ignore:`SubspaceModule.configure_optimizers` will be overridden")
+def test_an_optimizer_of_the_command_line_is_put_to_work_on_w(tmp_path, monkeypatch):
+    """It is reused as the module's own would be: after one step of AdamW |w| is lr_scale times its rate; no decay."""
+    pytest.importorskip("jsonargparse")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["program.py"])
+    (tmp_path / "config.yaml").write_text(block("LightningCLI").replace("program.Model", "nets.Classifier"))
+    own = {"logger": "false", "accelerator": "cpu", "max_steps": "1", "enable_progress_bar": "false"}
+    optimizer = ["--optimizer=AdamW", "--optimizer.lr=0.002", "--optimizer.weight_decay=0.5"]
+    cli = LightningCLI(
+        pl.LightningModule,
+        Data,
+        subclass_mode_model=True,
+        save_config_callback=None,
+        seed_everything_default=3,
+        args=["fit", "--config=config.yaml", *optimizer, *(f"--trainer.{name}={value}" for name, value in own.items())],
+    )
+    assert torch.allclose(cli.model.w.detach().abs(), torch.full((64,), 0.02), rtol=1e-3)
+    (group,) = cli.model.groups(cli.trainer.optimizers)
+    assert (group["weight_decay"], len(group["params"])) == (0.0, 1)
 
 
 def shown(name, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import math
 import weakref
 
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from nets import Classifier, train_loader, trainer, val_loader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_sketch.subspace import IntrinsicDimensionResult, IntrinsicDimensionTuner
+from lightning_sketch.subspace import IntrinsicDimensionResult, IntrinsicDimensionTuner, SubspaceModule
+from lightning_sketch.subspace.ledger import Ledger
 from lightning_sketch.subspace.runs import FILE
 
 LADDER = [4, 32, 128, 512]
@@ -451,3 +453,102 @@ def test_validation_that_is_switched_off(tmp_path):
     searcher = IntrinsicDimensionTuner(lambda dim: trainer(limit_val_batches=0, default_root_dir=tmp_path))
     with pytest.raises(MisconfigurationException, match="limit_val_batches above 0"):
         find(searcher, made())
+
+
+def test_full_training_and_subspaces_are_of_the_same_parameters(tmp_path):
+    """The last layer alone, or with the first trained in full beside it, in both."""
+    ends = []
+
+    class Watch(pl.Callback):
+        def on_fit_end(self, trainer, pl_module):
+            ends.append(copy.deepcopy((pl_module.module if isinstance(pl_module, SubspaceModule) else pl_module).net))
+
+    def trainer_fn(dim):
+        return trainer(Watch(), max_steps=4, default_root_dir=tmp_path)
+
+    model = made()
+    for others, stays in (("frozen", True), ("full", False)):
+        searcher = IntrinsicDimensionTuner(trainer_fn, parameters="net.2.*", others=others)
+        assert find(searcher, model, dims=[8], monitor="val_loss", mode="min").n == 170
+        assert len(ends) == 2
+        for net in ends:
+            assert torch.equal(net[0].weight, model.net[0].weight) == stays
+            assert not torch.equal(net[2].weight, model.net[2].weight)
+        ends.clear()
+
+
+def test_callbacks_see_fits_alone(tmp_path):
+    """Not the validation before: a checkpoint callback would look for its folder among loggers that are not there."""
+    seen = []
+
+    class Watch(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            seen.append(stage)
+
+    def trainer_fn(dim):
+        options = {"enable_checkpointing": True, "logger": pl.loggers.CSVLogger(tmp_path, name=f"dim-{dim}")}
+        return trainer(Watch(), max_steps=4, **options)
+
+    result = find(IntrinsicDimensionTuner(trainer_fn), made(), dims=[8], monitor="val_loss", mode="min")
+    assert seen == ["fit", "fit"]
+    folders = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.ckpt")}
+    assert folders == {"dim-8", f"dim-{result.n}"}
+
+
+def test_a_search_has_a_constant_rate_whoever_makes_the_optimizer(tmp_path):
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def optimizer_fn(params):
+        optimizer = torch.optim.Adam(params, lr=0.03)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.05, total_steps=8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    searcher = IntrinsicDimensionTuner(
+        lambda dim: trainer(Watch(), max_steps=8, default_root_dir=tmp_path), optimizer_fn=optimizer_fn
+    )
+    find(searcher, made(), method="doubling", baseline=1.0, threshold=1.0)
+    assert set(rates) == {0.05}
+    assert len(rates) == 16
+
+
+class Activation:
+    """Told apart by its address, like a function."""
+
+
+def test_hyper_parameters_that_have_an_address_are_known_again(tmp_path):
+    class Active(Classifier):
+        def __init__(self, activation):
+            super().__init__()
+            self.save_hyperparameters("activation")
+
+    for _ in range(2):
+        pl.seed_everything(0, verbose=False)
+        find(tuner(tmp_path, steps=2)[0], Active(Activation()), dims=[8], baseline=0.9)
+    assert len(json.loads((tmp_path / FILE).read_text())) == 1
+
+
+def test_dims_of_numpy(tmp_path, untyped):
+    result = find(tuner(tmp_path, steps=2)[0], made(), dims=2 ** np.arange(3, 5), baseline=0.9)
+    assert result.results["dim"] == [8, 16]
+    assert len(json.loads((tmp_path / FILE).read_text())) == 2
+
+
+def test_a_metric_that_is_never_positive_is_told(tmp_path):
+    class Likelihood(Classifier):
+        def validation_step(self, batch):
+            self.log("likelihood", -F.cross_entropy(self(batch[0]), batch[1]))
+
+    with pytest.raises(MisconfigurationException, match="log the negative of likelihood and use mode='min'"):
+        find(tuner(tmp_path, steps=2)[0], Likelihood(), monitor="likelihood")
+
+
+def test_two_searches_in_one_folder_leave_each_other_their_notes(tmp_path):
+    ledgers = [Ledger(tmp_path / FILE), Ledger(tmp_path / FILE)]
+    for number, ledger in enumerate(ledgers):
+        ledger.add({"dim": number}, {"value": float(number)}, write=True)
+    assert Ledger(tmp_path / FILE).find({"dim": 0}) == {"value": 0.0}
+    assert Ledger(tmp_path / FILE).find({"dim": 1}) == {"value": 1.0}
