@@ -60,7 +60,7 @@ class CNN(MLP):
 
 
 def test_kinds_agree_on_a_network_with_batch_norm(tmp_path):
-    """Within a factor of two, as all do in benchmarks/intrinsic_dimension.py over three seeds; here one of each family."""
+    """Within a factor of two, as all kinds do over three seeds in benchmarks/intrinsic_dimension.py."""
     pl.seed_everything(0, verbose=False)
     options = {"max_steps": STEPS, "default_root_dir": tmp_path, "check_val_every_n_epoch": 40}
     train, d90 = train_loader(slice(0, 1437), 64, shuffle=True), {}
