@@ -1,0 +1,155 @@
+"""Run as a program: a search for the intrinsic dimension, on one process or two; each rank prints what came of it.
+
+python searches.py FOLDER [NAME=JSON ...]
+
+TRAINS DIM SEED    is printed when a run begins, full training as a dim of 0
+FOUND JSON         at the end: the result, and what each validation gave on this rank alone
+
+steps, lr, devices, and the arguments of `find`.
+halves: each rank validates on digits of its own, 0 to 4 or 5 to 9, and monitors the accuracy on these.
+dies=[DIM, STEP]: the process is killed in this step of the run with this dim.
+dies="replace": it is killed when it is about to rename a file.
+largest=BYTES: it is killed in the middle of the first file that becomes longer.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from nets import Classifier, digits, train_loader, trainer, val_loader
+from pytorch_lightning.strategies import DDPStrategy
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sketch.subspace import IntrinsicDimensionTuner, SubspaceModule
+
+PROGRAM = Path(__file__)
+DIMS = [4, 32, 128]
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0")
+
+
+class Watched(pl.Callback):
+    def __init__(self, dies, own):
+        self.dies, self.own = dies, own
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def dim(self, pl_module):
+        return pl_module.directions.dim if isinstance(pl_module, SubspaceModule) else 0
+
+    def on_fit_start(self, trainer, pl_module):
+        seed = pl_module.hparams.seed if self.dim(pl_module) else 0
+        os.write(1, f"\nTRAINS {self.dim(pl_module)} {seed} {trainer.global_rank}\n".encode())  # whole, unlike print
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.dies == [self.dim(pl_module), trainer.global_step]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_validation_end(self, trainer, pl_module):
+        history = getattr(trainer.callbacks[0], "history", None)
+        if history and not trainer.sanity_checking and "own_acc" in trainer.callback_metrics:
+            self.own.append([float(trainer.callback_metrics["own_acc"]), history[-1]["value"], history[-1]["dim"]])
+
+
+class Halves(Classifier):
+    """A plain number for each batch: nobody brings those of two ranks together."""
+
+    def validation_step(self, batch):
+        self.log("own_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+def halves():
+    """Small digits in even rows, which the first rank gets, and large ones in odd rows."""
+    images, labels = digits(slice(1437, None))
+    small, large = (labels < 5).nonzero().flatten(), (labels >= 5).nonzero().flatten()
+    rows = torch.stack([part[: min(len(small), len(large))] for part in (small, large)], dim=1).flatten()
+    return DataLoader(TensorDataset(images[rows], labels[rows]), batch_size=len(rows))
+
+
+def searched(folder, steps=40, lr=3e-3, devices=1, halved=False, dies=None, **options):
+    pl.seed_everything(0, verbose=False)
+    own: list[list[float]] = []
+    strategy = "auto" if devices == 1 else DDPStrategy(process_group_backend="gloo")
+    options = {"dims": DIMS, "monitor": "own_acc" if halved else "val_acc", "threshold": 0.7, **options}
+    tuner = IntrinsicDimensionTuner(
+        lambda dim: trainer(
+            Watched(dies, own), max_steps=steps, default_root_dir=folder, devices=devices, strategy=strategy
+        )
+    )
+    train = train_loader(batch_size=32 // devices)
+    result = tuner.find(
+        Halves(lr=lr) if halved else Classifier(lr=lr), train, halves() if halved else val_loader(), **options
+    )
+    return {
+        "results": result.results,
+        "suggestion": result.suggestion(),
+        "numbers": [result.baseline, result.start, result.target],
+        "own": own,
+    }
+
+
+def start(folder, *launcher, **options):
+    """The program in a process, and a session, of its own."""
+    command = [
+        sys.executable,
+        *launcher,
+        str(PROGRAM),
+        str(folder),
+        *(f"{k}={json.dumps(v)}" for k, v in options.items()),
+    ]
+    path = os.pathsep.join([str(PROGRAM.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        start_new_session=True,
+    )
+
+
+def ended(process, timeout=90):
+    """Its return code, the lines that it printed, split at the first blank, and its errors; none of it is left over."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return process.returncode, [line.split(" ", 1) for line in out.splitlines() if " " in line], err
+
+
+def trained(lines):
+    """[dim, seed, rank] of the runs that were begun."""
+    return [[int(number) for number in rest.split()] for word, rest in lines if word == "TRAINS"]
+
+
+def found(lines):
+    return [json.loads(rest) for word, rest in lines if word == "FOUND"]
+
+
+def killed_when_it_renames(*args):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main(folder, *options):
+    torch.set_num_threads(1)
+    asked = {name: json.loads(value) for name, value in (option.split("=", 1) for option in options)}
+    largest = asked.pop("largest", None)
+    if asked.get("dies") == "replace":
+        os.replace = killed_when_it_renames
+    if largest is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+    os.write(1, f"\nFOUND {json.dumps(searched(folder, **asked))}\n".encode())
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
