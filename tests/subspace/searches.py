@@ -5,7 +5,7 @@ python searches.py FOLDER [NAME=JSON ...]
 TRAINS DIM SEED    is printed when a run begins, full training as a dim of 0
 FOUND JSON         at the end: the result, and what each validation gave on this rank alone
 
-steps, lr, devices, and the arguments of `find`.
+steps, lr, devices, shuffle, and the arguments of `find`.
 halves: each rank validates on digits of its own, 0 to 4 or 5 to 9, and monitors the accuracy on these.
 dies=[DIM, STEP]: the process is killed in this step of the run with this dim.
 dies="replace": it is killed when it is about to rename a file.
@@ -72,7 +72,7 @@ def halves():
     return DataLoader(TensorDataset(images[rows], labels[rows]), batch_size=len(rows))
 
 
-def searched(folder, steps=40, lr=3e-3, devices=1, halved=False, dies=None, **options):
+def searched(folder, steps=40, lr=3e-3, devices=1, halved=False, shuffle=False, dies=None, **options):
     pl.seed_everything(0, verbose=False)
     own: list[list[float]] = []
     strategy = "auto" if devices == 1 else DDPStrategy(process_group_backend="gloo")
@@ -82,7 +82,7 @@ def searched(folder, steps=40, lr=3e-3, devices=1, halved=False, dies=None, **op
             Watched(dies, own), max_steps=steps, default_root_dir=folder, devices=devices, strategy=strategy
         )
     )
-    train = train_loader(batch_size=32 // devices)
+    train = train_loader(batch_size=32 // devices, shuffle=shuffle)
     result = tuner.find(
         Halves(lr=lr) if halved else Classifier(lr=lr), train, halves() if halved else val_loader(), **options
     )

@@ -22,7 +22,7 @@ def test_a_search_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(
 
     No run is repeated but the one that was not noted.
     """
-    undisturbed = searched(tmp_path / "alone", seeds=2)
+    undisturbed = searched(tmp_path / "alone", seeds=2, shuffle=True)
     folder, done = tmp_path / "killed", []
     three_and_a_half = (tmp_path / "alone" / FILE).stat().st_size // 2  # of seven
     for kill, begun, kept in [
@@ -31,7 +31,7 @@ def test_a_search_that_is_killed_again_and_again_ends_as_one_that_is_left_alone(
         ({"dies": "replace"}, 1, 3),
         ({}, 4, 7),
     ]:
-        code, lines, errors = ended(start(folder, seeds=2, **kill))
+        code, lines, errors = ended(start(folder, seeds=2, shuffle=True, **kill))
         assert code == (0 if not kill else -signal.SIGXFSZ if "largest" in kill else -signal.SIGKILL), errors[-2000:]
         assert [run[:2] for run in trained(lines)] == RUNS[len(done) :][:begun]
         done = noted(folder)
