@@ -30,15 +30,12 @@ from lightning_sketch.subspace import IntrinsicDimensionTuner, SubspaceModule
 
 PROGRAM = Path(__file__)
 DIMS = [4, 32, 128]
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 
 class Watched(pl.Callback):
     def __init__(self, dies, own):
         self.dies, self.own = dies, own
-
-    def __deepcopy__(self, memo):
-        return self
 
     def dim(self, pl_module):
         return pl_module.directions.dim if isinstance(pl_module, SubspaceModule) else 0
@@ -75,13 +72,14 @@ def halves():
 def searched(folder, steps=40, lr=3e-3, devices=1, halved=False, shuffle=False, dies=None, **options):
     pl.seed_everything(0, verbose=False)
     own: list[list[float]] = []
-    strategy = "auto" if devices == 1 else DDPStrategy(process_group_backend="gloo")
     options = {"dims": DIMS, "monitor": "own_acc" if halved else "val_acc", "threshold": 0.7, **options}
-    tuner = IntrinsicDimensionTuner(
-        lambda dim: trainer(
-            Watched(dies, own), max_steps=steps, default_root_dir=folder, devices=devices, strategy=strategy
-        )
-    )
+
+    def trainer_fn(dim):
+        strategy = "auto" if devices == 1 else DDPStrategy(process_group_backend="gloo")
+        watched = Watched(dies, own)
+        return trainer(watched, max_steps=steps, default_root_dir=folder, devices=devices, strategy=strategy)
+
+    tuner = IntrinsicDimensionTuner(trainer_fn)
     train = train_loader(batch_size=32 // devices, shuffle=shuffle)
     result = tuner.find(
         Halves(lr=lr) if halved else Classifier(lr=lr), train, halves() if halved else val_loader(), **options
@@ -118,10 +116,13 @@ def ended(process, timeout=90):
     """Its return code, the lines that it printed, split at the first blank, and its errors; none of it is left over."""
     try:
         out, err = process.communicate(timeout=timeout)
-    finally:
-        if process.poll() is None:
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes by itself, which are in sessions of their own
+        try:
+            process.communicate(timeout=40)
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+        raise
     return process.returncode, [line.split(" ", 1) for line in out.splitlines() if " " in line], err
 
 

@@ -1,0 +1,52 @@
+"""A search on two processes: each trains what the other does, decides what the other decides, and one of them notes."""
+
+import json
+
+import pytest
+from searches import DIMS, TORCHRUN, ended, found, searched, start, trained
+
+from lightning_sketch.subspace.runs import FILE
+
+
+def ranks_of(folder, *launcher, **options):
+    """What two processes found, and the dims and seeds that each of them trained, full training as a dim of 0."""
+    code, lines, errors = ended(start(folder, *launcher, devices=2, **options))
+    assert code == 0, errors[-3000:]
+    begun = [[run[:2] for run in trained(lines) if run[2] == rank] for rank in (0, 1)]
+    assert begun[0] == begun[1]
+    one, two = found(lines)
+    assert {**one, "own": []} == {**two, "own": []}
+    return one, two, begun[0]
+
+
+def test_two_processes_search_as_one_does_and_torchrun_goes_on_where_they_were(tmp_path):
+    """Whole batches are the same, in two halves, and sums of other orders may turn 7 of 360 digits."""
+    alone = searched(tmp_path / "alone")
+    two, _, begun = ranks_of(tmp_path / "two", dims=DIMS[:2])
+    assert begun == [[0, 0], [4, 0], [32, 0]]
+    more, _, begun = ranks_of(tmp_path / "two", *TORCHRUN)
+    assert begun == [[128, 0]]
+    assert more["numbers"] == two["numbers"] == pytest.approx(alone["numbers"], abs=0.02)
+    assert more["results"]["value"][:2] == two["results"]["value"]
+    assert more["results"]["value"] == pytest.approx(alone["results"]["value"], abs=0.02)
+    assert more["suggestion"] == alone["suggestion"] == 128
+    assert [path.name for path in (tmp_path / "two").iterdir()] == [FILE]
+    assert len(json.loads((tmp_path / "two" / FILE).read_text())) == 4
+
+
+def test_ranks_that_see_other_metrics_double_and_stop_together(tmp_path):
+    """One validates on the digits 0 to 4, the other on 5 to 9: what counts is the mean, for both."""
+    options = {"halved": True, "method": "doubling", "dims": [4, 512]}
+    one, two, begun = ranks_of(tmp_path, **options)
+    last, half = one["results"]["dim"]
+    assert begun == [[0, 0], [4, 0], [half, 0]]
+    assert half == last // 2
+    for (own, value, dim), (other, same, as_many) in zip(one["own"], two["own"], strict=True):
+        assert own != other
+        assert (value, dim) == (same, as_many)
+        assert value == pytest.approx((own + other) / 2)
+    assert len({dim for _, _, dim in one["own"]}) > 3
+    assert one["own"][-1][1] >= one["numbers"][2]
+    again, _, begun = ranks_of(tmp_path, **options)
+    assert begun == []
+    assert again == {**one, "own": []}
