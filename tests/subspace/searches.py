@@ -5,7 +5,8 @@ python searches.py FOLDER [NAME=JSON ...]
 TRAINS DIM SEED    is printed when a run begins, full training as a dim of 0
 FOUND JSON         at the end: the result, and what each validation gave on this rank alone
 
-steps, lr, devices, shuffle, and the arguments of `find`.
+steps, lr, devices, and the arguments of `find`.
+shuffle: batches come in the order of a seed, not in that of the rows.
 halves: each rank validates on digits of its own, 0 to 4 or 5 to 9, and monitors the accuracy on these.
 dies=[DIM, STEP]: the process is killed in this step of the run with this dim.
 dies="replace": it is killed when it is about to rename a file.
@@ -24,7 +25,7 @@ import pytorch_lightning as pl
 import torch
 from nets import Classifier, digits, train_loader, trainer, val_loader
 from pytorch_lightning.strategies import DDPStrategy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_sketch.subspace import IntrinsicDimensionTuner, SubspaceModule
 
@@ -54,7 +55,16 @@ class Watched(pl.Callback):
             self.own.append([float(trainer.callback_metrics["own_acc"]), history[-1]["value"], history[-1]["dim"]])
 
 
-class Halves(Classifier):
+class InOrder(Classifier):
+    """A batch is the same rows, however many ranks have their parts of it."""
+
+    def train_dataloader(self):
+        rows, ranks = TensorDataset(*digits(slice(0, 256))), self.trainer.world_size
+        sampler = DistributedSampler(rows, ranks, rank=self.trainer.global_rank, shuffle=False)
+        return DataLoader(rows, batch_size=32 // ranks, sampler=sampler)
+
+
+class Halves(InOrder):
     """A plain number for each batch: nobody brings those of two ranks together."""
 
     def validation_step(self, batch):
@@ -80,10 +90,9 @@ def searched(folder, steps=40, lr=3e-3, devices=1, halved=False, shuffle=False, 
         return trainer(watched, max_steps=steps, default_root_dir=folder, devices=devices, strategy=strategy)
 
     tuner = IntrinsicDimensionTuner(trainer_fn)
-    train = train_loader(batch_size=32 // devices, shuffle=shuffle)
-    result = tuner.find(
-        Halves(lr=lr) if halved else Classifier(lr=lr), train, halves() if halved else val_loader(), **options
-    )
+    model = (Halves if halved else InOrder)(lr=lr)
+    train = train_loader(batch_size=32 // devices, shuffle=True) if shuffle else None
+    result = tuner.find(model, train, halves() if halved else val_loader(), **options)
     return {
         "results": result.results,
         "suggestion": result.suggestion(),

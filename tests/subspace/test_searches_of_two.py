@@ -20,15 +20,15 @@ def ranks_of(folder, *launcher, **options):
 
 
 def test_two_processes_search_as_one_does_and_torchrun_goes_on_where_they_were(tmp_path):
-    """Whole batches are the same, in two halves, and sums of other orders may turn 7 of 360 digits."""
+    """Whole batches are the same, in two halves, and sums of other orders may turn three of 360 digits."""
     alone = searched(tmp_path / "alone")
     two, _, begun = ranks_of(tmp_path / "two", dims=DIMS[:2])
     assert begun == [[0, 0], [4, 0], [32, 0]]
     more, _, begun = ranks_of(tmp_path / "two", *TORCHRUN)
     assert begun == [[128, 0]]
-    assert more["numbers"] == two["numbers"] == pytest.approx(alone["numbers"], abs=0.02)
+    assert more["numbers"] == two["numbers"] == pytest.approx(alone["numbers"], abs=3 / 360)
     assert more["results"]["value"][:2] == two["results"]["value"]
-    assert more["results"]["value"] == pytest.approx(alone["results"]["value"], abs=0.02)
+    assert more["results"]["value"] == pytest.approx(alone["results"]["value"], abs=3 / 360)
     assert more["suggestion"] == alone["suggestion"] == 128
     assert [path.name for path in (tmp_path / "two").iterdir()] == [FILE]
     assert len(json.loads((tmp_path / "two" / FILE).read_text())) == 4
@@ -36,7 +36,7 @@ def test_two_processes_search_as_one_does_and_torchrun_goes_on_where_they_were(t
 
 def test_ranks_that_see_other_metrics_double_and_stop_together(tmp_path):
     """One validates on the digits 0 to 4, the other on 5 to 9: what counts is the mean, for both."""
-    options = {"halved": True, "method": "doubling", "dims": [4, 512]}
+    options = {"halved": True, "shuffle": True, "method": "doubling", "dims": [4, 512]}
     one, two, begun = ranks_of(tmp_path, **options)
     last, half = one["results"]["dim"]
     assert begun == [[0, 0], [4, 0], [half, 0]]
