@@ -3,6 +3,7 @@
 python searches.py FOLDER [NAME=JSON ...]
 
 TRAINS DIM SEED    is printed when a run begins, full training as a dim of 0
+WRITES RANK        when a file is renamed
 FOUND JSON         at the end: the result, and what each validation gave on this rank alone
 
 steps, lr, devices, and the arguments of `find`.
@@ -121,7 +122,7 @@ def start(folder, *launcher, **options):
     )
 
 
-def ended(process, timeout=90):
+def ended(process, timeout=60):
     """Its return code, the lines that it printed, split at the first blank, and its errors; none of it is left over."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -144,16 +145,21 @@ def found(lines):
     return [json.loads(rest) for word, rest in lines if word == "FOUND"]
 
 
-def killed_when_it_renames(*args):
-    os.kill(os.getpid(), signal.SIGKILL)
+def told(rename, dies):
+    def told_rename(*args):
+        if dies == "replace":
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.write(1, f"\nWRITES {os.environ.get('LOCAL_RANK', 0)}\n".encode())
+        return rename(*args)
+
+    return told_rename
 
 
 def main(folder, *options):
     torch.set_num_threads(1)
     asked = {name: json.loads(value) for name, value in (option.split("=", 1) for option in options)}
     largest = asked.pop("largest", None)
-    if asked.get("dies") == "replace":
-        os.replace = killed_when_it_renames
+    os.replace = told(os.replace, asked.get("dies"))
     if largest is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -14,6 +14,7 @@ def ranks_of(folder, *launcher, **options):
     assert code == 0, errors[-3000:]
     begun = [[run[:2] for run in trained(lines) if run[2] == rank] for rank in (0, 1)]
     assert begun[0] == begun[1]
+    assert [rest for word, rest in lines if word == "WRITES"] == ["0"] * len(begun[0])
     one, two = found(lines)
     assert {**one, "own": []} == {**two, "own": []}
     return one, two, begun[0]
