@@ -241,8 +241,9 @@ class Runs:
         }
 
     def _value(self, trainer: Trainer) -> float:
-        """The same on all ranks."""
-        return trainer.strategy.broadcast(float(trainer.callback_metrics[self.monitor]))
+        """The mean over ranks, which log what they see: by it the Finder decides too."""
+        metric, strategy = trainer.callback_metrics[self.monitor], trainer.strategy
+        return float(strategy.reduce(metric.clone().to(strategy.root_device), reduce_op="mean"))
 
 
 class LastValidation(CallbackBase):
