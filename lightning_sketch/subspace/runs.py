@@ -190,7 +190,8 @@ class Runs:
             "seed": seed,
             **told,
         }
-        run, noted = None if trainer.fast_dev_run else self.ledger.find(settings), ", as noted before"
+        found = None if trainer.fast_dev_run else self.ledger.find(settings)
+        run, noted = trainer.strategy.broadcast(found), ", as noted before"
         if run is None:
             trainer, noted = self.trainers.take(dim), ""
             run = self._fit(trainer, make(), dim, seed, finder)

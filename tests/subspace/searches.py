@@ -8,7 +8,8 @@ FOUND JSON         at the end: the result, and what each validation gave on this
 
 steps, lr, devices, and the arguments of `find`.
 shuffle: batches come in the order of a seed, not in that of the rows.
-halves: each rank validates on digits of its own, 0 to 4 or 5 to 9, and monitors the accuracy on these.
+apart: the ranks have folders of their own, as on two machines.
+halved: each rank validates on digits of its own, 0 to 4 or 5 to 9, and monitors the accuracy on these.
 dies=[DIM, STEP]: the process is killed in this step of the run with this dim.
 dies="replace": it is killed when it is about to rename a file.
 largest=BYTES: it is killed in the middle of the first file that becomes longer.
@@ -80,8 +81,9 @@ def halves():
     return DataLoader(TensorDataset(images[rows], labels[rows]), batch_size=len(rows))
 
 
-def searched(folder, steps=40, lr=3e-3, devices=1, halved=False, shuffle=False, dies=None, **options):
+def searched(folder, steps=40, lr=3e-3, devices=1, halved=False, shuffle=False, apart=False, dies=None, **options):
     pl.seed_everything(0, verbose=False)
+    folder = f"{folder}/{os.environ.get('LOCAL_RANK', 0)}" if apart else folder
     own: list[list[float]] = []
     options = {"dims": DIMS, "monitor": "own_acc" if halved else "val_acc", "threshold": 0.7, **options}
 

@@ -51,3 +51,10 @@ def test_ranks_that_see_other_metrics_double_and_stop_together(tmp_path):
     again, _, begun = ranks_of(tmp_path, **options)
     assert begun == []
     assert again == {**one, "own": []}
+
+
+def test_what_is_noted_on_the_first_machine_holds_for_the_second(tmp_path):
+    first, _, _ = ranks_of(tmp_path, apart=True, dims=[4], steps=4)
+    again, _, begun = ranks_of(tmp_path, apart=True, dims=[4], steps=4)
+    assert begun == []
+    assert again == first
