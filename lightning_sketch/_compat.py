@@ -5,8 +5,9 @@ Both namespaces, the step of the loggers, the bar, the scale of gradients, batch
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -164,7 +165,7 @@ def like_namespace_of(module: LightningModule, wrapper: LightningModule) -> None
     theirs = lightning_class(module)
     for name in _hooks(theirs):
         if theirs is not pl.LightningModule and name not in vars(wrapper) and not does_itself(wrapper, name):
-            wrapper.__dict__[name] = MethodType(getattr(theirs, name), wrapper)
+            wrapper.__dict__[name] = partial(getattr(theirs, name), wrapper)  # a method is pickled as a name only
 
 
 def unwrapped(module: Any) -> Any:

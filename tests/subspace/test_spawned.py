@@ -1,0 +1,64 @@
+"""Processes that the Trainer makes for one fit, to which the module goes, and comes back, in pickled parts."""
+
+import copy
+import importlib
+import pickle
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from nets import train_loader, val_loader
+from searches import InOrder
+
+from lightning_sketch.subspace import SubspaceModule
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
+    pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders"),
+]
+
+
+def made(namespace):
+    """The module in a subspace, and what makes a Trainer of its namespace."""
+    lightning = pytest.importorskip(namespace)
+    kind = InOrder if lightning is pl else importlib.import_module("other_namespace").InOrder
+    pl.seed_everything(0, verbose=False)
+    quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+
+    def trainer(**options):
+        return lightning.Trainer(accelerator="cpu", max_steps=10, max_epochs=-1, **quiet, **options)
+
+    return SubspaceModule(kind(), 64, lr_scale=10), trainer
+
+
+def theta(module):
+    return torch.cat([parameter.detach().flatten() for parameter in module.parameters()])
+
+
+@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
+def test_two_spawned_processes_train_what_one_does(namespace):
+    """Ten steps, sums in float32 in other orders; here are w and the weights that it says, and what was logged."""
+    sub, trainer = made(namespace)
+    alone = copy.deepcopy(sub)
+    trainer().fit(alone, val_dataloaders=val_loader())
+    run = trainer(devices=2, strategy="ddp_spawn")
+    run.fit(sub, val_dataloaders=val_loader())
+    assert {"train_loss", "val_loss"} <= run.callback_metrics.keys()
+    assert (sub.w - alone.w).norm() <= 2e-3 * alone.w.norm()
+    assert torch.equal(theta(sub.module), theta(sub.materialize()))
+    start = torch.cat([tensor.flatten() for tensor in sub.theta0().values()])
+    assert torch.allclose(theta(sub.module), start + sub.directions.rmatvec(sub.w.detach()), atol=1e-6)
+    assert sub.w.norm() > 0.1
+
+
+@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
+def test_a_pickled_module_trains_as_the_one_that_it_was(namespace):
+    sub, trainer = made(namespace)
+    twin = pickle.loads(pickle.dumps(sub))
+    for module in (sub, twin):
+        run = trainer()
+        run.fit(module, train_loader(), val_loader())
+        assert "val_loss" in run.callback_metrics
+    assert torch.equal(sub.w, twin.w)
+    assert torch.equal(theta(sub.module), theta(twin.module))
+    assert sub.w.norm() > 0.1
