@@ -202,6 +202,11 @@ def train_for(trainer: Trainer, steps: int) -> None:
     trainer.fit_loop.max_epochs = -1
 
 
+def forgets(trainer: Trainer) -> bool:
+    """Whether it fits in processes made for that, whose callbacks are lost: ddp_spawn, ddp_fork, ddp_notebook."""
+    return any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(trainer.strategy.launcher).__mro__)
+
+
 def name_run(trainer: Trainer, name: str, group: str) -> None:
     """Give a run of W&B that has not begun a name and a group, unless it has its own."""
     for logger in trainer.loggers:

@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sketch._compat import CallbackBase, LightningModule, Trainer, batches_done, say, state_key
+from lightning_sketch._compat import CallbackBase, LightningModule, Trainer, batches_done, forgets, say, state_key
 from lightning_sketch.subspace.growth import carry_over
 from lightning_sketch.subspace.subspace_module import SubspaceModule
 
@@ -47,8 +47,8 @@ class IntrinsicDimensionFinder(CallbackBase):
     Raises:
         ValueError: if an argument is out of its range.
         MisconfigurationException: at setup, if the module is no `SubspaceModule` with `max_dim`, there is no
-            validation, accumulation is scheduled, or weights are averaged; at the first validation, if `monitor` is
-            not logged.
+            validation, accumulation is scheduled, weights are averaged, or the strategy is `ddp_spawn` or alike; at
+            the first validation, if `monitor` is not logged.
 
     Example::
 
@@ -112,6 +112,7 @@ class IntrinsicDimensionFinder(CallbackBase):
                 f"IntrinsicDimensionFinder needs a SubspaceModule with max_dim, got {type(pl_module).__name__}; fit "
                 "SubspaceModule(module, dim=8, max_dim=4096)."
             )
+        refuse_forgetful(trainer)
         if not trainer.enable_validation:
             raise MisconfigurationException(f"{self.monitor} comes from validation; pass val_dataloaders to fit.")
         names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
@@ -214,3 +215,16 @@ class IntrinsicDimensionFinder(CallbackBase):
 
     def _searches(self, trainer: Trainer) -> bool:
         return trainer.state.fn == "fit" and not trainer.sanity_checking
+
+
+def refuse_forgetful(trainer: Trainer) -> None:
+    """An answer that would be lost is not asked for.
+
+    Raises:
+        MisconfigurationException: if the Trainer fits in processes that end with the fit.
+    """
+    if forgets(trainer):
+        raise MisconfigurationException(
+            "IntrinsicDimensionFinder would be lost with the processes that are made for one fit; use strategy='ddp' "
+            "in place of 'ddp_spawn', 'ddp_fork' or 'ddp_notebook'."
+        )

@@ -10,7 +10,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_sketch._compat import LightningModule
-from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
+from lightning_sketch.subspace.finder import IntrinsicDimensionFinder, refuse_forgetful
 from lightning_sketch.subspace.ledger import Run
 from lightning_sketch.subspace.result import IntrinsicDimensionResult, reaches, target
 from lightning_sketch.subspace.runs import Runs
@@ -34,7 +34,8 @@ class IntrinsicDimensionTuner:
     Raises:
         ValueError: by `find`, before training: if an argument is out of its range; if no parameter matches.
         MisconfigurationException: by `find`, before training: if `trainer_fn` gives the same Trainer or logger twice;
-            if `monitor` is not logged in validation; for "doubling" with a `baseline`, without max_steps.
+            if `monitor` is not logged in validation; for "doubling" with a `baseline`, without max_steps, or with the
+            strategy `ddp_spawn` or alike.
         TypeError: by `find`, before training: if `model` is neither a module nor a function that makes one.
 
     Example::
@@ -108,6 +109,8 @@ class IntrinsicDimensionTuner:
         runs = Runs(self.trainer_fn, self.options, model, (train_dataloaders, val_dataloaders, datamodule), monitor)
         ladder = _ladder(dims, runs.n, method)
         start = runs.begin(ladder[0])
+        if method == "doubling":
+            refuse_forgetful(runs.trainers.peek(runs.n))
         rank_zero_info(
             f"intrinsic dimension of {runs.n:,} parameters: in subspaces the module's learning rate x "
             f"{self.options['lr_scale']:g}; runs are noted in {runs.ledger.path}"

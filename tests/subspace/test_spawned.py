@@ -7,10 +7,11 @@ import pickle
 import pytest
 import pytorch_lightning as pl
 import torch
-from nets import train_loader, val_loader
+from nets import train_loader, trainer, val_loader
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from searches import InOrder
 
-from lightning_sketch.subspace import SubspaceModule
+from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
@@ -25,10 +26,10 @@ def made(namespace):
     pl.seed_everything(0, verbose=False)
     quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
 
-    def trainer(**options):
+    def trainer_of(**options):
         return lightning.Trainer(accelerator="cpu", max_steps=10, max_epochs=-1, **quiet, **options)
 
-    return SubspaceModule(kind(), 64, lr_scale=10), trainer
+    return SubspaceModule(kind(), 64, lr_scale=10), trainer_of
 
 
 def theta(module):
@@ -38,10 +39,10 @@ def theta(module):
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
 def test_two_spawned_processes_train_what_one_does(namespace):
     """Ten steps, sums in float32 in other orders; here are w and the weights that it says, and what was logged."""
-    sub, trainer = made(namespace)
+    sub, trainer_of = made(namespace)
     alone = copy.deepcopy(sub)
-    trainer().fit(alone, val_dataloaders=val_loader())
-    run = trainer(devices=2, strategy="ddp_spawn")
+    trainer_of().fit(alone, val_dataloaders=val_loader())
+    run = trainer_of(devices=2, strategy="ddp_spawn")
     run.fit(sub, val_dataloaders=val_loader())
     assert {"train_loss", "val_loss"} <= run.callback_metrics.keys()
     assert (sub.w - alone.w).norm() <= 2e-3 * alone.w.norm()
@@ -53,12 +54,29 @@ def test_two_spawned_processes_train_what_one_does(namespace):
 
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
 def test_a_pickled_module_trains_as_the_one_that_it_was(namespace):
-    sub, trainer = made(namespace)
+    sub, trainer_of = made(namespace)
     twin = pickle.loads(pickle.dumps(sub))
     for module in (sub, twin):
-        run = trainer()
+        run = trainer_of()
         run.fit(module, train_loader(), val_loader())
         assert "val_loss" in run.callback_metrics
     assert torch.equal(sub.w, twin.w)
     assert torch.equal(theta(sub.module), theta(twin.module))
     assert sub.w.norm() > 0.1
+
+
+LOST = r"would be lost.*use strategy='ddp'"
+
+
+def test_a_finder_that_would_be_lost_is_refused_in_the_process_that_is_made():
+    sub = SubspaceModule(InOrder(), 8, max_dim=64, lr_scale=10)
+    run = trainer(IntrinsicDimensionFinder("val_acc", 0.9), devices=2, strategy="ddp_spawn")
+    with pytest.raises(Exception, match=LOST):
+        run.fit(sub, val_dataloaders=val_loader())
+
+
+def test_a_tuner_whose_finder_would_be_lost_refuses_before_training(tmp_path):
+    tuner = IntrinsicDimensionTuner(lambda dim: trainer(devices=2, strategy="ddp_spawn", default_root_dir=tmp_path))
+    with pytest.raises(MisconfigurationException, match=LOST):
+        tuner.find(InOrder(), None, val_loader(), monitor="val_acc", method="doubling")
+    assert not list(tmp_path.iterdir())
