@@ -1,0 +1,146 @@
+"""Autocast to float16 with a scaled loss, autocast to bfloat16, bfloat16 throughout: w takes the steps of float32."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from nets import Classifier, train_loader, trainer, val_loader
+from pytorch_lightning.plugins.precision import MixedPrecision
+
+from lightning_sketch.subspace import IntrinsicDimensionFinder, SubspaceModule
+
+ROUNDING = {"16-mixed": 2**-11, "bf16-mixed": 2**-8, "bf16-true": 2**-8}
+
+
+class Descends(Classifier):
+    """By its gradients, at a rate at which nothing grows that was rounded off."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+class Overflows(Descends):
+    """In the batch of this number."""
+
+    at, skips = 5, False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if batch_idx != self.at:
+            return loss
+        return None if self.skips else loss * float("inf")
+
+
+class Skips(Overflows):
+    skips = True
+
+
+class Watch(pl.Callback):
+    """The gradient before each step, and after it w, the weights that are moved, and the scale of the loss."""
+
+    def __init__(self):
+        self.gradients, self.w, self.theta, self.scale = [], [], [], []
+
+    def on_train_start(self, trainer, pl_module):
+        self.note(trainer, pl_module)
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        gradients = [block.grad for block in pl_module.blocks if block.grad is not None]
+        self.gradients.append(torch.cat([pl_module.blocks[0][:0], *gradients]).detach().float())
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.note(trainer, pl_module)
+
+    def note(self, trainer, pl_module):
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self.scale.append(scaler and scaler.get_scale())
+        self.w.append(pl_module.coordinates().detach().clone())
+        self.theta.append(torch.cat([p.detach().flatten() for p in pl_module.weights.parameters()]))
+
+
+def fitted(kind=Descends, precision="32-true", scale=2.0**10, callbacks=(), run_options=(), **options):
+    """Lightning takes float16 on a CPU by a plugin only."""
+    pl.seed_everything(0, verbose=False)
+    sub, watch = SubspaceModule(kind(), **{"dim": 64, "lr_scale": 10, **options}), Watch()
+    given = {"precision": precision}
+    if precision == "16-mixed":
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        given = {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+    run = trainer(watch, *callbacks, max_steps=20, **given, **dict(run_options))
+    run.fit(sub, train_loader(), val_loader())
+    return sub, watch, run
+
+
+def start_of(sub):
+    return torch.cat([tensor.flatten() for tensor in sub.theta0().values()])
+
+
+@pytest.mark.parametrize("options", [{}, {"implicit": True}, {"max_dim": 256}, {"sketch": "gaussian"}])
+@pytest.mark.parametrize("precision", ROUNDING)
+def test_gradients_and_steps_are_those_of_float32_to_a_few_roundings(precision, options):
+    """Of the type that the network computes in: 2 roundings measured, 4 allowed, in the first gradient and after 20."""
+    sub, watch, _ = fitted(**options)
+    rounded, seen, run = fitted(precision=precision, **options)
+    for one, other in ((watch.gradients[0], seen.gradients[0]), (sub.coordinates(), rounded.coordinates())):
+        assert 0 < (one - other).norm() <= 4 * ROUNDING[precision] * one.norm()
+    assert run.callback_metrics["val_loss"] < 0.98 * start_loss()
+
+
+def start_loss():
+    pl.seed_everything(0, verbose=False)
+    return trainer().validate(Classifier(), val_loader(), verbose=False)[0]["val_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "run_options"),
+    [
+        ({}, {}),
+        ({"implicit": True}, {}),
+        ({"parameters": "net.0.*", "others": "full"}, {}),
+        ({"optimizer_fn": lambda params: torch.optim.Adam(params, lr=0.01, fused=True)}, {}),
+        ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}),
+    ],
+)
+def test_a_scale_that_is_too_large_skips_steps_until_it_is_not(options, run_options):
+    """Scaled by 2^30 a gradient of the logits is infinite in float16: then the scale is halved, nothing moves."""
+    sub, watch, _ = fitted(precision="16-mixed", scale=2.0**30, run_options=run_options, **options)
+    skipped = [after < before for before, after in zip(watch.scale, watch.scale[1:], strict=False)]
+    still = [torch.equal(before, after) for before, after in zip(watch.w, watch.w[1:], strict=False)]
+    rest = [torch.equal(before, after) for before, after in zip(watch.theta, watch.theta[1:], strict=False)]
+    each = run_options.get("accumulate_grad_batches", 1)
+    assert still[each - 1 :: each] == rest[each - 1 :: each] == skipped[each - 1 :: each]
+    assert 5 < sum(skipped) < 15
+    assert not skipped[-1]
+    assert all(tensor.isfinite().all() for tensor in [*watch.w, *watch.theta])
+    assert torch.allclose(watch.theta[-1], start_of(sub) + sub.directions.rmatvec(sub.w.detach()), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_an_infinite_step_is_one_that_never_was():
+    """As if `training_step` had given no loss for that batch; half the scale only moves where rounding to zero begins.
+
+    Four roundings are allowed for that.
+    """
+    sub, watch, _ = fitted(Overflows, "16-mixed")
+    other, _, _ = fitted(Skips, "16-mixed")
+    infinite = [not gradient.isfinite().all() for gradient in watch.gradients]
+    assert [step for step, was in enumerate(infinite) if was] == [5, 13]
+    assert torch.equal(watch.w[5], watch.w[6])
+    assert watch.scale[-1] == 2.0**8
+    assert (sub.w - other.w).norm() <= 4 * 2**-11 * other.w.norm()
+
+
+def test_an_infinite_step_spoils_no_search():
+    """The mean of w that is judged, and what Adam carries over a doubling, stay finite."""
+    finder = IntrinsicDimensionFinder("val_acc", 0.99, every_n_train_steps=4)
+
+    class Adam(Overflows):
+        configure_optimizers = Classifier.configure_optimizers
+
+    sub, watch, run = fitted(Adam, "16-mixed", callbacks=[finder], dim=8, max_dim=64)
+    assert [line["dim"] for line in finder.history] == sorted(line["dim"] for line in finder.history)
+    assert finder.history[-1]["dim"] > 8
+    assert watch.scale[-1] == 2.0**8
+    assert sub.coordinates().isfinite().all()
+    assert all(v.isfinite().all() for state in run.optimizers[0].state.values() for v in state.values())
+    moved = sub.directions.rmatvec(sub.coordinates().detach())
+    assert torch.allclose(watch.theta[-1], start_of(sub) + moved, atol=1e-5)
