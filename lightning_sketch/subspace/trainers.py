@@ -10,6 +10,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_sketch._compat import LightningModule, Trainer, trainer_class
 
+_COPIED = ("callbacks", "strategy", "plugins", "profiler")
+
 
 class Trainers:
     """Gives a Trainer for each dimension.
@@ -71,4 +73,4 @@ class Trainers:
         arguments = dict(self.trainer_fn)
         if callable(arguments.get("logger")):
             arguments["logger"] = arguments["logger"](dim)
-        return self.kind(**{**arguments, "callbacks": copy.deepcopy(arguments.get("callbacks"))})
+        return self.kind(**{name: copy.deepcopy(x) if name in _COPIED else x for name, x in arguments.items()})

@@ -23,7 +23,7 @@ class IntrinsicDimensionTuner:
 
     Args:
         trainer_fn: dim -> a new Trainer with a new logger, for each run; or a dict of the Trainer's arguments, in
-            which `logger` may be a function of dim, and callbacks are copied for each run.
+            which `logger` may be a function of dim, and callbacks, strategy and plugins are copied for each run.
         sketch: kind of the directions.
         parameters: which parameters may move, as in `SubspaceModule`; in full training too.
         others: what is done with the others, as in `SubspaceModule`: "frozen" or "full"; in full training too.

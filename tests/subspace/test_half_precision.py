@@ -6,7 +6,7 @@ import torch
 from nets import Classifier, train_loader, trainer, val_loader
 from pytorch_lightning.plugins.precision import MixedPrecision
 
-from lightning_sketch.subspace import IntrinsicDimensionFinder, SubspaceModule
+from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
 
 ROUNDING = {"16-mixed": 2**-11, "bf16-mixed": 2**-8, "bf16-true": 2**-8}
 
@@ -144,3 +144,21 @@ def test_an_infinite_step_spoils_no_search():
     assert all(v.isfinite().all() for state in run.optimizers[0].state.values() for v in state.values())
     moved = sub.directions.rmatvec(sub.coordinates().detach())
     assert torch.allclose(watch.theta[-1], start_of(sub) + moved, atol=1e-5)
+
+
+def test_a_search_gives_each_run_a_scale_of_its_own(tmp_path):
+    """What ran before, and backed off from too large a scale, does not matter."""
+
+    def value_at_128(folder, dims):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
+        quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
+        arguments = {"max_steps": 20, "accelerator": "cpu", "default_root_dir": folder, **quiet}
+        tuner = IntrinsicDimensionTuner({**arguments, "plugins": [MixedPrecision("16-mixed", "cpu", scaler)]})
+        pl.seed_everything(0, verbose=False)
+        result = tuner.find(
+            Classifier(), train_loader(), val_loader(), dims=dims, monitor="val_loss", mode="min", baseline=0.5
+        )
+        assert scaler.get_scale() == 2.0**24
+        return result.results["value"][-1]
+
+    assert value_at_128(tmp_path / "two", [32, 128]) == value_at_128(tmp_path / "one", [128])
