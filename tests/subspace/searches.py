@@ -4,7 +4,8 @@ python searches.py FOLDER [NAME=JSON ...]
 
 TRAINS DIM SEED    is printed when a run begins, full training as a dim of 0
 WRITES RANK        when a file is renamed
-FOUND JSON         at the end: the result, and what each validation gave on this rank alone
+FOUND JSON         at the end: the result, and of each validation the dim, what it gave on this rank alone, and what
+                   the finder took that for, if there is one
 
 steps, lr, devices, and the arguments of `find`.
 shuffle: batches come in the order of a seed, not in that of the rows.
@@ -52,9 +53,10 @@ class Watched(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
     def on_validation_end(self, trainer, pl_module):
-        history = getattr(trainer.callbacks[0], "history", None)
-        if history and not trainer.sanity_checking and "own_acc" in trainer.callback_metrics:
-            self.own.append([float(trainer.callback_metrics["own_acc"]), history[-1]["value"], history[-1]["dim"]])
+        if "own_acc" in trainer.callback_metrics and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            history = getattr(trainer.callbacks[0], "history", None)
+            value = history[-1]["value"] if history else None
+            self.own.append([self.dim(pl_module), float(trainer.callback_metrics["own_acc"]), value])
 
 
 class InOrder(Classifier):
