@@ -129,6 +129,23 @@ class _Part(NamedTuple):
     group: dict[str, Any]
 
 
+def refuse_late(trainable: Mapping[str, Tensor]) -> None:
+    """Of what the wrapper froze nothing may be trainable now.
+
+    Raises:
+        MisconfigurationException: if something is.
+    """
+    if trainable:
+        raise MisconfigurationException(
+            f"{_some(list(trainable))} became trainable after the module was wrapped, in setup() or by unfreeze() "
+            "perhaps; make layers in __init__ or configure_model, or pass others='full'."
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def _only(found: Sequence[Optimizer]) -> Optimizer:
     if len(found) != 1:
         raise MisconfigurationException(
@@ -144,9 +161,8 @@ def _homes(optimizer: Optimizer, moved: Mapping[str, Tensor]) -> list[dict[str, 
     left = [name for name, parameter in moved.items() if id(parameter) not in trained]
     if left:
         raise MisconfigurationException(
-            f"w moves {len(left)} parameters that {kind} of configure_optimizers does not train: "
-            f"{', '.join(left[:3])}{', ...' if len(left) > 3 else ''}; choose those that it trains with "
-            f"parameters='...', or pass {_INSTEAD}."
+            f"w moves {len(left)} parameters that {kind} of configure_optimizers does not train: {_some(left)}; choose "
+            f"those that it trains with parameters='...', or pass {_INSTEAD}."
         )
     taken = {id(parameter) for parameter in moved.values()}
     homes = [group for group in optimizer.param_groups if any(id(parameter) in taken for parameter in group["params"])]

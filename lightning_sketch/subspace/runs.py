@@ -1,9 +1,7 @@
 """One training run after the other: in full, in a subspace, or searching; each from the same weights, each once."""
 
-import copy
 import math
 import random
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -22,10 +20,9 @@ from lightning_sketch._compat import (
     muted_loggers,
     name_run,
     train_for,
-    unwrapped,
 )
-from lightning_sketch.gradients import fingerprint
 from lightning_sketch.params import Layout
+from lightning_sketch.subspace.copies import Copies, refuse_different_starts
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
 from lightning_sketch.subspace.ledger import Ledger, Run
 from lightning_sketch.subspace.recipe import optimizers_in
@@ -68,25 +65,22 @@ class Runs:
         monitor: str,
     ):
         self.options, self.data, self.monitor = options, data, monitor
-        if hasattr(model, "_orig_mod") or getattr(model, "_compiler_ctx", None) is not None:
-            raise TypeError("a compiled module cannot be copied; pass a function: lambda: torch.compile(Module()).")
-        self.made_by = None if isinstance(model, LightningModule) else model
-        self.first = _with_parameters(model) if self.made_by is None else _made(model)
-        self.n = Layout.of(self.first, options["parameters"]).n
-        self.theta0 = fingerprint(list(self.first.parameters()))
-        self.trainers = Trainers(trainer_fn, self.first)
+        self.copies = Copies(model)
+        self.n = Layout.of(self.copies.first, options["parameters"]).n
+        self.trainers = Trainers(trainer_fn, self.copies.first)
 
     def begin(self, dim: int) -> float:
         """Make the first two Trainers and read what is noted; the metric before training.
 
         Raises:
-            MisconfigurationException: if the Trainers cannot be used, or the metric is not logged.
+            MisconfigurationException: if the Trainers cannot be used, the metric is not logged, or ranks differ.
         """
         self.trainers.check([self.n, dim])
         self.ledger = Ledger(self.trainers.folder(self.n) / FILE)
         trainer = self.trainers.peek(self.n)
         with isolate_rng():
-            self._validate(trainer, self._model())
+            self._validate(trainer, self.copies.one())
+        refuse_different_starts(trainer, self.copies.fingerprint)
         if self.monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
                 f"monitor={self.monitor!r} is not logged in validation, which logs "
@@ -117,7 +111,7 @@ class Runs:
     def at(self, dim: int, seed: int) -> Run:
         """As many directions."""
         return self._once(
-            dim, seed, self._told(), lambda: SubspaceModule(self._model(), dim, seed=seed, **self.options)
+            dim, seed, self._told(), lambda: SubspaceModule(self.copies.one(), dim, seed=seed, **self.options)
         )
 
     def search(self, finder: IntrinsicDimensionFinder, dim: int, max_dim: int, seed: int) -> Run:
@@ -130,21 +124,13 @@ class Runs:
                 "from": dim,
                 "rule": [finder.target, finder.delta, finder.every_n_train_steps, finder.max_steps],
             },
-            lambda: ConstantRate(self._model(), dim, seed=seed, max_dim=max_dim, **self.options),
+            lambda: ConstantRate(self.copies.one(), dim, seed=seed, max_dim=max_dim, **self.options),
             finder,
         )
 
-    def _model(self) -> LightningModule:
-        """With the weights of the first."""
-        if self.made_by is None:
-            return copy.deepcopy(self.first)
-        made = _made(self.made_by)
-        made.load_state_dict(self.first.state_dict())
-        return made
-
     def _whole(self) -> LightningModule:
         """The model; frozen where subspaces are."""
-        model = self._model()
+        model = self.copies.one()
         moving = {id(p) for p in Layout.of(model, self.options["parameters"]).parameters(model)}
         for parameter in model.parameters():
             if self.options["others"] == "frozen" and id(parameter) not in moving:
@@ -181,8 +167,8 @@ class Runs:
         """A fit, or what is noted of one with the same settings."""
         trainer = self.trainers.peek(dim)
         settings = {
-            "module": f"{type(self.first).__name__} {_text(dict(self.first.hparams))}",
-            "theta0": self.theta0,
+            "module": self.copies.name,
+            "theta0": self.copies.fingerprint,
             "monitor": self.monitor,
             **{name: repr(getattr(trainer, name)) for name in _LENGTH_AND_STEP},
             "data": self._shape_of_data(),
@@ -195,8 +181,14 @@ class Runs:
         if run is None:
             trainer, noted = self.trainers.take(dim), ""
             run = self._fit(trainer, make(), dim, seed, finder)
+            failed = run["status"] == "out of memory"
             if not trainer.fast_dev_run:
-                self.ledger.add(settings, run, trainer.is_global_zero)
+                self.ledger.add(settings, run, trainer.is_global_zero or failed)
+            if failed and trainer.world_size > 1:
+                raise RuntimeError(
+                    f"rank {trainer.global_rank} of {trainer.world_size} ran out of memory at dim {dim}, and the "
+                    "others may wait for it for ever; the run is noted, and left out when the search is started again."
+                )
         what = "full training" if told.get("full") else f"dim {run['dim']}"
         rank_zero_info(
             f"{what}, seed {seed}: {self.monitor} {run['value']:.4g}, {run['steps']} steps, {run['status']}{noted}"
@@ -213,7 +205,7 @@ class Runs:
             trainer.callbacks.insert(0, finder)
             if finder.max_steps is not None:
                 train_for(trainer, finder.max_steps)
-        name_run(trainer, f"dim {dim}", f"intrinsic dimension {self.theta0 % (1 << 32):08x}")
+        name_run(trainer, f"dim {dim}", f"intrinsic dimension {self.copies.fingerprint % (1 << 32):08x}")
         status = "done"
         try:
             with isolate_rng():
@@ -256,30 +248,6 @@ class LastValidation(CallbackBase):
         """Of training, not of the sanity check."""
         if not trainer.sanity_checking:
             self.step = trainer.global_step
-
-
-def _made(function: Callable[[], LightningModule]) -> LightningModule:
-    """A module with its parameters.
-
-    Raises:
-        TypeError: if it is none.
-    """
-    module = unwrapped(function())
-    if not isinstance(module, LightningModule):
-        raise TypeError(f"model must be a LightningModule or a function that makes one, it gave {type(module)}.")
-    return _with_parameters(module)
-
-
-def _text(value: Any) -> str:
-    """The same in each process: functions have an address in theirs."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
-
-
-def _with_parameters(module: LightningModule) -> LightningModule:
-    """Lightning asks of `configure_model` that it can be called again."""
-    if not any(True for _ in module.parameters()):
-        module.configure_model()
-    return module
 
 
 class ConstantRate(SubspaceModule):

@@ -16,10 +16,11 @@ from torch.optim import Optimizer
 from lightning_sketch._compat import LightningModule, unwrapped
 from lightning_sketch.gradients import fingerprint
 from lightning_sketch.gradients.substituted import substituted
+from lightning_sketch.subspace.copies import refuse_different_starts
 from lightning_sketch.subspace.delegated import Wrapper, call_fitting
 from lightning_sketch.subspace.directions import Directions
 from lightning_sketch.subspace.moving import FrozenWeights, MovingWeights
-from lightning_sketch.subspace.recipe import Recipe
+from lightning_sketch.subspace.recipe import Recipe, refuse_late
 from lightning_sketch.subspace.saved import complete, kept
 from lightning_sketch.subspace.through import ExplicitGradient, Held, loss_of, trainable, with_loss
 
@@ -45,7 +46,8 @@ class SubspaceModule(Wrapper):
         max_dim: if given, `dim` can be doubled up to this while training, see `IntrinsicDimensionFinder`.
         others: what is done with the other trainable parameters: "frozen", or "full" to train them as ever.
         implicit: differentiate through θ₀ + Dᵀ w, in place of D times the full gradient. Equal, and slower.
-        lr_scale: factor for the learning rate of the module's own optimizer, for w.
+        lr_scale: factor for the learning rate of the module's own optimizer, for w. The optimizer's groups show the
+            module's own rate all the same, and so does LearningRateMonitor.
         weight_decay: of w, which pulls towards θ₀; None is none, whatever the module's optimizer says.
         optimizer_fn: parameters -> what `configure_optimizers` may return, in place of the module's own.
         save_theta0: keep θ₀ in checkpoints; else its fingerprint, and the module must be made with the same weights.
@@ -152,10 +154,11 @@ class SubspaceModule(Wrapper):
 
     def configure_optimizers(self) -> Any:
         """The module's own, on w."""
-        self._refuse_late_parameters()
-        full = [p for p in self.module.parameters() if p.requires_grad] if self.others == "full" else []
+        others = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if self.others == "frozen":
+            refuse_late(others)
         if self.optimizer_fn is not None:
-            return self.optimizer_fn([*self.blocks, *full])
+            return self.optimizer_fn([*self.blocks, *others.values()])
         theta = self.weights.parameters()
         with trainable(theta):
             configured = self.module.configure_optimizers()
@@ -210,13 +213,7 @@ class SubspaceModule(Wrapper):
     def on_fit_start(self) -> None:
         """The module's own; refuse ranks that start from different weights."""
         self.module.on_fit_start()
-        strategy = self.trainer.strategy
-        prints = strategy.all_gather(torch.tensor([self._fingerprint], device=strategy.root_device)).flatten()
-        if (prints != self._fingerprint).any():
-            raise MisconfigurationException(
-                f"the ranks start from different weights, with fingerprints {prints.tolist()}; call seed_everything "
-                "before the module is made."
-            )
+        refuse_different_starts(self.trainer, self._fingerprint)
         if self.n / 2 < self.directions.dim < self.n:
             rank_zero_info(
                 f"{self.directions.dim} random directions of {self.n}: their condition number is "
@@ -242,15 +239,6 @@ class SubspaceModule(Wrapper):
         """The inverse of `state_dict`; here, since what holds this module loads it so."""
         complete(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def _refuse_late_parameters(self) -> None:
-        late = [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
-        if late and self.others == "frozen":
-            raise MisconfigurationException(
-                f"{', '.join(late[:3])}{', ...' if len(late) > 3 else ''} became trainable after the module was "
-                "wrapped, in setup() or by unfreeze() perhaps; make layers in __init__ or configure_model, or pass "
-                "others='full'."
-            )
 
     def _configure_model(self) -> None:
         self.module.configure_model()
@@ -289,9 +277,13 @@ class SubspaceModule(Wrapper):
         return self.cut(self.weights.take_gradient(self.directions))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SubspaceModule":
-        """θ₀ goes where the weights go."""
+        """θ₀ goes where the weights go; w stays in float32 at least, of which many small steps are made."""
+        before = [block.detach() for block in self.blocks] if self._begun else []
         super()._apply(fn, recurse)
         if self._begun:
+            for block, old in zip(self.blocks, before, strict=True):
+                if block.dtype.itemsize < 4:
+                    block.data = old.to(block.device)
             self.weights.to(fn)
             self._w_then = None
             if not self.blocks[0].is_meta:

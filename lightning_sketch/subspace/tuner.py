@@ -87,7 +87,8 @@ class IntrinsicDimensionTuner:
         the same settings: initial weights, hyper-parameters, directions, metric, the Trainer's length, precision,
         clipping and accumulation, and the shape of loaders. Contents of the data, an `optimizer_fn` and a rate that is
         no hyper-parameter are not compared: delete the file after such a change. One that gives no number, or runs out
-        of memory, is noted as such, and the search goes on.
+        of memory, is noted as such, and the search goes on; on several processes, which would wait for each other, lack
+        of memory ends it, and the next leaves that run out.
         Each run's logger gets `subspace/dim` and the metric at its end; W&B runs get a group in common.
 
         Args:

@@ -13,6 +13,8 @@ apart: the ranks have folders of their own, as on two machines.
 halved: each rank validates on digits of its own, 0 to 4 or 5 to 9, and monitors the accuracy on these.
 dies=[DIM, STEP]: the process is killed in this step of the run with this dim.
 dies="replace": it is killed when it is about to rename a file.
+full=[DIM, RANK]: this rank has no memory left in the run with this dim.
+differ: each rank makes other weights.
 largest=BYTES: it is killed in the middle of the first file that becomes longer.
 """
 
@@ -38,8 +40,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 
 class Watched(pl.Callback):
-    def __init__(self, dies, own):
-        self.dies, self.own = dies, own
+    def __init__(self, dies, full, own):
+        self.dies, self.full, self.own = dies, full, own
 
     def dim(self, pl_module):
         return pl_module.directions.dim if isinstance(pl_module, SubspaceModule) else 0
@@ -51,6 +53,8 @@ class Watched(pl.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.dies == [self.dim(pl_module), trainer.global_step]:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.full == [self.dim(pl_module), trainer.global_rank] and trainer.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
 
     def on_validation_end(self, trainer, pl_module):
         if "own_acc" in trainer.callback_metrics and trainer.state.fn == "fit" and not trainer.sanity_checking:
@@ -83,15 +87,27 @@ def halves():
     return DataLoader(TensorDataset(images[rows], labels[rows]), batch_size=len(rows))
 
 
-def searched(folder, steps=40, lr=3e-3, devices=1, halved=False, shuffle=False, apart=False, dies=None, **options):
-    pl.seed_everything(0, verbose=False)
+def searched(
+    folder,
+    steps=40,
+    lr=3e-3,
+    devices=1,
+    halved=False,
+    shuffle=False,
+    apart=False,
+    differ=False,
+    dies=None,
+    full=None,
+    **options,
+):
+    pl.seed_everything(int(os.environ.get("LOCAL_RANK", 0)) if differ else 0, verbose=False)
     folder = f"{folder}/{os.environ.get('LOCAL_RANK', 0)}" if apart else folder
     own: list[list[float]] = []
     options = {"dims": DIMS, "monitor": "own_acc" if halved else "val_acc", "threshold": 0.7, **options}
 
     def trainer_fn(dim):
         strategy = "auto" if devices == 1 else DDPStrategy(process_group_backend="gloo")
-        watched = Watched(dies, own)
+        watched = Watched(dies, full, own)
         return trainer(watched, max_steps=steps, default_root_dir=folder, devices=devices, strategy=strategy)
 
     tuner = IntrinsicDimensionTuner(trainer_fn)

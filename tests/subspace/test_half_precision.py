@@ -162,3 +162,22 @@ def test_a_search_gives_each_run_a_scale_of_its_own(tmp_path):
         return result.results["value"][-1]
 
     assert value_at_128(tmp_path / "two", [32, 128]) == value_at_128(tmp_path / "one", [128])
+
+
+def test_w_keeps_small_steps_in_half_precision(tmp_path):
+    """Six hundred steps of 1e-3, each below the rounding of the sum in bfloat16, end where float32 does."""
+
+    class Slow(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+    ends = {}
+    for precision in ("32-true", "bf16-true"):
+        pl.seed_everything(0, verbose=False)
+        sub = SubspaceModule(Slow(), 24, lr_scale=10)
+        trainer(max_steps=600, precision=precision).fit(sub, train_loader())
+        assert sub.w.dtype == torch.float32
+        ends[precision] = sub.w.detach().clone()
+    assert (ends["bf16-true"] - ends["32-true"]).norm() <= 0.02 * ends["32-true"].norm()
+    sub.bfloat16()
+    assert torch.equal(sub.w, ends["bf16-true"])

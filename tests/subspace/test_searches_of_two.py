@@ -62,3 +62,23 @@ def test_what_is_noted_on_the_first_machine_holds_for_the_second(tmp_path):
     again, _, begun = ranks_of(tmp_path, apart=True, dims=[4], steps=4)
     assert begun == []
     assert again == first
+
+
+def test_ranks_that_would_start_from_different_weights_do_not_start(tmp_path):
+    code, lines, errors = ended(start(tmp_path, devices=2, differ=True))
+    assert code != 0
+    assert "the ranks start from different weights" in errors
+    assert trained(lines) == []
+
+
+def test_a_rank_without_memory_ends_the_search_and_the_next_leaves_that_run_out(tmp_path):
+    """The other rank waits for it in a sum of gradients: nothing but an end can help."""
+    options = {"steps": 8, "dims": DIMS, "full": [32, 1]}
+    code, _, errors = ended(start(tmp_path, devices=2, **options))
+    assert code != 0
+    assert "rank 1 of 2 ran out of memory at dim 32" in errors
+    code, lines, errors = ended(start(tmp_path, devices=2, **options))
+    assert code == 0, errors[-3000:]
+    assert {run[0] for run in trained(lines)} == {128}
+    for one in found(lines):
+        assert one["results"]["status"] == ["done", "out of memory", "done"]
