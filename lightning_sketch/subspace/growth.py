@@ -1,4 +1,4 @@
-"""What an optimizer remembers, carried over a doubling of the directions.
+"""Growth of w: in blocks with step counts of their own, and what an optimizer remembers carried over a doubling.
 
 At a doubling D shrinks by √½ and w grows by √2, so that θ stays. The gradient of w shrinks as D does; so must what is
 made of gradients, by the power of the gradient that it is. New coordinates start from nothing, with a step count of
@@ -23,6 +23,14 @@ _POWERS = {
 }
 """Of the gradient, in what torch.optim's Adam, AdamW, NAdam, RAdam, Adamax, SGD, RMSprop and Adagrad remember."""
 _COUNTS = ("step", "mu_product")
+
+
+def block_sizes(dim: int, max_dim: int | None) -> list[int]:
+    """dim, and then as many as there are already, up to max_dim in all."""
+    sizes, largest = [dim], max_dim or dim
+    while sum(sizes) < largest:
+        sizes.append(min(sum(sizes), largest - sum(sizes)))
+    return sizes
 
 
 @torch.no_grad()

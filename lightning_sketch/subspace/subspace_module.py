@@ -19,6 +19,7 @@ from lightning_sketch.gradients.substituted import substituted
 from lightning_sketch.subspace.copies import refuse_different_starts
 from lightning_sketch.subspace.delegated import Wrapper, call_fitting
 from lightning_sketch.subspace.directions import Directions
+from lightning_sketch.subspace.growth import block_sizes
 from lightning_sketch.subspace.moving import FrozenWeights, MovingWeights
 from lightning_sketch.subspace.recipe import Recipe, refuse_late
 from lightning_sketch.subspace.saved import complete, kept
@@ -295,11 +296,3 @@ def _follow(sub: SubspaceModule, _: Any) -> None:
     """The weights go where the w that was loaded says."""
     sub._w_then = None
     sub.ready()
-
-
-def block_sizes(dim: int, max_dim: int | None) -> list[int]:
-    """dim, and then as many as there are already, up to max_dim in all."""
-    sizes, largest = [dim], max_dim or dim
-    while sum(sizes) < largest:
-        sizes.append(min(sum(sizes), largest - sum(sizes)))
-    return sizes
