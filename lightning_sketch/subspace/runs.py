@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.memory import is_oom_error
@@ -150,7 +151,7 @@ class Runs:
     def _shape_of_data(self) -> str:
         """Numbers of batches and of examples in one, of loaders that are given; what a data module has is not known."""
         loaders = [loader for loader in self.data[:2] if loader is not None]
-        return repr([(len(x) if hasattr(x, "__len__") else None, getattr(x, "batch_size", None)) for x in loaders])
+        return repr([(sized_len(loader), getattr(loader, "batch_size", None)) for loader in loaders])
 
     def _told(self) -> dict[str, Any]:
         """The options, without functions."""
@@ -207,17 +208,17 @@ class Runs:
                 train_for(trainer, finder.max_steps)
         name_run(trainer, f"dim {dim}", f"intrinsic dimension {self.copies.fingerprint % (1 << 32):08x}")
         status = "done"
-        try:
-            with isolate_rng():
-                for seeded in (random.seed, np.random.seed, torch.manual_seed):
-                    seeded(seed)
+        with isolate_rng():  # puts nothing back if an error goes through it
+            for seeded in (random.seed, np.random.seed, torch.manual_seed):
+                seeded(seed)
+            try:
                 trainer.fit(module, train, val, datamodule=datamodule)
                 if validated.step != trainer.global_step:
                     self._validate(trainer, module)
-        except (RuntimeError, MemoryError) as error:
-            if not (isinstance(error, MemoryError) or is_oom_error(error)):
-                raise
-            status = "out of memory"
+            except (RuntimeError, MemoryError) as error:
+                if not (isinstance(error, MemoryError) or is_oom_error(error)):
+                    raise
+                status = "out of memory"
         value = self._value(trainer) if status == "done" else math.nan
         if finder is not None and finder.history:  # of the mean of w, at the dimension that it was taken at
             dim, value = finder.history[-1]["dim"], finder.history[-1]["value"]
