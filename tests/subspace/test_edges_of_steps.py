@@ -45,9 +45,11 @@ def test_the_weights_are_where_w_says_at_all_times():
         torch.equal(one, start)
         for one, start in zip(sub.weights.layout.parameters(sub.materialize()), sub.theta0().values(), strict=True)
     )
-    version = sub.net[0].weight._version
-    sub(torch.zeros(1, 64))
+    images, _ = next(iter(val_loader()))
+    version, before = sub.net[0].weight._version, sub(images)
     assert sub.net[0].weight._version == version
+    sub.w.data.add_(0.3)
+    assert not torch.equal(sub(images), before)
 
 
 def test_gradients_of_the_weights_are_let_go_of_and_former_ones_do_not_count():
@@ -242,13 +244,16 @@ def test_a_plot_may_leave_out_the_suggestion(tmp_path):
 
 
 def test_rates_are_the_modules_own_right_after_a_step():
-    """For what its own `optimizer_step` does then; what the step had, times lr_scale, is told on demand."""
+    """For what its own `optimizer_step` does then; what the next step has, times lr_scale, is told on demand.
+
+    A rate that is small at first alone is not warned of.
+    """
     rates = []
 
     class Model(Classifier):
         def configure_optimizers(self):
             optimizer = super().configure_optimizers()
-            warm_up = LambdaLR(optimizer, lambda step: (step + 1) / 8)
+            warm_up = LambdaLR(optimizer, lambda step: (step + 1) / 16)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up, "interval": "step"}}
 
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
@@ -257,8 +262,8 @@ def test_rates_are_the_modules_own_right_after_a_step():
 
     sub, run = SubspaceModule(made(Model), 16, lr_scale=10), trainer(max_steps=4)
     run.fit(sub, train_loader())
-    assert rates == pytest.approx([3e-3 * step / 8 for step in (1, 2, 3, 4)])
-    assert [group["lr"] for group in sub.groups(run.optimizers)] == [pytest.approx(3e-2 * 5 / 8)]
+    assert rates == pytest.approx([3e-3 * step / 16 for step in (1, 2, 3, 4)])
+    assert [group["lr"] for group in sub.groups(run.optimizers)] == [pytest.approx(3e-2 * 5 / 16)]
 
 
 def test_after_a_step_that_failed_and_was_survived_the_next_is_at_the_rate_of_w():
@@ -286,19 +291,27 @@ def test_after_a_step_that_failed_and_was_survived_the_next_is_at_the_rate_of_w(
 
 
 def test_what_an_optimizer_writes_of_w_counts_for_a_group_that_holds_others_too():
-    class Sized(torch.optim.SGD):
+    """Nothing else of the group is changed; and what it writes of another group is that one's, at its own rate."""
+
+    class Halving(torch.optim.SGD):
         def step(self, closure=None):
+            loss = super().step(closure)
             for group in self.param_groups:
-                group["size"] = sum(parameter.numel() for parameter in group["params"])
-            return super().step(closure)
+                group["size"], group["lr"] = sum(p.numel() for p in group["params"]), group["lr"] / 2
+            return loss
 
     class Model(Classifier):
         def configure_optimizers(self):
-            return Sized(self.parameters(), lr=0.1)
+            first, last = self.net[0], self.net[2]
+            groups = [{"params": [*first.parameters(), last.bias], "weight_decay": 0.3}, {"params": [last.weight]}]
+            return Halving(groups, lr=0.1)
 
-    run = trainer(max_steps=1)
-    run.fit(SubspaceModule(made(Model), 16, parameters="net.0.*", others="full"), train_loader())
-    assert [group["size"] for group in run.optimizers[0].param_groups] == [16]
+    run = trainer(max_steps=2)
+    run.fit(SubspaceModule(made(Model), 16, parameters="net.0.*", others="full", lr_scale=10), train_loader())
+    first, second = run.optimizers[0].param_groups
+    assert [[p.numel() for p in group["params"]] for group in (first, second)] == [[16, 10], [160]]
+    assert (first["lr"], first["weight_decay"]) == (pytest.approx(0.025), 0.3)
+    assert (second["size"], second["lr"], second["weight_decay"]) == (160, pytest.approx(0.025), 0.0)
 
 
 def test_groups_of_named_parameters_differ_in_names_alone():
