@@ -77,8 +77,8 @@ class Recipe:
         if "weight_decay" in with_w:
             with_w["weight_decay"] = self.decay
         others = [({**g, "params": [p for p in g["params"] if id(p) not in own]}, g) for g in groups]
-        parts = [(with_w, home), *((now, group) for now, group in others if now["params"])]
-        return [_Part(now, dict(now), group) for now, group in parts]
+        parts = [(with_w, home), *((now, {} if group is home else group) for now, group in others if now["params"])]
+        return [_Part(now, dict(now), group) for now, group in parts]  # of their group what is written of w counts
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         self._depth += 1
@@ -113,7 +113,7 @@ class Recipe:
 
     def close(self) -> None:
         """The groups as they were, with what the optimizer wrote into them; nothing if no step is on."""
-        for part in reversed(self._parts):  # w last: what it says of its group counts
+        for part in self._parts:
             for key, value in part.now.items():
                 if value is not part.before.get(key):
                     part.group[key] = value / self.lr_scale if key == "lr" and part.now["params"] is self.w else value

@@ -310,7 +310,7 @@ def test_what_an_optimizer_writes_of_w_counts_for_a_group_that_holds_others_too(
     run.fit(SubspaceModule(made(Model), 16, parameters="net.0.*", others="full", lr_scale=10), train_loader())
     first, second = run.optimizers[0].param_groups
     assert [[p.numel() for p in group["params"]] for group in (first, second)] == [[16, 10], [160]]
-    assert (first["lr"], first["weight_decay"]) == (pytest.approx(0.025), 0.3)
+    assert (first["size"], first["lr"], first["weight_decay"]) == (16, pytest.approx(0.025), 0.3)
     assert (second["size"], second["lr"], second["weight_decay"]) == (160, pytest.approx(0.025), 0.0)
 
 
