@@ -65,11 +65,12 @@ class FrozenWeights:
 
     Args:
         module: that holds them.
-        names: of the parameters that w moves.
+        moving: the parameters that w moves, under whatever names.
     """
 
-    def __init__(self, module: nn.Module, names: Sequence[str]):
-        self.module, self.moving = module, frozenset(names)
+    def __init__(self, module: nn.Module, moving: Sequence[nn.Parameter]):
+        ids, named = {id(parameter) for parameter in moving}, module.named_parameters(remove_duplicate=False)
+        self.module, self.moving = module, {name for name, parameter in named if id(parameter) in ids}
         self.start = self._fingerprints()
 
     def unchanged(self) -> set[str]:

@@ -16,12 +16,10 @@ THETA0 = "theta0."
 
 def kept(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
     """Take out of a state dict what need not be saved; put in θ₀ if it is asked for."""
-    theta0, frozen = sub.theta0(), set() if sub.save_theta0 else sub.frozen.unchanged()
-    for name, _ in sub.module.named_parameters(remove_duplicate=False):
-        if name in theta0 or name in frozen:
-            state.pop(f"{prefix}module.{name}", None)
+    for name in sub.frozen.moving | (set() if sub.save_theta0 else sub.frozen.unchanged()):
+        state.pop(f"{prefix}module.{name}", None)
     if sub.save_theta0:
-        state.update({f"{prefix}{THETA0}{name}": tensor for name, tensor in theta0.items()})
+        state.update({f"{prefix}{THETA0}{name}": tensor for name, tensor in sub.theta0().items()})
 
 
 def complete(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:

@@ -263,7 +263,7 @@ class SubspaceModule(Wrapper):
         ]
         self.w = blocks[0] if max_dim is None else nn.ParameterList(blocks)
         self._w_then = self.coordinates().detach().clone()
-        self.frozen = FrozenWeights(self.module, self.weights.layout.names)
+        self.frozen = FrozenWeights(self.module, theta)
         self._fingerprint = fingerprint([p for p in self.module.parameters() if not p.requires_grad])
         self._begun = True
 

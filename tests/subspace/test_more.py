@@ -1,10 +1,12 @@
 """Checkpoints, holders and steps of a module in a subspace: more that a single line could change unseen."""
 
+import copy
+
 import pytest
 import pytorch_lightning as pl
 import torch
 from edges import Given, made, nested, searched
-from nets import Classifier, train_loader, trainer
+from nets import Classifier, Tied, train_loader, trainer
 from torch import nn
 
 from lightning_sketch.subspace import SubspaceModule
@@ -109,3 +111,23 @@ def test_what_is_trained_in_full_is_saved_though_it_is_as_at_the_start():
     nn.init.zeros_(module.net[2].weight)
     (other := SubspaceModule(module, 8, **options)).load_state_dict(sub.state_dict())
     assert torch.equal(other.net[2].weight, sub.net[2].weight)
+
+
+class Compiled(Classifier):
+    """In part: what is compiled has names of its own."""
+
+    def network(self, width):
+        return torch.compile(super().network(width), backend="eager")
+
+
+@pytest.mark.parametrize("save_theta0", [False, True])
+@pytest.mark.parametrize("kind", [Tied, Compiled])
+def test_a_weight_that_moves_is_saved_under_none_of_its_names(kind, save_theta0):
+    options = {"lr_scale": 10, "save_theta0": save_theta0}
+    sub, other = SubspaceModule(made(kind), 16, **options), SubspaceModule(made(kind), 16, **options)
+    before = copy.deepcopy(sub.state_dict())
+    trainer(max_steps=2).fit(sub, train_loader())
+    assert {name for name in sub.state_dict() if not name.startswith("theta0.")} == {"w", "_extra_state"}
+    for state, expected in ((sub.state_dict(), sub), (before, SubspaceModule(made(kind), 16))):
+        other.load_state_dict(state)
+        assert all(torch.equal(one, same) for one, same in zip(expected.parameters(), other.parameters(), strict=True))
