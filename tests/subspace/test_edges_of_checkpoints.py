@@ -1,4 +1,4 @@
-"""Checkpoints, holders and steps of a module in a subspace: more that a single line could change unseen."""
+"""Checkpoints of a module in a subspace, what holds it, and what is let through to it."""
 
 import copy
 
