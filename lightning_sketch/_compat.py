@@ -202,6 +202,24 @@ def train_for(trainer: Trainer, steps: int) -> None:
     trainer.fit_loop.max_epochs = -1
 
 
+def rhythm(trainer: Trainer) -> tuple[Any, ...]:
+    """When it validates, and how long it trains at least."""
+    loop = trainer.fit_loop
+    return trainer.val_check_interval, trainer.check_val_every_n_epoch, loop.min_epochs, loop.epoch_loop.min_steps
+
+
+def set_rhythm(
+    trainer: Trainer,
+    val_check_interval: float | int,
+    check_val_every_n_epoch: int | None = None,
+    min_epochs: int | None = 0,
+    min_steps: int | None = None,
+) -> None:
+    """By default, validation by batches, and an end whenever somebody asks for it."""
+    trainer.val_check_interval, trainer.check_val_every_n_epoch = val_check_interval, check_val_every_n_epoch
+    trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = min_epochs, min_steps
+
+
 def forgets(trainer: Trainer) -> bool:
     """Whether it fits in processes made for that, whose callbacks are lost: ddp_spawn, ddp_fork, ddp_notebook."""
     return any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(trainer.strategy.launcher).__mro__)

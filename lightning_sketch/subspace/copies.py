@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
 
 from lightning_sketch._compat import LightningModule, Trainer, unwrapped
 from lightning_sketch.gradients import fingerprint
@@ -38,7 +39,10 @@ class Copies:
         if self.make is None:
             return copy.deepcopy(self.first)
         made = self._made()
-        made.load_state_dict(self.first.state_dict())
+        with torch.no_grad():  # not by a state dict, which a module may make of a part of itself
+            for tensors in (nn.Module.parameters, nn.Module.buffers):
+                for mine, theirs in zip(tensors(made), tensors(self.first), strict=True):
+                    mine.copy_(theirs)
         return made
 
     def _made(self) -> LightningModule:

@@ -18,7 +18,17 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sketch._compat import CallbackBase, LightningModule, Trainer, batches_done, forgets, say, state_key
+from lightning_sketch._compat import (
+    CallbackBase,
+    LightningModule,
+    Trainer,
+    batches_done,
+    forgets,
+    rhythm,
+    say,
+    set_rhythm,
+    state_key,
+)
 from lightning_sketch.subspace.growth import carry_over
 from lightning_sketch.subspace.subspace_module import SubspaceModule
 
@@ -83,7 +93,7 @@ class IntrinsicDimensionFinder(CallbackBase):
         """Step, dim and value of each validation."""
         self.found: int | None = None
         self._window: list[Any] = [0, 0.0, 0]  # number and sum of the w in it, and the step of the last
-        self._rhythm: tuple[Any, Any] | None = None
+        self._rhythm: tuple[Any, ...] | None = None
         self._present: list[Tensor] = []
 
     @property
@@ -127,16 +137,16 @@ class IntrinsicDimensionFinder(CallbackBase):
                 "callback that averages, IntrinsicDimensionFinder judges the mean of w by itself."
             )
         if not trainer.fast_dev_run:
-            self._rhythm = trainer.val_check_interval, trainer.check_val_every_n_epoch
-            trainer.val_check_interval = self.every_n_train_steps * trainer.accumulate_grad_batches
-            trainer.check_val_every_n_epoch = None
+            self._rhythm = rhythm(trainer)
+            set_rhythm(trainer, self.every_n_train_steps * trainer.accumulate_grad_batches)
         if trainer.global_step == 0:
             self.history, self.found, self._window = [], None, [0, 0.0, 0]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """The Trainer's own rhythm again."""
         if self._rhythm is not None:
-            (trainer.val_check_interval, trainer.check_val_every_n_epoch), self._rhythm = self._rhythm, None
+            set_rhythm(trainer, *self._rhythm)
+            self._rhythm = None
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -147,7 +157,8 @@ class IntrinsicDimensionFinder(CallbackBase):
         since = step - (self.history[-1]["step"] if self.history else 0)
         count, total, last = self._window
         if step != last and 2 * since > self.every_n_train_steps:
-            self._window = [count + 1, total + pl_module.coordinates().detach(), step]
+            w = pl_module.coordinates().detach()
+            self._window = [count + 1, torch.as_tensor(total, device=w.device) + w, step]
         if self.max_steps is not None and step >= self.max_steps:
             trainer.should_stop = True
 

@@ -1,6 +1,7 @@
 """The weights that move: θ = θ₀ + Dᵀ w, in place or through the graph; and the way back, D g."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -72,6 +73,15 @@ class FrozenWeights:
         ids, named = {id(parameter) for parameter in moving}, module.named_parameters(remove_duplicate=False)
         self.module, self.moving = module, {name for name, parameter in named if id(parameter) in ids}
         self.start = self._fingerprints()
+
+    @contextmanager
+    def cast(self, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While a module's `_apply` brings them to another type: what was as at the start still is."""
+        types = {parameter.dtype for parameter in self.module.parameters()}
+        same = self.unchanged() if any(fn(torch.empty(0, dtype=kind)).dtype != kind for kind in types) else set()
+        yield
+        if same:
+            self.start.update({name: found for name, found in self._fingerprints().items() if name in same})
 
     def unchanged(self) -> set[str]:
         """Names of those that are as at the start."""

@@ -5,6 +5,7 @@ of the optimizer's groups are exchanged. The rate of w is multiplied while the o
 other time, not in the closure that it is given either: schedulers and modules that set absolute rates would undo it.
 """
 
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import WarningCache
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 SAID = WarningCache()
 _USUAL = 3e-3
@@ -46,7 +47,7 @@ class Recipe:
         self.w, self.lr_scale = list(w), lr_scale
         self.decay = 0.0 if weight_decay is None else weight_decay
         self.optimizer = _only(optimizers_in(configured))
-        homes = _homes(self.optimizer, moved)
+        homes = _homes(self.optimizer, moved, self.w)
         if weight_decay is None and any(group.get("weight_decay") for group in homes):
             SAID.info(
                 "weight decay on w would pull the weights back to where they started: off, unless "
@@ -57,6 +58,10 @@ class Recipe:
         taken = {id(parameter) for parameter in [*moved.values(), *self.w]}
         for group in homes:
             kept = [parameter for parameter in group["params"] if id(parameter) not in taken]
+            if kept and isinstance(self.optimizer, LBFGS):
+                raise MisconfigurationException(
+                    "LBFGS has one rate for all, w and the others need two; use others='frozen', or another optimizer."
+                )
             group["params"][:] = [*(self.w if group is homes[0] else ()), *kept]  # in place: LBFGS holds this very list
             group.pop("param_names", None)
         self._depth = 0
@@ -85,30 +90,37 @@ class Recipe:
         if self._depth > 1:  # the step of a class within that of one made from it
             return None
         self._open()
-        return (args[0], *map(self._outside, args[1:])), {name: self._outside(value) for name, value in kwargs.items()}
+        if len(args) > 1:
+            return (args[0], self._outside(args[1]), *args[2:]), kwargs
+        return args, {**kwargs, "closure": self._outside(kwargs["closure"])} if "closure" in kwargs else kwargs
 
     def _after_step(self, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             self.close()
 
-    def _outside(self, argument: Any) -> Any:
-        """If it is a closure, one that sees the groups as they are outside."""
-        if not callable(argument):
-            return argument
+    def _outside(self, closure: Any) -> Any:
+        """One that sees the groups as they are outside."""
+        if not callable(closure):
+            return closure
 
-        def closure() -> Any:
-            depth = self._depth
+        @functools.wraps(closure, updated=())
+        def outside(*args: Any, **kwargs: Any) -> Any:
+            depth, parts = self._depth, self._parts
             self.close()
-            value = argument()
-            self._open()
+            value = closure(*args, **kwargs)
+            self._open(parts)
             self._depth = depth
             return value
 
-        return closure
+        return outside
 
-    def _open(self) -> None:
+    def _open(self, earlier: "Sequence[_Part]" = ()) -> None:
         self._groups, self._parts = list(self.optimizer.param_groups), self._divided()
+        for number, (old, part) in enumerate(zip(earlier, self._parts, strict=False)):
+            old.now.clear()  # the same object: an optimizer may hold on to what it had before its closure
+            old.now.update(part.now)
+            self._parts[number] = part._replace(now=old.now)
         self.optimizer.param_groups[:] = self.groups()  # in place: Lightning's own wrapper holds this list
 
     def close(self) -> None:
@@ -154,10 +166,15 @@ def _only(found: Sequence[Optimizer]) -> Optimizer:
     return found[0]
 
 
-def _homes(optimizer: Optimizer, moved: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+def _homes(optimizer: Optimizer, moved: Mapping[str, Tensor], w: Sequence[Tensor]) -> list[dict[str, Any]]:
     """The groups of what moves; they must agree, and hold all of it."""
     kind = type(optimizer).__name__
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if id(w[0]) in trained and not trained & {id(parameter) for parameter in moved.values()}:
+        raise MisconfigurationException(
+            f"configure_optimizers gave the {kind} that it gave before, which is at work on w already; make a new one "
+            "each time."
+        )
     left = [name for name, parameter in moved.items() if id(parameter) not in trained]
     if left:
         raise MisconfigurationException(

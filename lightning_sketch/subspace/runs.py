@@ -139,12 +139,19 @@ class Runs:
         return model
 
     def _validate(self, trainer: Trainer, module: LightningModule) -> None:
-        """With nobody looking on: a checkpoint callback would settle for a folder."""
+        """With nobody looking on, unless it is a callback that logs the metric.
+
+        Never with one that saves checkpoints, which would settle for a folder.
+        """
         _, val, datamodule = self.data
-        callbacks, trainer.callbacks = trainer.callbacks, []
+        callbacks, saving = trainer.callbacks, trainer.checkpoint_callbacks
         try:
-            with muted_loggers(trainer):
-                trainer.validate(module, val, datamodule=datamodule, verbose=False)
+            for present in ([], [callback for callback in callbacks if callback not in saving]):
+                trainer.callbacks = present
+                with muted_loggers(trainer):
+                    trainer.validate(module, val, datamodule=datamodule, verbose=False)
+                if self.monitor in trainer.callback_metrics:
+                    break
         finally:
             trainer.callbacks = callbacks
 

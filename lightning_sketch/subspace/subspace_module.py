@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from operator import index
 from typing import Any
@@ -280,7 +281,8 @@ class SubspaceModule(Wrapper):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SubspaceModule":
         """θ₀ goes where the weights go; w stays in float32 at least, of which many small steps are made."""
         before = [block.detach() for block in self.blocks] if self._begun else []
-        super()._apply(fn, recurse)
+        with self.frozen.cast(fn) if self._begun else nullcontext():
+            super()._apply(fn, recurse)
         if self._begun:
             for block, old in zip(self.blocks, before, strict=True):
                 if block.dtype.itemsize < 4:

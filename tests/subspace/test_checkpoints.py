@@ -213,3 +213,23 @@ def test_what_holds_the_wrapper_can_load_it(tmp_path):
     assert torch.equal(whole.module.net[1].weight, resumed.module.net[1].weight)
     with pytest.raises(ValueError, match="other initial weights"):
         nn.ModuleList([wrapped(seed=1)]).load_state_dict(nn.ModuleList([whole]).state_dict())
+
+
+class Backbone(Classifier):
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+
+def test_frozen_weights_that_were_cast_have_not_been_changed(tmp_path):
+    """They are not saved for that, and what was saved before is loaded."""
+    sub = wrapped(Backbone)
+    path = saved(sub, tmp_path)
+    for _ in range(2):
+        trainer(precision="bf16-true").validate(sub, val_loader(), ckpt_path=path, verbose=False)
+    assert sub.state_dict().keys() == {"w", "_extra_state"}
+    sub.double().load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    with torch.no_grad():
+        sub.module.net[0].bias += 1
+    sub.float()
+    assert "module.net.0.bias" in sub.state_dict()

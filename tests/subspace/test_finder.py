@@ -255,3 +255,13 @@ def test_a_validation_that_fails_leaves_w_as_it_was():
         trainer(finder, Watch()).fit(sub, train_loader(), val_loader())
     assert len(seen) == 4
     assert torch.equal(sub.coordinates(), seen[-1])
+
+
+def test_a_search_ends_where_it_has_found_however_long_the_trainer_wants_to_train():
+    pl.seed_everything(0, verbose=False)
+    finder = IntrinsicDimensionFinder("value", 0.9, every_n_train_steps=4)
+    sub = SubspaceModule(Scripted([0.1, 0.95]), 8, max_dim=50, lr_scale=10)
+    run = trainer(finder, max_steps=40, min_epochs=3, min_steps=20)
+    run.fit(sub, train_loader(), val_loader(slice(1700, None)))
+    assert (run.global_step, finder.suggestion(), len(finder.history)) == (8, 8, 2)
+    assert (run.min_epochs, run.min_steps) == (3, 20)

@@ -288,3 +288,56 @@ def test_what_a_step_has_can_be_asked_for():
     assert group["params"][0] is sub.w
     own, other = fitted(lambda self: None, steps=1, optimizer_fn=lambda params: SGD(params, lr=0.2))
     assert own.groups(other.optimizers) == other.optimizers[0].param_groups
+
+
+def test_an_optimizer_may_hold_on_to_its_group_over_the_closure():
+    """What it writes into it afterwards stays, and the rate that it reads there is that of w."""
+
+    class Held(SGD):
+        def step(self, closure=None):
+            (group,) = self.param_groups
+            with torch.enable_grad():
+                loss = closure()
+            group["k"] = group.get("k", 0) + 1
+            for p in group["params"]:
+                p.data.add_(p.grad, alpha=-group["lr"])
+            return loss
+
+    found, run = fitted(lambda self: Held(self.parameters(), lr=0.1), steps=3)
+    assert run.optimizers[0].param_groups[0]["k"] == 3
+    assert torch.allclose(found.w.detach(), expected(lambda params: SGD(params, lr=1.0), steps=3), rtol=1e-4, atol=1e-6)
+
+
+def test_a_step_may_take_other_functions():
+    class Asks(SGD):
+        def step(self, closure=None, twice=None):
+            assert twice(2) == 4
+            return super().step(closure)
+
+    class Model(Classifier):
+        def configure_optimizers(self):
+            return Asks(self.parameters(), lr=0.1)
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer.step(closure=optimizer_closure, twice=lambda x: 2 * x)
+
+    sub = SubspaceModule(Model(), 16, lr_scale=10)
+    trainer().fit(sub, train_loader())
+    assert sub.w.norm() > 0
+
+
+def test_optimizers_that_cannot_be_reused_are_told_why():
+    class Same(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.optimizer = Adam(self.parameters(), lr=3e-3)
+
+        def configure_optimizers(self):
+            return self.optimizer
+
+    sub = SubspaceModule(Same(), 16, lr_scale=10)
+    trainer().fit(sub, train_loader())
+    with pytest.raises(MisconfigurationException, match="make a new one each time"):
+        trainer().fit(sub, train_loader())
+    with pytest.raises(MisconfigurationException, match="LBFGS has one rate for all"):
+        fitted(lambda self: torch.optim.LBFGS(self.parameters()), parameters="net.0.*", others="full")

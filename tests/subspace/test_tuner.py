@@ -552,3 +552,34 @@ def test_two_searches_in_one_folder_leave_each_other_their_notes(tmp_path):
         ledger.add({"dim": number}, {"value": float(number)}, write=True)
     assert Ledger(tmp_path / FILE).find({"dim": 0}) == {"value": 0.0}
     assert Ledger(tmp_path / FILE).find({"dim": 1}) == {"value": 1.0}
+
+
+def test_a_callback_may_log_the_metric(tmp_path):
+    class Logs(pl.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            pl_module.log("seen", float(trainer.global_step) + 1)
+
+    searcher = IntrinsicDimensionTuner(lambda dim: trainer(Logs(), max_steps=3, default_root_dir=tmp_path))
+    result = find(searcher, made(), monitor="seen", dims=[4], threshold=0.9)
+    assert (result.start, result.baseline, result.results["value"]) == (1.0, 4.0, [4.0])
+
+
+def test_a_module_may_save_a_part_of_itself(tmp_path):
+    """Copies are made of what it holds, not of what it saves."""
+    starts = []
+
+    class Adapter(Classifier):
+        strict_loading = False
+
+        def state_dict(self, *args, **kwargs):
+            state = super().state_dict(*args, **kwargs)
+            return {name: tensor for name, tensor in state.items() if "net.2" in name}
+
+        def on_fit_start(self):
+            starts.append(torch.cat([p.detach().flatten() for p in self.parameters()]))
+
+    find(tuner(tmp_path, steps=2)[0], lambda: Adapter(), dims=[4], baseline=0.9)
+    find(tuner(tmp_path, steps=2)[0], lambda: Adapter(), dims=[4, 8], baseline=0.9)
+    assert len(starts) == 3
+    assert torch.equal(starts[1], starts[2])
+    assert not torch.equal(starts[0], starts[1])
