@@ -380,8 +380,11 @@ def test_a_module_that_shards_itself_where_there_is_a_trainer(tmp_path):
 def test_a_trainer_that_has_fitted_something_else_is_refused():
     used = trainer(max_steps=1)
     used.fit(made(), train_loader())
+    trainers = iter([used, trainer(), trainer()])
     with pytest.raises(MisconfigurationException, match="Trainer that is in use"):
-        IntrinsicDimensionTuner(lambda dim: used).find(made(), train_loader(), val_loader(), monitor="val_acc")
+        IntrinsicDimensionTuner(lambda dim: next(trainers)).find(
+            made(), train_loader(), val_loader(), dims=[4], monitor="val_acc"
+        )
 
 
 def test_runs_are_noted_where_a_logger_writes_in_a_folder_that_is_made(tmp_path):
