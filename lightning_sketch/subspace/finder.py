@@ -57,8 +57,8 @@ class IntrinsicDimensionFinder(CallbackBase):
     Raises:
         ValueError: if an argument is out of its range.
         MisconfigurationException: at setup, if the module is no `SubspaceModule` with `max_dim`, there is no
-            validation, accumulation is scheduled, weights are averaged, or the strategy is `ddp_spawn` or alike; at
-            the first validation, if `monitor` is not logged.
+            validation, there are two finders, accumulation is scheduled, weights are averaged, or the strategy is
+            `ddp_spawn` or alike; at the first validation, if `monitor` is not logged.
 
     Example::
 
@@ -98,7 +98,7 @@ class IntrinsicDimensionFinder(CallbackBase):
 
     @property
     def state_key(self) -> str:
-        """Two finders of two metrics have two keys."""
+        """A search for another metric does not go on from this one's checkpoint."""
         return state_key(self, monitor=self.monitor)
 
     def suggestion(self) -> int | None:
@@ -125,6 +125,11 @@ class IntrinsicDimensionFinder(CallbackBase):
         refuse_forgetful(trainer)
         if not trainer.enable_validation:
             raise MisconfigurationException(f"{self.monitor} comes from validation; pass val_dataloaders to fit.")
+        if sum(isinstance(callback, IntrinsicDimensionFinder) for callback in trainer.callbacks) > 1:
+            raise MisconfigurationException(
+                "two searches in one run would each put back the w of the other; fit twice, with one "
+                "IntrinsicDimensionFinder each."
+            )
         names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
         if "GradientAccumulationScheduler" in names:
             raise MisconfigurationException(

@@ -215,6 +215,9 @@ def test_what_cannot_be_searched_is_refused_before_training():
         trainer(finder, GradientAccumulationScheduler({2: 2})).fit(copy.deepcopy(nested), train_loader(), val_loader())
     with pytest.raises(MisconfigurationException, match="leave out the callback that averages"):
         trainer(finder, EMAWeightAveraging()).fit(copy.deepcopy(nested), train_loader(), val_loader())
+    second = IntrinsicDimensionFinder("val_loss", 0.1, "min")
+    with pytest.raises(MisconfigurationException, match="two searches in one run"):
+        trainer(finder, second).fit(copy.deepcopy(nested), train_loader(), val_loader())
     other = IntrinsicDimensionFinder("accuracy", 0.9, every_n_train_steps=2)
     with pytest.raises(MisconfigurationException, match=r"'accuracy' was not logged.*'val_acc'"):
         trainer(other, fast_dev_run=True).fit(copy.deepcopy(nested), train_loader(), val_loader())
