@@ -16,7 +16,7 @@ class MLP(Classifier):
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
-        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.max_steps)
         return [optimizer], [{"scheduler": cosine, "interval": "step"}]
 
 
@@ -62,7 +62,7 @@ class CNN(MLP):
 def test_kinds_agree_on_a_network_with_batch_norm(tmp_path):
     """Within a factor of two, as all kinds do over three seeds in benchmarks/intrinsic_dimension.py."""
     pl.seed_everything(0, verbose=False)
-    options = {"max_steps": STEPS, "default_root_dir": tmp_path, "check_val_every_n_epoch": 40}
+    options = {"max_steps": STEPS // 2, "default_root_dir": tmp_path, "check_val_every_n_epoch": 40}
     train, d90 = train_loader(slice(0, 1437), 64, shuffle=True), {}
     for kind in ("block_srht", "qk"):
         tuner = IntrinsicDimensionTuner(lambda dim: trainer(**options), sketch=kind)
