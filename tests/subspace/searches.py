@@ -185,6 +185,8 @@ def main(folder, *options):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     os.write(1, f"\nFOUND {json.dumps(searched(folder, **asked))}\n".encode())
+    if torch.distributed.is_initialized():  # else gloo's threads may abort the process as it ends
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
