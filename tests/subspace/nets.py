@@ -83,6 +83,17 @@ class Tied(Classifier):
         return nn.Sequential(reads, nn.Tanh(), writes, nn.Tanh(), nn.Linear(64, width), nn.Tanh(), back)
 
 
+class Late(Classifier):
+    """Makes its layers where Lightning asks for them."""
+
+    def network(self, width):
+        return None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = Classifier.network(self, 16)
+
+
 def trainer(*callbacks, **options):
     return pl.Trainer(
         **{

@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from nets import Classifier, Convolutional, Tied, train_loader, trainer, val_loader
+from nets import Classifier, Convolutional, Late, Tied, train_loader, trainer, val_loader
 from pytorch_lightning.tuner import Tuner
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -352,15 +352,6 @@ def test_names_of_the_wrapper_may_be_names_in_the_module():
 
 def test_configure_model_is_called_again_and_the_start_stays():
     """Lightning calls it at every fit and validation; by then the weights are not those at the start."""
-
-    class Late(Classifier):
-        def network(self, width):
-            return None
-
-        def configure_model(self):
-            if self.net is None:
-                self.net = Classifier.network(self, 16)
-
     sub = SubspaceModule(made(Late), 16, lr_scale=10)
     trainer().fit(sub, train_loader())
     start = [tensor.clone() for tensor in sub.theta0().values()]
@@ -441,13 +432,13 @@ def test_attributes_are_set_where_they_are():
 
 
 def test_layers_that_come_after_the_wrapping_are_refused():
-    class Late(Classifier):
+    class TooLate(Classifier):
         def setup(self, stage):
             self.head = nn.Linear(10, 10)
 
     with pytest.raises(MisconfigurationException, match=r"head.weight, head.bias became trainable.*configure_model"):
-        trainer().fit(SubspaceModule(made(Late), 16), train_loader())
-    sub = SubspaceModule(made(Late), 16, others="full", lr_scale=10)
+        trainer().fit(SubspaceModule(made(TooLate), 16), train_loader())
+    sub = SubspaceModule(made(TooLate), 16, others="full", lr_scale=10)
     trainer().fit(sub, train_loader())
 
 

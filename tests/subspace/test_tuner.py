@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from nets import Classifier, train_loader, trainer, val_loader
+from nets import Classifier, Late, train_loader, trainer, val_loader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_sketch.subspace import IntrinsicDimensionResult, IntrinsicDimensionTuner, SubspaceModule
@@ -415,17 +415,6 @@ class Unlogged(Classifier):
 
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self(batch[0]), batch[1])
-
-
-class Late(Classifier):
-    """Makes its layers where Lightning asks for them."""
-
-    def network(self, width):
-        return None
-
-    def configure_model(self):
-        if self.net is None:
-            self.net = Classifier.network(self, 16)
 
 
 @pytest.mark.parametrize(
