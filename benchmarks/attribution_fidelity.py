@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_sketch import make_sketch
-from lightning_sketch.params import Layout
+from lightning_sketch.autodiff.layout import Layout
 
 KINDS = ("block_srht", "count_sketch", "qk", "afjl", "affd", "ffd", "fjl", "gaussian")
 DENSE = ("gaussian", "traker")

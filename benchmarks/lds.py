@@ -32,7 +32,6 @@ from torchmetrics.functional.classification import binary_auroc
 
 from lightning_sketch.attribution import (
     Curvature,
-    SketchedGradients,
     calibrate,
     fit_ggn,
     row_curvature,
@@ -40,9 +39,10 @@ from lightning_sketch.attribution import (
     self_influence,
     sketch_gradients,
 )
+from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.metrics import LinearDatamodelingScore
 from lightning_sketch.operators import BlockSRHT
-from lightning_sketch.params import Layout
+from lightning_sketch.store.sketched_gradients import SketchedGradients
 
 SELECTED = ["digits LR", "digits", "breast_cancer", "wine", "diabetes", "mclass"]
 ASKED = {

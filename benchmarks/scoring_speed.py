@@ -24,9 +24,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.attribution import GradientStore, SketchedGradients, StoreSpec
+from lightning_sketch.attribution import GradientStore
+from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators import BlockSRHT
-from lightning_sketch.params import Layout
+from lightning_sketch.store.sketched_gradients import SketchedGradients
+from lightning_sketch.store.spec import StoreSpec
 
 ROWS, DIM, QUERIES, PART = 100_000, 4096, 100, 2048
 ROUNDS = 5

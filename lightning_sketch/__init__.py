@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_sketch.attribution import GradientStore as GradientStore
+    from lightning_sketch.attribution import IndexedDataset as IndexedDataset
+    from lightning_sketch.attribution import sketch_gradients as sketch_gradients
+    from lightning_sketch.autodiff import num_labels as num_labels
     from lightning_sketch.callbacks import GradientSketchWriter as GradientSketchWriter
     from lightning_sketch.callbacks import SpectrumMonitor as SpectrumMonitor
+    from lightning_sketch.curvature import GGN as GGN
+    from lightning_sketch.curvature import EmpiricalFisher as EmpiricalFisher
+    from lightning_sketch.curvature import Hessian as Hessian
+    from lightning_sketch.curvature import load_spectrum as load_spectrum
+    from lightning_sketch.curvature import spectrum as spectrum
     from lightning_sketch.operators import AFFD as AFFD
     from lightning_sketch.operators import AFJL as AFJL
     from lightning_sketch.operators import FFD as FFD
@@ -24,8 +32,10 @@ if TYPE_CHECKING:
     from lightning_sketch.subspace import SubspaceModule as SubspaceModule
 
 _ROOMS = {
-    "attribution": ["GradientStore"],
+    "attribution": ["GradientStore", "IndexedDataset", "sketch_gradients"],
+    "autodiff": ["num_labels"],
     "callbacks": ["GradientSketchWriter", "SpectrumMonitor"],
+    "curvature": ["GGN", "EmpiricalFisher", "Hessian", "load_spectrum", "spectrum"],
     "operators": ["AFFD", "AFJL", "FFD", "FJL", "QK", "BlockSRHT", "CountSketch", "Gaussian", "make_sketch"],
     "subspace": ["IntrinsicDimensionFinder", "IntrinsicDimensionTuner", "SubspaceModule"],
 }

@@ -28,7 +28,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lightning_sketch.attribution.files import commit
+from lightning_sketch._files import commit
 
 FROM_ROWS = ("margin", "fisher", "trak")
 KINDS = ("ggn", *FROM_ROWS)

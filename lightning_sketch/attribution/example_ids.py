@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sketch.attribution.rows import STAGES, UNKNOWN_ID
+from lightning_sketch.store.sketched_gradients import STAGES, UNKNOWN_ID
 
 GROUPS = ("example_id", None)
 

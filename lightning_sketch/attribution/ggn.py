@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from lightning_sketch.attribution.curvature import Curvature, CurvatureSum
 from lightning_sketch.attribution.indexed_dataset import without_index
-from lightning_sketch.attribution.output_curvature import check_output, output_loss_of, output_roots, token_roots
-from lightning_sketch.gradients import differentiable, fingerprint, labels_of, num_examples, on_device, undisturbed
-from lightning_sketch.gradients.engines import ExampleSketches
+from lightning_sketch.autodiff.batches import differentiable, labels_of, num_examples, on_device
+from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.output_curvature import check_output, output_loss_of, output_roots, token_roots
+from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.params import Layout
+from lightning_sketch.per_example.example_sketches import ExampleSketches
 
 
 def fit_ggn(
@@ -89,7 +91,7 @@ def fit_ggn(
     sketches = ExampleSketches(module, layout, sketch, along, engine, reduction="sum")
     weights = layout.parameters(module)
     for batch in batches:
-        with undisturbed(module):
+        with preserve_state(module):
             batch = on_device(differentiable(without_index(batch)), weights[0].device)
             with torch.no_grad():
                 output = _output(model_fn, module, batch)

@@ -13,8 +13,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_sketch.attribution.rows import UNKNOWN_ID
-from lightning_sketch.gradients import num_examples, split_batch, tensors_of
+from lightning_sketch.autodiff.batches import num_examples, split_batch, tensors_of
+from lightning_sketch.store.sketched_gradients import UNKNOWN_ID
 
 HASH = "hash"
 

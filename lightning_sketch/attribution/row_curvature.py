@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_sketch.attribution.curvature import FROM_ROWS, Curvature, CurvatureSum
 from lightning_sketch.attribution.selected import one_fingerprint, participating
-from lightning_sketch.attribution.source import RowSource
+from lightning_sketch.store.sketched_gradients import RowSource
 
 _CERTAIN = 1 - 1e-6
 
@@ -32,7 +32,7 @@ def row_curvature(train: RowSource, kind: str = "margin", batch_rows: int = 4096
 
     O(rows dim²), in float64.
 
-    >>> from lightning_sketch.attribution.rows import SketchedGradients
+    >>> from lightning_sketch.store.sketched_gradients import SketchedGradients
     >>> from lightning_sketch.operators import BlockSRHT
     >>> rows = SketchedGradients(torch.eye(2), BlockSRHT(9, 2), {"prob_true": torch.tensor([0.5, 0.8])})
     >>> row_curvature(rows, "margin").dense()

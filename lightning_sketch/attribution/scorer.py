@@ -11,11 +11,10 @@ from torch import Tensor
 from lightning_sketch.attribution.curvature import Curvature
 from lightning_sketch.attribution.example_ids import example_ids
 from lightning_sketch.attribution.row_curvature import row_curvature
-from lightning_sketch.attribution.rows import SketchedGradients
 from lightning_sketch.attribution.selected import AtCheckpoints, Selected, select
 from lightning_sketch.attribution.solve import Damping, Influence
-from lightning_sketch.attribution.source import RowSource
 from lightning_sketch.operators.precision import full_precision
+from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients
 
 METHODS = ("dot", "cosine", "tracin", "influence")
 FOLDER = "curvature"

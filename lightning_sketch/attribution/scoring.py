@@ -31,10 +31,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.attribution.example_ids import check_group, sum_by_id
-from lightning_sketch.attribution.rows import SketchedGradients
 from lightning_sketch.attribution.scorer import CurvatureLike, Queries, Scorer, scorers
 from lightning_sketch.attribution.solve import Damping
-from lightning_sketch.attribution.source import RowSource
+from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients
 
 
 def scores(

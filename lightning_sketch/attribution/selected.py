@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lightning_sketch.attribution.rows import STAGES, SketchedGradients
-from lightning_sketch.attribution.source import RowSource
+from lightning_sketch.store.sketched_gradients import STAGES, RowSource, SketchedGradients
 
 AtCheckpoints = Mapping[int, SketchedGradients]
 """Queries by the optimizer step of the weights that they were taken at."""

@@ -15,7 +15,7 @@ from lightning_sketch.attribution.example_ids import example_ids, sum_by_id
 from lightning_sketch.attribution.scorer import CurvatureLike, inverse_of
 from lightning_sketch.attribution.selected import one_fingerprint, select_all
 from lightning_sketch.attribution.solve import Damping
-from lightning_sketch.attribution.source import RowSource
+from lightning_sketch.store.sketched_gradients import RowSource
 
 METHODS = ("dot", "tracin", "influence")
 
@@ -50,7 +50,7 @@ def self_influence(
         ValueError: if the method is unknown, or the rows lack what it needs: learning rates for tracin, else one
             set of weights.
 
-    >>> from lightning_sketch.attribution.rows import SketchedGradients
+    >>> from lightning_sketch.store.sketched_gradients import SketchedGradients
     >>> from lightning_sketch.operators import BlockSRHT
     >>> columns = {"lr": torch.full((3,), 0.5), "example_id": torch.tensor([4, 5, 4])}
     >>> rows = SketchedGradients(torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 4.0]]), BlockSRHT(9, 2), columns)

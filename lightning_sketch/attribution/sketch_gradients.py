@@ -8,12 +8,14 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lightning_sketch.attribution.indexed_dataset import batch_ids, without_index
-from lightning_sketch.attribution.rows import SketchedGradients
-from lightning_sketch.gradients import differentiable, fingerprint, on_device, training_step_loss, undisturbed
-from lightning_sketch.gradients.engines import ExampleSketches
-from lightning_sketch.gradients.loss import LossFn
+from lightning_sketch.autodiff.batches import differentiable, on_device
+from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.loss import LossFn, training_step_loss
+from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.params import Layout
+from lightning_sketch.per_example.example_sketches import ExampleSketches
+from lightning_sketch.store.sketched_gradients import SketchedGradients
 
 RowFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 """(module, batch) -> loss of each example, probability of its true label."""
@@ -34,7 +36,7 @@ def sketch_gradients(
     """One row per example: S times the gradient of the example's own loss, in evaluation mode and float32 or wider.
 
     Args:
-        module: left as it is, like by `undisturbed`.
+        module: left as it is, like by `preserve_state`.
         batches: of examples, as the loss takes them; a data loader does.
         sketch: with n the number of these parameters.
         loss_fn: (module, batch) -> mean loss, or one loss per example, which then also fills the column `loss`. The
@@ -95,7 +97,7 @@ class ExampleRows:
     def __call__(self, batch: Any, ids: Int[Tensor, " examples"]) -> SketchedGradients:
         """The rows, on the CPU."""
         module = self.sketches.module
-        with undisturbed(module):
+        with preserve_state(module):
             batch = on_device(differentiable(batch), self.device)
             rows, losses = self.sketches(batch)
             columns = {"example_id": ids, "fingerprint": torch.full_like(ids, self.fingerprint)}

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_sketch.attribution.example_ids import check_group
 from lightning_sketch.attribution.scorer import CurvatureLike, Queries, Scorer, scorers
 from lightning_sketch.attribution.solve import Damping
-from lightning_sketch.attribution.source import RowSource
+from lightning_sketch.store.sketched_gradients import RowSource
 
 
 class TopK(NamedTuple):
@@ -57,7 +57,7 @@ def top_k(
     Raises:
         ValueError: as in `scores`; if k is not positive; for several dampings.
 
-    >>> from lightning_sketch.attribution.rows import SketchedGradients
+    >>> from lightning_sketch.store.sketched_gradients import SketchedGradients
     >>> from lightning_sketch.operators import BlockSRHT
     >>> sketch = BlockSRHT(9, 2)
     >>> rows = SketchedGradients(torch.tensor([[1.0, 0.0], [3.0, 0.0], [-2.0, 1.0]]), sketch)

@@ -1,4 +1,6 @@
-"""Lightning callbacks, one a file."""
+"""Lightning callbacks, a package each."""
 
-from lightning_sketch.callbacks.gradient_sketch_writer import GradientSketchWriter as GradientSketchWriter
-from lightning_sketch.callbacks.spectrum_monitor import SpectrumMonitor as SpectrumMonitor
+from lightning_sketch.callbacks.gradient_sketch_writer import GradientSketchWriter
+from lightning_sketch.callbacks.spectrum_monitor import SpectrumMonitor
+
+__all__ = ["GradientSketchWriter", "SpectrumMonitor"]

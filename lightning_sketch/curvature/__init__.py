@@ -1,13 +1,24 @@
 """Curvature of a loss: its Hessian, Gauss-Newton and Fisher matrices as operators, and the spectrum of one."""
 
-from lightning_sketch.curvature.deflated import Deflated as Deflated
-from lightning_sketch.curvature.fisher import EmpiricalFisher as EmpiricalFisher
-from lightning_sketch.curvature.ggn import GGN as GGN
-from lightning_sketch.curvature.hessian import Hessian as Hessian
-from lightning_sketch.curvature.output_loss import CrossEntropy as CrossEntropy
-from lightning_sketch.curvature.output_loss import SquaredError as SquaredError
-from lightning_sketch.curvature.result import Count as Count
-from lightning_sketch.curvature.result import Spectrum as Spectrum
-from lightning_sketch.curvature.saved import load_spectrum as load_spectrum
-from lightning_sketch.curvature.saved import save_spectrum as save_spectrum
-from lightning_sketch.curvature.spectrum import spectrum as spectrum
+from lightning_sketch.autodiff.output_losses import CrossEntropy, SquaredError
+from lightning_sketch.curvature.fisher import EmpiricalFisher
+from lightning_sketch.curvature.ggn import GGN
+from lightning_sketch.curvature.hessian import Hessian
+from lightning_sketch.curvature.result import Count, Spectrum
+from lightning_sketch.curvature.serialization import load_spectrum, save_spectrum
+from lightning_sketch.curvature.spectrum import spectrum
+from lightning_sketch.linalg.deflated import Deflated
+
+__all__ = [
+    "GGN",
+    "Count",
+    "CrossEntropy",
+    "Deflated",
+    "EmpiricalFisher",
+    "Hessian",
+    "Spectrum",
+    "SquaredError",
+    "load_spectrum",
+    "save_spectrum",
+    "spectrum",
+]

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.curvature.jacobian import Jacobian
+from lightning_sketch.autodiff.batches import num_examples, split_batch
+from lightning_sketch.autodiff.second_derivatives import Jacobian
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
-from lightning_sketch.gradients import num_examples, split_batch
 
 
 class EmpiricalFisher(CurvatureOperator):

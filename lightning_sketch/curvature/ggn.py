@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.curvature.errors import nothing_dropped, second_derivative_errors
-from lightning_sketch.curvature.jacobian import Jacobian
+from lightning_sketch.autodiff.output_losses import usual_loss
+from lightning_sketch.autodiff.second_derivatives import Jacobian, nothing_dropped, second_derivative_errors
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
-from lightning_sketch.curvature.output_loss import usual_loss
 
 
 class GGN(CurvatureOperator):

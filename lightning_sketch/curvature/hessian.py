@@ -19,11 +19,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.curvature.checks import check_hvp
-from lightning_sketch.curvature.errors import NoSecondDerivative
-from lightning_sketch.curvature.hvp import double_backward, finite_differences, forward_over_reverse
-from lightning_sketch.curvature.lanczos import dot, start_vector
+from lightning_sketch.autodiff.second_derivatives import (
+    NoSecondDerivative,
+    double_backward,
+    finite_differences,
+    forward_over_reverse,
+)
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
+from lightning_sketch.linalg.lanczos import dot, start_vector
 
 _STEPS_AGREE = 0.02
 
@@ -144,3 +147,10 @@ class Hessian(CurvatureOperator):
             v = self.matvec(v)
             v = v / (dot(v, v) ** 0.5 or 1.0)
         return v
+
+
+def check_hvp(hvp: str) -> None:
+    """Refuse an unknown way to a Hessian product."""
+    ways = ("auto", "double_backward", "forward_over_reverse", "finite_differences")
+    if hvp not in ways:
+        raise ValueError(f"hvp is one of {', '.join(ways)}, got {hvp!r}.")

@@ -8,10 +8,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lightning_sketch import plots
-from lightning_sketch.curvature.alignment import Share, overlap, shares
-from lightning_sketch.curvature.eigenvectors import EigenPairs, eigenvectors
-from lightning_sketch.curvature.krylov import Krylov
-from lightning_sketch.curvature.quadrature import Quadrature
+from lightning_sketch.linalg.alignment import Share, overlap, shares
+from lightning_sketch.linalg.eigenvectors import EigenPairs, eigenvectors
+from lightning_sketch.linalg.krylov import Krylov
+from lightning_sketch.linalg.quadrature import Quadrature
 from lightning_sketch.operators.base import LinearOperator
 from lightning_sketch.operators.sketch import Sketch
 

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.curvature.alignment import better_of, shares, shares_by_dots
-from lightning_sketch.curvature.checks import check_arguments, checked_defect
-from lightning_sketch.curvature.krylov import Krylov
-from lightning_sketch.curvature.lanczos import dot, start_vector
-from lightning_sketch.curvature.quadrature import quadrature, trace
 from lightning_sketch.curvature.result import Spectrum
-from lightning_sketch.curvature.ritz import rayleigh_ritz
+from lightning_sketch.linalg.alignment import better_of, shares, shares_by_dots
+from lightning_sketch.linalg.krylov import Krylov
+from lightning_sketch.linalg.lanczos import dot, start_vector
+from lightning_sketch.linalg.linearity import checked_defect
+from lightning_sketch.linalg.quadrature import quadrature, trace
+from lightning_sketch.linalg.ritz import rayleigh_ritz
 from lightning_sketch.operators.base import LinearOperator
 from lightning_sketch.operators.block_srht import BlockSRHT
 
@@ -184,3 +184,39 @@ def _unchanged(before: Spectrum, after: Spectrum) -> tuple[int, int]:
     top = prefix(before.eigenvalues, after.eigenvalues, after.residuals)
     bottom = prefix(before.eigenvalues.flip(0), after.eigenvalues.flip(0), after.residuals.flip(0))
     return top, bottom
+
+
+def check_arguments(
+    num_matvecs: int,
+    dim: int,
+    top_k: int,
+    bottom_k: int,
+    tol: float,
+    density_probes: int = 0,
+    density_matvecs: int = 32,
+    method: str = "lanczos",
+    n: int | None = None,
+) -> None:
+    """Refuse what no spectrum can be measured with; n is the size of the operator, where it is known."""
+    if method not in ("lanczos", "projected"):
+        raise ValueError(f"method is 'lanczos' or 'projected', got {method!r}.")
+    if min(top_k, bottom_k) < 0 or top_k + bottom_k == 0:
+        raise ValueError(f"need top_k, bottom_k >= 0 and one above 0, got top_k={top_k}, bottom_k={bottom_k}.")
+    if num_matvecs < top_k + bottom_k:
+        raise ValueError(
+            f"num_matvecs={num_matvecs} products show at most {num_matvecs} eigenvalues, asked for top_k={top_k} and "
+            f"bottom_k={bottom_k}; raise num_matvecs, 96 is usual."
+        )
+    if density_probes < 0 or density_matvecs < 1:
+        raise ValueError(
+            f"need density_probes >= 0 and density_matvecs >= 1, got {density_probes} and {density_matvecs}; "
+            "3 and 32 are usual."
+        )
+    vectors = num_matvecs + density_probes * max(density_matvecs, num_matvecs // 4)
+    if method == "lanczos" and dim < min(n or dim + 1, 2 * vectors):
+        raise ValueError(
+            f"need dim >= {2 * vectors}, twice num_matvecs + density_probes density_matvecs, to tell the Lanczos "
+            f"vectors apart, got dim={dim}."
+        )
+    if not 0 <= tol < 1:
+        raise ValueError(f"need 0 <= tol < 1, got tol={tol}; 1e-2 is usual.")

@@ -1,9 +1,11 @@
-"""What every linear map in this package can do: `matvec`, `rmatvec`, `.T`, `@`."""
+"""What every linear map in this package can do: `matvec`, `rmatvec`, `.T`, `@`, `+`, `-`, `*`, `to_scipy`."""
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -44,8 +46,64 @@ class LinearOperator(ABC):
         """The adjoint, Aᵀ."""
         return Transposed(self)
 
+    __array_ufunc__ = None  # so that a NumPy number on the left leaves the product to __rmul__
+
     def __matmul__(self, right: "LinearOperator") -> "LinearOperator":
-        return Composed(self, right)
+        return Composed(self, right) if isinstance(right, LinearOperator) else NotImplemented
+
+    def __add__(self, right: "LinearOperator") -> "LinearOperator":
+        return Sum(self, right) if isinstance(right, LinearOperator) else NotImplemented
+
+    def __sub__(self, right: "LinearOperator") -> "LinearOperator":
+        return Sum(self, -right) if isinstance(right, LinearOperator) else NotImplemented
+
+    def __neg__(self) -> "LinearOperator":
+        return -1 * self
+
+    def __mul__(self, factor: float) -> "LinearOperator":
+        is_number = isinstance(factor, numbers.Real) or (isinstance(factor, Tensor) and factor.ndim == 0)
+        return Scaled(float(factor), self) if is_number else NotImplemented
+
+    __rmul__ = __mul__
+
+    def to_scipy(self) -> Any:
+        """Return this map as a `scipy.sparse.linalg.LinearOperator`, for `eigsh`, `cg`, `expm_multiply` and the like.
+
+        Vectors are NumPy's, in float64 if `dtype` is, else in float32; products run on `device`.
+
+        Raises:
+            ImportError: if SciPy is not installed.
+
+        >>> from lightning_sketch.operators import Gaussian
+        >>> from scipy.sparse.linalg import svds
+        >>> s = Gaussian(n=50, dim=4).to_scipy()
+        >>> s.shape, svds(s, k=2, return_singular_vectors=False).shape
+        ((4, 50), (2,))
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator as ScipyOperator
+        except ImportError as error:
+            raise ImportError("to_scipy makes an operator of SciPy, which is missing; pip install scipy.") from error
+        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+
+        def on_numpy(product):
+            """Of a vector, or of the columns of a matrix."""
+
+            def multiply(x):
+                rows = torch.as_tensor(x.T.copy(), dtype=dtype, device=self.device)
+                return product(rows).detach().cpu().numpy().T
+
+            return multiply
+
+        forward, adjoint = on_numpy(self.matvec), on_numpy(self.rmatvec)
+        return ScipyOperator(
+            self.shape,
+            matvec=lambda x: forward(x.reshape(-1)),
+            rmatvec=lambda y: adjoint(y.reshape(-1)),
+            matmat=forward,
+            rmatmat=adjoint,
+            dtype=str(dtype).removeprefix("torch."),
+        )
 
     def as_matrix(self, **factory) -> Float[Tensor, "m n"]:
         """The dense matrix: m·n numbers, for tests and small problems only. `dtype` and `device` as in `torch.eye`."""
@@ -137,6 +195,89 @@ class Composed(LinearOperator):
     def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
         """Bᵀ (Aᵀ y)."""
         return self.right.rmatvec(self.left.rmatvec(y))
+
+
+@dataclass(frozen=True)
+class Sum(LinearOperator):
+    """A + B.
+
+    Raises:
+        ValueError: if their shapes differ.
+    """
+
+    left: LinearOperator
+    right: LinearOperator
+
+    def __post_init__(self):
+        if self.left.shape != self.right.shape:
+            raise ValueError(
+                f"cannot add operators of shapes {self.left.shape} and {self.right.shape}; build both for the same "
+                "input and output size."
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of both."""
+        return self.left.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The wider of the two."""
+        return torch.promote_types(self.left.dtype, self.right.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the one which is not on the CPU, if there is one."""
+        return self.right.device if self.left.device.type == "cpu" else self.left.device
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold both."""
+        with self.left.hold(), self.right.hold():
+            yield
+
+    def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
+        """A x + B x."""
+        return self.left.matvec(x) + self.right.matvec(x)
+
+    def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
+        """Aᵀ y + Bᵀ y."""
+        return self.left.rmatvec(y) + self.right.rmatvec(y)
+
+
+@dataclass(frozen=True)
+class Scaled(LinearOperator):
+    """c A, for a number c."""
+
+    factor: float
+    of: LinearOperator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of A."""
+        return self.of.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of A."""
+        return self.of.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of A."""
+        return self.of.device
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Hold A."""
+        return self.of.hold()
+
+    def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
+        """C (A x)."""
+        return self.factor * self.of.matvec(x)
+
+    def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
+        """C (Aᵀ y)."""
+        return self.factor * self.of.rmatvec(y)
 
 
 def check_vectors(x: Tensor, size: int, what: str) -> None:

@@ -8,8 +8,8 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_sketch._compat import LightningModule, Trainer, unwrapped
-from lightning_sketch.gradients import fingerprint
+from lightning_sketch._lightning import LightningModule, Trainer, unwrapped
+from lightning_sketch.autodiff.fingerprint import fingerprint
 
 
 class Copies:

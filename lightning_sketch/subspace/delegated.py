@@ -7,7 +7,7 @@ from typing import Any
 
 from pytorch_lightning.utilities.parsing import AttributeDict
 
-from lightning_sketch._compat import LightningModule, ModuleBase, changed_hooks, does_itself, like_namespace_of
+from lightning_sketch._lightning import LightningModule, ModuleBase, changed_hooks, does_itself, like_namespace_of
 
 _STEPS = ("validation_step", "test_step", "predict_step")
 _LOGGING = ("log", "log_dict")

@@ -18,7 +18,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_sketch._compat import (
+from lightning_sketch._lightning import (
     CallbackBase,
     LightningModule,
     Trainer,

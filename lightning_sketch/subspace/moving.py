@@ -7,8 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.gradients import fingerprint
-from lightning_sketch.params import Layout
+from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.subspace.directions import Directions
 
 

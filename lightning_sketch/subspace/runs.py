@@ -13,7 +13,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.memory import is_oom_error
 from pytorch_lightning.utilities.seed import isolate_rng
 
-from lightning_sketch._compat import (
+from lightning_sketch._lightning import (
     CallbackBase,
     LightningModule,
     Trainer,
@@ -22,7 +22,7 @@ from lightning_sketch._compat import (
     name_run,
     train_for,
 )
-from lightning_sketch.params import Layout
+from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.subspace.copies import Copies, refuse_different_starts
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
 from lightning_sketch.subspace.ledger import Ledger, Run

@@ -14,9 +14,9 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_sketch._compat import LightningModule, unwrapped
-from lightning_sketch.gradients import fingerprint
-from lightning_sketch.gradients.substituted import substituted
+from lightning_sketch._lightning import LightningModule, unwrapped
+from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch.autodiff.functional import swap_tensors
 from lightning_sketch.subspace.copies import refuse_different_starts
 from lightning_sketch.subspace.delegated import Wrapper, call_fitting
 from lightning_sketch.subspace.directions import Directions
@@ -271,7 +271,7 @@ class SubspaceModule(Wrapper):
     def _implicit_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own step at θ₀ + Dᵀ w, as a function of w to any order."""
         moved = self.weights.moved(self.directions, self.coordinates())
-        with substituted(self.module, self.weights.parameters(), moved):
+        with swap_tensors(self.module, self.weights.parameters(), moved):
             return call_fitting(self.module.training_step, *args, **kwargs)
 
     def _gradient(self) -> list[Tensor]:

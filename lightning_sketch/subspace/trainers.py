@@ -8,7 +8,7 @@ from typing import Any
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_sketch._compat import LightningModule, Trainer, trainer_class
+from lightning_sketch._lightning import LightningModule, Trainer, trainer_class
 
 _COPIED = ("callbacks", "strategy", "plugins", "profiler")
 

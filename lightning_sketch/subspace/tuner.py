@@ -9,7 +9,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_sketch._compat import LightningModule
+from lightning_sketch._lightning import LightningModule
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder, refuse_forgetful
 from lightning_sketch.subspace.ledger import Run
 from lightning_sketch.subspace.result import IntrinsicDimensionResult, reaches, target

@@ -2,9 +2,8 @@
 
 import torch
 
-from lightning_sketch.attribution import SketchedGradients
-from lightning_sketch.attribution.rows import STAGES
 from lightning_sketch.operators import BlockSRHT
+from lightning_sketch.store.sketched_gradients import STAGES, SketchedGradients
 
 DIM = 16
 SKETCH = BlockSRHT(200, DIM)

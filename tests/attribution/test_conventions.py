@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_sketch.attribution import SketchedGradients, fit_ggn, scores, sketch_gradients
-from lightning_sketch.attribution.rows import STAGES
+from lightning_sketch.attribution import fit_ggn, scores, sketch_gradients
+from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators import BlockSRHT
-from lightning_sketch.params import Layout
+from lightning_sketch.store.sketched_gradients import STAGES, SketchedGradients
 
 DECAY = 3e-2
 DATA = torch.Generator().manual_seed(0)

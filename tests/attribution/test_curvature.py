@@ -8,9 +8,9 @@ from torch import nn
 
 from lightning_sketch.attribution import Curvature, fit_ggn, row_curvature, sketch_gradients
 from lightning_sketch.attribution.curvature import CurvatureSum
-from lightning_sketch.attribution.output_curvature import output_roots
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.output_curvature import output_roots
 from lightning_sketch.operators import BlockSRHT
-from lightning_sketch.params import Layout
 
 LOSSES = {
     "cross_entropy": lambda z, y: F.cross_entropy(z, y.long()),

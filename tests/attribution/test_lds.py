@@ -7,18 +7,11 @@ import torch
 from lds_problems import PROBLEMS, flipped, halves, masks_of
 from torchmetrics.functional.classification import binary_auroc
 
-from lightning_sketch.attribution import (
-    SketchedGradients,
-    calibrate,
-    fit_ggn,
-    row_curvature,
-    scores,
-    self_influence,
-    sketch_gradients,
-)
+from lightning_sketch.attribution import calibrate, fit_ggn, row_curvature, scores, self_influence, sketch_gradients
+from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.metrics import LinearDatamodelingScore
 from lightning_sketch.operators import BlockSRHT
-from lightning_sketch.params import Layout
+from lightning_sketch.store.sketched_gradients import SketchedGradients
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:few examples carry the curvature")]
 

@@ -4,16 +4,8 @@ import pytest
 import torch
 from rows import DIM, random_rows
 
-from lightning_sketch.attribution import (
-    Influence,
-    SketchedGradients,
-    row_curvature,
-    scorer,
-    scores,
-    self_influence,
-    together,
-)
-from lightning_sketch.attribution.source import RowSource
+from lightning_sketch.attribution import Influence, row_curvature, scorer, scores, self_influence, together
+from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients
 
 TRAIN = random_rows(70, seed=1, fingerprint=5, prob_true=0.7, example_id=torch.arange(70) % 40)
 ASKED = random_rows(3, seed=2, fingerprint=5)

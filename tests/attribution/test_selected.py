@@ -4,8 +4,9 @@ import pytest
 import torch
 from rows import random_rows
 
-from lightning_sketch.attribution import SketchedGradients, scores, self_influence
+from lightning_sketch.attribution import scores, self_influence
 from lightning_sketch.attribution.selected import select
+from lightning_sketch.store.sketched_gradients import SketchedGradients
 
 
 def cat(*parts):

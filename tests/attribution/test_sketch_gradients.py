@@ -7,9 +7,10 @@ from models import Digits, dataset, loader
 from torch import nn
 
 from lightning_sketch.attribution import IndexedDataset, sketch_gradients
-from lightning_sketch.gradients import fingerprint, undisturbed
+from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators import BlockSRHT
-from lightning_sketch.params import Layout
 
 
 def loss(module, batch):
@@ -19,7 +20,7 @@ def loss(module, batch):
 def truth(module, examples, sketch, names="*"):
     layout = Layout.of(module, names)
     rows = []
-    with undisturbed(module):
+    with preserve_state(module):
         for x, y in examples:
             gradients = torch.autograd.grad(loss(module, (x[None], y[None])), layout.parameters(module))
             rows.append(sketch.matvec(torch.cat([g.flatten() for g in gradients])))

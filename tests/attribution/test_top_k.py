@@ -7,7 +7,8 @@ import pytest
 import torch
 from rows import random_rows
 
-from lightning_sketch.attribution import SketchedGradients, scores, top_k
+from lightning_sketch.attribution import scores, top_k
+from lightning_sketch.store.sketched_gradients import SketchedGradients
 
 QUERY = random_rows(3, seed=1)
 

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 
 from lightning_sketch import GradientSketchWriter, GradientStore
 from lightning_sketch.attribution import IndexedDataset
-from lightning_sketch.gradients import fingerprint
-from lightning_sketch.params import Layout
+from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch.autodiff.layout import Layout
 
 
 class Spy(Callback):
@@ -317,7 +317,9 @@ def test_a_small_model_gets_as_many_numbers_as_it_has(tmp_path):
 def test_what_is_said_at_the_start(tmp_path, monkeypatch, arguments, rows):
     """Of the examples: four steps of two batches of 32."""
     said = []
-    monkeypatch.setattr("lightning_sketch.callbacks.store_run.say", lambda trainer, text: said.append(text))
+    monkeypatch.setattr(
+        "lightning_sketch.callbacks.gradient_sketch_writer._store_run.say", lambda trainer, text: said.append(text)
+    )
     data = DataLoader(IndexedDataset(dataset()), batch_size=32)
     accumulate = 2 if arguments else 1
     fit(tmp_path, writer(tmp_path, **arguments), data=data, max_epochs=accumulate, accumulate_grad_batches=accumulate)

@@ -11,9 +11,9 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sketch import SpectrumMonitor
-from lightning_sketch.callbacks.histogram import EDGES, Histogram
+from lightning_sketch.callbacks.spectrum_monitor._histogram import EDGES, Histogram
 from lightning_sketch.curvature import load_spectrum
-from lightning_sketch.curvature.quadrature import Quadrature
+from lightning_sketch.linalg.quadrature import Quadrature
 
 
 def monitor(**arguments):

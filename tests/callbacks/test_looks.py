@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_sketch import SpectrumMonitor
-from lightning_sketch.callbacks import log_spectrum
-from lightning_sketch.callbacks.optimizers import stability
+from lightning_sketch.callbacks._optimizers import stability
+from lightning_sketch.callbacks.spectrum_monitor import _logging as log_spectrum
 
 
 def monitor(**arguments):
@@ -171,7 +171,7 @@ def test_other_data_in_a_second_fit_of_one_trainer_is_said(tmp_path):
 
 def test_hooks_keep_their_order(tmp_path):
     """A hook that W&B made is taken away for a look, and put back where it was."""
-    from lightning_sketch.gradients import undisturbed
+    from lightning_sketch.autodiff.preserve_state import preserve_state
 
     module, called = nn.Linear(2, 2), []
 
@@ -181,7 +181,7 @@ def test_hooks_keep_their_order(tmp_path):
     watching.__module__ = "wandb.sdk"
     module.register_forward_hook(watching)
     module.register_forward_hook(lambda *args: called.append("user"))
-    with undisturbed(module):
+    with preserve_state(module):
         module(torch.ones(1, 2))
     module(torch.ones(1, 2))
     assert called == ["user", "wandb", "user"]

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMPr
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_sketch import SpectrumMonitor
-from lightning_sketch.callbacks.measurement import Keys, Measurement
+from lightning_sketch.callbacks.spectrum_monitor._measurement import Keys, Measurement
 
 SCALARS = {"lambda_max", "lambda_min", "rneg", "rneg_error", "num_outliers", "loss", "seconds"}
 

@@ -12,15 +12,16 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_sketch import GradientStore
-from lightning_sketch.callbacks.second_pass import left_by_hooks
-from lightning_sketch.gradients import num_labels, undisturbed
-from lightning_sketch.params import Layout
+from lightning_sketch.autodiff.batches import num_labels
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.preserve_state import preserve_state
+from lightning_sketch.callbacks.gradient_sketch_writer._fallback import left_by_hooks
 
 
 def alone(model, sketch, examples):
     """Of one example after the other, by autograd, all parameters."""
     layout, rows = Layout.of(model), []
-    with undisturbed(model):
+    with preserve_state(model):
         for example in examples:
             gradients = torch.autograd.grad(model.training_step(example, 0), layout.parameters(model))
             rows.append(sketch.matvec(torch.cat([g.flatten() for g in gradients])))
@@ -149,7 +150,7 @@ def test_training_is_the_same_bit_for_bit(tmp_path):
 
 
 def test_nothing_to_serve_says_nothing_and_costs_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_sketch.callbacks.example_rows.SecondPass", None)
+    monkeypatch.setattr("lightning_sketch.callbacks.gradient_sketch_writer._example_rows.SecondPass", None)
     fit(tmp_path, writer(tmp_path, fallback="loop"), model=Still, data=data(), max_epochs=1)
     assert len(GradientStore.open(tmp_path / "store")) == 128
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sketch import GradientSketchWriter, GradientStore, SpectrumMonitor
 from lightning_sketch.attribution import IndexedDataset, sketch_gradients
-from lightning_sketch.gradients import num_labels
+from lightning_sketch.autodiff.batches import num_labels
 
 
 def data(batch_size=24, **options):

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lightning_sketch.autodiff.batches import num_labels
 from lightning_sketch.curvature import EmpiricalFisher, spectrum
-from lightning_sketch.gradients import num_labels
 
 X = torch.randn(7, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 2, 1, 1, 2, 0, 0])

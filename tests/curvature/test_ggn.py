@@ -6,8 +6,8 @@ from torch import nn
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional
 
+from lightning_sketch.autodiff.batches import num_labels
 from lightning_sketch.curvature import GGN, CrossEntropy, Hessian, SquaredError
-from lightning_sketch.gradients import num_labels
 
 LABELS = torch.tensor([0, 2, 1, -100, 2, 0])
 TOKENS = torch.tensor([[0, 1, 2, -100], [2, 2, -100, -100], [1, 0, 0, 2]])

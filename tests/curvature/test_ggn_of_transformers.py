@@ -5,8 +5,8 @@ import torch
 from torch.func import functional_call, hessian, jacrev
 from torch.nn import attention, functional
 
+from lightning_sketch.autodiff.batches import num_labels
 from lightning_sketch.curvature import GGN, Hessian
-from lightning_sketch.gradients import num_labels
 
 transformers = pytest.importorskip("transformers")
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from lightning_sketch.autodiff.batches import num_labels
 from lightning_sketch.curvature import GGN, EmpiricalFisher, Hessian
-from lightning_sketch.gradients import num_labels
 
 X = torch.randn(12, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 2

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lightning_sketch.autodiff.batches import num_labels
 from lightning_sketch.curvature import GGN, Deflated, EmpiricalFisher, Hessian, SquaredError, spectrum
-from lightning_sketch.gradients import num_labels
 
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1, 2])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_sketch.curvature import spectrum
-from lightning_sketch.curvature.lanczos import lanczos
+from lightning_sketch.linalg.lanczos import lanczos
 
 DTYPES = [torch.float64, torch.float32]
 TRAINED = ["mlp trained", "cnn trained"]

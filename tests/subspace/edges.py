@@ -6,12 +6,8 @@ import pytorch_lightning as pl
 import torch
 from nets import Classifier, train_loader, trainer, val_loader
 
-from lightning_sketch.params import Layout
-from lightning_sketch.subspace import (
-    IntrinsicDimensionFinder,
-    IntrinsicDimensionTuner,
-    SubspaceModule,
-)
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
 from lightning_sketch.subspace.runs import FILE
 
 

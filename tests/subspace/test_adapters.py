@@ -7,7 +7,7 @@ from nets import trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_sketch.params import Layout
+from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.subspace import SubspaceModule
 
 transformers = pytest.importorskip("transformers")

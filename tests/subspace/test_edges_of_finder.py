@@ -10,10 +10,7 @@ from nets import train_loader, trainer, val_loader
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_sketch.subspace import (
-    IntrinsicDimensionFinder,
-    SubspaceModule,
-)
+from lightning_sketch.subspace import IntrinsicDimensionFinder, SubspaceModule
 from lightning_sketch.subspace.directions import Directions
 from lightning_sketch.subspace.growth import carry_over
 

@@ -15,9 +15,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 
-from lightning_sketch.subspace import (
-    IntrinsicDimensionTuner,
-)
+from lightning_sketch.subspace import IntrinsicDimensionTuner
 
 
 @pytest.mark.parametrize(

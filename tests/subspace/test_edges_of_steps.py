@@ -10,10 +10,7 @@ from nets import Classifier, train_loader, trainer, val_loader
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_sketch.subspace import (
-    IntrinsicDimensionResult,
-    SubspaceModule,
-)
+from lightning_sketch.subspace import IntrinsicDimensionResult, SubspaceModule
 from lightning_sketch.subspace.recipe import SAID
 
 

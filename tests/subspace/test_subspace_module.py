@@ -17,8 +17,8 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators.kinds import KINDS
-from lightning_sketch.params import Layout
 from lightning_sketch.subspace import SubspaceModule
 
 

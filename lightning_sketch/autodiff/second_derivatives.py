@@ -1,0 +1,196 @@
+"""Products with the Hessian of a loss and with the Jacobian of an output, and what cannot be differentiated twice.
+
+    H v = ∇(∇L(θ)ᵀ v)                       double backward; the graph of ∇L can serve many v
+        = d/dt ∇L(θ + t v) at t = 0         forward over reverse: less memory, no graph of a gradient
+        ≈ (∇L(θ + ε v) - ∇L(θ - ε v)) / 2ε  central differences, ||v|| = 1: first derivatives only, and inexact
+
+    Jᵀ u                                    the ordinary backward pass
+    J v = ∂(Jᵀ u)/∂u, transposed, times v   the backward pass is linear in u, and differentiated for it
+
+Sources: Pearlmutter (1994), "Fast exact multiplication by the Hessian", Neural Computation 6(1),
+doi:10.1162/neco.1994.6.1.147; Griewank & Walther (2008), "Evaluating Derivatives", sections 3.3 and 1; Townsend
+(2017), "A new trick for calculating Jacobian vector products", https://j-towns.github.io/2017/06/12/
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from lightning_sketch.autodiff.functional import swap_tensors
+
+Product = Callable[[Sequence[Tensor]], Sequence[Tensor | None]]
+"""A v from the pieces of v, each in a parameter's shape; None is zero."""
+
+LossNow = Callable[[], Tensor]
+"""The loss at the parameters that the module has when it is called."""
+
+_SIGNS = (
+    "is not implemented",
+    "does not have a double backward",
+    "not supported",
+    ".grad()",
+    "cudnn RNN backward",
+    "forward AD",
+    "jvp",
+)
+_MARKED = once_differentiable(lambda ctx: None).__code__
+
+
+def double_backward(loss_now: LossNow, parameters: Sequence[Tensor], keep: bool) -> Product:
+    """By differentiating the gradient once more, in reverse."""
+    loss = loss_now()
+    with second_derivative_errors(), nothing_dropped(loss):
+        gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+
+    def product(pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        pairs = [(g, v) for g, v in zip(gradients, pieces, strict=True) if g is not None and g.requires_grad]
+        if not pairs:  # the loss is linear in the parameters
+            return [None] * len(pieces)
+        outputs, directions = zip(*pairs, strict=True)
+        with second_derivative_errors():
+            return torch.autograd.grad(outputs, parameters, directions, retain_graph=keep, allow_unused=True)
+
+    return product
+
+
+def forward_over_reverse(loss_now: LossNow, module: nn.Module, parameters: Sequence[Tensor]) -> Product:
+    """By carrying the derivative along v through the gradient."""
+
+    def product(pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        with forward_ad.dual_level(), second_derivative_errors():
+            leaves = [p.detach().requires_grad_() for p in parameters]
+            duals = [forward_ad.make_dual(p, v.to(p)) for p, v in zip(leaves, pieces, strict=True)]
+            with swap_tensors(module, parameters, duals):
+                loss = loss_now()
+                nowhere_else(loss, parameters)
+                gradients = torch.autograd.grad(loss, duals, allow_unused=True)
+            return [None if g is None else forward_ad.unpack_dual(g).tangent for g in gradients]
+
+    return product
+
+
+def finite_differences(loss_now: LossNow, module: nn.Module, parameters: Sequence[Tensor], step: float) -> Product:
+    """From two gradients, `step` to either side along v / ||v||."""
+
+    def gradient(pieces: Sequence[Tensor], t: float) -> Sequence[Tensor | None]:
+        moved = [torch.add(p.detach(), v, alpha=t).requires_grad_() for p, v in zip(parameters, pieces, strict=True)]
+        with swap_tensors(module, parameters, moved):
+            loss = loss_now()
+            nowhere_else(loss, parameters)
+            return torch.autograd.grad(loss, moved, allow_unused=True)
+
+    def product(pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        size = float(torch.stack([v.double().square().sum() for v in pieces]).sum().sqrt())
+        if not size:
+            return [None] * len(pieces)
+        sides = zip(gradient(pieces, step / size), gradient(pieces, -step / size), strict=True)
+        return [None if up is None else (up - down) * (size / (2 * step)) for up, down in sides]
+
+    return product
+
+
+class Jacobian:
+    """J = ∂output/∂parameters, at the point where the output was computed; its graph is held."""
+
+    def __init__(self, output: Tensor, parameters: Sequence[Tensor]):
+        self.output, self.parameters = output, parameters
+        self._u = torch.ones_like(output, requires_grad=True)
+        with second_derivative_errors(), nothing_dropped(output):
+            self._pulled = torch.autograd.grad(output, parameters, self._u, create_graph=True, allow_unused=True)
+
+    def matvec(self, pieces: Sequence[Tensor]) -> Tensor:
+        """J v, in the shape of the output."""
+        pairs = [(g, v) for g, v in zip(self._pulled, pieces, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return torch.zeros_like(self.output)
+        outputs, directions = zip(*pairs, strict=True)
+        with second_derivative_errors():
+            return torch.autograd.grad(outputs, self._u, directions, retain_graph=True)[0]
+
+    def rmatvec(self, u: Tensor, keep: bool) -> Sequence[Tensor | None]:
+        """Jᵀ u, in the shapes of the parameters."""
+        return torch.autograd.grad(self.output, self.parameters, u, retain_graph=keep, allow_unused=True)
+
+
+class NoSecondDerivative(ValueError):
+    """An operation of the loss has no derivative of that kind."""
+
+
+@contextmanager
+def second_derivative_errors() -> Iterator[None]:
+    """Re-raise what autograd says of a missing second derivative, with a way out."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not any(sign in str(error) for sign in _SIGNS):
+            raise
+        raise _refusal(str(error).splitlines()[0].rstrip(".")) from error
+
+
+@contextmanager
+def nothing_dropped(loss: Tensor) -> Iterator[None]:
+    """Refuse a gradient that is taken inside through a Python function whose backward pass leaves no graph.
+
+    Autograd raises only for one marked once_differentiable, and only if the gradient that comes in at it depends on
+    something; else the function is silently taken for a linear one.
+    """
+    met: list[str] = []
+
+    def meet(node: BackwardCFunction) -> RemovableHandle:
+        name = type(node).__name__.removesuffix("Backward")
+        if _is_marked(node):
+            return node.register_prehook(lambda _: met.append(f"{name} is marked once_differentiable"))
+
+        def look(leaving: Sequence[Tensor | None], coming: Sequence[Tensor | None]) -> None:
+            sources = (*coming, *(node.saved_tensors if hasattr(node, "saved_tensors") else ()))
+            curved = any(t is not None and t.requires_grad for t in sources)
+            if curved and any(t is not None and not t.requires_grad and t.any() for t in leaving):
+                met.append(f"the backward pass of {name} leaves no graph")
+
+        return node.register_hook(look)
+
+    hooks = [meet(node) for node in graph_nodes(loss) if isinstance(node, BackwardCFunction)]
+    yield
+    for hook in hooks:
+        hook.remove()
+    if met:
+        raise _refusal(met[0])
+
+
+def _is_marked(node: BackwardCFunction) -> bool:
+    return getattr(node._forward_cls.backward, "__code__", None) is _MARKED
+
+
+def _refusal(what: str) -> NoSecondDerivative:
+    return NoSecondDerivative(
+        f"the loss holds an operation that PyTorch cannot differentiate twice: {what}. "
+        'Replace it by plain operations, leave the parameters before it out with parameters="...", or, if the loss '
+        'is smooth, take finite differences (hvp="finite_differences").'
+    )
+
+
+def nowhere_else(output: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Refuse an output that was computed, under `swap_tensors`, from one of the replaced tensors themselves."""
+    replaced = {id(tensor) for tensor in tensors}
+    if any(id(getattr(node, "variable", None)) in replaced for node in graph_nodes(output)):
+        raise ValueError(
+            "the loss reaches a parameter past its module, by a closure or an attribute such as a tuple or dict; "
+            "so it cannot be computed at other values. Reach parameters through modules, or use float32 and "
+            "hvp='double_backward'."
+        )
+
+
+def graph_nodes(output: Tensor) -> Iterator[object]:
+    """The operations that made a tensor, each once."""
+    nodes, seen = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            yield node

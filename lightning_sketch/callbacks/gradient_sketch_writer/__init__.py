@@ -1,0 +1,5 @@
+"""The callback that stores sketched gradients while training, and at checkpoints."""
+
+from lightning_sketch.callbacks.gradient_sketch_writer.writer import GradientSketchWriter
+
+__all__ = ["GradientSketchWriter"]

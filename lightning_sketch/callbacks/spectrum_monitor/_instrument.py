@@ -1,0 +1,171 @@
+"""What a monitor looks through: a curvature matrix made from a LightningModule and batches, and its spectrum."""
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_sketch.autodiff.batches import num_examples
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.loss import training_step_loss
+from lightning_sketch.callbacks.spectrum_monitor._layers import groups, measure_layers
+from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
+from lightning_sketch.curvature import GGN, EmpiricalFisher, Hessian, spectrum
+from lightning_sketch.curvature.hessian import check_hvp
+from lightning_sketch.curvature.operator import CurvatureOperator
+from lightning_sketch.curvature.spectrum import check_arguments
+from lightning_sketch.linalg.lanczos import start_vector
+from lightning_sketch.linalg.linearity import checked_defect
+
+_KINDS = ("hessian", "ggn", "fisher")
+_LOSSES_AGREE = 1e-3
+
+Indexed = tuple[int, Any]
+"""A batch behind its index."""
+
+
+@dataclass
+class Instrument:
+    """Arguments as in `SpectrumMonitor`.
+
+    Raises:
+        ValueError: if one is out of its range.
+    """
+
+    curvature: str
+    method: str
+    top_k: int
+    bottom_k: int
+    num_matvecs: int
+    dim: int
+    tol: float
+    density_probes: int
+    parameters: str
+    loss_fn: Callable[[Any, Any], Tensor] | None
+    seed: int
+    per_layer: bool | list[str]
+    model_fn: Callable[[Any, Any], Any] | None
+    output_loss_fn: Callable[[Tensor, Any], Tensor] | None
+    weight_fn: Callable[[Any], float] | None
+    micro_batch_size: int | None
+    hvp: str
+
+    def __post_init__(self):
+        if self.curvature not in _KINDS:
+            raise ValueError(f"curvature={self.curvature!r} is not known; use {' or '.join(map(repr, _KINDS))}.")
+        if self.curvature != "ggn" and (self.model_fn or self.output_loss_fn):
+            raise ValueError(
+                f"model_fn and output_loss_fn make a Gauss-Newton matrix, got curvature={self.curvature!r}; use "
+                "curvature='ggn', or loss_fn."
+            )
+        for name in ("top_k", "micro_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"need {name} >= 1, got {value}.")
+        check_hvp(self.hvp)
+        if self.curvature != "hessian" and self.hvp != "auto":
+            raise ValueError(f"hvp={self.hvp!r} makes products of a Hessian, got curvature={self.curvature!r}.")
+        if isinstance(self.per_layer, str):
+            raise ValueError(
+                f"per_layer is True or a list of patterns, got {self.per_layer!r}; use [{self.per_layer!r}]."
+            )
+        check_arguments(
+            self.num_matvecs, self.dim, self.top_k, self.bottom_k, self.tol, self.density_probes, method=self.method
+        )
+        if self.curvature != "hessian":  # never negative: the smallest are zeros, and no run finds their number
+            self.bottom_k = 0
+
+    def check(self, module: nn.Module, batches: Sequence[Indexed], distributed: bool) -> None:
+        """Take three products, so that what cannot work fails now, in seconds.
+
+        Raises:
+            ValueError: what the matrix or its products say; if no parameter is in one of the layers; if a
+                Gauss-Newton matrix is not that of the loss that is trained.
+        """
+        matrix = self.matrix(module, batches, distributed)
+        for names in groups(matrix.layout, self.per_layer).values():
+            Layout.of(module, names)
+        self._check_loss(module, batches, distributed, matrix.loss())
+        with matrix.hold():
+            starts = (start_vector(matrix, self.seed, name) for name in ("0", "defect"))
+            checked_defect(matrix, *starts, random=True)
+
+    def _check_loss(self, module: nn.Module, batches: Sequence[Indexed], distributed: bool, loss: float) -> None:
+        """Refuse a Gauss-Newton matrix, made by default functions, of another loss than the one that is trained."""
+        if self.curvature != "ggn" or self.output_loss_fn is not None:
+            return
+        trained = self.matrix(module, batches, distributed, curvature="hessian").loss()
+        if abs(loss - trained) > _LOSSES_AGREE * max(abs(loss), abs(trained)):
+            raise ValueError(
+                f"the Gauss-Newton matrix would be of a loss of {loss:.6g}, but training_step returns {trained:.6g}; "
+                "pass model_fn=lambda module, batch: output and output_loss_fn=lambda output, batch: loss."
+            )
+
+    def measure(
+        self,
+        module: nn.Module,
+        batches: Sequence[Indexed],
+        epoch: int,
+        step: int,
+        distributed: bool,
+        on_product: Callable[[int, int], None] | None,
+    ) -> Measurement:
+        """The spectrum of the module as it is now."""
+        start = time.perf_counter()
+        matrix = self.matrix(module, batches, distributed)
+        loss = matrix.loss()
+        self._check_loss(module, batches, distributed, loss)
+        with matrix.hold():
+            measured = spectrum(
+                matrix,
+                num_matvecs=self.num_matvecs,
+                dim=self.dim,
+                seed=self.seed,
+                top_k=self.top_k,
+                bottom_k=self.bottom_k,
+                tol=self.tol,
+                density_probes=self.density_probes,
+                method=self.method,
+                gradient=matrix.gradient(),
+                on_product=on_product,
+            )
+        self.micro_batch_size = matrix.batches.micro_batch_size  # what fits in memory
+        layers = measure_layers(
+            lambda names: self.matrix(module, batches, distributed, parameters=names),
+            groups(matrix.layout, self.per_layer),
+            self.seed,
+            self.tol,
+        )
+        seconds = time.perf_counter() - start
+        return Measurement(**vars(measured), epoch=epoch, step=step, loss=loss, seconds=seconds, layers=layers)
+
+    def matrix(
+        self,
+        module: nn.Module,
+        batches: Sequence[Indexed],
+        distributed: bool = False,
+        parameters: str | Sequence[str] | None = None,
+        curvature: str | None = None,
+    ) -> CurvatureOperator:
+        """The matrix of the loss, by the module's own `training_step` unless there is a `loss_fn`."""
+        options: dict[str, Any] = {
+            "parameters": self.parameters if parameters is None else parameters,
+            "micro_batch_size": self.micro_batch_size,
+            "distributed": distributed,
+        }
+        weight_fn = self.weight_fn or num_examples
+        curvature = curvature or self.curvature
+        if curvature == "ggn":
+            plain = [batch for _, batch in batches]
+            return GGN(module, plain, self.model_fn, self.output_loss_fn, weight_fn=weight_fn, **options)
+        options["weight_fn"] = lambda indexed: weight_fn(indexed[1])
+        if curvature == "fisher":
+            return EmpiricalFisher(self._loss, module, batches, **options)
+        return Hessian(self._loss, module, batches, hvp=self.hvp, **options)
+
+    def _loss(self, module: nn.Module, indexed: Indexed) -> Tensor:
+        index, batch = indexed[0], copy.deepcopy(indexed[1])  # a step may change its batch in place
+        return self.loss_fn(module, batch) if self.loss_fn else training_step_loss(module, batch, index)

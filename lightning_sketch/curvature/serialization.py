@@ -1,0 +1,79 @@
+"""A spectrum as plain tensors and numbers, and as a safetensors file."""
+
+import json
+import os
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_sketch.curvature.result import Spectrum
+from lightning_sketch.linalg.krylov import Krylov, SketchedRun
+from lightning_sketch.linalg.quadrature import Quadrature
+from lightning_sketch.operators.kinds import make_sketch
+
+
+def to_plain(spectrum: Spectrum) -> dict[str, Any]:
+    """Everything but the Krylov vectors, as tensors, numbers, strings, tuples and dicts."""
+    plain = {f.name: getattr(spectrum, f.name) for f in fields(spectrum) if f.name != "krylov"}
+    plain["quadrature"] = tuple(spectrum.quadrature) if spectrum.quadrature else None
+    plain["sketch"] = spectrum.sketch.spec() if spectrum.sketch else None
+    return plain
+
+
+def from_plain(plain: dict[str, Any], kind: type[Spectrum] = Spectrum) -> Spectrum:
+    """The inverse of `to_plain`."""
+    plain = dict(plain)
+    plain["quadrature"] = Quadrature(*plain["quadrature"]) if plain["quadrature"] else None
+    plain["sketch"] = make_sketch(**plain["sketch"]) if plain["sketch"] else None
+    plain["known"] = tuple(plain["known"]) if plain["known"] else None
+    return kind(**plain)
+
+
+def save_spectrum(spectrum: Spectrum, path: str | os.PathLike) -> None:
+    """Write a spectrum with all it kept, Krylov vectors included; the file is there whole or not at all."""
+    plain = to_plain(spectrum)
+    if spectrum.quadrature:
+        plain["nodes"], plain["weights"] = plain.pop("quadrature")
+    if spectrum.krylov:
+        plain["seed"], plain["runs"] = spectrum.krylov.seed, len(spectrum.krylov.runs)
+        for i, run in enumerate(spectrum.krylov.runs):
+            plain[f"columns.{i}"] = torch.stack(run.columns)
+            for name in ("alpha", "beta", "dots"):
+                plain[f"{name}.{i}"] = torch.tensor(getattr(run, name), dtype=torch.float64)
+    tensors = {name: value.contiguous() for name, value in plain.items() if isinstance(value, Tensor)}
+    rest = {name: value for name, value in plain.items() if not isinstance(value, Tensor)}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file(tensors, unfinished, metadata={"spectrum": json.dumps(rest, default=asdict)})
+    os.replace(unfinished, path)
+
+
+def load_spectrum(path: str | os.PathLike) -> Spectrum:
+    """Read what `save_spectrum` wrote; of a measurement, what a spectrum has.
+
+    Raises:
+        ValueError: if the file is no spectrum.
+    """
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        if "spectrum" not in metadata:
+            raise ValueError(f"{path} holds no spectrum; it is made by Spectrum.save.")
+        plain = json.loads(metadata["spectrum"])
+        plain |= {name: file.get_tensor(name) for name in file.keys()}
+    runs = [
+        SketchedRun(
+            list(plain.pop(f"columns.{i}")), *(plain.pop(f"{n}.{i}").tolist() for n in ("alpha", "beta", "dots"))
+        )
+        for i in range(plain.pop("runs", 0))
+    ]
+    plain["quadrature"] = (plain.pop("nodes"), plain.pop("weights")) if "nodes" in plain else None
+    seed = plain.pop("seed", None)
+    known = {f.name for f in fields(Spectrum)}
+    found = from_plain({name: value for name, value in plain.items() if name in known})
+    return found if seed is None else replace(found, krylov=Krylov(seed, found.sketch, runs))

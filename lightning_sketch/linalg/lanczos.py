@@ -1,0 +1,108 @@
+"""The Lanczos recurrence with three vectors, its start vectors, and the extreme Ritz values of one short run.
+
+    β_j v_{j+1} = A v_j - α_j v_j - β_{j-1} v_{j-1},     α_j = v_jᵀ A v_j,   β_j = ||what remains||
+
+It holds to rounding even after the v_j have lost their orthogonality, which they soon do: A V_m = V_{m+1} T̄_m
+with T̄_m tridiagonal, (m+1) x m. No v_j is kept.
+
+Source: Lanczos (1950); Paige (1976), "Error analysis of the Lanczos algorithm", doi:10.1093/imamat/18.3.341.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_sketch.operators.base import LinearOperator
+from lightning_sketch.operators.random import Key, normals
+
+_CHUNK = 1 << 18
+
+
+def start_vector(
+    operator: LinearOperator, seed: int, name: str, dtype: torch.dtype | None = None
+) -> Float[Tensor, " n"]:
+    """Return a random unit vector of normal entries, uniform on the sphere: the same on every device and rank.
+
+    Args:
+        operator: of size n, whose `dtype` and `device` the vector gets.
+        seed: of the entries.
+        name: tells the vectors of one seed apart.
+        dtype: overrides that of the operator.
+    """
+    n = operator.shape[1]
+    v = torch.empty(n, dtype=dtype or operator.dtype, device=operator.device)
+    for start, piece in zip(range(0, n, _CHUNK), v.split(_CHUNK), strict=True):
+        piece[:] = normals(Key(seed, f"lanczos/{name}"), start, start + len(piece), v.dtype, v.device)
+    return v.div_(dot(v, v) ** 0.5)
+
+
+def lanczos(
+    operator: LinearOperator,
+    seed: int,
+    start: int = 0,
+    again: Sequence[tuple[float, float]] = (),
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[Tensor, float, float]]:
+    """Yields v_{j+1}, α_j, β_j for j = 1, 2, ..., from `start_vector(operator, seed, f"{start}")`.
+
+    Where the Krylov space ends (β_j is rounding), β_j = 0 and v_{j+1} is a new random vector: the relation
+    A V_m = V_{m+1} T̄_m goes on to hold, and what the first start could not see comes into view.
+
+    To see the vectors of a run again, pass its (α_j, β_j): they are taken as they were, since the recurrence
+    blows up any difference once values have converged. So the order of operations is the same here, too.
+    """
+    v, previous, beta = start_vector(operator, seed, f"{start}", dtype), None, 0.0
+    size, restarts, known = 0.0, 0, iter(again)
+    while True:
+        w = operator.matvec(v)
+        if w.data_ptr() == v.data_ptr():  # an operator may return its argument
+            w = w.clone()
+        if previous is not None:
+            w.add_(previous, alpha=-beta)
+        previous = None  # one vector fewer while the dot products run
+        recorded = next(known, None)
+        alpha = recorded[0] if recorded else dot(w, v)
+        w.add_(v, alpha=-alpha)
+        beta = recorded[1] if recorded else dot(w, w) ** 0.5
+        size = max(size, abs(alpha), beta)
+        if beta <= 10 * torch.finfo(w.dtype).eps * size:
+            restarts += 1
+            beta, w = 0.0, start_vector(operator, seed, f"{start}/{restarts}", dtype)
+        else:
+            w.div_(beta)
+        yield w, alpha, beta
+        v, previous = w, v
+
+
+def extreme_ritz_values(
+    operator: LinearOperator, num_matvecs: int, seed: int = 0, dtype: torch.dtype | None = None
+) -> tuple[float, float]:
+    """Return the smallest and the largest Ritz value of one Lanczos run: bounds from within on the extreme eigenvalues.
+
+    Args:
+        operator: symmetric, of size n.
+        num_matvecs: products, at most n are made.
+        seed: of the start vector.
+        dtype: of the vectors, if not the operator's.
+
+    >>> from lightning_sketch.operators import BlockSRHT
+    >>> s = BlockSRHT(n=64, dim=16, seed=0)
+    >>> low, high = extreme_ritz_values(s @ s.T, num_matvecs=16, dtype=torch.float64)  # S Sᵀ = 4 I
+    >>> round(low, 9), round(high, 9)
+    (4.0, 4.0)
+    """
+    steps = zip(range(min(num_matvecs, operator.shape[1])), lanczos(operator, seed, dtype=dtype), strict=False)
+    alpha, beta = zip(*((a, b) for _, (_, a, b) in steps), strict=True)
+    off = torch.tensor(beta[:-1], dtype=torch.float64)
+    ritz = torch.linalg.eigvalsh(torch.tensor(alpha, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1))
+    return float(ritz[0]), float(ritz[-1])
+
+
+def dot(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
+    """The inner product, summed up in float64 by chunks: no copy of size n."""
+    chunks = zip(x.split(_CHUNK), y.split(_CHUNK), strict=True)
+    if x.device.type == "mps":  # knows no float64
+        return float(sum(a.cpu().double() @ b.cpu().double() for a, b in chunks))
+    return float(sum(a.double() @ b.double() for a, b in chunks))

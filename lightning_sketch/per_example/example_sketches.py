@@ -1,0 +1,117 @@
+"""One sketched gradient per example of a batch, by whichever engine serves the module."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_sketch.autodiff.batches import num_examples
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.loss import LossFn, on_copies
+from lightning_sketch.operators.sketch import Sketch
+from lightning_sketch.per_example.accumulate import SketchAccumulator
+from lightning_sketch.per_example.hooks import ExampleHooks
+from lightning_sketch.per_example.loop import loop_sketches, vmap_sketches
+from lightning_sketch.per_example.reduction import check_reduction, own_scale
+from lightning_sketch.per_example.verify import hooks_fail
+
+ONE_BY_ONE = {"loop": loop_sketches, "vmap": vmap_sketches}
+ENGINES = ("auto", "hooks", *ONE_BY_ONE)
+
+
+class ExampleSketches:
+    """A function: batch -> rows, one per example, and losses, where the engine knows them.
+
+    Run it under `preserve_state`. The first batch of two examples or more tells whether hooks support the module: what
+    they give is compared with what autograd gives for two examples alone. Arguments as in `sketch_gradients`; of the
+    layout only the parameters with these `names` count, the others are zero in the rows.
+
+    Raises:
+        ValueError: if the engine is unknown, or cannot serve the module; if a parameter is frozen.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        sketch: Sketch,
+        loss_fn: LossFn,
+        engine: str = "auto",
+        weight_fn: Callable[[Any], float] | None = None,
+        reduction: str = "mean",
+        names: Collection[str] | None = None,
+    ):
+        if engine not in ENGINES:
+            raise ValueError(f"engine={engine!r} is not known; use one of {', '.join(map(repr, ENGINES))}.")
+        check_reduction(reduction)
+        self.module, self.layout, self.sketch, self.loss_fn = module, layout, sketch, on_copies(loss_fn)
+        self.weight_fn, self.reduction, self.engine = weight_fn, reduction, engine
+        named = zip(layout.names, layout.parameters(module), strict=True)
+        self.parameters = {name: p for name, p in named if names is None or name in names}
+        frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"rows are asked to cover {', '.join(frozen[:10])}, which {'is' if len(frozen) == 1 else 'are'} frozen "
+                "now; set requires_grad=True again for as long as rows are made."
+            )
+        self._hooks: tuple[ExampleHooks, SketchAccumulator] | None = None
+
+    def __call__(self, batch: Any) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
+        """The rows, at the module's present weights."""
+        if self.engine in ("auto", "hooks") and self._hooks is None:
+            self._choose(batch)
+        if self._hooks is not None:
+            return self._by_hooks(batch)
+        one_by_one = ONE_BY_ONE[self.engine if self.engine in ONE_BY_ONE else "loop"]
+        rows, losses = one_by_one(self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn)
+        counts = own_scale(batch, self.reduction, self.weight_fn).to(rows) > 0
+        return rows.where(counts[:, None], 0.0), losses  # the mean over no labels is NaN
+
+    def _choose(self, batch: Any) -> None:
+        """Take hooks if they are right; one example says nothing, and goes through the loop."""
+        if num_examples(batch) == 1:
+            return
+        try:
+            failing = hooks_fail(self.module, batch, self.parameters, self.loss_fn, self._scale(batch))
+        except ValueError:
+            if self.engine == "hooks":
+                raise
+            failing = self.parameters
+        if failing and self.engine == "hooks":
+            listed = "".join(f"\n  {name}: {reason}" for name, reason in list(failing.items())[:20])
+            raise ValueError(
+                f"hooks do not give the gradients of single examples for {len(failing)} of {len(self.parameters)} "
+                f"parameters of {type(self.module).__name__}:{listed}\nUse engine='loop', or leave these out."
+            )
+        if failing:
+            self.engine = "loop"
+        else:
+            accumulator = SketchAccumulator(self.sketch, self.layout, self.parameters)
+            self._hooks = ExampleHooks(self.module, self.parameters), accumulator
+
+    def _by_hooks(self, batch: Any) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
+        hooks, accumulator = self._hooks
+        examples = num_examples(batch)
+        accumulator.start(examples)
+        with hooks.recording(accumulator, examples):
+            loss = self.loss_fn(self.module, batch)
+            total = loss.sum()
+            hooks.before_backward(total)
+            torch.autograd.grad(total, list(self.parameters.values()), allow_unused=True)
+            rows = accumulator.rows()
+        each = loss.detach() if loss.shape == (examples,) else None
+        return rows * self._scale(batch).to(rows)[:, None], each
+
+    def _scale(self, batch: Any) -> Float[Tensor, " examples"]:
+        """One loss per example adds up to a sum, whatever the mean would be."""
+        if self.weight_fn is None and self.reduction == "mean" and self._one_each(batch):
+            return own_scale(batch, "sum")
+        return own_scale(batch, self.reduction, self.weight_fn)
+
+    def _one_each(self, batch: Any) -> bool:
+        if not hasattr(self, "_vector"):
+            with torch.no_grad():
+                self._vector = self.loss_fn(self.module, batch).shape == (num_examples(batch),)
+        return self._vector

@@ -1,0 +1,114 @@
+"""Gradients of one example at a time: the slow engines that serve any module.
+
+loop    a forward and a backward pass per example
+vmap    torch.func.vmap(grad(loss)): many small examples at once; refuses what depends on data or writes buffers
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_sketch.autodiff.batches import each_example, split_batch
+from lightning_sketch.autodiff.functional import swap_tensors
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.loss import LossFn
+from lightning_sketch.operators.sketch import Sketch
+
+_AT_ONCE = 1 << 24
+"""Numbers in the gradients that vmap holds at a time."""
+_TOGETHER = 1 << 21
+"""Numbers in the gradients that are sketched in one call."""
+
+
+def loop_sketches(
+    module: nn.Module,
+    batch: Any,
+    parameters: Mapping[str, Tensor],
+    layout: Layout,
+    sketch: Sketch,
+    loss_fn: LossFn,
+) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"]]:
+    """Sketches of each example's gradient with respect to these parameters of the layout, and its loss."""
+    rows, losses = _Sketched(layout, sketch, parameters), []
+    for example in split_batch(batch, 1):
+        loss = loss_fn(module, example).sum()
+        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        rows.add(dict(zip(parameters, gradients, strict=True)))
+        losses.append(loss.detach())
+    return rows.all(), torch.stack(losses)
+
+
+def vmap_sketches(
+    module: nn.Module,
+    batch: Any,
+    parameters: Mapping[str, Tensor],
+    layout: Layout,
+    sketch: Sketch,
+    loss_fn: LossFn,
+) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"]]:
+    """As `loop_sketches`.
+
+    Raises:
+        ValueError: if the loss cannot be vectorized over examples.
+    """
+    tensors, batch_of_one = each_example(batch)
+    own = list(parameters.values())
+
+    def loss_of(values: Sequence[Tensor], *slices: Tensor) -> tuple[Tensor, Tensor]:
+        with swap_tensors(module, own, values):
+            loss = loss_fn(module, batch_of_one(slices)).sum()
+        return loss, loss
+
+    gradients_of = torch.func.vmap(
+        torch.func.grad(loss_of, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different"
+    )
+    rows, losses = _Sketched(layout, sketch, parameters), []
+    size = max(1, _AT_ONCE // sum(p.numel() for p in own))
+    for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
+        try:
+            gradients, loss = gradients_of([p.detach() for p in own], *parts)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(module).__name__} cannot be vectorized over examples: {error}. Use 'loop' instead of 'vmap'."
+            ) from error
+        named = dict(zip(parameters, gradients, strict=True))
+        for i in range(len(parts[0])):
+            rows.add({name: gradient[i] for name, gradient in named.items()})
+        losses.append(loss)
+    return rows.all(), torch.cat(losses)
+
+
+class _Sketched:
+    """Sketches of gradients that come one by one: of small ones many at once, since signs are made once for all."""
+
+    def __init__(self, layout: Layout, sketch: Sketch, parameters: Mapping[str, Tensor]):
+        self.layout, self.sketch = layout, sketch
+        dtypes = (parameter.dtype for parameter in parameters.values())
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        self.like = torch.empty(0, dtype=dtype, device=next(iter(parameters.values())).device)
+        self.at_once = _TOGETHER // layout.n
+        self.waiting: list[Tensor] = []
+        self.rows: list[Tensor] = []
+
+    def add(self, gradients: Mapping[str, Tensor | None]) -> None:
+        """One example's; it may have none of them."""
+        if self.at_once < 2:
+            self.rows.append(self.layout.sketch(self.sketch, gradients)[None].to(self.like))
+            return
+        self.waiting.append(self.layout.flatten([gradients.get(name) for name in self.layout.names], self.like))
+        if len(self.waiting) == self.at_once:
+            self._sketch()
+
+    def all(self) -> Float[Tensor, "examples dim"]:
+        """All rows."""
+        self._sketch()
+        return torch.cat(self.rows)
+
+    def _sketch(self) -> None:
+        if self.waiting:
+            self.rows.append(self.sketch.matvec(torch.stack(self.waiting)))
+            self.waiting = []

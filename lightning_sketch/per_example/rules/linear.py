@@ -1,0 +1,64 @@
+"""Gradients of layers that multiply by a matrix or look up its rows.
+
+    Linear       y_t = W x_t + b        grad W = sum_t g_t x_tᵀ,  grad b = sum_t g_t
+    Conv1D       y_t = Wᵀ x_t + b       of Hugging Face's GPT-2: the factors change places
+    Embedding    y_t = W[i_t]           grad W[i_t] += g_t
+
+x, y and g, the gradient of the loss with respect to y, have the examples along their first axis; t runs over all axes
+between the first and the last.
+"""
+
+from torch import Tensor, nn
+
+from lightning_sketch.per_example.factors import Dense, Factor, LowRank, SparseRows, Unsupported, wide
+from lightning_sketch.per_example.rules.registry import built_in
+
+
+@built_in(nn.Linear)
+def linear(module: nn.Module, input: Tensor, gradient: Tensor) -> list[Factor]:
+    """Factors of `nn.Linear`."""
+    return _products(module, input, gradient, transposed=False)
+
+
+@built_in("transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D")
+def transposed_linear(module: nn.Module, input: Tensor, gradient: Tensor) -> list[Factor]:
+    """Factors of `transformers.pytorch_utils.Conv1D`."""
+    return _products(module, input, gradient, transposed=True)
+
+
+@built_in(nn.Embedding)
+def embedding(module: nn.Embedding, input: Tensor, gradient: Tensor) -> list[Factor]:
+    """Factors of `nn.Embedding`.
+
+    Raises:
+        Unsupported: with `scale_grad_by_freq` or `max_norm`.
+    """
+    return [looked_up(module, input.flatten(1) if input.ndim > 1 else input[:, None], gradient)]
+
+
+def looked_up(module: nn.Embedding, index: Tensor, gradient: Tensor) -> SparseRows:
+    """What the rows with these indices (examples, tokens) got; the padding row gets nothing through its table."""
+    if module.scale_grad_by_freq:
+        raise Unsupported("scale_grad_by_freq divides by counts over all examples, which no example has alone")
+    if module.max_norm is not None:
+        raise Unsupported("max_norm changes the table while it is read")
+    values = wide(gradient).reshape(*index.shape, module.embedding_dim)
+    if module.padding_idx is not None:
+        values = values.masked_fill((index == module.padding_idx)[..., None], 0)
+    return SparseRows(module.weight, index, values)
+
+
+def _products(module: nn.Module, input: Tensor, gradient: Tensor, transposed: bool) -> list[Factor]:
+    if gradient.ndim < 2:
+        raise Unsupported("its input has a single axis, hence no axis of examples")
+    input, gradient = _tokens(wide(input)), _tokens(wide(gradient))
+    left, right = (input, gradient) if transposed else (gradient, input)
+    factors: list[Factor] = [LowRank(module.weight, left, right)]
+    if module.bias is not None and module.bias.requires_grad:
+        factors.append(Dense(module.bias, gradient.sum(1)))
+    return factors
+
+
+def _tokens(tensor: Tensor) -> Tensor:
+    """(examples, tokens, numbers)."""
+    return tensor[:, None] if tensor.ndim == 2 else tensor.flatten(1, -2)

@@ -1,0 +1,80 @@
+"""All engines give the same rows, of odd batches too."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_sketch.autodiff.batches import num_labels
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.preserve_state import preserve_state
+from lightning_sketch.operators import BlockSRHT
+from lightning_sketch.per_example.example_sketches import ENGINES, ExampleSketches
+
+
+def sketches(module, loss, engine="hooks", layout=None, **options):
+    layout = layout or Layout.of(module)
+    return ExampleSketches(module, layout, BlockSRHT(layout.n, min(16, layout.n)), loss, engine, **options)
+
+
+@pytest.mark.parametrize("empty", [[0], [2], [0, 4], [1, 2, 3, 4]])
+def test_examples_without_labels_have_zero_rows_and_spoil_no_other(empty):
+    """Of a mean over no labels that is written out the gradient is NaN: it is neither compared nor a row."""
+    torch.manual_seed(0)
+    module = nn.Linear(3, 4).double()
+    labels = torch.randint(0, 4, (5, 6))
+    labels[empty] = -100
+    labels[3, :2] = -100
+
+    def loss(module, batch):
+        counts = batch["labels"] != -100
+        each = F.cross_entropy(module(batch["x"]).mT, batch["labels"] * counts, reduction="none")
+        return (each * counts).sum() / counts.sum()
+
+    batch = {"x": torch.randn(5, 6, 3).double(), "labels": labels}
+    with preserve_state(module):
+        rows = {engine: sketches(module, loss, engine, weight_fn=num_labels)(batch)[0] for engine in ENGINES}
+    for engine, found in rows.items():
+        torch.testing.assert_close(found, rows["loop"], msg=engine)
+        assert found.isfinite().all()
+        assert (found.norm(dim=1) > 0).tolist() == [i not in empty for i in range(5)]
+
+
+@pytest.mark.parametrize("size", [4, 1500])
+def test_an_example_that_uses_none_of_the_parameters_has_a_zero_row(size):
+    """As where a router sends examples to one expert or the other; 1500^2 numbers are sketched one by one."""
+    module = nn.ModuleList([nn.Linear(size, size), nn.Linear(size, size)])
+    first = Layout.of(module, "0.*")
+
+    def routed(module, x):
+        return module[0 if x[0, 0] > 0 else 1](x).square().mean()
+
+    x = torch.ones(3, size) * torch.tensor([[-1.0], [1.0], [-1.0]])
+    with preserve_state(module):
+        rows, _ = sketches(module, routed, "loop", first)(x)
+    assert rows.any(dim=1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_loss_that_changes_its_batch_in_place_sees_the_batch_as_it_is(engine):
+    """Every time: hooks are compared with examples alone, so the loss is called more than once on a batch."""
+    torch.manual_seed(0)
+    module, x = nn.Linear(3, 2), torch.randn(4, 3)
+
+    def loss(module, batch):
+        return module(batch["x"].mul_(2)).square().mean()
+
+    plain = {"x": x.clone()}
+    with preserve_state(module):
+        rows, _ = sketches(module, loss, engine)(plain)
+        truth, _ = sketches(module, lambda module, x: module(2 * x).square().mean(), "loop")(x)
+    torch.testing.assert_close(rows, truth)
+    assert torch.equal(plain["x"], x)
+
+
+def test_frozen_parameters_are_refused():
+    module = nn.Linear(3, 2)
+    layout = Layout.of(module)
+    module.bias.requires_grad_(False)
+    with pytest.raises(ValueError, match="cover bias, which is frozen now; set requires_grad"):
+        sketches(module, lambda module, x: module(x).sum(), layout=layout)

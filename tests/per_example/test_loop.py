@@ -1,0 +1,118 @@
+"""One example at a time, in a loop or by vmap: the gradients that autograd gives for each example alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_sketch.autodiff.batches import num_labels
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.preserve_state import preserve_state
+from lightning_sketch.operators import BlockSRHT
+from lightning_sketch.per_example.loop import loop_sketches, vmap_sketches
+from lightning_sketch.per_example.reduction import own_scale
+
+ENGINES = [loop_sketches, vmap_sketches]
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def batch(examples=6):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(examples, 5, generator=generator, dtype=torch.float64)
+    return {"x": x, "y": torch.randint(0, 3, (examples,), generator=generator), "scale": torch.tensor(2.0)}
+
+
+def loss(module, batch):
+    """A mean over the examples; "scale" has no axis of examples and goes to each."""
+    return batch["scale"] * F.cross_entropy(module(batch["x"]), batch["y"])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rows_are_the_sketched_gradients_of_each_example_alone(engine):
+    module, data = network(), batch()
+    layout = Layout.of(module)
+    sketch = BlockSRHT(layout.n, 32)
+    with preserve_state(module):
+        parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
+        rows, losses = engine(module, data, parameters, layout, sketch, loss)
+        for i in range(6):
+            alone = {"x": data["x"][i : i + 1], "y": data["y"][i : i + 1], "scale": data["scale"]}
+            value = loss(module, alone)
+            gradients = torch.autograd.grad(value, layout.parameters(module))
+            truth = sketch.matvec(torch.cat([g.flatten() for g in gradients]))
+            torch.testing.assert_close(rows[i], truth, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(losses[i], value.detach())
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_some_parameters_only(engine):
+    """What is not asked for counts as zero, at its own place in the flat vector."""
+    module, data = network(), batch()
+    layout = Layout.of(module)
+    sketch = BlockSRHT(layout.n, 32)
+    with preserve_state(module):
+        every = dict(zip(layout.names, layout.parameters(module), strict=True))
+        first = {name: p for name, p in every.items() if name.startswith("0.")}
+        rest = {name: p for name, p in every.items() if name not in first}
+        whole, _ = engine(module, data, every, layout, sketch, loss)
+        parts = [engine(module, data, some, layout, sketch, loss)[0] for some in (first, rest)]
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-13)
+    assert all(part.norm() > 0 for part in parts)
+
+
+def test_vmap_in_parts_is_vmap_at_once(monkeypatch):
+    module, data = network(), batch()
+    layout = Layout.of(module)
+    sketch = BlockSRHT(layout.n, 32)
+    with preserve_state(module):
+        parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
+        once, _ = vmap_sketches(module, data, parameters, layout, sketch, loss)
+        monkeypatch.setattr("lightning_sketch.per_example.loop._AT_ONCE", 4 * layout.n)
+        parts, _ = vmap_sketches(module, data, parameters, layout, sketch, loss)
+    torch.testing.assert_close(parts, once, rtol=1e-12, atol=1e-13)
+
+
+def test_what_depends_on_data_is_refused_by_vmap_with_the_way_out():
+    module, data = network(), batch()
+    layout = Layout.of(module)
+    parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
+
+    def decides(module, batch):
+        value = loss(module, batch)
+        return value if value > 0 else -value
+
+    with preserve_state(module), pytest.raises(ValueError, match="Use 'loop'"):
+        vmap_sketches(module, data, parameters, layout, BlockSRHT(layout.n, 32), decides)
+
+
+def test_shares_times_their_scale_are_the_examples_own_gradients():
+    """For a mean over tokens with padding: each example's own mean loss, through the mean over all tokens."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    labels = torch.tensor([[0, 1, 2, -100], [1, -100, -100, -100], [2, 2, 0, 1]])
+    w = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    data = {"x": x, "labels": labels}
+
+    def mean_over_tokens(part):
+        return F.cross_entropy((part["x"] @ w).flatten(0, 1), part["labels"].flatten())
+
+    scale = own_scale(data, weight_fn=num_labels)
+    assert scale.tolist() == [8 / 3, 8.0, 2.0]
+    for i in range(3):
+        part = {key: value[i : i + 1] for key, value in data.items()}
+        others = {**data, "labels": labels.where(torch.arange(3)[:, None] == i, -100)}
+        alone = torch.autograd.grad(mean_over_tokens(part), w)[0]
+        summed = F.cross_entropy((x @ w).flatten(0, 1), others["labels"].flatten(), reduction="sum")
+        share = torch.autograd.grad(summed / 8, w)[0]  # what example i adds to the mean over all 8 labels
+        torch.testing.assert_close(scale[i] * share, alone)
+
+
+def test_scales_of_a_plain_mean_a_sum_and_an_example_without_labels():
+    data = {"x": torch.zeros(4, 2), "labels": torch.tensor([[1, 2], [1, -100], [-100, -100], [3, 3]])}
+    assert own_scale(data).tolist() == [4.0] * 4
+    assert own_scale(data, "sum").tolist() == [1.0] * 4
+    assert own_scale(data, weight_fn=num_labels).tolist() == [2.5, 5.0, 0.0, 2.5]
