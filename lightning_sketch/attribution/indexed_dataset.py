@@ -4,7 +4,6 @@ Three ways: a key of the batch that holds the number; a hash of the example's co
 index along, `IndexedDataset`.
 """
 
-import hashlib
 from collections.abc import Mapping, Sized
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_sketch.autodiff.batches import num_examples, split_batch, tensors_of
+from lightning_sketch.autodiff.batches import BatchStructure, content_hash
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID
 
 HASH = "hash"
@@ -47,32 +46,36 @@ class IndexedDataset(Dataset):
         return Indexed(self.dataset[index], index)
 
 
-def batch_ids(batch: Any, index_key: str | int | None) -> Int[Tensor, " examples"]:
+def batch_ids(
+    batch: Any, index_key: str | int | None, structure: BatchStructure | None = None
+) -> Int[Tensor, " examples"]:
     """A number per example, on the CPU; -1 where there is no way to tell.
 
     Args:
         batch: `Indexed`, or what the module gets.
         index_key: where the batch keeps the numbers, a key or a place; "hash" for 63 bits of each example's contents.
+        structure: of the batch, where its examples are not rows of tensors.
 
     Raises:
         ValueError: if the batch has no such key, or its numbers are no whole ones, one each.
     """
     if isinstance(batch, Indexed):
         return torch.as_tensor(batch.index).long().cpu()
+    structure = structure or BatchStructure()
     if index_key is None:
-        return torch.full((num_examples(batch),), UNKNOWN_ID)
+        return torch.full((structure.count(batch),), UNKNOWN_ID)
     if index_key == HASH:
-        return torch.tensor([_hash(example) for example in split_batch(batch, 1)])
+        return torch.tensor([content_hash(example) for example, _ in structure.parts(batch, 1)])
     try:
         found = batch[index_key]
     except (KeyError, IndexError, TypeError) as error:
         keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise ValueError(f"index_key={index_key!r} is not in the batch, which has {keys}.") from error
     ids = torch.as_tensor(found)
-    if ids.is_floating_point() or ids.shape != (num_examples(batch),):
+    if ids.is_floating_point() or ids.shape != (structure.count(batch),):
         raise ValueError(
             f"index_key={index_key!r} gives a tensor of {ids.dtype} and shape {tuple(ids.shape)}; the batch has "
-            f"{num_examples(batch)} examples, each needs one whole number."
+            f"{structure.count(batch)} examples, each needs one whole number."
         )
     return ids.long().cpu()
 
@@ -80,12 +83,3 @@ def batch_ids(batch: Any, index_key: str | int | None) -> Int[Tensor, " examples
 def without_index(batch: Any) -> Any:
     """The batch as the module expects it."""
     return batch.item if isinstance(batch, Indexed) else batch
-
-
-def _hash(example: Any) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    for tensor in tensors_of(example):
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        digest.update(plain.view(-1).view(torch.uint8).numpy())
-    return int.from_bytes(digest.digest(), "little") >> 1

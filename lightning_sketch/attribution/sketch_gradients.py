@@ -8,10 +8,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from lightning_sketch.attribution.indexed_dataset import batch_ids, without_index
-from lightning_sketch.autodiff.batches import differentiable, on_device
+from lightning_sketch.autodiff.batches import BatchStructure, differentiable, on_device
 from lightning_sketch.autodiff.fingerprint import fingerprint
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.loss import LossFn, training_step_loss
+from lightning_sketch.autodiff.losses import LossFn, training_step_loss
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.example_sketches import ExampleSketches
@@ -32,6 +32,9 @@ def sketch_gradients(
     weight_fn: Callable[[Any], float] | None = None,
     reduction: str = "mean",
     index_key: str | int | None = None,
+    num_examples: int | Callable[[Any], int] | None = None,
+    batch_dim: int = 0,
+    split_fn: Callable[[Any], Iterable[Any]] | None = None,
 ) -> SketchedGradients:
     """One row per example: S times the gradient of the example's own loss, in evaluation mode and float32 or wider.
 
@@ -50,6 +53,10 @@ def sketch_gradients(
         weight_fn: batch -> its weight in a mean over batches: `num_labels` where the loss is a mean over tokens.
         reduction: "sum" if the loss adds up examples, and is no mean.
         index_key: where a batch keeps the numbers of its examples, or "hash"; see `batch_ids`.
+        num_examples: how many examples a batch has, or batch -> how many, where its tensors do not agree on that;
+            lists of this length then hold an example an item.
+        batch_dim: the axis of the examples, 1 for (time, batch, ...); examples then go through the loop.
+        split_fn: batch -> batches of one example, for graphs and packed sequences; they go through the loop.
 
     Returns:
         Rows in the order of the examples, with `example_id`, `loss`, `prob_true` and `fingerprint`.
@@ -74,8 +81,10 @@ def sketch_gradients(
     if loss_fn is None and not hasattr(module, "training_step"):
         raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: mean loss.")
     loss_fn = loss_fn or training_step_loss
-    make = ExampleRows(ExampleSketches(module, layout, sketch, loss_fn, engine, weight_fn, reduction), row_fn)
-    parts = [make(without_index(batch), batch_ids(batch, index_key)) for batch in batches]
+    structure = BatchStructure(num_examples, batch_dim, split_fn)
+    sketches = ExampleSketches(module, layout, sketch, loss_fn, engine, weight_fn, reduction, structure=structure)
+    make = ExampleRows(sketches, row_fn)
+    parts = [make(without_index(batch), batch_ids(batch, index_key, structure)) for batch in batches]
     if not parts:
         raise ValueError("sketch_gradients got no batches; pass a list of them or a data loader.")
     return SketchedGradients.cat(parts)

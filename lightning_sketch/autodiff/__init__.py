@@ -3,8 +3,7 @@
 from lightning_sketch.autodiff.batches import num_examples, num_labels
 from lightning_sketch.autodiff.fingerprint import fingerprint
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.loss import LossFn, training_step_loss
-from lightning_sketch.autodiff.output_losses import CrossEntropy, SquaredError
+from lightning_sketch.autodiff.losses import CrossEntropy, LossFn, SquaredError, training_step_loss
 from lightning_sketch.autodiff.preserve_state import preserve_state
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Curvature of a loss: its Hessian, Gauss-Newton and Fisher matrices as operators, and the spectrum of one."""
 
-from lightning_sketch.autodiff.output_losses import CrossEntropy, SquaredError
+from lightning_sketch.autodiff.losses import CrossEntropy, SquaredError
 from lightning_sketch.curvature.fisher import EmpiricalFisher
 from lightning_sketch.curvature.ggn import GGN
 from lightning_sketch.curvature.hessian import Hessian

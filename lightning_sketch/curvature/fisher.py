@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import num_examples, split_batch
 from lightning_sketch.autodiff.second_derivatives import Jacobian
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
 
@@ -69,16 +68,18 @@ class EmpiricalFisher(CurvatureOperator):
 
     def _one_or_each(self, batch: Any) -> Tensor:
         loss = self.loss_fn(self.module, batch)
-        if not isinstance(loss, Tensor) or loss.shape not in ((), (num_examples(batch),)):
+        if not isinstance(loss, Tensor) or (loss.ndim and loss.shape != (self.batches.structure.count(batch),)):
+            examples = self.batches.structure.count(batch)
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(f"loss_fn returns the losses of {num_examples(batch)} examples, or their mean; got {got}.")
+            raise ValueError(f"loss_fn returns the losses of {examples} examples, or their mean; got {got}.")
         return loss
 
     def _losses(self, batch: Any) -> Tensor:
         loss = self._one_or_each(batch)
         if loss.ndim:
             return loss
-        losses = torch.stack([self._one_or_each(example).squeeze() for example in split_batch(batch, 1)])
+        examples = self.batches.structure.parts(batch, 1)
+        losses = torch.stack([self._one_or_each(example).squeeze() for example, _ in examples])
         if not torch.allclose(losses.detach().mean(), loss := loss.detach(), rtol=1e-3, atol=1e-6):
             raise ValueError(
                 f"the loss of the batch, {float(loss):.6g}, is not the mean of the losses of its examples, "

@@ -18,9 +18,10 @@ import torch.distributed
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import HALF, differentiable, num_examples, split_batch
+from lightning_sketch.autodiff.batches import HALF, BatchStructure, differentiable
 from lightning_sketch.autodiff.functional import in_float32
 from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.memory import is_out_of_memory
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.autodiff.second_derivatives import Product, nowhere_else
 from lightning_sketch.operators.base import LinearOperator, check_vectors
@@ -42,6 +43,9 @@ class CurvatureOperator(LinearOperator):
             anew at each call has no curvature, and `spectrum` refuses it.
         weight_fn: batch -> its weight in the mean; its number of examples by default. Where the loss is a mean
             over tokens, `lightning_sketch.num_labels`.
+        num_examples: how many examples a batch has, or batch -> how many, where its tensors do not agree on that;
+            see `autodiff.batches.BatchStructure`.
+        batch_dim: the axis of the examples, 1 for (time, batch, ...).
         micro_batch_size: most examples differentiated at once; larger batches are cut. None: as they come. Out of
             memory, it is halved, with a warning, until a product fits.
         distributed: sum over the ranks of the default process group, each with its own batches; all of them must
@@ -59,7 +63,9 @@ class CurvatureOperator(LinearOperator):
         *,
         parameters: str | Sequence[str] = "*",
         mode: str = "eval",
-        weight_fn: Callable[[Any], float] = num_examples,
+        weight_fn: Callable[[Any], float] | None = None,
+        num_examples: int | Callable[[Any], int] | None = None,
+        batch_dim: int = 0,
         micro_batch_size: int | None = None,
         distributed: bool = False,
     ):
@@ -72,8 +78,10 @@ class CurvatureOperator(LinearOperator):
         self.dtype = torch.float32 if widest in HALF else widest
         self.device = self.parameters[0].device
         self._widen = any(t.dtype in HALF for t in (*module.parameters(), *module.buffers()))
-        self.batches = Batches(batches, weight_fn, micro_batch_size, distributed, self._widen, self.device)
+        structure = BatchStructure(num_examples, batch_dim)
+        self.batches = Batches(batches, weight_fn, structure, micro_batch_size, distributed, self._widen, self.device)
         self._originals, self._held = self.parameters, False
+        self._all_seen = False  # whether all batches went through a mean once
         self._kept: Product | None = None
 
     @abstractmethod
@@ -108,7 +116,7 @@ class CurvatureOperator(LinearOperator):
             def add(batch: Any, weight: float) -> None:
                 total.add_(self.batch_loss(batch).detach().cpu().double(), alpha=weight)
 
-            return float(self.batches.mean(total, add, self.batch_loss, self._forget))
+            return float(self._mean(total, add))
 
     def gradient(self) -> Float[Tensor, " n"]:
         """∇L(θ), in loss units per parameter unit."""
@@ -166,7 +174,12 @@ class CurvatureOperator(LinearOperator):
                 if piece is not None:
                     part.add_(piece, alpha=weight)
 
-        return self.batches.mean(total, add, self.batch_loss, self._forget)
+        return self._mean(total, add)
+
+    def _mean(self, total: Tensor, add: Add) -> Tensor:
+        mean = self.batches.mean(total, add, self.batch_loss, self._forget)
+        self._all_seen = True
+        return mean
 
     def _differentiable(self, output: Tensor) -> Tensor:
         """What the module made, if it can be differentiated for the chosen parameters."""
@@ -201,7 +214,8 @@ class Batches:
 
     Args:
         batches: a list of them, or any iterable that can be read again and again.
-        weight_fn: batch -> its weight.
+        weight_fn: batch -> its weight; None for its number of examples.
+        structure: how many examples a batch has, and where.
         micro_batch_size: most examples at once; larger batches are cut. None: as they come.
         distributed: sum over the ranks of the default process group, each with its own batches.
         widen: turn half-precision tensors into float32.
@@ -211,7 +225,8 @@ class Batches:
     def __init__(
         self,
         batches: Iterable[Any],
-        weight_fn: Callable[[Any], float],
+        weight_fn: Callable[[Any], float] | None,
+        structure: BatchStructure,
         micro_batch_size: int | None,
         distributed: bool,
         widen: bool,
@@ -226,7 +241,8 @@ class Batches:
             )
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ValueError(f"need micro_batch_size >= 1, got {micro_batch_size}.")
-        self.batches, self.weight_fn, self.micro_batch_size = batches, weight_fn, micro_batch_size
+        self.batches, self.weight_fn, self.structure = batches, weight_fn, structure
+        self.micro_batch_size = micro_batch_size
         self.distributed, self.widen, self.device = distributed, widen, device
         self._may_be_cut: set[int] = set()  # indices of batches that were looked at
 
@@ -267,17 +283,16 @@ class Batches:
 
     def _all_fit(self, total: Tensor, weight: Tensor, add: Add, loss: Callable[[Any], Tensor]) -> bool:
         """Whether all parts went through in this size; if not, the next size is half."""
-        largest = 0
+        part, examples = None, None
         try:
-            for part in self._parts(loss):
-                largest = max(largest, num_examples(part))
-                share = float(self.weight_fn(part))
+            for part, examples in self._parts(loss):
+                share = self._weight(part, examples)
                 if share:  # the mean over nothing is NaN
                     add(part, share)
                     weight.add_(share)
-        except RuntimeError as error:
-            largest = largest or self.micro_batch_size or 0
-            if not _is_out_of_memory(error) or largest < 2:
+        except (RuntimeError, MemoryError) as error:
+            largest = self._examples_in(part, examples) if is_out_of_memory(error) else 0
+            if largest < 2:
                 raise
         else:
             return True
@@ -289,16 +304,39 @@ class Batches:
         )
         return False
 
-    def _parts(self, loss: Callable[[Any], Tensor]) -> Iterator[Any]:
+    def _parts(self, loss: Callable[[Any], Tensor]) -> Iterator[tuple[Any, int | None]]:
+        """Parts of all batches, each with its number of examples; None where it is the batch's own."""
         for index, batch in enumerate(self.batches):
             batch = differentiable(batch, self.widen)
             if not self._is_cut(batch):
-                yield batch
+                yield batch, None
                 continue
             if index not in self._may_be_cut:
                 self._check_cut(batch, loss)
                 self._may_be_cut.add(index)
-            yield from split_batch(batch, self.micro_batch_size)
+            yield from self.structure.parts(batch, self.micro_batch_size)
+
+    def _weight(self, part: Any, examples: int | None) -> float:
+        """Its own, or its number of examples; for a batch that is alone any will do."""
+        if self.weight_fn is not None:
+            return float(self.weight_fn(part))
+        if examples is not None:
+            return float(examples)
+        try:
+            return float(self.structure.count(part))
+        except ValueError:
+            if not self.single or self.distributed:
+                raise
+            return 1.0
+
+    def _examples_in(self, part: Any, examples: int | None) -> int:
+        """How many a part has that did not fit into memory; 0 if that is not known, so that it cannot be halved."""
+        if examples is not None or part is None:
+            return examples or self.micro_batch_size or 0
+        try:
+            return self.structure.count(part)
+        except ValueError:
+            return 0
 
     def _summed(self, tensor: Tensor) -> Tensor:
         """Over all ranks."""
@@ -307,33 +345,42 @@ class Batches:
         return there.to(tensor.device)
 
     def _is_cut(self, batch: Any) -> bool:
-        return self.micro_batch_size is not None and num_examples(batch) > self.micro_batch_size
+        return self.micro_batch_size is not None and self.structure.count(batch) > self.micro_batch_size
 
     def _check_cut(self, batch: Any, loss: Callable[[Any], Tensor]) -> None:
         """Refuse to cut a batch whose loss is not the mean of the losses of its parts: halves of each part tell."""
         size = self.micro_batch_size
+        self._check_weights(batch, size)
         try:
             with torch.no_grad():
-                for part in split_batch(batch, max(2, size)):  # the whole batch may not fit
-                    self._check_halves(part, max(1, size // 2), loss)
+                for part, examples in self.structure.parts(batch, max(2, size)):  # the whole batch may not fit
+                    self._check_halves(part, examples, max(1, size // 2), loss)
         except RuntimeError as error:
-            if not _is_out_of_memory(error) or size > 1:  # else two examples are too many
+            if not is_out_of_memory(error) or size > 1:  # else two examples are too many
                 raise
 
-    def _check_halves(self, part: Any, size: int, loss: Callable[[Any], Tensor]) -> None:
-        halves = [(float(self.weight_fn(half)), half) for half in split_batch(part, size)]
+    def _check_weights(self, batch: Any, size: int) -> None:
+        """Refuse to cut a batch whose weight is not the sum of those of its parts: these are not made of examples."""
+        if self.weight_fn is None:
+            return
+        whole, parts = float(self.weight_fn(batch)), [p for p, _ in self.structure.parts(batch, size)]
+        added = sum(float(self.weight_fn(part)) for part in parts)
+        if not math.isclose(whole, added, rel_tol=1e-6):
+            raise ValueError(
+                f"weight_fn gives {whole:g} for a batch and {added:g} for its {len(parts)} parts together, so that "
+                "these are not made of what it counts; pass num_examples (len for a list of examples), or leave "
+                "micro_batch_size out."
+            )
+
+    def _check_halves(self, part: Any, examples: int, size: int, loss: Callable[[Any], Tensor]) -> None:
+        halves = [(self._weight(half, count), half) for half, count in self.structure.parts(part, size, examples)]
         weight = sum(w for w, _ in halves)
         if len(halves) == 1 or not weight:
             return
         whole, mean = float(loss(part)), sum(w * float(loss(half)) for w, half in halves if w) / weight
         if not (math.isclose(whole, mean, rel_tol=1e-3, abs_tol=1e-6) or math.isnan(whole)):
             raise ValueError(
-                f"the loss of {num_examples(part)} examples, {whole:.6g}, is not the weighted mean of those of its "
-                f"parts of {size}, {mean:.6g}, so that a batch cannot be cut; pass weight_fn (num_labels for a mean "
-                "over tokens), or load smaller batches."
+                f"the loss of {examples} examples, {whole:.6g}, is not the weighted mean of those of its parts of "
+                f"{size}, {mean:.6g}, so that a batch cannot be cut; pass weight_fn (num_labels for a mean over "
+                "tokens), or load smaller batches."
             )
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    words = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in words or "allocate memory" in words

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
+from lightning_sketch._files import commit
 from lightning_sketch.curvature.result import Spectrum
 from lightning_sketch.linalg.krylov import Krylov, SketchedRun
 from lightning_sketch.linalg.quadrature import Quadrature
@@ -47,11 +48,7 @@ def save_spectrum(spectrum: Spectrum, path: str | os.PathLike) -> None:
                 plain[f"{name}.{i}"] = torch.tensor(getattr(run, name), dtype=torch.float64)
     tensors = {name: value.contiguous() for name, value in plain.items() if isinstance(value, Tensor)}
     rest = {name: value for name, value in plain.items() if not isinstance(value, Tensor)}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file(tensors, unfinished, metadata={"spectrum": json.dumps(rest, default=asdict)})
-    os.replace(unfinished, path)
+    commit(Path(path), save(tensors, {"spectrum": json.dumps(rest, default=asdict)}))
 
 
 def load_spectrum(path: str | os.PathLike) -> Spectrum:

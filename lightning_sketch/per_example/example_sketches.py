@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import num_examples
+from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.loss import LossFn, on_copies
+from lightning_sketch.autodiff.losses import LossFn, on_copies
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.hooks import ExampleHooks
@@ -42,12 +42,14 @@ class ExampleSketches:
         weight_fn: Callable[[Any], float] | None = None,
         reduction: str = "mean",
         names: Collection[str] | None = None,
+        structure: BatchStructure | None = None,
     ):
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r} is not known; use one of {', '.join(map(repr, ENGINES))}.")
         check_reduction(reduction)
         self.module, self.layout, self.sketch, self.loss_fn = module, layout, sketch, on_copies(loss_fn)
         self.weight_fn, self.reduction, self.engine = weight_fn, reduction, engine
+        self.structure = structure or BatchStructure()
         named = zip(layout.names, layout.parameters(module), strict=True)
         self.parameters = {name: p for name, p in named if names is None or name in names}
         frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
@@ -65,16 +67,19 @@ class ExampleSketches:
         if self._hooks is not None:
             return self._by_hooks(batch)
         one_by_one = ONE_BY_ONE[self.engine if self.engine in ONE_BY_ONE else "loop"]
-        rows, losses = one_by_one(self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn)
-        counts = own_scale(batch, self.reduction, self.weight_fn).to(rows) > 0
+        rows, losses = one_by_one(
+            self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn, self.structure
+        )
+        counts = own_scale(batch, self.reduction, self.weight_fn, self.structure).to(rows) > 0
         return rows.where(counts[:, None], 0.0), losses  # the mean over no labels is NaN
 
     def _choose(self, batch: Any) -> None:
         """Take hooks if they are right; one example says nothing, and goes through the loop."""
-        if num_examples(batch) == 1:
+        if self.structure.count(batch) == 1:
             return
         try:
-            failing = hooks_fail(self.module, batch, self.parameters, self.loss_fn, self._scale(batch))
+            scale = self._scale(batch)
+            failing = hooks_fail(self.module, batch, self.parameters, self.loss_fn, scale, self.structure)
         except ValueError:
             if self.engine == "hooks":
                 raise
@@ -93,7 +98,7 @@ class ExampleSketches:
 
     def _by_hooks(self, batch: Any) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
         hooks, accumulator = self._hooks
-        examples = num_examples(batch)
+        examples = self.structure.count(batch)
         accumulator.start(examples)
         with hooks.recording(accumulator, examples):
             loss = self.loss_fn(self.module, batch)
@@ -107,11 +112,11 @@ class ExampleSketches:
     def _scale(self, batch: Any) -> Float[Tensor, " examples"]:
         """One loss per example adds up to a sum, whatever the mean would be."""
         if self.weight_fn is None and self.reduction == "mean" and self._one_each(batch):
-            return own_scale(batch, "sum")
-        return own_scale(batch, self.reduction, self.weight_fn)
+            return own_scale(batch, "sum", structure=self.structure)
+        return own_scale(batch, self.reduction, self.weight_fn, self.structure)
 
     def _one_each(self, batch: Any) -> bool:
         if not hasattr(self, "_vector"):
             with torch.no_grad():
-                self._vector = self.loss_fn(self.module, batch).shape == (num_examples(batch),)
+                self._vector = self.loss_fn(self.module, batch).shape == (self.structure.count(batch),)
         return self._vector

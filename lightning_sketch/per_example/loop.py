@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import each_example, split_batch
+from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.functional import swap_tensors
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.loss import LossFn
+from lightning_sketch.autodiff.losses import LossFn
 from lightning_sketch.operators.sketch import Sketch
 
 _AT_ONCE = 1 << 24
@@ -31,10 +31,11 @@ def loop_sketches(
     layout: Layout,
     sketch: Sketch,
     loss_fn: LossFn,
+    structure: BatchStructure | None = None,
 ) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"]]:
     """Sketches of each example's gradient with respect to these parameters of the layout, and its loss."""
     rows, losses = _Sketched(layout, sketch, parameters), []
-    for example in split_batch(batch, 1):
+    for example, _ in (structure or BatchStructure()).parts(batch, 1):
         loss = loss_fn(module, example).sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         rows.add(dict(zip(parameters, gradients, strict=True)))
@@ -49,13 +50,14 @@ def vmap_sketches(
     layout: Layout,
     sketch: Sketch,
     loss_fn: LossFn,
+    structure: BatchStructure | None = None,
 ) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"]]:
     """As `loop_sketches`.
 
     Raises:
         ValueError: if the loss cannot be vectorized over examples.
     """
-    tensors, batch_of_one = each_example(batch)
+    tensors, batch_of_one = (structure or BatchStructure()).each(batch)
     own = list(parameters.values())
 
     def loss_of(values: Sequence[Tensor], *slices: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,13 +13,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.autodiff.batches import num_examples, split_batch
+from lightning_sketch.autodiff.batches import BatchStructure
 
 REDUCTIONS = ("mean", "sum")
 
 
 def own_scale(
-    batch: Any, reduction: str = "mean", weight_fn: Callable[[Any], float] | None = None
+    batch: Any,
+    reduction: str = "mean",
+    weight_fn: Callable[[Any], float] | None = None,
+    structure: BatchStructure | None = None,
 ) -> Float[Tensor, " examples"]:
     """What turns shares into gradients, one factor per example; 0 for an example that has no weight.
 
@@ -27,16 +30,18 @@ def own_scale(
         batch: of which the loss is taken.
         reduction: "mean" or "sum", what the loss does over the examples of a batch.
         weight_fn: batch -> its weight in a mean; called with one example, `num_labels` for a mean over tokens.
+        structure: of the batch, where it is not rows of tensors.
 
     >>> own_scale(torch.zeros(3, 2))
     tensor([3., 3., 3.], dtype=torch.float64)
     """
-    if reduction == "sum":
-        return torch.ones(num_examples(batch), dtype=torch.float64)
-    if weight_fn is None:
-        return torch.full((num_examples(batch),), num_examples(batch), dtype=torch.float64)
-    weights = torch.tensor([float(weight_fn(example)) for example in split_batch(batch, 1)], dtype=torch.float64)
-    return torch.where(weights > 0, weights.sum() / weights, 0.0)
+    structure = structure or BatchStructure()
+    if weight_fn is not None and reduction != "sum":
+        weights = [float(weight_fn(example)) for example, _ in structure.parts(batch, 1)]
+        weights = torch.tensor(weights, dtype=torch.float64)
+        return torch.where(weights > 0, weights.sum() / weights, 0.0)
+    examples = structure.count(batch)
+    return torch.full((examples,), 1 if reduction == "sum" else examples, dtype=torch.float64)
 
 
 def check_reduction(reduction: str) -> None:

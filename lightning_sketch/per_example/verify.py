@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import HALF, num_examples, split_batch
+from lightning_sketch.autodiff.batches import HALF, BatchStructure
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.loss import LossFn
+from lightning_sketch.autodiff.losses import LossFn
 from lightning_sketch.operators.count_sketch import CountSketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.factors import Factor
@@ -61,16 +61,23 @@ def hooks_fail(
     parameters: Mapping[str, nn.Parameter],
     loss_fn: LossFn,
     scale: Float[Tensor, " examples"],
+    structure: BatchStructure | None = None,
 ) -> dict[str, str]:
-    """The parameters for which hooks do not give the examples' gradients, each with the reason; run `preserve_state`.
+    """Return the parameters for which hooks do not give the examples' gradients, each with the reason.
 
-    Costs a training step on the batch and two on an example.
+    Costs a training step on the batch and two on an example. Run it under `preserve_state`.
 
     Raises:
-        ValueError: if the module is compiled.
+        ValueError: if the module is compiled; if examples are not along the first axis.
     """
+    structure = structure or BatchStructure()
+    if not structure.along_first_axis:
+        raise ValueError(
+            "hooks split gradients along the first axis of tensors, and examples are elsewhere here (batch_dim, "
+            "split_fn); use 'loop' as engine or fallback."
+        )
     parameters = {name: p for name, p in parameters.items() if p.numel()}
-    examples = num_examples(batch)
+    examples = structure.count(batch)
     hooks, each = ExampleHooks(module, parameters), _Each(parameters, examples)
     with hooks.recording(each, examples):
         loss = loss_fn(module, batch).sum()
@@ -79,14 +86,13 @@ def hooks_fail(
     supported, reasons = hooks.supported, hooks.reasons  # some are known only once the hooks are off
     wrong = _differing(each.of(whole), {name: rows.sum(0) for name, rows in each.rows.items()}, parameters)
     found = {}
-    missed = [
-        name for name, gradient in whole.items() if gradient is not None and name not in supported
-    ]  # zero, or not
+    used = [name for name, gradient in whole.items() if gradient is not None]  # zero, or not
+    missed = [name for name in used if name not in supported]
     for name in dict.fromkeys([*missed, *wrong]):
-        unserved = "no hook saw it" if name not in supported else "its shares do not add up to its gradient"
-        found[name] = reasons.get(name, unserved)
+        unknown = "no hook saw it" if name not in supported else "its shares do not add up to its gradient"
+        found[name] = reasons.get(name, unknown)
     for place in scale.nonzero().flatten()[[0, -1]].tolist() if scale.any() else ():
-        example = next(itertools.islice(split_batch(batch, 1), place, None))
+        example, _ = next(itertools.islice(structure.parts(batch, 1), place, None))
         alone = _gradients(loss_fn(module, example).sum(), parameters)
         shares = {name: rows[place] * float(scale[place]) for name, rows in each.rows.items()}
         for name in _differing(each.of(alone), shares, parameters):

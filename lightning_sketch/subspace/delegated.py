@@ -1,13 +1,13 @@
 """A LightningModule around another: the inner one's own steps, hooks, logging and hyper-parameters go on working."""
 
 import functools
-import inspect
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from typing import Any
 
 from pytorch_lightning.utilities.parsing import AttributeDict
 
 from lightning_sketch._lightning import LightningModule, ModuleBase, changed_hooks, does_itself, like_namespace_of
+from lightning_sketch.autodiff.losses import call_step
 
 _STEPS = ("validation_step", "test_step", "predict_step")
 _LOGGING = ("log", "log_dict")
@@ -75,7 +75,7 @@ class Wrapper(ModuleBase):
 
     def _evaluate(self, name: str, *args: Any, **kwargs: Any) -> Any:
         self.ready()
-        return call_fitting(getattr(self.module, name), *args, **kwargs)
+        return call_step(getattr(self.module, name), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Whatever else is asked for, the module may have."""
@@ -120,12 +120,3 @@ class _Both(AttributeDict):
         super().__setitem__(name, value)
         second, first = self.__dict__["sources"]
         (first if name in first and name not in second else second)[name] = value
-
-
-def call_fitting(step: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a step with as many of the arguments as it takes, as Lightning would: `batch_idx` can be left out."""
-    parameters = inspect.signature(step).parameters.values()
-    if any(parameter.kind == parameter.VAR_POSITIONAL for parameter in parameters):
-        return step(*args, **kwargs)
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return step(*args[: len(places)], **kwargs)

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from lightning_sketch.linalg.lanczos import extreme_ritz_values
 from lightning_sketch.operators import make_sketch
 from lightning_sketch.operators.base import LinearOperator
 from lightning_sketch.operators.random import Key, words
@@ -93,19 +94,8 @@ class Directions(LinearOperator):
 
         By the extreme Ritz values of a Krylov space, in float64; exact where dim <= products.
         """
-        basis = torch.zeros(self.dim, 0, dtype=torch.float64)
-        v = torch.linspace(-1, 2, self.dim, dtype=torch.float64).sin() + 0.1
-        images = []
-        for _ in range(min(products, self.dim)):
-            v = v - basis @ (basis.T @ v)
-            v = v - basis @ (basis.T @ v)
-            if v.norm() < 1e-12:
-                break
-            basis = torch.cat([basis, (v / v.norm())[:, None]], dim=1)
-            images.append(self.matvec(self.rmatvec(basis[:, -1])))
-            v = images[-1]
-        ritz = torch.linalg.eigvalsh(basis.T @ torch.stack(images, dim=1))
-        return float((ritz[-1] / ritz[0].clamp(min=1e-300)).sqrt())
+        low, high = extreme_ritz_values(self @ self.T, products, dtype=torch.float64)
+        return float((high / max(low, 1e-300)) ** 0.5)
 
     @property
     def _scale(self) -> float:

@@ -5,9 +5,10 @@ length.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from lightning_sketch._files import commit
 
 Run = dict[str, Any]
 """Of one run: dim (n for full training), seed, value of the metric, optimizer steps, and status."""
@@ -34,10 +35,7 @@ class Ledger:
         self.entries = self._read()
         self.entries.append({"settings": json.loads(json.dumps(settings)), "run": run})
         if write:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(self.entries, indent=1))
-            os.replace(temporary, self.path)
+            commit(self.path, json.dumps(self.entries, indent=1).encode())
 
     def _read(self) -> list[dict[str, Any]]:
         return json.loads(self.path.read_text()) if self.path.exists() else []

@@ -10,7 +10,6 @@ import torch
 from lightning_fabric.utilities.data import sized_len
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.utilities.memory import is_oom_error
 from pytorch_lightning.utilities.seed import isolate_rng
 
 from lightning_sketch._lightning import (
@@ -23,6 +22,7 @@ from lightning_sketch._lightning import (
     train_for,
 )
 from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.memory import is_out_of_memory
 from lightning_sketch.subspace.copies import Copies, refuse_different_starts
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
 from lightning_sketch.subspace.ledger import Ledger, Run
@@ -223,7 +223,7 @@ class Runs:
                 if validated.step != trainer.global_step:
                     self._validate(trainer, module)
             except (RuntimeError, MemoryError) as error:
-                if not (isinstance(error, MemoryError) or is_oom_error(error)):
+                if not is_out_of_memory(error):
                     raise
                 status = "out of memory"
         value = self._value(trainer) if status == "done" else math.nan

@@ -17,8 +17,9 @@ from torch.optim import Optimizer
 from lightning_sketch._lightning import LightningModule, unwrapped
 from lightning_sketch.autodiff.fingerprint import fingerprint
 from lightning_sketch.autodiff.functional import swap_tensors
+from lightning_sketch.autodiff.losses import call_step
 from lightning_sketch.subspace.copies import refuse_different_starts
-from lightning_sketch.subspace.delegated import Wrapper, call_fitting
+from lightning_sketch.subspace.delegated import Wrapper
 from lightning_sketch.subspace.directions import Directions
 from lightning_sketch.subspace.growth import block_sizes
 from lightning_sketch.subspace.moving import FrozenWeights, MovingWeights
@@ -148,7 +149,7 @@ class SubspaceModule(Wrapper):
         self.ready()
         theta = self.weights.parameters()
         with trainable(theta):
-            output = call_fitting(self.module.training_step, *args, **kwargs)
+            output = call_step(self.module.training_step, *args, **kwargs)
         loss = loss_of(output)
         if loss is None:
             return output
@@ -272,7 +273,7 @@ class SubspaceModule(Wrapper):
         """The module's own step at θ₀ + Dᵀ w, as a function of w to any order."""
         moved = self.weights.moved(self.directions, self.coordinates())
         with swap_tensors(self.module, self.weights.parameters(), moved):
-            return call_fitting(self.module.training_step, *args, **kwargs)
+            return call_step(self.module.training_step, *args, **kwargs)
 
     def _gradient(self) -> list[Tensor]:
         """D g, in blocks as w; zero along directions not yet in use."""

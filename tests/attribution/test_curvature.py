@@ -9,7 +9,8 @@ from torch import nn
 from lightning_sketch.attribution import Curvature, fit_ggn, row_curvature, sketch_gradients
 from lightning_sketch.attribution.curvature import CurvatureSum
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.output_curvature import output_roots
+from lightning_sketch.autodiff.losses import OUTPUT_LOSSES
+from lightning_sketch.autodiff.output_roots import Draws
 from lightning_sketch.operators import BlockSRHT
 
 LOSSES = {
@@ -17,6 +18,11 @@ LOSSES = {
     "binary_cross_entropy": lambda z, y: F.binary_cross_entropy_with_logits(z, y),
     "squared_error": lambda z, y: F.mse_loss(z, y),
 }
+
+
+def output_roots(z, loss, max_classes, draws, generator):
+    """Of a loss of the table, by name; labels enter its curvature by their number alone."""
+    return OUTPUT_LOSSES[loss].roots(z, z, Draws(generator, draws, max_classes))
 
 
 def problem(outputs, dim=24, examples=10):
@@ -221,7 +227,7 @@ def test_outputs_that_are_no_rows_of_logits_are_refused():
     y = torch.zeros(10, dtype=torch.long)
     with pytest.raises(ValueError, match=r"of 10 examples, got shape \(2, 5, 3\)"):
         fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: m(b[0]).view(2, 5, 3))
-    with pytest.raises(ValueError, match="got type tuple"):
+    with pytest.raises(ValueError, match="the model returned a tuple; pass model_fn"):
         fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: (m(b[0]),))
     with pytest.raises(ValueError, match="has one class"):
         fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: m(b[0])[:, :1])
@@ -264,22 +270,24 @@ def test_tokens_have_the_mean_of_their_matrices():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({}, "some labels are -100.*counted="),
         ({"counted": lambda batch: batch[1][:, 1:] >= 0}, r"shape \(2, 2\).*\(2, 3\)"),
+        ({"num_examples": lambda batch: 3}, "got shape"),
     ],
 )
-def test_which_tokens_count_must_be_known(options, said):
-    module = nn.Linear(4, 3)
+def test_tokens_that_do_not_fit_the_output_are_refused(options, said):
+    module = nn.Linear(4, 5)
     layout = Layout.of(module)
     batch = torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [2, 1, -100]])
     with pytest.raises(ValueError, match=said):
         fit_ggn(module, [batch], BlockSRHT(layout.n, 6), layout, **options)
 
 
-def test_all_tokens_count_unless_it_is_said():
-    module = nn.Linear(4, 3)
+@pytest.mark.parametrize("last", [0, -100], ids=["all", "one ignored"])
+def test_all_tokens_count_unless_their_label_is_ignored(last):
+    """The same draws, so the same numbers."""
+    module = nn.Linear(4, 5)
     layout = Layout.of(module)
-    batch = torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [2, 1, 0]])
+    batch = torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [2, 1, last]])
     plain, said = (
         fit_ggn(module, [batch], BlockSRHT(layout.n, 6), layout, **options).dense()
         for options in ({}, {"counted": lambda batch: batch[1] >= 0})

@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_sketch.autodiff.batches import differentiable, labels_of, num_examples, num_labels, split_batch
+from lightning_sketch.autodiff.batches import BatchStructure, differentiable, labels_of, num_labels
 
 Pair = namedtuple("Pair", ["x", "y"])
 X, Y = torch.arange(24.0).view(8, 3), torch.arange(8)
+EIGHT = BatchStructure(num_examples=8)
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def tensors(batch):
 @pytest.mark.parametrize("size", [1, 3, 8, 9])
 def test_parts_make_up_the_batch(batch, size):
     """In order, in the same collections, none larger than asked for; what has no first axis of examples goes along."""
-    parts = list(split_batch(batch, size))
-    assert [num_examples(part) for part in parts] == [min(size, 8 - start) for start in range(0, 8, size)]
+    parts, counts = zip(*EIGHT.parts(batch, size), strict=True)
+    assert list(counts) == [min(size, 8 - start) for start in range(0, 8, size)]
     assert all(type(part) is type(batch) for part in parts)
     for i, whole in enumerate(tensors(batch)):
         if whole.ndim and len(whole) == 8:
@@ -62,24 +63,18 @@ def test_parts_make_up_the_batch(batch, size):
 
 
 def test_what_is_no_tensor_goes_to_every_part():
-    for part in split_batch(BATCHES["with others"], 3):
+    for part, _ in EIGHT.parts(BATCHES["with others"], 3):
         assert (part["n"], part["none"], part["name"]) == (5, None, "a")
-    assert [part.name for part in split_batch(BATCHES["dataclass"], 3)] == ["g"] * 3
+    assert [part.name for part, _ in EIGHT.parts(BATCHES["dataclass"], 3)] == ["g"] * 3
 
 
 def test_a_batch_that_is_small_enough_is_given_as_it_is():
     for batch in (*BATCHES.values(), {"x": X, "text": ["a"] * 8}):
-        assert next(split_batch(batch, 8)) is batch
+        assert next(EIGHT.parts(batch, 8))[0] is batch
 
 
 def test_parts_share_memory_with_the_batch():
-    assert [part.data_ptr() for part in split_batch(X, 4)] == [X.data_ptr(), X[4:].data_ptr()]
-
-
-@pytest.mark.parametrize("batch", [{"x": X, "text": ["a"] * 8}, (X, ("a",) * 8), ["a", "b", "c"]])
-def test_lists_of_strings_are_not_cut(batch):
-    with pytest.raises(ValueError, match=r"holds lists of strings and cannot be cut into parts of 2; tokenize"):
-        list(split_batch(batch, 2))
+    assert [part.data_ptr() for part, _ in EIGHT.parts(X, 4)] == [X.data_ptr(), X[4:].data_ptr()]
 
 
 @pytest.mark.parametrize("name", ["pair", "list", "named tuple", "dict", "ordered", "encoding", "nested"])

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from lightning_sketch.autodiff.loss import training_step_loss
+from lightning_sketch.autodiff.losses import training_step_loss
 from lightning_sketch.curvature import Hessian
 
 X = torch.ones(4, 3)

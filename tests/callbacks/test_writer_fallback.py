@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_sketch import GradientStore
-from lightning_sketch.autodiff.batches import num_labels
+from lightning_sketch.autodiff.batches import BatchStructure, num_labels
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.callbacks.gradient_sketch_writer._fallback import left_by_hooks
@@ -175,4 +175,7 @@ def test_what_another_rank_cannot_split_is_left_out_on_all(tmp_path, monkeypatch
     elsewhere = {"net.4.bias": "seen elsewhere"}
     monkeypatch.setattr(run.strategy, "broadcast", lambda own, rank: elsewhere if rank else own)
     with pytest.warns(UserWarning, match=r"leave out 1 of 6 .*\n  net.4.bias: seen elsewhere"):
-        assert left_by_hooks(run, model, Layout.of(model), dataset(8)[:], None, "mean", None) == elsewhere
+        assert (
+            left_by_hooks(run, model, Layout.of(model), dataset(8)[:], None, "mean", BatchStructure(), None)
+            == elsewhere
+        )

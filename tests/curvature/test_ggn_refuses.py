@@ -46,7 +46,7 @@ def test_two_axes_of_classes_may_be_told_apart_by_hand():
 def test_squared_errors_of_unequal_shapes():
     """Broadcast, they would be compared each with each."""
     with pytest.raises(ValueError, match=r"equal shapes, got output \(4, 1\) and labels \(4,\); reshape one"):
-        product((X, torch.zeros(4)), nn.Linear(3, 1))
+        product((X, torch.full((4,), 0.5)), nn.Linear(3, 1))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class CheckpointRows:
 
     def write(self, trainer: Trainer, batch: Any, ids: Tensor, loader: int) -> None:
         """A row for each example of a batch from the data loader with this number."""
+        if loader not in self.copies:  # another loader's batches may be made otherwise
+            self.rows.sketches.structure = replace(self.rows.sketches.structure)
         with muted_loggers(trainer):
             rows = self.rows(batch, ids)
         if loader not in self.copies:

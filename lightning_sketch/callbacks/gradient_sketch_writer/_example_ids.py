@@ -1,6 +1,6 @@
 """The numbers of a batch's examples, from the batch itself or from the data set that it was drawn from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_sketch._lightning import LightningModule, changed_batches
 from lightning_sketch.attribution import batch_ids
 from lightning_sketch.attribution.indexed_dataset import HASH, Indexed, without_index
+from lightning_sketch.autodiff.batches import BatchStructure
 
 
 class BatchNumbers:
@@ -16,16 +17,24 @@ class BatchNumbers:
 
     Args:
         index_key: where a batch keeps them, or "hash".
+        structure: makes what says how many examples a batch has.
     """
 
-    def __init__(self, index_key: str | int | None):
-        self.index_key = index_key
+    def __init__(self, index_key: str | int | None, structure: Callable[[], BatchStructure] = BatchStructure):
+        self.index_key, self.structure = index_key, structure
         self.handed_along: Tensor | None = None
         self.attached = ExitStack()
 
     def __call__(self, batch: Any) -> Tensor:
         """Of the batch that the Trainer works on."""
-        return batch_ids(batch, self.index_key) if self.handed_along is None else self.handed_along
+        if self.handed_along is not None:
+            return self.handed_along
+        return batch_ids(batch, self.index_key, self.structure())
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a way to them."""
+        return self.index_key is not None or self.handed_along is not None
 
     @property
     def hashed(self) -> bool:

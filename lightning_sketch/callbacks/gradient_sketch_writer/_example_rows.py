@@ -11,10 +11,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sketch._lightning import Trainer, loss_scale
-from lightning_sketch.autodiff.batches import num_examples
+from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.fingerprint import fingerprint
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.loss import training_step_loss
+from lightning_sketch.autodiff.losses import training_step_loss
 from lightning_sketch.callbacks._optimizers import groups_of_step, one_rate
 from lightning_sketch.callbacks.gradient_sketch_writer._fallback import SecondPass
 from lightning_sketch.callbacks.gradient_sketch_writer._store_run import Copies
@@ -48,6 +48,7 @@ class TrainingExamples:
         sketch: of the layout's vector.
         weight_fn: batch -> its weight in a mean.
         reduction: "mean" or "sum".
+        structure: how many examples a batch has, and where.
         fallback: engine of a second pass, or None,
         left: for these parameters, by name, which hooks leave.
     """
@@ -60,16 +61,20 @@ class TrainingExamples:
         sketch: Sketch,
         weight_fn: Callable[[Any], float] | None,
         reduction: str,
+        structure: BatchStructure,
         fallback: str | None,
         left: Collection[str],
     ):
         self.layout, self.sketch, self.weight_fn, self.reduction = layout, sketch, weight_fn, reduction
+        self.structure = structure
         self.weights = layout.parameters(module)
         named = zip(layout.names, self.weights, strict=True)
         self.parameters = {name: p for name, p in named if name not in left}
         self.second = None
         if left and fallback is not None:
-            own = ExampleSketches(module, layout, sketch, training_step_loss, fallback, weight_fn, reduction, left)
+            own = ExampleSketches(
+                module, layout, sketch, training_step_loss, fallback, weight_fn, reduction, left, structure
+            )
             self.second = SecondPass(trainer, own)
         self.hooks = ExampleHooks(module, self.parameters)
         self.accumulator = SketchAccumulator(sketch, layout, self.parameters)
@@ -94,9 +99,9 @@ class TrainingExamples:
         padded = self.copies.among(len(ids))
         if not wanted:
             return
-        scale = own_scale(batch, self.reduction, self.weight_fn)
+        scale = own_scale(batch, self.reduction, self.weight_fn, self.structure)
         self.batch = _Batch(ids, padded, scale, None if self.second is None else self.second(batch))
-        examples = num_examples(batch)
+        examples = self.structure.count(batch)
         self.accumulator.start(examples)
         self.hooks.attach(self.accumulator, examples)
 

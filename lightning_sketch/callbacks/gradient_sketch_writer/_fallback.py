@@ -9,9 +9,9 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from lightning_sketch._lightning import Trainer, muted_loggers
-from lightning_sketch.autodiff.batches import differentiable, num_examples
+from lightning_sketch.autodiff.batches import BatchStructure, differentiable
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.loss import on_copies, training_step_loss
+from lightning_sketch.autodiff.losses import on_copies, training_step_loss
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.per_example.example_sketches import ExampleSketches
 from lightning_sketch.per_example.reduction import own_scale
@@ -25,6 +25,7 @@ def left_by_hooks(
     batch: Any,
     weight_fn: Callable[[Any], float] | None,
     reduction: str,
+    structure: BatchStructure,
     fallback: str | None,
 ) -> dict[str, str]:
     """The parameters whose gradients hooks do not split into examples, with the reason; named in one warning.
@@ -37,9 +38,10 @@ def left_by_hooks(
     """
     parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
     with muted_loggers(trainer), preserve_state(module):
-        scale = own_scale(batch, reduction, weight_fn)
+        scale = own_scale(batch, reduction, weight_fn, structure)
         try:
-            own = hooks_fail(module, differentiable(batch), parameters, on_copies(training_step_loss), scale)
+            loss_fn = on_copies(training_step_loss)
+            own = hooks_fail(module, differentiable(batch), parameters, loss_fn, scale, structure)
         except ValueError as error:
             if fallback is None:
                 raise
@@ -55,7 +57,8 @@ def left_by_hooks(
         )
     if left and trainer.is_global_zero:
         many = f"{len(left)} of {len(layout.names)} parameters"
-        passes = "a vectorized pass" if fallback == "vmap" else f"a pass for each of its {num_examples(batch)} examples"
+        examples = structure.count(batch)
+        passes = "a vectorized pass" if fallback == "vmap" else f"a pass for each of its {examples} examples"
         told = (
             f"rows leave out {many}; fallback='loop' would serve them"
             if fallback is None

@@ -2,7 +2,8 @@
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from lightning_sketch._lightning import CallbackBase, LightningModule, Trainer, batches_done, state_key
 from lightning_sketch.attribution.sketch_gradients import ExampleRows, RowFn
-from lightning_sketch.autodiff.batches import num_examples
+from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.loss import training_step_loss
+from lightning_sketch.autodiff.losses import training_step_loss
 from lightning_sketch.callbacks._optimizers import one_rate
 from lightning_sketch.callbacks._validate import check_rows
 from lightning_sketch.callbacks.gradient_sketch_writer._checkpoint_rows import CheckpointRows
@@ -28,6 +29,7 @@ from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.per_example.example_sketches import ENGINES, ONE_BY_ONE, ExampleSketches
 from lightning_sketch.per_example.reduction import REDUCTIONS
 from lightning_sketch.per_example.rules.normalization import couples
+from lightning_sketch.store.sketched_gradients import UNKNOWN_ID
 from lightning_sketch.store.spec import DTYPES
 from lightning_sketch.subspace import SubspaceModule
 
@@ -73,6 +75,9 @@ class GradientSketchWriter(CallbackBase):
         fallback: for what hooks cannot split with per="example": "loop", a pass more for each example, before its batch
             is trained on; "vmap", many at once, where the loss can be vectorized; None to leave it out. These passes
             are in evaluation mode and float32, hence without dropout and batch statistics.
+        num_examples: how many examples a batch has, or batch -> how many, see `sketch_gradients`.
+        batch_dim: the axis of the examples, see `sketch_gradients`.
+        split_fn: batch -> batches of one example, see `sketch_gradients`.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -107,6 +112,9 @@ class GradientSketchWriter(CallbackBase):
         reduction: str = "mean",
         engine: str = "auto",
         fallback: str | None = None,
+        num_examples: int | Callable[[Any], int] | None = None,
+        batch_dim: int = 0,
+        split_fn: Callable[[Any], Iterable[Any]] | None = None,
     ):
         super().__init__()
         for argument, value, known in (
@@ -129,7 +137,9 @@ class GradientSketchWriter(CallbackBase):
         self.engine, self.fallback, self.queries, self.name = engine, fallback, queries, name or "sketches"
 
         self._store = Opening(dirpath, self.name, per, dtype, kind=sketch, dim=dim, seed=seed)
-        self._numbers = BatchNumbers(index_key)
+        self._structure = partial(BatchStructure, num_examples, batch_dim, split_fn)
+        self._structure()  # refuses what is out of range
+        self._numbers = BatchNumbers(index_key, self._structure)
         self._moment: dict[str, Any] = {}
         self._run: StoreRun | None = None
         self._steps: StepRows | None = None
@@ -191,7 +201,7 @@ class GradientSketchWriter(CallbackBase):
         """Note whose turn it is."""
         if trainer.fast_dev_run:
             return
-        ids = self._numbers(batch)
+        ids = self._numbers(batch) if self.per == "example" or self._numbers.known else torch.tensor([UNKNOWN_ID])
         if batch_idx == 0 and self._run is not None:
             self._run.check_covers(Layout.of(pl_module, self.parameters))
         if self._steps is not None:
@@ -276,12 +286,13 @@ class GradientSketchWriter(CallbackBase):
 
     def _begin_examples(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> TrainingExamples:
         """On the first batch: see what hooks serve, and open the store for that."""
-        layout, weights = Layout.of(pl_module, self.parameters), (self.weight_fn, self.reduction)
+        layout, structure = Layout.of(pl_module, self.parameters), self._structure()
+        weights = self.weight_fn, self.reduction, structure
         left = left_by_hooks(trainer, pl_module, layout, batch, *weights, self.fallback)
         told: dict[str, Any] = {"contribution": bool(couples(pl_module))}
         if self.fallback is None:
             layout, told["left_out"] = without(layout, left), left
-        examples = num_examples(batch) * trainer.accumulate_grad_batches * trainer.world_size
+        examples = structure.count(batch) * trainer.accumulate_grad_batches * trainer.world_size
         self._run = self._store.fit(trainer, layout, self.every_n_train_steps, examples, **told)
         sketch = self._run.spec.operator
         return TrainingExamples(trainer, pl_module, layout, sketch, *weights, self.fallback, left)
@@ -289,7 +300,16 @@ class GradientSketchWriter(CallbackBase):
     def _rows_at(self, pl_module: LightningModule, run: StoreRun, stage: str) -> CheckpointRows:
         """Rows of examples at the module's present weights."""
         layout, sketch, loss_fn = run.spec.parameters, run.spec.operator, self.loss_fn or training_step_loss
-        own = ExampleSketches(pl_module, layout, sketch, loss_fn, self.engine, self.weight_fn, self.reduction)
+        own = ExampleSketches(
+            pl_module,
+            layout,
+            sketch,
+            loss_fn,
+            self.engine,
+            self.weight_fn,
+            self.reduction,
+            structure=self._structure(),
+        )
         return CheckpointRows(ExampleRows(own, self.row_fn), run, stage, self._moment, self._numbers.hashed)
 
     def _close(self) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import num_examples
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.loss import training_step_loss
+from lightning_sketch.autodiff.losses import training_step_loss
 from lightning_sketch.callbacks.spectrum_monitor._layers import groups, measure_layers
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
+from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatch
 from lightning_sketch.curvature import GGN, EmpiricalFisher, Hessian, spectrum
 from lightning_sketch.curvature.hessian import check_hvp
 from lightning_sketch.curvature.operator import CurvatureOperator
@@ -21,10 +21,6 @@ from lightning_sketch.linalg.lanczos import start_vector
 from lightning_sketch.linalg.linearity import checked_defect
 
 _KINDS = ("hessian", "ggn", "fisher")
-_LOSSES_AGREE = 1e-3
-
-Indexed = tuple[int, Any]
-"""A batch behind its index."""
 
 
 @dataclass
@@ -50,6 +46,8 @@ class Instrument:
     model_fn: Callable[[Any, Any], Any] | None
     output_loss_fn: Callable[[Tensor, Any], Tensor] | None
     weight_fn: Callable[[Any], float] | None
+    num_examples: int | Callable[[Any], int] | None
+    batch_dim: int
     micro_batch_size: int | None
     hvp: str
 
@@ -78,7 +76,7 @@ class Instrument:
         if self.curvature != "hessian":  # never negative: the smallest are zeros, and no run finds their number
             self.bottom_k = 0
 
-    def check(self, module: nn.Module, batches: Sequence[Indexed], distributed: bool) -> None:
+    def check(self, module: nn.Module, batches: Sequence[ProbeBatch], distributed: bool) -> None:
         """Take three products, so that what cannot work fails now, in seconds.
 
         Raises:
@@ -88,26 +86,15 @@ class Instrument:
         matrix = self.matrix(module, batches, distributed)
         for names in groups(matrix.layout, self.per_layer).values():
             Layout.of(module, names)
-        self._check_loss(module, batches, distributed, matrix.loss())
+        matrix.loss()  # a Gauss-Newton matrix of another loss than the one that is trained is refused
         with matrix.hold():
             starts = (start_vector(matrix, self.seed, name) for name in ("0", "defect"))
             checked_defect(matrix, *starts, random=True)
 
-    def _check_loss(self, module: nn.Module, batches: Sequence[Indexed], distributed: bool, loss: float) -> None:
-        """Refuse a Gauss-Newton matrix, made by default functions, of another loss than the one that is trained."""
-        if self.curvature != "ggn" or self.output_loss_fn is not None:
-            return
-        trained = self.matrix(module, batches, distributed, curvature="hessian").loss()
-        if abs(loss - trained) > _LOSSES_AGREE * max(abs(loss), abs(trained)):
-            raise ValueError(
-                f"the Gauss-Newton matrix would be of a loss of {loss:.6g}, but training_step returns {trained:.6g}; "
-                "pass model_fn=lambda module, batch: output and output_loss_fn=lambda output, batch: loss."
-            )
-
     def measure(
         self,
         module: nn.Module,
-        batches: Sequence[Indexed],
+        batches: Sequence[ProbeBatch],
         epoch: int,
         step: int,
         distributed: bool,
@@ -117,7 +104,6 @@ class Instrument:
         start = time.perf_counter()
         matrix = self.matrix(module, batches, distributed)
         loss = matrix.loss()
-        self._check_loss(module, batches, distributed, loss)
         with matrix.hold():
             measured = spectrum(
                 matrix,
@@ -145,27 +131,30 @@ class Instrument:
     def matrix(
         self,
         module: nn.Module,
-        batches: Sequence[Indexed],
+        batches: Sequence[ProbeBatch],
         distributed: bool = False,
         parameters: str | Sequence[str] | None = None,
-        curvature: str | None = None,
     ) -> CurvatureOperator:
         """The matrix of the loss, by the module's own `training_step` unless there is a `loss_fn`."""
         options: dict[str, Any] = {
             "parameters": self.parameters if parameters is None else parameters,
+            "batch_dim": self.batch_dim,
             "micro_batch_size": self.micro_batch_size,
             "distributed": distributed,
         }
-        weight_fn = self.weight_fn or num_examples
-        curvature = curvature or self.curvature
-        if curvature == "ggn":
-            plain = [batch for _, batch in batches]
-            return GGN(module, plain, self.model_fn, self.output_loss_fn, weight_fn=weight_fn, **options)
-        options["weight_fn"] = lambda indexed: weight_fn(indexed[1])
-        if curvature == "fisher":
+        if self.curvature == "ggn":
+            options |= {"weight_fn": self.weight_fn, "num_examples": self.num_examples, "loss_fn": self.loss_fn}
+            return GGN(module, [probe.batch for probe in batches], self.model_fn, self.output_loss_fn, **options)
+        options |= {"weight_fn": _of_batch(self.weight_fn), "num_examples": _of_batch(self.num_examples)}
+        if self.curvature == "fisher":
             return EmpiricalFisher(self._loss, module, batches, **options)
         return Hessian(self._loss, module, batches, hvp=self.hvp, **options)
 
-    def _loss(self, module: nn.Module, indexed: Indexed) -> Tensor:
-        index, batch = indexed[0], copy.deepcopy(indexed[1])  # a step may change its batch in place
-        return self.loss_fn(module, batch) if self.loss_fn else training_step_loss(module, batch, index)
+    def _loss(self, module: nn.Module, probe: ProbeBatch) -> Tensor:
+        batch = copy.deepcopy(probe.batch)  # a step may change its batch in place
+        return self.loss_fn(module, batch) if self.loss_fn else training_step_loss(module, batch, probe.index)
+
+
+def _of_batch(function: Any) -> Any:
+    """A function of a batch as one of the probe that holds it; a number stays."""
+    return (lambda probe: function(probe.batch)) if callable(function) else function

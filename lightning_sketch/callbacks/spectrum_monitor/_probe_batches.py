@@ -1,16 +1,22 @@
 """The first batches of training, kept so that every measurement is on the same data."""
 
 import copy
-import dataclasses
 import functools
-import hashlib
-from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from lightning_fabric.utilities import move_data_to_device
-from torch import Tensor
+
+from lightning_sketch.autodiff.batches import content_digest
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """A batch, and which one of the epoch it was."""
+
+    index: int
+    batch: Any
 
 
 class KeptBatches:
@@ -35,36 +41,11 @@ class KeptBatches:
         """Take what is there for all there will be: the epoch had no more."""
         self.complete = bool(self.batches)
 
-    def on_device(self, device: torch.device) -> list[tuple[int, Any]]:
-        """The batches on this device, each behind its index."""
-        return [(i, move_data_to_device(batch, device)) for i, batch in enumerate(self.batches)]
+    def on_device(self, device: torch.device) -> list["ProbeBatch"]:
+        """The batches on this device, each with its index."""
+        return [ProbeBatch(i, move_data_to_device(batch, device)) for i, batch in enumerate(self.batches)]
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of everything in them, once they are complete."""
-        digest = hashlib.blake2b(digest_size=8)
-        for batch in self.batches:
-            _update(digest, batch)
-        return digest.hexdigest()
-
-
-def _update(digest: "hashlib._Hash", value: Any) -> None:
-    if isinstance(value, Tensor):
-        value = value.detach().to_dense().resolve_conj().resolve_neg().contiguous()
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.view(-1).view(torch.uint8).numpy())
-    elif isinstance(value, np.ndarray):
-        digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            digest.update(str(key).encode())
-            _update(digest, item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _update(digest, item)
-    elif isinstance(value, str | bytes | int | float | bool | None):
-        digest.update(repr(value).encode())
-    elif dataclasses.is_dataclass(value) or hasattr(value, "__dict__"):
-        _update(digest, vars(value))
-    else:
-        digest.update(type(value).__name__.encode())
+        return content_digest(self.batches).hex()

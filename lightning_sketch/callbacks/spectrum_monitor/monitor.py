@@ -79,8 +79,10 @@ class SpectrumMonitor(CallbackBase):
         per_layer: also log the top eigenvalue and the trace of each layer's own block, under `hessian_layers/`: True
             for every module that holds parameters, or a list of patterns. Costs up to 46 products a layer.
         model_fn: (module, batch) -> output, and
-        output_loss_fn: (output, batch) -> mean loss: for "ggn"; see `GGN` for what is taken by default.
+        output_loss_fn: (output, batch) -> mean loss: for "ggn"; see `GGN` for what is taken by default, and checked.
         weight_fn: batch -> its weight; its number of examples if None. For a mean over tokens `num_labels`.
+        num_examples: how many examples a batch has, or batch -> how many, where its tensors do not agree on that.
+        batch_dim: the axis of the examples, 1 for (time, batch, ...).
         micro_batch_size: most examples differentiated at once; halved by itself when memory runs out.
         hvp: how Hessian products are made, see `Hessian`.
 
@@ -120,6 +122,8 @@ class SpectrumMonitor(CallbackBase):
         weight_fn: Callable[[Any], float] | None = None,
         micro_batch_size: int | None = None,
         hvp: str = "auto",
+        num_examples: int | Callable[[Any], int] | None = None,
+        batch_dim: int = 0,
     ):
         super().__init__()
         if on_error not in ("warn", "raise"):
@@ -157,6 +161,8 @@ class SpectrumMonitor(CallbackBase):
             model_fn=model_fn,
             output_loss_fn=output_loss_fn,
             weight_fn=weight_fn,
+            num_examples=num_examples,
+            batch_dim=batch_dim,
             micro_batch_size=micro_batch_size,
             hvp=hvp,
         )

@@ -1,0 +1,481 @@
+"""Losses of a module: what its `training_step` returns, and what is a function of its output, with its curvature.
+
+    loss of an output z                                     Hessian H_z u
+    cross-entropy, mean over the N labels that count        (p ⊙ u - p (pᵀ u)) / N
+    binary cross-entropy, mean over all M numbers           p (1 - p) ⊙ u / M
+    squared error, mean over all M numbers                  2 u / M
+
+p = softmax(z), or sigmoid(z). In cross-entropy labels enter through N only, and label smoothing not at all: it moves
+the target, which is linear in z. Square roots of these Hessians: `output_roots`.
+
+Source: Schraudolph (2002), "Fast curvature matrix-vector products for second-order gradient descent", Neural
+Computation 14(7), doi:10.1162/08997660260028683, section 3.
+"""
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_sketch.autodiff.batches import HALF, copied, has_labels, labels_of
+from lightning_sketch.autodiff.output_roots import Draws, class_roots, roots_of_examples, separate_roots
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+"""(module, batch) -> mean loss of the batch, a scalar."""
+
+_AGREE, _AGREE_HALF = 1e-3, 2e-2
+"""Two losses are one if they differ by less, relative to the larger."""
+
+
+def training_step_loss(module: nn.Module, batch: Any, batch_idx: int = 0) -> Tensor:
+    """Return the loss that the module's own `training_step` returns, with its logging silenced.
+
+    Raises:
+        ValueError: if the step uses manual optimization or returns no loss.
+    """
+    if not getattr(module, "automatic_optimization", True):
+        raise ValueError(
+            f"{type(module).__name__} optimizes by hand, so its training_step has side effects and need not return a "
+            "loss; pass loss_fn=lambda module, batch: ..."
+        )
+    parameters = inspect.signature(module.training_step).parameters
+    if "dataloader_iter" in parameters:
+        raise ValueError(
+            "training_step(dataloader_iter) fetches its own batches; pass loss_fn=lambda module, batch: ..."
+        )
+    with _silent(module):
+        try:
+            output = call_step(module.training_step, batch, batch_idx)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            mode = "training" if module.training else "evaluation"
+            raise RuntimeError(
+                f"training_step of {type(module).__name__} failed when called for its loss, in {mode} mode: "
+                f"{type(error).__name__}: {error}. Pass loss_fn=lambda module, batch: ..."
+            ) from error
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if loss is None:
+        raise ValueError(
+            f"training_step of {type(module).__name__} returned no loss for this batch; return a scalar, "
+            "or pass loss_fn=lambda module, batch: ..."
+        )
+    return loss
+
+
+def call_step(step: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call a step with as many of the arguments as it takes, as Lightning would: `batch_idx` can be left out."""
+    parameters = inspect.signature(step).parameters.values()
+    if any(parameter.kind == parameter.VAR_POSITIONAL for parameter in parameters):
+        return step(*args, **kwargs)
+    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return step(*args[: len(places)], **kwargs)
+
+
+def on_copies(loss_fn: LossFn) -> LossFn:
+    """Return the same loss, of a copy of the batch: a step may change its batch in place, and is called again on it."""
+    return lambda module, batch: loss_fn(module, copied(batch))
+
+
+def call_model(module: nn.Module, batch: Any) -> Any:
+    """Call a module on a batch as most are called.
+
+    `module(**batch)` for a mapping, without the keys that its `forward` does not take, or `module(batch)` where
+    `forward` takes the batch itself; else `module(x)` with x the first item of the batch. A LightningModule without
+    `forward` is called by its only child that has parameters.
+
+    Raises:
+        ValueError: if it cannot be called so; the message names `model_fn`.
+    """
+    callee = module if _has_forward(module) else _only_child(module)
+    try:
+        return _call(callee, batch)
+    except TypeError as error:
+        keys = (
+            ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"what a {type(batch).__name__} begins with"
+        )
+        raise ValueError(
+            f"{type(callee).__name__} cannot be called with {keys}: {error}. Pass model_fn=lambda module, batch: "
+            "output."
+        ) from error
+
+
+def _call(callee: nn.Module, batch: Any) -> Any:
+    if not isinstance(batch, Mapping):
+        return callee(batch[0] if isinstance(batch, list | tuple) else batch)
+    parameters = inspect.signature(callee.forward).parameters
+    kinds = {p.kind for p in parameters.values()}
+    required = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        return callee(**batch)
+    if len(required) == 1 and required[0] not in batch:
+        return callee(batch)
+    return callee(**{name: value for name, value in batch.items() if name in parameters})
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether its class, and not only `nn.Module` or Lightning's own, says what a call does."""
+    owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+    of_lightning = owner.__name__ == "LightningModule" and owner.__module__.split(".")[0].endswith("lightning")
+    return "forward" in vars(module) or not (owner is nn.Module or of_lightning)
+
+
+def _only_child(module: nn.Module) -> nn.Module:
+    children = {name: child for name, child in module.named_children() if any(True for _ in child.parameters())}
+    if len(children) == 1:
+        return next(iter(children.values()))
+    raise ValueError(
+        f"{type(module).__name__} has no forward, and {len(children)} children with parameters "
+        f"({', '.join(children) or 'none'}), so that it is not clear what its output is; pass "
+        "model_fn=lambda module, batch: output."
+    )
+
+
+@dataclass(frozen=True)
+class CrossEntropy:
+    """Mean cross-entropy of logits: classes along the last axis, or along the second as in `F.cross_entropy`.
+
+    Labels are whole numbers, or real ones in the shape of the output, the probabilities of the classes.
+
+    Args:
+        ignore_index: label that does not count.
+        label_smoothing: as in `F.cross_entropy`.
+        shift: each token predicts the label of the next one, as in a causal language model of Hugging Face.
+        class_axis: where the classes are, 1 or -1, where an output has as many of them as of something else.
+
+    >>> loss, z = CrossEntropy(), torch.zeros(1, 2)
+    >>> loss.hessian_matvec(z, (None, torch.tensor([0])), torch.tensor([[1.0, 0.0]]))
+    tensor([[ 0.2500, -0.2500]])
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    shift: bool = False
+    class_axis: int | None = None
+
+    def __call__(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the loss, a scalar."""
+        labels = self._labels(batch)
+        if labels.is_floating_point():
+            labels = _of_shape(output, labels, "cross-entropy of probabilities")
+            return F.cross_entropy(output, labels.to(output), label_smoothing=self.label_smoothing)
+        logits = output.movedim(_class_axis(output, labels, self.class_axis), -1).flatten(0, -2)
+        return F.cross_entropy(
+            logits, labels.flatten(), ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
+        )
+
+    def hessian_matvec(self, output: Tensor, batch: Any, u: Tensor) -> Tensor:
+        """Return H_z u, in the shape of the output."""
+        axis, counts = self._counts(output, self._labels(batch))
+        p = output.detach().softmax(axis)
+        hu = p * (u - (p * u).sum(axis, keepdim=True))
+        return hu * (counts.to(hu) / counts.sum().clamp(min=1)).unsqueeze(axis)
+
+    def roots(self, output: Tensor, batch: Any, draws: Draws, counted: Tensor | None = None) -> Tensor:
+        """Return vectors v at the output, (roots, *output.shape), whose v vᵀ add up to each example's own H_z."""
+        if output.ndim < 2 or output.shape[-1] == 1:
+            raise ValueError(
+                f"an output of shape {tuple(output.shape)} has one class, whose cross-entropy is zero; pass "
+                "output_loss_fn='binary_cross_entropy' or 'squared_error'."
+            )
+        axis, counts = -1, counted
+        if counted is None and has_labels(batch):
+            axis, counts = self._counts(output, self._labels(batch))
+        p = output.double().movedim(axis, -1).softmax(-1)
+        return roots_of_examples(p, counts, draws, class_roots).movedim(-1, axis if axis < 0 else axis + 1)
+
+    def _labels(self, batch: Any) -> Tensor:
+        labels = labels_of(batch)
+        return F.pad(labels[:, 1:], (0, 1), value=self.ignore_index) if self.shift else labels
+
+    def _counts(self, output: Tensor, labels: Tensor) -> tuple[int, Tensor]:
+        """The axis of the classes, and which labels count."""
+        if labels.is_floating_point():
+            _of_shape(output, labels, "cross-entropy of probabilities")
+            return 1, torch.ones_like(output.select(1, 0), dtype=torch.bool)
+        return _class_axis(output, labels, self.class_axis), labels.ne(self.ignore_index)
+
+
+@dataclass(frozen=True)
+class BinaryCrossEntropy:
+    """Mean binary cross-entropy of logits, as `F.binary_cross_entropy_with_logits`.
+
+    >>> BinaryCrossEntropy()(torch.zeros(1, 2), (None, torch.tensor([[0.0, 1.0]])))
+    tensor(0.6931)
+    """
+
+    def __call__(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the loss, a scalar."""
+        labels = _of_shape(output, labels_of(batch), "binary cross-entropy")
+        return F.binary_cross_entropy_with_logits(output, labels.to(output))
+
+    def hessian_matvec(self, output: Tensor, batch: Any, u: Tensor) -> Tensor:
+        """Return H_z u, in the shape of the output."""
+        p = output.detach().sigmoid()
+        return u * p * (1 - p) / output.numel()
+
+    def roots(self, output: Tensor, batch: Any, draws: Draws, counted: Tensor | None = None) -> Tensor:
+        """Return vectors v at the output, (roots, *output.shape), whose v vᵀ add up to each example's own H_z."""
+        p = output.double().sigmoid()
+        return roots_of_examples((p * (1 - p)).sqrt(), counted, draws, separate_roots)
+
+
+@dataclass(frozen=True)
+class SquaredError:
+    """Mean squared error, as `F.mse_loss`.
+
+    >>> SquaredError()(torch.zeros(1, 2), (None, torch.tensor([[0.0, 2.0]])))
+    tensor(2.)
+    """
+
+    def __call__(self, output: Tensor, batch: Any) -> Tensor:
+        """Return the loss, a scalar."""
+        return F.mse_loss(output, _of_shape(output, labels_of(batch), "squared error"))
+
+    def hessian_matvec(self, output: Tensor, batch: Any, u: Tensor) -> Tensor:
+        """Return H_z u, in the shape of the output."""
+        return u * (2 / output.numel())
+
+    def roots(self, output: Tensor, batch: Any, draws: Draws, counted: Tensor | None = None) -> Tensor:
+        """Return vectors v at the output, (roots, *output.shape), whose v vᵀ add up to each example's own H_z."""
+        constant = torch.full_like(output, 2**0.5, dtype=torch.float64)
+        return roots_of_examples(constant, counted, draws, separate_roots)
+
+
+OutputLoss = CrossEntropy | BinaryCrossEntropy | SquaredError
+
+OUTPUT_LOSSES: dict[str, OutputLoss] = {
+    "cross_entropy": CrossEntropy(),
+    "binary_cross_entropy": BinaryCrossEntropy(),
+    "squared_error": SquaredError(),
+}
+"""Losses that can be asked for by name."""
+
+
+class OutputModel:
+    """A module as its output and a loss of that output: the one place that decides which loss it is.
+
+    The loss is the one that is given. Else it is that which a Hugging Face model returns beside its logits, or the
+    loss of the table above that has the value of the loss that is trained; where nothing is known of that, it is
+    cross-entropy for whole-number labels and squared error for real ones. Whatever was not given is compared, on every
+    batch, with the loss that is trained.
+
+    Args:
+        module: of which the output is.
+        model_fn: (module, batch) -> output; see `call_model` for what is done by default.
+        output_loss_fn: a name of `OUTPUT_LOSSES`, or (output, batch) -> mean loss.
+        loss_fn: the loss that is trained, (module, batch) -> mean loss; the module's `training_step` if None.
+
+    Raises:
+        ValueError: for a name that is not known.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        model_fn: Callable[[nn.Module, Any], Any] | None = None,
+        output_loss_fn: str | Callable[[Tensor, Any], Tensor] | None = None,
+        loss_fn: LossFn | None = None,
+    ):
+        if isinstance(output_loss_fn, str):
+            if output_loss_fn not in OUTPUT_LOSSES:
+                known = ", ".join(map(repr, OUTPUT_LOSSES))
+                raise ValueError(f"output_loss={output_loss_fn!r} is not known; use one of {known}, or a function.")
+            output_loss_fn = OUTPUT_LOSSES[output_loss_fn]
+        self.module, self.model_fn, self.given = module, model_fn or call_model, output_loss_fn
+        by_step = training_step_loss if hasattr(module, "training_step") else None
+        self.loss_fn = loss_fn or by_step
+        self._chosen: OutputLoss | None = None
+
+    @property
+    def decided(self) -> bool:
+        """Whether the loss of the output is known, so that outputs need no graph for it."""
+        return self.given is not None or self._chosen is not None
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the output, and the loss that the model itself returns beside it, if it does.
+
+        Raises:
+            ValueError: if the output is no tensor.
+        """
+        returned = self.model_fn(self.module, batch)
+        output, own = _entry(returned, "logits", returned), _entry(returned, "loss", None)
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"the model returned a {type(returned).__name__}; pass model_fn=lambda module, batch: ... that returns "
+                "its output as one tensor."
+            )
+        return output, own if isinstance(own, Tensor) else None
+
+    def loss_of(
+        self, output: Tensor, own: Tensor | None, batch: Any, closed: bool = False, compare: bool = True
+    ) -> Callable[[Tensor, Any], Tensor] | None:
+        """Return the loss as a function (output, batch); None where it is the model's own, known by its graph alone.
+
+        Args:
+            output: of the batch.
+            own: what the model returned as its loss; with a graph if `closed`.
+            batch: of which it is; a step may change its copy.
+            closed: whether one of the table is needed, of which square roots are known.
+            compare: whether to compare one that was not given with the loss that is trained.
+
+        Raises:
+            ValueError: if it is not the loss that is trained, or it is not clear which one that is.
+        """
+        if self.given is not None:
+            return self.given
+        if self._chosen is None and (own is None or closed):
+            self._chosen = self._choose(output, own, batch)
+        if compare:
+            self._compare(own if self._chosen is None else self._chosen(output.detach(), batch), batch, own)
+        return self._chosen
+
+    def _choose(self, output: Tensor, own: Tensor | None, batch: Any) -> OutputLoss:
+        trained = self._trained(batch, own)
+        if trained is None:
+            return usual_loss(batch)
+        z = output.detach().requires_grad_()
+        found: list[tuple[OutputLoss, Tensor]] = []
+        values: dict[str, float] = {}
+        entropies = [CrossEntropy(shift=shift, class_axis=axis) for axis in (None, -1, 1) for shift in (False, True)]
+        for loss in (*entropies, SquaredError(), BinaryCrossEntropy()):
+            try:
+                value = loss(z, batch)
+            except (ValueError, IndexError, RuntimeError):  # labels of another kind or shape
+                continue
+            values[_name(loss)] = float(value.detach())
+            if _agree(values[_name(loss)], trained, output):
+                found.append((loss, torch.autograd.grad(value, z)[0]))
+        if own is not None and own.requires_grad and output.requires_grad:
+            true = torch.autograd.grad(own, output, retain_graph=True)[0]
+            found = [(loss, gradient) for loss, gradient in found if _close(gradient, true)]
+        if not found:
+            listed = " or ".join(f"{value:.6g} ({name})" for name, value in values.items())
+            raise ValueError(self._mismatch(listed or "no known kind, which none fits the labels", trained))
+        if not all(_close(gradient, found[0][1]) for _, gradient in found):
+            raise ValueError(
+                f"{' and '.join(dict.fromkeys(_name(loss) for loss, _ in found))} both have the value of the loss that "
+                f"is trained, {trained:.6g}, on the first batch, so that it is not clear which one it is; pass "
+                "output_loss_fn, such as 'cross_entropy' or CrossEntropy(shift=True)."
+            )
+        return found[0][0]
+
+    def _compare(self, loss: Tensor, batch: Any, own: Tensor | None = None) -> None:
+        """Refuse a loss of the output that is not the one that is trained."""
+        trained = self._trained(batch, own)
+        found = float(loss.detach().mean())
+        if trained is not None and not _agree(found, trained, loss):
+            raise ValueError(self._mismatch(f"{found:.6g}", trained))
+
+    def _mismatch(self, found: str, trained: float) -> str:
+        who = "training_step returns" if self.loss_fn is training_step_loss else "the loss that is trained is"
+        return (
+            f"the Gauss-Newton matrix would be of a loss of {found}, but {who} {trained:.6g}; pass "
+            "model_fn=lambda module, batch: output and output_loss_fn=lambda output, batch: loss."
+        )
+
+    def _trained(self, batch: Any, own: Tensor | None) -> float | None:
+        """The loss that is trained, on this batch; else the model's own; else not known."""
+        if self.loss_fn is None:
+            return None if own is None else float(own.detach())
+        try:
+            with torch.enable_grad():  # it may hold a derivative of the module
+                return float(self.loss_fn(self.module, copied(batch)).detach().mean())
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "when called for its loss" not in str(error):
+                raise
+            raise ValueError(
+                f"which loss of the output is trained is not known, since {error} Or pass "
+                "output_loss_fn=lambda output, batch: loss."
+            ) from error
+
+
+def usual_loss(batch: Any) -> OutputLoss:
+    """Return cross-entropy where labels are whole numbers, squared error where they are real.
+
+    Raises:
+        ValueError: if real ones are probabilities, or all of them 0 or 1, so that another loss may be meant.
+    """
+    labels = labels_of(batch)
+    if not labels.is_floating_point():
+        return CrossEntropy()
+    if labels.ndim > 1 and labels.shape[1] > 1 and (labels >= 0).all() and (labels.sum(1) - 1).abs().max() < 1e-3:
+        raise ValueError(
+            "the labels are probabilities; say what the loss is: output_loss_fn=SquaredError(), CrossEntropy(), or "
+            "lambda output, batch: F.cross_entropy(output, batch[1])."
+        )
+    if ((labels == 0) | (labels == 1)).all():
+        raise ValueError(
+            "the labels are real numbers, all of them 0 or 1, of which binary cross-entropy or squared error may be "
+            "meant; say which: output_loss_fn='binary_cross_entropy' or 'squared_error'."
+        )
+    return SquaredError()
+
+
+def _name(loss: OutputLoss) -> str:
+    if isinstance(loss, CrossEntropy):
+        return "cross-entropy of the next token" if loss.shift else "cross-entropy"
+    return "squared error" if isinstance(loss, SquaredError) else "binary cross-entropy"
+
+
+def _agree(value: float, trained: float, like: Tensor) -> bool:
+    tolerance = _AGREE_HALF if like.dtype in HALF else _AGREE
+    both_nan = math.isnan(value) and math.isnan(trained)  # a batch without labels
+    return both_nan or abs(value - trained) <= tolerance * max(abs(value), abs(trained))
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    tolerance = _AGREE_HALF if one.dtype in HALF else _AGREE
+    return bool((one - other).norm() <= tolerance * other.norm())
+
+
+def _entry(returned: Any, name: str, default: Any) -> Any:
+    return returned.get(name, default) if isinstance(returned, Mapping) else getattr(returned, name, default)
+
+
+def _of_shape(output: Tensor, labels: Tensor, what: str) -> Tensor:
+    if labels.shape != output.shape:
+        raise ValueError(
+            f"{what} compares equal shapes, got output {tuple(output.shape)} and labels {tuple(labels.shape)}; reshape "
+            "one, or pass output_loss_fn=lambda output, batch: ..."
+        )
+    return labels
+
+
+def _class_axis(output: Tensor, labels: Tensor, asked: int | None) -> int:
+    axes = [axis for axis in (1, -1) if output.ndim > 1 and output.select(axis, 0).shape == labels.shape]
+    axes = [axis for axis in axes if asked in (None, axis)] or axes
+    if output.ndim == 2:
+        axes = axes[:1]  # the same axis twice
+    if len(axes) == 1 and output.shape[axes[0]] == 1:
+        raise ValueError(
+            f"an output of shape {tuple(output.shape)} has one class, whose cross-entropy is zero; for two pass "
+            "output_loss_fn='binary_cross_entropy'."
+        )
+    if len(axes) != 1:
+        raise ValueError(
+            f"found {len(axes)} axes of classes in an output of shape {tuple(output.shape)} for labels of shape "
+            f"{tuple(labels.shape)}; pass output_loss_fn=CrossEntropy(class_axis=-1) or 1, or a function."
+        )
+    return axes[0]
+
+
+@contextmanager
+def _silent(module: nn.Module) -> Iterator[None]:
+    """Replace `log` and `log_dict` of every submodule: a second call would overwrite what the user logged."""
+    parts = [part for part in module.modules() if hasattr(type(part), "log_dict")]
+    before = [{name: vars(part)[name] for name in ("log", "log_dict") if name in vars(part)} for part in parts]
+    for part in parts:
+        part.__dict__["log"] = part.__dict__["log_dict"] = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        for part, own in zip(parts, before, strict=True):
+            del part.__dict__["log"], part.__dict__["log_dict"]
+            part.__dict__.update(own)

@@ -1,0 +1,224 @@
+"""How many examples a batch has is told by all its tensors alike, or by an argument, and never guessed."""
+
+from collections import UserDict, namedtuple
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_sketch.autodiff.batches import BatchStructure, content_hash, num_examples
+
+Pair = namedtuple("Pair", ["x", "y"])
+
+
+@dataclass
+class Graphs:
+    name: str
+    nodes: Tensor
+
+
+@dataclass(slots=True)
+class Slots:
+    nodes: Tensor
+
+
+class Encoding(UserDict):
+    """As tokenizers return: a mapping, though no dict."""
+
+
+class Unknown:
+    """A batch of a class of one's own, as of a library for graphs."""
+
+    def __init__(self, *tensors):
+        self.tensors = tensors
+
+
+X = torch.zeros(8, 3)
+AGREE = {
+    "tensor": X,
+    "pair": (X, torch.zeros(8)),
+    "list": [X, X],
+    "named tuple": Pair("label", X),
+    "dict": {"x": X, "y": torch.zeros(8)},
+    "nested": {"text": ["a"] * 8, "inputs": ({"ids": X},)},
+    "scalar first": (torch.tensor(1.0), X),
+    "number first": (3, None, X),
+    "dataclass": Graphs("g", X),
+    "dataclass with slots": Slots(X),
+    "arrays": {"x": np.zeros((8, 2)), "y": X},
+    "encoding": Encoding(input_ids=X, labels=torch.zeros(8)),
+    "text alone": {"text": ["a"] * 8, "name": "train"},
+}
+
+DISAGREE = {
+    "time first": ((torch.zeros(10, 8, 3), torch.zeros(8)), r"\[0\] has 10, \[1\] has 8"),
+    "named": ({"x": X, "table": torch.zeros(3, 8)}, r"\['x'\] has 8, \['table'\] has 3"),
+    "inside": (Graphs("g", [X, torch.zeros(5)]), r"nodes\[0\] has 8, nodes\[1\] has 5"),
+    "text": ((["a", "b"], X), r"\[0\] has 2, \[1\] has 8"),
+    "ragged": ([torch.zeros(7, 3), torch.zeros(5, 3)], r"\[0\] has 7, \[1\] has 5"),
+    "detection": (((torch.zeros(3, 9, 9),), ({"boxes": torch.zeros(2, 4)},)), r"has 3, \[1\]\[0\]\['boxes'\] has 2"),
+}
+
+
+@pytest.mark.parametrize("batch", AGREE.values(), ids=AGREE)
+def test_the_first_axis_that_all_tensors_share_counts(batch):
+    assert num_examples(batch) == 8
+
+
+@pytest.mark.parametrize(("batch", "named"), DISAGREE.values(), ids=DISAGREE)
+def test_tensors_that_disagree_are_refused_by_name(batch, named):
+    with pytest.raises(ValueError, match=f"disagree about its number of examples along axis 0: .*{named}.*; pass num_"):
+        num_examples(batch)
+
+
+@pytest.mark.parametrize(("batch", "_"), DISAGREE.values(), ids=DISAGREE)
+def test_an_argument_decides(batch, _):
+    assert BatchStructure(num_examples=lambda batch: 4).count(batch) == 4
+    assert BatchStructure(split_fn=lambda batch: ["a", "b"]).count(batch) == 2
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind"),
+    [
+        (torch.tensor(1.0), "Tensor"),
+        ({"loss": torch.tensor(1.0)}, "dict"),
+        ((), "tuple"),
+        (3, "int"),
+        ("text", "str"),
+        (Unknown(X), "Unknown"),
+    ],
+)
+def test_a_batch_without_examples_is_refused(batch, kind):
+    with pytest.raises(ValueError, match=rf"in a batch of type {kind}, .* unknown; use .* num_examples=lambda"):
+        num_examples(batch)
+
+
+def test_time_may_come_first():
+    """Sequences along the second axis, what has one axis only along that; parts are made of both."""
+    x, y, table = torch.arange(80.0).view(10, 4, 2), torch.arange(4), torch.zeros(6, 7)
+    structure = BatchStructure(batch_dim=1)
+    assert structure.count({"x": x, "y": y}) == 4
+    parts = list(structure.parts({"x": x, "y": y}, 3))
+    assert [count for _, count in parts] == [3, 1]
+    assert torch.equal(torch.cat([part["x"] for part, _ in parts], 1), x)
+    assert torch.equal(torch.cat([part["y"] for part, _ in parts]), y)
+    with pytest.raises(ValueError, match=r"along axis 1: \[0\] has 4, \[1\] has 7"):
+        BatchStructure(batch_dim=1).count((x, table))
+
+
+def test_a_number_is_looked_for_and_a_smaller_last_batch_is_as_it_is():
+    structure = BatchStructure(num_examples=8)
+    assert structure.count((X, torch.zeros(5))) == 8
+    assert structure.count((X[:5], torch.zeros(5))) == 5
+    with pytest.raises(ValueError, match="disagree"):
+        structure.count((X[:5], torch.zeros(6)))
+
+
+LISTS = {
+    "images": ([torch.full((3, 4, 4 + i), float(i)) for i in range(4)], lambda part: [int(t[0, 0, 0]) for t in part]),
+    "sequences": ([torch.full((2 + i,), float(i)) for i in range(4)], lambda part: [int(t[0]) for t in part]),
+    "detection": (
+        (tuple(torch.full((3, 2, 2), float(i)) for i in range(4)), [{"boxes": torch.zeros(i, 4)} for i in range(4)]),
+        lambda part: [(int(t[0, 0, 0]), len(d["boxes"])) for t, d in zip(*part, strict=True)],
+    ),
+    "two of detection": (
+        (tuple(torch.full((3, 2, 2), float(i)) for i in range(2)), [{"boxes": torch.zeros(i, 4)} for i in range(2)]),
+        lambda part: [(int(t[0, 0, 0]), len(d["boxes"])) for t, d in zip(*part, strict=True)],
+    ),
+    "dicts": ([{"x": torch.full((4,), float(i))} for i in range(4)], lambda part: [int(d["x"][0]) for d in part]),
+    "text beside tensors": (
+        {"text": list("abcd"), "ids": torch.arange(4), "source": ("w", "x", "y", "z")},
+        lambda part: list(zip(part["text"], part["ids"].tolist(), part["source"], strict=True)),
+    ),
+    "arrays": ({"x": np.arange(8).reshape(4, 2)}, lambda part: part["x"][:, 0].tolist()),
+}
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("batch", "seen"), LISTS.values(), ids=LISTS)
+def test_lists_of_as_many_items_hold_an_example_an_item(batch, seen, size):
+    everything = seen(batch)
+    structure = BatchStructure(num_examples=lambda batch: len(seen(batch)))
+    parts = list(structure.parts(batch, size))
+    assert [item for part, _ in parts for item in seen(part)] == everything
+    assert sum(count for _, count in parts) == len(everything)
+
+
+def test_len_says_that_the_batch_is_a_list_of_examples():
+    """Also where they all happen to be as long as the list."""
+    batch = [torch.full((4, 2), float(i)) for i in range(4)]
+    parts = list(BatchStructure(num_examples=len).parts(batch, 3))
+    assert [[float(t[0, 0]) for t in part] for part, _ in parts] == [[0, 1, 2], [3]]
+    assert all(t.shape == (4, 2) for part, _ in parts for t in part)
+
+
+def test_lists_that_grow_and_shrink_are_refused():
+    """One image in a batch, then five: each has a first axis of three channels, which would pass for examples."""
+    structure = BatchStructure()
+    structure.count([torch.zeros(3, 8, 8)])
+    with pytest.raises(ValueError, match=r"lists of \[2\] tensors, the one before it of \[1\].*num_examples=len"):
+        structure.count([torch.zeros(3, 8, 8), torch.zeros(3, 9, 7)])
+
+
+def test_pairs_of_batches_of_other_sizes_are_no_such_lists():
+    structure = BatchStructure()
+    assert [structure.count([X[:n], torch.zeros(n)]) for n in (8, 8, 3)] == [8, 8, 3]
+
+
+def test_what_cannot_be_cut_is_refused():
+    structure = BatchStructure(num_examples=lambda batch: 2)
+    with pytest.raises(ValueError, match=r"gives 2 for a batch of type Unknown, .*; pass split_fn"):
+        list(structure.parts(Unknown(X), 1))
+    with pytest.raises(ValueError, match="need num_examples >= 1, got 0"):
+        BatchStructure(num_examples=0)
+    with pytest.raises(ValueError, match="need batch_dim >= 0, got -1"):
+        BatchStructure(batch_dim=-1)
+
+
+def test_a_function_may_split_a_batch():
+    structure = BatchStructure(split_fn=lambda batch: [Unknown(row) for row in batch.tensors[0]])
+    parts = list(structure.parts(Unknown(X), 3))
+    assert len(parts) == 8
+    assert all(count == 1 and len(part.tensors[0]) == 3 for part, count in parts)
+
+
+DIFFERENT = [
+    ["the cat sat", torch.tensor([1])],
+    ["a dog ran", torch.tensor([1])],
+    [["the cat", "sat"], torch.tensor([1])],
+    {"text": "the cat sat", "label": torch.tensor([2])},
+    ("the cat sat", 1),
+    ("the cat sat", 1.0),
+    ("the cat sat", "1"),
+    np.arange(3),
+    np.arange(3.0),
+    torch.arange(3),
+    torch.arange(3).float(),
+    torch.zeros(1, 2),
+    torch.zeros(2, 1),
+    Graphs("g", X),
+    Graphs("h", X),
+    Unknown(X),
+    Unknown(X + 1),
+    None,
+]
+
+
+def test_unequal_contents_have_unequal_hashes():
+    found = [content_hash(value) for value in DIFFERENT]
+    assert len(set(found)) == len(found)
+    assert all(0 <= value < 1 << 63 for value in found)
+
+
+def test_equal_contents_have_equal_hashes_whatever_they_are_kept_in():
+    """Views, sparse tensors and other collections of the same things."""
+    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    assert content_hash([x]) == content_hash((x.T.T.clone(),)) == content_hash({"x": x.to_sparse()})
+    assert content_hash([x[:, 1]]) == content_hash([torch.tensor([0.0, 2.0])])
+
+
+def test_hashes_of_tensors_are_those_that_stores_hold():
+    """Ids of examples by index_key='hash' are written to stores; these are the first version's."""
+    assert content_hash((torch.arange(6.0).view(2, 3), torch.tensor([1]))) == 7799134863832516803
