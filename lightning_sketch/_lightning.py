@@ -12,9 +12,12 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from pytorch_lightning.utilities.compile import _maybe_unwrap_optimized
 from torch import nn
 from torch.optim import Optimizer
+
+from lightning_sketch._private import required
 
 # The two namespaces hold two copies of each class. A callback is one for the Trainer and the CLI of a namespace only
 # if it descends from that namespace's Callback.
@@ -30,7 +33,10 @@ if find_spec("lightning") is not None:
     class ModuleBase(pl.LightningModule, lp.LightningModule):
         """A module for `pytorch_lightning` and for `lightning.pytorch`."""
 
+    from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as _Spawning
+
     _MODULES = (pl.LightningModule, lp.LightningModule)
+    _SPAWNING = (_MultiProcessingLauncher, _Spawning)
 else:
     Trainer = pl.Trainer
     LightningModule = pl.LightningModule
@@ -42,6 +48,7 @@ else:
         """A module for `pytorch_lightning`."""
 
     _MODULES = (pl.LightningModule,)
+    _SPAWNING = (_MultiProcessingLauncher,)
 
 
 def batches_done(trainer: Trainer) -> int:
@@ -117,9 +124,18 @@ def loss_scale(trainer: Trainer) -> float:
 
 
 def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
-    """The scale that gradients still have in `on_before_optimizer_step`: fused optimizers unscale by themselves."""
-    unscales = getattr(getattr(optimizer, "optimizer", optimizer), "_step_supports_amp_scaling", False)
-    return loss_scale(trainer) if unscales else 1.0
+    """Return the scale that gradients still have in `on_before_optimizer_step`: fused optimizers unscale by themselves.
+
+    Raises:
+        RuntimeError: if a fused optimizer of PyTorch does not say so under the name that this version knows.
+    """
+    scale, plain = loss_scale(trainer), getattr(optimizer, "optimizer", optimizer)
+    if scale == 1.0:
+        return scale
+    of_torch = any(kind.__module__.startswith("torch.optim.") for kind in type(plain).__mro__ if kind is not Optimizer)
+    if of_torch and any(group.get("fused") for group in plain.param_groups):
+        return scale if required(plain, "_step_supports_amp_scaling") else 1.0
+    return scale if getattr(plain, "_step_supports_amp_scaling", False) else 1.0
 
 
 @contextmanager
@@ -222,16 +238,15 @@ def set_rhythm(
 
 def forgets(trainer: Trainer) -> bool:
     """Whether it fits in processes made for that, whose callbacks are lost: ddp_spawn, ddp_fork, ddp_notebook."""
-    return any(kind.__name__ == "_MultiProcessingLauncher" for kind in type(trainer.strategy.launcher).__mro__)
+    return isinstance(trainer.strategy.launcher, _SPAWNING)
 
 
 def name_run(trainer: Trainer, name: str, group: str) -> None:
     """Give a run of W&B that has not begun a name and a group, unless it has its own."""
-    for logger in trainer.loggers:
-        options = getattr(logger, "_wandb_init", None)
-        if isinstance(options, dict):
-            options["name"] = options.get("name") or name
-            options["group"] = options.get("group") or group
+    for logger in filter(_is_wandb, trainer.loggers):
+        options = required(logger, "_wandb_init")
+        options["name"] = options.get("name") or name
+        options["group"] = options.get("group") or group
 
 
 def close_run(trainer: Trainer, values: dict[str, float]) -> None:
@@ -239,5 +254,10 @@ def close_run(trainer: Trainer, values: dict[str, float]) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(values, step=trainer.global_step)
         logger.save()
-        if isinstance(getattr(logger, "_wandb_init", None), dict) and trainer.is_global_zero:
+        if _is_wandb(logger) and trainer.is_global_zero:
             logger.experiment.finish()
+
+
+def _is_wandb(logger: Any) -> bool:
+    """By the name of its class, so that neither namespace's is imported."""
+    return any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__)

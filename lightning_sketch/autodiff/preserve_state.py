@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
+from lightning_sketch._private import required
+
 _PLAIN = (bool, int, float, str, type(None), tuple)
 _SMALL = 1 << 20
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -163,7 +165,7 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
     restore: list[Callable[[], None]] = []
     for part in module.modules():
         restore.append(_attributes(part))
-        states = getattr(part, "_defaults", {}) if hasattr(part, "_update_count") else {}  # of a torchmetrics metric
+        states = required(part, "_defaults") if _is_metric(part) else {}
         tensors = [*part._buffers.values(), *(getattr(part, name, None) for name in states)]
         tensors += [t for t in vars(part).values() if isinstance(t, Tensor) and t.numel() <= _SMALL]
         restore += [_tensor(t) for t in tensors if isinstance(t, Tensor)]
@@ -171,6 +173,11 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
     if sum(p.numel() for p in frozen) <= sum(p.numel() for p in module.parameters() if p.requires_grad):
         restore += [_parameter(p) for p in frozen]
     return lambda: [put_back() for put_back in restore] and None
+
+
+def _is_metric(part: nn.Module) -> bool:
+    torchmetrics = sys.modules.get("torchmetrics")  # without it there are none
+    return torchmetrics is not None and isinstance(part, torchmetrics.Metric)
 
 
 def _parameter(parameter: nn.Parameter) -> Callable[[], None]:

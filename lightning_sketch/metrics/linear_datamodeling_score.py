@@ -8,7 +8,7 @@ interval   of 95 %, for other queries and other subsets: LDS ± 1.96 sqrt(varian
            jackknife variance over subsets)
 
 Sums over queries are all that is kept, so batches and processes add up. The jackknife has a sum for each subset left
-out; ranks without a subset follow from the ranks with it, by the comparisons with it.
+out.
 
 Source: Park et al. (2023), "TRAK: Attributing model behavior at scale", arXiv:2303.14186, section 2.
 """
@@ -19,8 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics import Metric
-
-_AT_ONCE = 1 << 24
+from torchmetrics.functional import spearman_corrcoef
 
 
 class LinearDatamodelingScore(Metric):
@@ -83,7 +82,7 @@ class LinearDatamodelingScore(Metric):
         self.without += without
         pairs = list(itertools.combinations(repeats, 2))
         if pairs:
-            self.agreement += sum(_spearman_and_without(a, b)[0].sum() for a, b in pairs) / len(pairs)
+            self.agreement += sum(_spearman(a, b).sum() for a, b in pairs) / len(pairs)
             self.repeated += len(rho)
 
     def compute(self) -> dict[str, Tensor]:
@@ -119,33 +118,12 @@ def _spearman_and_without(
     a: Float[Tensor, "subsets queries"], b: Float[Tensor, "subsets queries"]
 ) -> tuple[Float[Tensor, " queries"], Float[Tensor, " subsets"]]:
     """Spearman for each query, and for each subset left out the sum over queries of what it would then be."""
-    subsets, queries = a.shape
-    others = ~torch.eye(subsets, dtype=torch.bool, device=a.device)[:, :, None]
-    found, sums = [a.new_zeros(0)], a.new_zeros(subsets)
-    for part in torch.arange(queries).split(max(1, _AT_ONCE // subsets**2)):
-        above, below = _comparisons(a[:, part]), _comparisons(b[:, part])
-        found.append(_pearson(above.sum(0), below.sum(0)))
-        sums += _pearson(*(_centered(c.sum(0) - c, others) for c in (above, below)), axis=1).sum(1)
-    return torch.cat(found), sums
+    others = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
+    return _spearman(a, b), torch.stack([_spearman(a[rest], b[rest]).sum() for rest in others])
 
 
-def _centered(
-    ranks: Float[Tensor, "out subsets queries"], others: Bool[Tensor, "out subsets 1"]
-) -> Float[Tensor, "out subsets queries"]:
-    """Ranks less their mean over the subsets that are not left out; zero at the one that is."""
-    mean = (ranks * others).sum(1, keepdim=True) / (len(ranks) - 1)
-    return (ranks - mean) * others
-
-
-def _comparisons(x: Float[Tensor, "subsets queries"]) -> Float[Tensor, "subsets subsets queries"]:
-    """[s, t]: one if t is above s, half if equal. The sum over s ranks t; ties have the mean of their ranks."""
-    return (x[None] > x[:, None]).double() + (x[None] == x[:, None]).double() / 2
-
-
-def _pearson(
-    a: Float[Tensor, "*out subsets queries"], b: Float[Tensor, "*out subsets queries"], axis: int = 0
-) -> Float[Tensor, "*out queries"]:
-    """Of ranks. Zero where one side does not change, up to rounding: it foretells nothing."""
-    a, b = a - a.mean(axis, keepdim=True), b - b.mean(axis, keepdim=True)
-    lengths = a.norm(dim=axis) * b.norm(dim=axis)
-    return torch.where(lengths > 1e-6, (a * b).sum(axis) / lengths.clamp(min=1e-6), 0.0)
+def _spearman(a: Float[Tensor, "subsets queries"], b: Float[Tensor, "subsets queries"]) -> Float[Tensor, " queries"]:
+    """Spearman for each query; zero where one side does not change: it predicts nothing."""
+    if a.shape[1] < 2:  # torchmetrics takes one output without an axis of its own
+        return torch.stack([spearman_corrcoef(a[:, 0], b[:, 0])]).double() if a.numel() else a.new_zeros(0)
+    return spearman_corrcoef(a, b).double()

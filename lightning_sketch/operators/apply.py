@@ -9,11 +9,13 @@ Nothing is saved for the backward. The arithmetic itself happens on plain tensor
 import torch
 from torch import Tensor
 
+from lightning_sketch._private import required
+
 
 def apply(sketch, start: int, stop: int, adjoint: bool, x: Tensor) -> Tensor:
     """S x (or Sᵀ x if `adjoint`) along the last axis of x, for the columns [start, stop) of S."""
     if torch.compiler.is_compiling():  # traced as one opaque operation: the loops inside do not unroll
-        if getattr(torch.autograd.forward_ad, "_current_level", -1) >= 0:  # it has no rule there, and would give zeros
+        if required(torch.autograd.forward_ad, "_current_level") >= 0:  # it has no rule there, and would give zeros
             raise RuntimeError("forward-mode derivatives of a sketch cannot be compiled; use torch.compiler.disable.")
         return _compiled(x, sketch.kind, sketch.n, sketch.dim, sketch.seed, start, stop, adjoint)
     return _Apply.apply(x, sketch, start, stop, adjoint)

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch._private import required
 from lightning_sketch.autodiff.preserve_state import measurement_depth
 from lightning_sketch.per_example.autograd_graph import Graph, Meeting, Shared
 from lightning_sketch.per_example.factors import Dense, Factor, Unsupported
@@ -304,8 +305,10 @@ def _looked_up_by_all(part: nn.Embedding, index: Tensor, values: Tensor) -> list
 
 def _refuse_compiled(module: nn.Module) -> None:
     for path, part in module.named_modules():
-        by_trainer = getattr(part, "_compiler_ctx", None)  # Lightning takes the wrapper off and compiles the steps
-        if getattr(part, "_compiled_call_impl", None) is not None or "_orig_mod" in part._modules or by_trainer:
+        of_lightning = any(base.__name__ == "LightningModule" for base in type(part).__mro__)
+        by_trainer = of_lightning and required(part, "_compiler_ctx")  # which takes the wrapper off, compiles the steps
+        wrapped = type(part).__name__ == "OptimizedModule"
+        if required(part, "_compiled_call_impl") is not None or wrapped or by_trainer:
             kind, where = type(part).__name__, f" ({path})" if path else ""
             raise ValueError(
                 f"{kind}{where} is compiled, and a compiled forward may skip hooks without a word; train without "

@@ -9,6 +9,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_sketch._lightning import LightningModule, Trainer, unwrapped
+from lightning_sketch._private import required
 from lightning_sketch.autodiff.fingerprint import fingerprint
 
 
@@ -23,7 +24,7 @@ class Copies:
     """
 
     def __init__(self, model: LightningModule | Callable[[], LightningModule]):
-        if hasattr(model, "_orig_mod") or getattr(model, "_compiler_ctx", None) is not None:
+        if hasattr(model, "_orig_mod") or (isinstance(model, LightningModule) and required(model, "_compiler_ctx")):
             raise TypeError("a compiled module cannot be copied; pass a function: lambda: torch.compile(Module()).")
         self.make = None if isinstance(model, LightningModule) else model
         self.first = self._made() if self.make else _with_parameters(model)

@@ -9,7 +9,6 @@ import torch.distributed as dist
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_sketch.metrics import LinearDatamodelingScore
-from lightning_sketch.metrics import linear_datamodeling_score as module
 
 
 def problem(queries=12, examples=40, subsets=30, repeats=2, noise=1.0, seed=0):
@@ -72,20 +71,20 @@ def test_the_interval_covers():
     assert width < 2 * 1.96 * 1.5 * spread
 
 
-def test_batches_of_queries_add_up(monkeypatch):
+def test_batches_of_queries_add_up():
+    """To the rounding of ranks, which are float32."""
     masks, scores, losses = problem()
     whole = lds(masks, scores, losses)
-    monkeypatch.setattr(module, "_AT_ONCE", 3 * 30**2)  # three queries at a time
     metric = LinearDatamodelingScore(masks)
     for part in torch.arange(12).split(5):
         metric.update(scores[part], losses[:, :, part])
-    torch.testing.assert_close(metric.compute(), whole, rtol=1e-12, atol=0)
+    torch.testing.assert_close(metric.compute(), whole, rtol=1e-6, atol=0)
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
     both = [subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)]) for rank in (0, 1)]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
-    torch.testing.assert_close(torch.load(tmp_path / "found.pt"), lds(*problem()), rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.load(tmp_path / "found.pt"), lds(*problem()), rtol=1e-6, atol=0)
 
 
 def test_queries_whose_losses_never_change_are_left_out_and_counted():

@@ -1,0 +1,101 @@
+"""Every private or undocumented name of other packages that this one leans on: the list to read before an upgrade.
+
+    owner      import path of what has the name; a call makes an instance that has it
+    name       the attribute, or the text that the owner uses for a name
+    used in    our file
+    breaks     what goes wrong if the name goes, where nothing else says so
+
+`tests/test_private.py` asserts that each exists in the versions that are installed. Imports nothing.
+"""
+
+NAMES: tuple[tuple[str, str, str, str], ...] = (
+    # Lightning
+    ("Trainer().fit_loop.epoch_loop", "_batches_that_stepped", "_lightning.py", "steps of the logs"),
+    ("Trainer().fit_loop.epoch_loop", "max_steps", "_lightning.py", "length of the single run of a search"),
+    ("Trainer().fit_loop.epoch_loop", "min_steps", "_lightning.py", "least length of it"),
+    ("Trainer().fit_loop", "max_epochs", "_lightning.py", "length of it"),
+    ("Trainer().fit_loop", "min_epochs", "_lightning.py", "least length of it"),
+    ("Trainer()", "val_check_interval", "_lightning.py", "validation of a search"),
+    ("Trainer()", "_active_loop", "_lightning.py", "examples that a distributed sampler duplicates"),
+    ("Trainer().validate_loop", "_combined_loader", "_lightning.py", "examples that a distributed sampler duplicates"),
+    ("Trainer().strategy", "launcher", "_lightning.py", "refusal of spawned processes"),
+    ("DDPStrategy()", "_ddp_comm_hook", "callbacks/gradient_sketch_writer/_example_rows.py", "a false refusal"),
+    ("pytorch_lightning.Callback", "_generate_state_key", "_lightning.py", "keys of a checkpoint"),
+    ("LightningModule()", "_on_before_batch_transfer", "_lightning.py", "indices of examples reach the module"),
+    ("LightningModule()", "_compiler_ctx", "_lightning.py, per_example/hooks.py", "compiled modules are not refused"),
+    ("LightningModule()", "_current_fx_name", "subspace/", "which way a training step of a subspace goes"),
+    ("LightningModule()", "_metric_attributes", "subspace/", "logging of metrics from a wrapped module"),
+    ("LightningModule()", "_device_mesh", "subspace/delegated.py", "sharded modules in a subspace"),
+    ("pytorch_lightning.loggers.logger", "DummyLogger", "_lightning.py", ""),
+    ("pytorch_lightning.utilities.compile", "_maybe_unwrap_optimized", "_lightning.py", ""),
+    ("pytorch_lightning.strategies.launchers.multiprocessing", "_MultiProcessingLauncher", "_lightning.py", ""),
+    ("pytorch_lightning.utilities.rank_zero", "WarningCache", "subspace/recipe.py", ""),
+    ("pytorch_lightning.utilities.parsing", "AttributeDict", "subspace/delegated.py", ""),
+    ("pytorch_lightning.utilities.seed", "isolate_rng", "subspace/runs.py", ""),
+    ("lightning_fabric.utilities.data", "sized_len", "subspace/runs.py", ""),
+    ("CSVLogger()", "_prefix", "callbacks/spectrum_monitor/_logging.py", "keys of pictures"),
+    ("CSVLogger()", "LOGGER_JOIN_CHAR", "callbacks/spectrum_monitor/_logging.py", "keys of pictures"),
+    ("WandbLogger()", "_wandb_init", "_lightning.py", "runs of a search merge into one"),
+    ("TQDMProgressBar()", "_train_progress_bar", "_lightning.py", "words in front of the bar"),
+    ("RichProgressBar()", "train_progress_bar_id", "_lightning.py", "words in front of the bar"),
+    # torchmetrics
+    ("torchmetrics.MeanMetric()", "_defaults", "autodiff/preserve_state.py", "measurements count in metrics"),
+    ("torchmetrics.MeanMetric()", "_update_count", "autodiff/preserve_state.py", "measurements count in metrics"),
+    # torch: modules and tensors
+    ("torch.nn.Module()", "_parameters", "several", ""),
+    ("torch.nn.Module()", "_buffers", "several", ""),
+    ("torch.nn.Module()", "_modules", "several", ""),
+    ("torch.nn.Module()", "_forward_hooks", "autodiff/preserve_state.py", ""),
+    ("torch.nn.Module()", "_backward_hooks", "autodiff/preserve_state.py", ""),
+    ("torch.nn.Module()", "_backward_pre_hooks", "autodiff/preserve_state.py", ""),
+    ("torch.nn.Module()", "_compiled_call_impl", "per_example/hooks.py", "compiled modules are not refused"),
+    ("torch.nn.Module()", "_apply", "subspace/subspace_module.py", "theta_0 stays where it was"),
+    ("torch.nn.Module()", "_load_from_state_dict", "subspace/subspace_module.py", "theta_0 is not put back"),
+    ("torch.nn.Parameter()", "_backward_hooks", "autodiff/preserve_state.py", ""),
+    ("torch.nn.Parameter()", "_version", "several", ""),
+    ("torch.nn.Parameter()", "_base", "per_example/", ""),
+    ("torch.compile(Module())", "_orig_mod", "autodiff/layout.py, per_example/hooks.py", "names of parameters"),
+    ("torch.nn.Conv2d()", "_reversed_padding_repeated_twice", "per_example/rules/convolution.py", ""),
+    ("torch.nn.modules.batchnorm", "_BatchNorm", "per_example/rules/normalization.py", ""),
+    ("torch.distributed.fsdp._common_utils.FSDP_WRAPPED_MODULE", "_fsdp_wrapped_module", "autodiff/layout.py", "names"),
+    (
+        "torch.distributed.algorithms._checkpoint.checkpoint_wrapper._CHECKPOINT_WRAPPED_MODULE",
+        "_checkpoint_wrapped_module",
+        "autodiff/layout.py",
+        "names of parameters",
+    ),
+    ("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset", "autodiff/layout.py", ""),
+    ("torch.utils.checkpoint", "CheckpointFunction", "autodiff/preserve_state.py", "no second derivative"),
+    ("torch.optim.Adam(fused=True)", "_step_supports_amp_scaling", "_lightning.py", "rows off by the loss scale"),
+    ("torch.optim.SGD(fused=True)", "_step_supports_amp_scaling", "_lightning.py", "rows off by the loss scale"),
+    # torch: autograd
+    ("torch.autograd.forward_ad", "_current_level", "operators/apply.py", "compiled derivatives are zero"),
+    ("torch.autograd.function", "BackwardCFunction", "autodiff/second_derivatives.py", ""),
+    ("custom autograd.Function", "_forward_cls", "autodiff/second_derivatives.py", ""),
+    ("AddBackward0", "_saved_alpha", "per_example/autograd_graph.py", ""),
+    ("SubBackward0", "_saved_alpha", "per_example/autograd_graph.py", ""),
+    ("MulBackward0", "_saved_self", "per_example/autograd_graph.py", ""),
+    ("MulBackward0", "_saved_other", "per_example/autograd_graph.py", ""),
+    ("MulBackward0", "_raw_saved_self", "per_example/autograd_graph.py", ""),
+    ("RepeatBackward0", "_saved_repeats", "per_example/autograd_graph.py", ""),
+    ("RepeatBackward0", "_saved_self_sym_sizes", "per_example/autograd_graph.py", ""),
+    ("ViewBackward0", "_input_metadata", "per_example/autograd_graph.py", ""),
+    ("torch.backends.cuda.matmul", "fp32_precision", "operators/precision.py", "torch < 2.9 has the older switch"),
+)
+
+
+def required(owner: object, name: str) -> object:
+    """Return a private attribute whose absence would change a number without a word.
+
+    Raises:
+        RuntimeError: if this version of its package does not have it.
+    """
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        kind = owner if isinstance(owner, type) else type(owner)
+        what = getattr(owner, "__name__", f"{kind.__module__}.{kind.__qualname__}")
+        raise RuntimeError(
+            f"{what} has no {name} in the version that is installed, and without it numbers would be wrong; install "
+            "versions that README.md lists, and report this."
+        ) from None
