@@ -43,11 +43,17 @@ def _check_present(module: nn.Module, tensors: Sequence[Tensor], present: set[in
 
 @contextmanager
 def in_float32(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The module on float32 copies of what it holds in half precision; yields what stands for these parameters."""
+    """The module on float32 copies of what it holds in half precision; yields what stands for these parameters.
+
+    Inside another such context, as of two operators in a sum, the copies of the outer one serve.
+    """
     everything = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
+    standing = {id(tensor.stands_for): tensor for tensor in everything if hasattr(tensor, "stands_for")}
+    _check_present(module, parameters, {*map(id, everything), *standing})
     half = [tensor for tensor in everything if tensor.dtype in HALF]
-    _check_present(module, parameters, {id(tensor) for tensor in everything})
     wide = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in half]
-    table = {id(old): new for old, new in zip(half, wide, strict=True)}
+    for old, new in zip(half, wide, strict=True):
+        new.stands_for = old
+        standing[id(old)] = new
     with swap_tensors(module, half, wide):
-        yield [table.get(id(p), p) for p in parameters]
+        yield [standing.get(id(p), p) for p in parameters]

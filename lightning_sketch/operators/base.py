@@ -48,19 +48,19 @@ class LinearOperator(ABC):
 
     __array_ufunc__ = None  # so that a NumPy number on the left leaves the product to __rmul__
 
-    def __matmul__(self, right: "LinearOperator") -> "LinearOperator":
+    def __matmul__(self, right: Any) -> "LinearOperator":
         return Composed(self, right) if isinstance(right, LinearOperator) else NotImplemented
 
-    def __add__(self, right: "LinearOperator") -> "LinearOperator":
+    def __add__(self, right: Any) -> "LinearOperator":
         return Sum(self, right) if isinstance(right, LinearOperator) else NotImplemented
 
-    def __sub__(self, right: "LinearOperator") -> "LinearOperator":
+    def __sub__(self, right: Any) -> "LinearOperator":
         return Sum(self, -right) if isinstance(right, LinearOperator) else NotImplemented
 
     def __neg__(self) -> "LinearOperator":
         return -1 * self
 
-    def __mul__(self, factor: float) -> "LinearOperator":
+    def __mul__(self, factor: Any) -> "LinearOperator":
         is_number = isinstance(factor, numbers.Real) or (isinstance(factor, Tensor) and factor.ndim == 0)
         return Scaled(float(factor), self) if is_number else NotImplemented
 
