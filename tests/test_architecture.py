@@ -1,10 +1,11 @@
-"""The house: imports only ever point down, rooms on a floor do not meet, the door opens fast."""
+"""The house: imports only ever point down, rooms on a floor do not meet, the package opens fast."""
 
 import ast
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -73,6 +74,29 @@ def test_the_package_alone_imports_nothing_heavy():
 @pytest.mark.parametrize("room", ["operators", "linalg", "autodiff", "per_example", "store", "curvature"])
 def test_the_mathematics_never_meets_lightning(room):
     assert not loaded_after(f"import lightning_sketch.{room}") & ({"wandb", "transformers", "matplotlib"} | LIGHTNING)
+
+
+ROOMS = ["lightning_sketch"] + [
+    f"lightning_sketch.{'.'.join(path.parent.relative_to(PACKAGE).parts)}"
+    for path in sorted(PACKAGE.rglob("__init__.py"))
+    if path.parent != PACKAGE
+]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_star_import_binds_public_names_only(room):
+    """No submodules, no names of other packages."""
+    bound: dict = {}
+    exec(f"from {room} import *", bound)
+    del bound["__builtins__"]
+    public = sys.modules[room].__all__
+    assert set(bound) == set(public)
+    assert sorted(public) == sorted(set(public))
+    assert not any(isinstance(value, ModuleType) for value in bound.values())
+
+
+def test_the_table_of_private_names_imports_nothing():
+    assert not list(imports(PACKAGE / "_private.py"))
 
 
 def test_every_public_name_can_be_reached():

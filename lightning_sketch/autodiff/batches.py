@@ -27,9 +27,12 @@ class BatchStructure:
         num_examples: how many there are, or a function batch -> how many. What then has this length along its axis is
             cut into examples, lists of this length too; anything else belongs to every example. `len` itself says that
             a batch is a list of examples.
-        batch_dim: the axis of the examples, 1 for (time, batch, ...); a tensor without that axis has them along its
-            first one.
+        batch_dim: the axis of the examples, 1 for (time, batch, ...); a tensor that does not have them there, such as
+            one label for each sequence, has them along its first axis.
         split_fn: batch -> batches of one example each, for graphs and packed sequences.
+
+    What an earlier batch showed, of the axis of a tensor or whether a list holds examples, decides where a later one
+    may be read in two ways; so one object serves the batches of one loader.
 
     >>> time_first = torch.zeros(10, 8, 3), torch.zeros(8)
     >>> BatchStructure(batch_dim=1).count(time_first)
@@ -43,6 +46,8 @@ class BatchStructure:
     batch_dim: int = 0
     split_fn: Callable[[Any], Iterable[Any]] | None = None
     _lists: tuple[int, ...] | None = field(default=None, init=False, repr=False)
+    _axes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
+    _hold: dict[str, bool] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         if isinstance(self.num_examples, int) and self.num_examples < 1:
@@ -69,21 +74,22 @@ class BatchStructure:
             self._check_lists(batch)
         elif self._has_length(batch, self.num_examples):
             return self.num_examples
-        sizes = {name: size for name, value in _named_leaves(batch) if (size := self._size(value)) is not None}
+        sizes = {name: found for name, value in _named_leaves(batch) if (found := self._sizes(value))}
         if not sizes:
             raise ValueError(
                 f"found no tensor with a first axis in a batch of type {type(batch).__name__}, so its number of "
                 "examples is unknown; use batches that are tensors or collections of tensors or strings, or pass "
                 "num_examples=lambda batch: ... (weight_fn=lambda batch: ... where only its weight is asked for)."
             )
-        if len(set(sizes.values())) > 1:
-            listed = ", ".join(f"{name or 'the batch'} has {size}" for name, size in list(sizes.items())[:5])
+        shared = [size for size in next(iter(sizes.values())) if all(size in found for found in sizes.values())]
+        if not shared:
+            listed = ", ".join(f"{name or 'the batch'} has {found[0]}" for name, found in list(sizes.items())[:5])
             raise ValueError(
                 f"the parts of a batch disagree about its number of examples along axis {self.batch_dim}: {listed}; "
                 "pass num_examples=lambda batch: ..., batch_dim=1 if the first axis is time, or weight_fn=lambda "
                 "batch: ... where only the weight of a batch is asked for."
             )
-        return next(iter(sizes.values()))
+        return shared[0]
 
     def parts(self, batch: Any, size: int, examples: int | None = None) -> Iterator[tuple[Any, int]]:
         """Yield the batch in parts of at most `size` examples, each with its number of them.
@@ -112,7 +118,8 @@ class BatchStructure:
         for start in range(0, examples, size):
             stop = min(start + size, examples)
             is_list = self.num_examples is len and isinstance(batch, list | tuple)
-            yield type(batch)(batch[start:stop]) if is_list else self._cut(batch, examples, start, stop), stop - start
+            part = type(batch)(batch[start:stop]) if is_list else self._cut(batch, examples, slice(start, stop), "")
+            yield part, stop - start
 
     def each(self, batch: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
         """Return the tensors of a batch with its examples along their first axis, and what makes a batch of one.
@@ -148,44 +155,58 @@ class BatchStructure:
 
     def _has_length(self, batch: Any, examples: int) -> bool:
         """Whether a tensor, or a list, of a batch has this length."""
-        return any(self._size(value) == examples for _, value in _named_leaves(batch)) or any(
+        return any(examples in self._sizes(value) for _, value in _named_leaves(batch)) or any(
             len(value) == examples for value in _lists_in(batch)
         )
 
-    def _axis(self, array: _Array) -> int | None:
-        return None if array.ndim == 0 else self.batch_dim if array.ndim > self.batch_dim else 0
-
-    def _size(self, value: Any) -> int | None:
-        """Examples in a tensor, an array, or a list of strings."""
+    def _sizes(self, value: Any) -> list[int]:
+        """How many examples a tensor, an array, or a list of strings may have; the likeliest first."""
         if not isinstance(value, _Array):
-            return len(value)
-        axis = self._axis(value)
-        return None if axis is None else value.shape[axis]
+            return [len(value)]
+        return [value.shape[axis] for axis in dict.fromkeys((self.batch_dim, 0)) if value.ndim > axis]
 
-    def _cut(self, value: Any, examples: int, start: int, stop: int) -> Any:
+    def _cut(self, value: Any, examples: int, part: slice, path: str) -> Any:
         if isinstance(value, _Array):
-            axis = self._axis(value)
-            if axis is None or value.shape[axis] != examples:
-                return value
-            return value[(slice(None),) * axis + (slice(start, stop),)]
-        if isinstance(value, list | tuple) and self._holds_examples(value, examples):
-            return type(value)(value[start:stop])
-        return _mapped(value, lambda item: self._cut(item, examples, start, stop))
+            axes = [axis for axis in dict.fromkeys((self.batch_dim, 0)) if value.shape[axis : axis + 1] == (examples,)]
+            if len(axes) == 1:
+                self._axes[path] = axes[0]
+            return value[(slice(None),) * self._axes.get(path, axes[0]) + (part,)] if axes else value
+        if isinstance(value, list | tuple) and self._holds_examples(value, examples, path):
+            return type(value)(value[part])
+        return _mapped(value, lambda item, key: self._cut(item, examples, part, f"{path}/{key}"))
 
-    def _holds_examples(self, value: Sequence[Any], examples: int) -> bool:
-        """Whether a list has one example an item, and is not a tuple of collated tensors that happens to be as long."""
-        if len(value) != examples or hasattr(value, "_fields"):
+    def _holds_examples(self, value: Sequence[Any], examples: int, path: str) -> bool:
+        """Whether a list has one example an item, and is not a tuple of collated tensors that happens to be as long.
+
+        What an earlier batch showed of the list at this place decides where this one does not.
+        """
+        if hasattr(value, "_fields"):
             return False
         arrays = [item for item in value if isinstance(item, _Array)]
         if arrays:
-            along = [self._size(array) == examples for array in arrays]
+            along = [examples in self._sizes(array) for array in arrays]
             alike = len({(array.ndim, str(array.dtype)) for array in arrays}) == 1
-            return not any(along) or (alike and not all(along))
+            if len(value) != examples:
+                if any(along):
+                    self._hold[path] = False
+                return False
+            if self.num_examples is None or not alike or not all(along):
+                return self._hold.setdefault(path, not any(along) or (alike and not all(along)))
+            if path not in self._hold:
+                raise ValueError(
+                    f"a list of {examples} tensors, each with an axis of {examples}, may hold an example an item "
+                    "or all of them in each; pass num_examples=len if the batch is a list of examples, else "
+                    "split_fn=lambda batch: [...], which makes batches of one example."
+                )
+            return self._hold[path]
+        if len(value) != examples:
+            return False
         if all(isinstance(item, Mapping) for item in value):
             return True
         if all(isinstance(item, int | float) for item in value):
             return self.num_examples is not None  # else it may be a size, such as that of an image
-        return not any(isinstance(item, list | tuple) and self._holds_examples(item, examples) for item in value)
+        inner = [(i, item) for i, item in enumerate(value) if isinstance(item, list | tuple)]
+        return not any(self._holds_examples(item, examples, f"{path}/{i}") for i, item in inner)
 
 
 def num_examples(batch: Any) -> int:
@@ -349,17 +370,18 @@ def _items(value: Any) -> list[Any]:
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The batch with its tensors changed, in the same collections."""
-    return change(value) if isinstance(value, Tensor) else _mapped(value, lambda item: _changed(item, change))
+    return change(value) if isinstance(value, Tensor) else _mapped(value, lambda item, _: _changed(item, change))
 
 
-def _mapped(value: Any, function: Callable[[Any], Any]) -> Any:
-    """A collection of the same kind, of what the function makes of its items; anything else as it is."""
+def _mapped(value: Any, function: Callable[[Any, Any], Any]) -> Any:
+    """A collection of the same kind, of what the function makes of its items and their keys; all else as it is."""
     if dataclasses.is_dataclass(value):
-        return dataclasses.replace(value, **{f.name: function(getattr(value, f.name)) for f in fields(value)})
+        named = {f.name: function(getattr(value, f.name), f.name) for f in fields(value)}
+        return dataclasses.replace(value, **named)
     if isinstance(value, Mapping):
-        return type(value)({key: function(item) for key, item in value.items()})
+        return type(value)({key: function(item, key) for key, item in value.items()})
     if isinstance(value, list | tuple):
-        items = [function(item) for item in value]
+        items = [function(item, i) for i, item in enumerate(value)]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 

@@ -154,6 +154,25 @@ def test_len_says_that_the_batch_is_a_list_of_examples():
     assert all(t.shape == (4, 2) for part, _ in parts for t in part)
 
 
+def three(shape=(3, 8, 8)):
+    return [torch.full(shape, float(i)) for i in range(3)]
+
+
+def test_what_an_earlier_batch_showed_decides_where_a_batch_may_be_read_in_two_ways():
+    """Three images of three channels: a list of examples, or three tensors with three examples each."""
+    in_a_list = BatchStructure(num_examples=lambda batch: len(batch["x"]))
+    list(in_a_list.parts({"x": [torch.zeros(3, 8, 8)] * 5}, 1))
+    parts = [part["x"] for part, _ in in_a_list.parts({"x": three()}, 1)]
+    assert [(len(part), float(part[0].max())) for part in parts] == [(1, 0), (1, 1), (1, 2)]
+    collated = BatchStructure(num_examples=lambda batch: len(batch["x"][0]))
+    list(collated.parts({"x": three((8, 4))}, 1))
+    parts = [part["x"] for part, _ in collated.parts({"x": three((3, 4))}, 1)]
+    assert [(len(part), tuple(part[0].shape)) for part in parts] == [(3, (1, 4))] * 3
+    unknown = BatchStructure(num_examples=lambda batch: 3)
+    with pytest.raises(ValueError, match=r"a list of 3 tensors, each with an axis of 3, .*; pass num_examples=len"):
+        list(unknown.parts({"x": three()}, 1))
+
+
 def test_lists_that_grow_and_shrink_are_refused():
     """One image in a batch, then five: each has a first axis of three channels, which would pass for examples."""
     structure = BatchStructure()

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
-from dense_rows import assert_exact, error, losses_of, rows_by_autograd, rows_by_hooks, sum_error, trained
+from dense_rows import DenseSink, assert_exact, error, losses_of, rows_by_autograd, rows_by_hooks, sum_error, trained
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_sketch.per_example.factors import Dense, LowRank, Unsupported
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.rules import normalization as norms
+from lightning_sketch.per_example.rules import registry
 from lightning_sketch.per_example.rules.normalization import couples
 from lightning_sketch.per_example.rules.registry import register_layer, rule_of
 
@@ -370,3 +371,38 @@ def test_an_input_changed_in_place_after_the_layer_is_named():
 
     _, hooks = rows_by_hooks(layer, run, images(2, 6))
     assert "changed in place" in hooks.reasons["weight"]
+
+
+def test_a_rule_of_ones_own_replaces_a_built_in_one_also_of_attention(monkeypatch):
+    """One registry: attention, whose products are recorded inside, is no exception."""
+    monkeypatch.setattr(registry, "RULES", dict(registry.RULES))
+    net, x = nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True), torch.randn(3, 5, 4)
+
+    def supported():
+        hooks = ExampleHooks(net, trained(net))
+        with hooks.recording(DenseSink(trained(net), 3), 3):
+            loss = net(x).square().sum()
+            hooks.before_backward(loss)
+            loss.backward()
+        return hooks.supported
+
+    assert supported() == set(trained(net))
+
+    @register_layer(nn.MultiheadAttention)
+    @register_layer(nn.LayerNorm)
+    def split(module, input, gradient):
+        raise Unsupported("it was asked")
+
+    assert supported() == {name for name in trained(net) if name.startswith("linear")}
+
+
+def test_rules_of_subclasses_with_their_forward_are_found():
+    class Own(nn.MultiheadAttention):
+        pass
+
+    class Other(nn.MultiheadAttention):
+        def forward(self, *args):
+            return args
+
+    assert rule_of(Own(4, 2)) is rule_of(nn.MultiheadAttention(4, 2))
+    assert rule_of(Other(4, 2)) is None

@@ -1,5 +1,9 @@
-"""Which layers can have their gradients split into examples, and how; `registry` holds what these files register."""
+"""Which layers can have their gradients split into examples, and how: each file registers its own in `registry`."""
 
-from lightning_sketch.per_example.rules import attention, convolution, linear, normalization
+from lightning_sketch.per_example.rules import attention as attention
+from lightning_sketch.per_example.rules import convolution as convolution
+from lightning_sketch.per_example.rules import linear as linear
+from lightning_sketch.per_example.rules import normalization as normalization
+from lightning_sketch.per_example.rules.registry import register_layer, rule_of
 
-__all__ = ["attention", "convolution", "linear", "normalization"]
+__all__ = ["register_layer", "rule_of"]

@@ -1,0 +1,228 @@
+"""One Gauss-Newton matrix in both rooms: what `fit_ggn` sums up in sketch space is S G Sᵀ of `GGN`, by default too."""
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_sketch import GGN, BlockSRHT
+from lightning_sketch.attribution import fit_ggn
+from lightning_sketch.autodiff import Layout
+from lightning_sketch.curvature import CrossEntropy
+
+N = 24
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def net(outputs=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
+
+
+class Module(pl.LightningModule):
+    """As people write them: without `forward` if it has one part only."""
+
+    def __init__(self, step, outputs=3):
+        super().__init__()
+        self.net, self.step = net(outputs), step
+
+    def training_step(self, batch, batch_idx):
+        return self.step(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def binary(z, y):
+    return F.binary_cross_entropy_with_logits(z, y)
+
+
+MULTI_HOT = (normal(N, 3, seed=1) > 0).double()
+SOFT = normal(N, 3, seed=1).softmax(1)
+CLASSES = torch.arange(N) % 3
+
+TRAINED = {
+    "classes": (F.cross_entropy, CLASSES),
+    "some ignored": (F.cross_entropy, torch.where(torch.arange(N) % 5 == 0, -100, CLASSES)),
+    "soft labels": (F.cross_entropy, SOFT),
+    "probabilities by squared error": (F.mse_loss, SOFT),
+    "multi-label": (binary, MULTI_HOT),
+    "indicators by squared error": (F.mse_loss, MULTI_HOT),
+    "real labels": (F.mse_loss, normal(N, 3, seed=1)),
+}
+trained = pytest.mark.parametrize(("step", "y"), TRAINED.values(), ids=TRAINED)
+
+
+def both(module, batches, **options):
+    layout = Layout.of(module)
+    sketch = BlockSRHT(layout.n, layout.n)
+    s = sketch.as_matrix(dtype=torch.float64)
+    return s @ GGN(module, batches, **options).as_matrix() @ s.T, fit_ggn(module, batches, sketch, layout, **options)
+
+
+@trained
+def test_the_loss_that_is_trained_is_found_and_both_have_its_matrix(step, y):
+    """Truth: the same loss as a function that autograd differentiates, with every label counted."""
+    module, x = Module(step), normal(N, 4)
+    dense, found = both(module, [(x, y)])
+    layout = Layout.of(module)
+    s = BlockSRHT(layout.n, layout.n).as_matrix(dtype=torch.float64)
+    truth = s @ GGN(module, [(x, y)], output_loss_fn=lambda z, batch: step(z, batch[1])).as_matrix() @ s.T
+    torch.testing.assert_close(dense, truth)
+    counted = N if y.is_floating_point() else int((y >= 0).sum())  # a mean over examples, over those with a label
+    torch.testing.assert_close(found.dense() * N / counted, truth)
+
+
+@trained
+def test_it_may_be_given_by_name_or_by_another_function(step, y):
+    """On a plain module, with the loss of another module."""
+    plain, x = net(), normal(N, 4)
+    named, found = both(plain, [(x, y)], loss_fn=lambda module, batch: step(module(batch[0]), batch[1]))
+    expected, same = both(Module(step), [(x, y)])
+    torch.testing.assert_close(named, expected)
+    torch.testing.assert_close(found.dense(), same.dense())
+    name = "binary_cross_entropy" if step is binary else "squared_error" if step is F.mse_loss else "cross_entropy"
+    named, found = both(plain, [(x, y)], output_loss_fn=name)
+    torch.testing.assert_close(named, expected)
+    torch.testing.assert_close(found.dense(), same.dense())
+
+
+OTHERS = {
+    "class weights": (lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([1.0, 5, 1]).double()), CLASSES),
+    "smoothed": (lambda z, y: F.cross_entropy(z, y, label_smoothing=0.2), CLASSES),
+    "half of it": (lambda z, y: F.mse_loss(z, y) / 2, normal(N, 3, seed=1)),
+    "regularized": (lambda z, y: F.cross_entropy(z, y) + z.square().mean(), CLASSES),
+    "none of the kinds": (lambda z, y: F.huber_loss(z, y), normal(N, 3, seed=1)),
+}
+
+
+@pytest.mark.parametrize(("step", "y"), OTHERS.values(), ids=OTHERS)
+def test_both_refuse_a_loss_that_is_none_of_the_known(step, y):
+    module, x = Module(step), normal(N, 4)
+    layout = Layout.of(module)
+    said = r"would be of a loss of .*, but training_step returns .*output_loss_fn"
+    with pytest.raises(ValueError, match=said):
+        GGN(module, [(x, y)]).matvec(torch.ones(layout.n, dtype=torch.float64))
+    with pytest.raises(ValueError, match=said):
+        fit_ggn(module, [(x, y)], BlockSRHT(layout.n, 8), layout)
+
+
+@pytest.mark.parametrize(
+    ("y", "said"),
+    [(SOFT, "are probabilities.*output_loss_fn="), (MULTI_HOT, "all of them 0 or 1.*output_loss_fn=")],
+    ids=["probabilities", "zeros and ones"],
+)
+def test_both_refuse_real_labels_that_may_be_meant_otherwise(y, said):
+    """Of a plain module, whose training is not known."""
+    module, x = net(), normal(N, 4)
+    layout = Layout.of(module)
+    with pytest.raises(ValueError, match=said):
+        GGN(module, [(x, y)]).matvec(torch.ones(layout.n, dtype=torch.float64))
+    with pytest.raises(ValueError, match=said):
+        fit_ggn(module, [(x, y)], BlockSRHT(layout.n, 8), layout)
+
+
+def test_every_batch_is_compared_not_the_first_alone():
+    """The third has a class with another weight."""
+    step = OTHERS["class weights"][0]
+    x, y = normal(N, 4), torch.cat([torch.zeros(16, dtype=torch.long), torch.arange(8) % 2])
+    batches, layout = list(zip(x.split(8), y.split(8), strict=True)), Layout.of(Module(step))
+    for ask in (
+        lambda: GGN(Module(step), batches).matvec(torch.ones(layout.n, dtype=torch.float64)),
+        lambda: fit_ggn(Module(step), batches, BlockSRHT(layout.n, 8), layout),
+    ):
+        with pytest.raises(ValueError, match="but training_step returns"):
+            ask()
+
+
+def test_two_losses_of_one_value_are_told_apart_or_refused():
+    """All logits zero: plain and shifted cross-entropy are log 3 alike, with other matrices."""
+    module = Module(lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()))
+    for p in module.net[-1].parameters():
+        p.data.zero_()
+    batch = normal(6, 4, 4), torch.arange(24).view(6, 4) % 3
+    with pytest.raises(ValueError, match="both have the value of the loss that is trained"):
+        GGN(module, [batch]).matvec(torch.ones(43, dtype=torch.float64))
+    assert GGN(module, [batch], output_loss_fn="cross_entropy").loss() == pytest.approx(1.0986123)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_tokens_are_shifted_as_the_training_shifts_them(shift):
+    """200 draws of fit_ggn in ten parts: five standard errors of their mean, each example weighing the same."""
+
+    def step(z, y):
+        z, y = (z[:, :-1], y[:, 1:]) if shift else (z, y)
+        return F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+    module, x = Module(step), normal(6, 4, 4)
+    y = torch.arange(24).view(6, 4) % 3
+    layout = Layout.of(module)
+    sketch = BlockSRHT(layout.n, 8)
+    s = sketch.matvec(torch.eye(layout.n, dtype=torch.float64)).T
+    loss = CrossEntropy(shift=shift)
+    g = GGN(module, [(x, y)])
+    torch.testing.assert_close(g.as_matrix(), GGN(module, [(x, y)], output_loss_fn=loss).as_matrix())
+    assert g.loss() == pytest.approx(step(module.net(x), y).item())
+    parts = [fit_ggn(module, [(x, y)], sketch, layout, draws=20, seed=seed).dense() for seed in range(10)]
+    error = torch.stack(parts).std(0) / 10**0.5
+    assert ((sum(parts) / 10 - s @ g.as_matrix() @ s.T).abs() <= 5 * error + 1e-12).all()
+
+
+class Named(pl.LightningModule):
+    """Batches are mappings, with keys that no part of the model takes."""
+
+    def __init__(self, call):
+        super().__init__()
+        self.net, self.call = net(), call
+
+    def forward(self, x, scale=1.0):
+        return self.net(x) * scale
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.call(self, batch), batch["labels"])
+
+
+class Whole(Named):
+    def forward(self, batch):
+        return self.net(batch["x"])
+
+
+class Keywords(Named):
+    def forward(self, **batch):
+        return self.net(batch["x"])
+
+
+@pytest.mark.parametrize("kind", [Named, Whole, Keywords])
+def test_a_mapping_is_handed_over_as_forward_takes_it(kind):
+    module, batch = kind(lambda self, batch: self.net(batch["x"])), {"x": normal(N, 4), "labels": CLASSES}
+    expected = GGN(module.net, [(batch["x"], CLASSES)]).as_matrix()
+    torch.testing.assert_close(GGN(module, [batch]).as_matrix(), expected)
+
+
+class Two(Module):
+    def __init__(self):
+        super().__init__(F.cross_entropy)
+        self.other = nn.Linear(4, 3).double()
+
+
+def test_without_forward_and_with_two_parts_the_error_names_model_fn():
+    module, batch = Two(), (normal(N, 4), CLASSES)
+    layout = Layout.of(module)
+    said = r"Two has no forward, and 2 children with parameters \(net, other\).*pass model_fn="
+    with pytest.raises(ValueError, match=said):
+        GGN(module, [batch]).matvec(torch.ones(layout.n, dtype=torch.float64))
+    with pytest.raises(ValueError, match=said):
+        fit_ggn(module, [batch], BlockSRHT(layout.n, 8), layout)
+    given = both(module, [batch], model_fn=lambda module, batch: module.net(batch[0]))
+    torch.testing.assert_close(given[0], given[1].dense())
+
+
+def test_a_step_that_cannot_run_alone_asks_for_the_loss():
+    module = Module(lambda z, y: module.trainer.global_step * F.cross_entropy(z, y))
+    with pytest.raises(ValueError, match=r"which loss of the output is trained is not known, .*output_loss_fn"):
+        GGN(module, [(normal(N, 4), CLASSES)]).matvec(torch.ones(43, dtype=torch.float64))
