@@ -13,6 +13,7 @@ Source: Schraudolph (2002), doi:10.1162/08997660260028683; for its use in sketch
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -98,12 +99,11 @@ def fit_ggn(
     total = CurvatureSum(sketch.dim)
     structure = BatchStructure(num_examples)
 
-    def along(module: nn.Module, pair: tuple[Any, Tensor]) -> Tensor:
+    def along(module: nn.Module, directed: _Directed) -> Tensor:
         """The sum over examples of <v, output>, whose gradient per example is a row."""
-        batch, v = pair
-        return (model.forward(batch)[0] * v).sum()
+        return (model.forward(directed.batch)[0] * directed.v).sum()
 
-    of_pair = BatchStructure(lambda pair: structure.count(pair[0]))
+    of_pair = BatchStructure(lambda directed: structure.count(directed.batch)) if num_examples else BatchStructure()
     sketches = ExampleSketches(module, layout, sketch, along, engine, reduction="sum", structure=of_pair)
     weights = layout.parameters(module)
     for batch in batches:
@@ -119,9 +119,17 @@ def fit_ggn(
             output = output.detach()
             del own  # and with it the graph
             roots = loss.roots(output, batch, drawn, which)
-            rows = [sketches((batch, v.to(output)))[0] for v in roots]
+            rows = [sketches(_Directed(batch, v.to(output)))[0] for v in roots]
         total.add(torch.stack(rows, 1).cpu())
     return total.curvature("ggn", fingerprint(weights))
+
+
+@dataclass(frozen=True)
+class _Directed:
+    """A batch, and a vector at the output of each of its examples."""
+
+    batch: Any
+    v: Tensor
 
 
 def _check_rows(output: Tensor, examples: int) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_sketch.attribution.curvature import Curvature
 from lightning_sketch.attribution.example_ids import example_ids
+from lightning_sketch.attribution.influence import Damping, Influence
 from lightning_sketch.attribution.row_curvature import row_curvature
 from lightning_sketch.attribution.selected import AtCheckpoints, Selected, select
-from lightning_sketch.attribution.solve import Damping, Influence
 from lightning_sketch.operators.precision import full_precision
 from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients
 

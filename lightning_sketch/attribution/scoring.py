@@ -31,8 +31,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.attribution.example_ids import check_group, sum_by_id
+from lightning_sketch.attribution.influence import Damping
 from lightning_sketch.attribution.scorer import CurvatureLike, Queries, Scorer, scorers
-from lightning_sketch.attribution.solve import Damping
 from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients
 
 

@@ -12,9 +12,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lightning_sketch.attribution.example_ids import example_ids, sum_by_id
+from lightning_sketch.attribution.influence import Damping
 from lightning_sketch.attribution.scorer import CurvatureLike, inverse_of
 from lightning_sketch.attribution.selected import one_fingerprint, select_all
-from lightning_sketch.attribution.solve import Damping
 from lightning_sketch.store.sketched_gradients import RowSource
 
 METHODS = ("dot", "tracin", "influence")

@@ -7,9 +7,9 @@ import torch
 from rows import random_rows
 
 from lightning_sketch.attribution import Influence, scores
-from lightning_sketch.attribution import solve as solving
+from lightning_sketch.attribution import influence as solving
 from lightning_sketch.attribution.curvature import CurvatureSum
-from lightning_sketch.attribution.damping import automatic
+from lightning_sketch.attribution.influence import automatic
 
 
 def curvature(examples, dim=20, kind="ggn", rows=2):
