@@ -6,11 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators.base import LinearOperator
+from lightning_sketch.operators.base import LinearOperator, OfOne
 
 
 @dataclass(frozen=True, eq=False)
-class Deflated(LinearOperator):
+class Deflated(OfOne):
     """(I - XᵀX) A (I - XᵀX): the rows of X, which are orthonormal, get eigenvalue zero.
 
     A tight cluster at the small end converges late behind a large top; without the top it is reached sooner:
@@ -40,20 +40,6 @@ class Deflated(LinearOperator):
     def shape(self) -> tuple[int, int]:
         """That of A."""
         return self.of.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of A."""
-        return self.of.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """That of A."""
-        return self.of.device
-
-    def hold(self):
-        """Hold A."""
-        return self.of.hold()
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """(I - XᵀX) A (I - XᵀX) x."""

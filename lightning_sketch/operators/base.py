@@ -110,16 +110,10 @@ class LinearOperator(ABC):
         return self.matvec(torch.eye(self.shape[1], **{"dtype": self.dtype, "device": self.device, **factory})).T
 
 
-@dataclass(frozen=True)
-class Transposed(LinearOperator):
-    """Aᵀ."""
+class OfOne(LinearOperator):
+    """What is made of one operator A, `of`: for vectors of its type, where it is."""
 
     of: LinearOperator
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(n, m) where A has (m, n)."""
-        return self.of.shape[::-1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -134,6 +128,41 @@ class Transposed(LinearOperator):
     def hold(self) -> AbstractContextManager[None]:
         """Hold A."""
         return self.of.hold()
+
+
+class OfTwo(LinearOperator):
+    """What is made of two operators, `left` and `right`."""
+
+    left: LinearOperator
+    right: LinearOperator
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The wider of the two."""
+        return torch.promote_types(self.left.dtype, self.right.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        """That of the one which is not on the CPU, if there is one."""
+        return self.right.device if self.left.device.type == "cpu" else self.left.device
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold both."""
+        with self.left.hold(), self.right.hold():
+            yield
+
+
+@dataclass(frozen=True)
+class Transposed(OfOne):
+    """Aᵀ."""
+
+    of: LinearOperator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, m) where A has (m, n)."""
+        return self.of.shape[::-1]
 
     def matvec(self, x: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
         """Aᵀ x."""
@@ -150,7 +179,28 @@ class Transposed(LinearOperator):
 
 
 @dataclass(frozen=True)
-class Composed(LinearOperator):
+class Scaled(OfOne):
+    """c A, for a number c."""
+
+    factor: float
+    of: LinearOperator
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """That of A."""
+        return self.of.shape
+
+    def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
+        """C (A x)."""
+        return self.factor * self.of.matvec(x)
+
+    def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
+        """C (Aᵀ y)."""
+        return self.factor * self.of.rmatvec(y)
+
+
+@dataclass(frozen=True)
+class Composed(OfTwo):
     """A B: first B, then A.
 
     Raises:
@@ -172,22 +222,6 @@ class Composed(LinearOperator):
         """Rows of A, columns of B."""
         return self.left.shape[0], self.right.shape[1]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The wider of the two."""
-        return torch.promote_types(self.left.dtype, self.right.dtype)
-
-    @property
-    def device(self) -> torch.device:
-        """That of the one which is not on the CPU, if there is one."""
-        return self.right.device if self.left.device.type == "cpu" else self.left.device
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Hold both."""
-        with self.left.hold(), self.right.hold():
-            yield
-
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """A (B x)."""
         return self.left.matvec(self.right.matvec(x))
@@ -198,7 +232,7 @@ class Composed(LinearOperator):
 
 
 @dataclass(frozen=True)
-class Sum(LinearOperator):
+class Sum(OfTwo):
     """A + B.
 
     Raises:
@@ -220,22 +254,6 @@ class Sum(LinearOperator):
         """That of both."""
         return self.left.shape
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The wider of the two."""
-        return torch.promote_types(self.left.dtype, self.right.dtype)
-
-    @property
-    def device(self) -> torch.device:
-        """That of the one which is not on the CPU, if there is one."""
-        return self.right.device if self.left.device.type == "cpu" else self.left.device
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Hold both."""
-        with self.left.hold(), self.right.hold():
-            yield
-
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """A x + B x."""
         return self.left.matvec(x) + self.right.matvec(x)
@@ -243,41 +261,6 @@ class Sum(LinearOperator):
     def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
         """Aᵀ y + Bᵀ y."""
         return self.left.rmatvec(y) + self.right.rmatvec(y)
-
-
-@dataclass(frozen=True)
-class Scaled(LinearOperator):
-    """c A, for a number c."""
-
-    factor: float
-    of: LinearOperator
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """That of A."""
-        return self.of.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That of A."""
-        return self.of.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """That of A."""
-        return self.of.device
-
-    def hold(self) -> AbstractContextManager[None]:
-        """Hold A."""
-        return self.of.hold()
-
-    def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
-        """C (A x)."""
-        return self.factor * self.of.matvec(x)
-
-    def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
-        """C (Aᵀ y)."""
-        return self.factor * self.of.rmatvec(y)
 
 
 def check_vectors(x: Tensor, size: int, what: str) -> None:
