@@ -126,7 +126,7 @@ def trained(size: Size, train: Tensor) -> SmallGPT:
 
 
 def gradients(module: SmallGPT, layout: Layout, examples: Tensor) -> tuple[Float[Tensor, "examples n"], list[float]]:
-    """A row for each example, and its loss."""
+    """Return a row for each example, and its loss."""
     weights, rows, losses = layout.parameters(module), torch.empty(len(examples), layout.n), []
     for row, example in zip(rows, examples, strict=True):
         loss = module.training_step([example[None]])

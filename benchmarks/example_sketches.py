@@ -78,7 +78,7 @@ class Reader(nn.Module):
 
 
 def make_problem(name: str, size: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
-    """A network at its start, inputs and labels; a smaller one if `size` is given."""
+    """Make a network at its start, inputs and labels; a smaller one if `size` is given."""
     torch.manual_seed(0)
     pixels, y = map(torch.tensor, load_digits(return_X_y=True))
     x = pixels.float() / 16

@@ -89,7 +89,7 @@ def rows(result, seed):
 
 
 def line(kind, net, data, seeds, folder):
-    """Prints a row of the table; gives the d90 of the mean."""
+    """Print a row of the table and return the d90 of the mean."""
     start = time.perf_counter()
     tuner = IntrinsicDimensionTuner({**QUIET, "max_epochs": 35, "default_root_dir": folder}, sketch=kind)
     ask = {"monitor": "accuracy", "seeds": seeds}

@@ -82,7 +82,7 @@ def memory(field):
 
 
 def run(name, threads):
-    """Times of steps, and peak memory."""
+    """Measure times of steps, and peak memory."""
     torch.set_num_threads(threads)
     warnings.simplefilter("ignore")
     seed_everything(0, verbose=False)

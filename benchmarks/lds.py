@@ -168,7 +168,7 @@ def ensembles(bench: Bench, dim: int = 512) -> None:
 
 
 def shares(names: list[str], lengths: bool) -> None:
-    """What the automatic damping keeps of the best, and on two sets what calibration does."""
+    """Print what the automatic damping keeps of the best, and on two sets what calibration does."""
     print("\nshare of the best LDS, ggn, dim 256    steps  best LDS  best c      v   auto   margin, auto")
     found = []
     for name in names:

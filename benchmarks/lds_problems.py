@@ -111,7 +111,7 @@ def halves(examples: int, count: int = 50, seed: int = 0) -> Tensor:
 
 
 def masks_of(subsets: Tensor, examples: int) -> Tensor:
-    """The same as booleans (count, examples)."""
+    """Return the same as booleans (count, examples)."""
     return torch.zeros(len(subsets), examples, dtype=torch.bool).scatter_(1, subsets, True)
 
 

@@ -118,7 +118,7 @@ def dense_hessian(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def projected(h: Tensor, kind: str, dim: int, seed: int) -> Tensor:
-    """The eigenvalues of S H Sᵀ, falling; float32 is far better than what is asked here."""
+    """Return the eigenvalues of S H Sᵀ, falling; float32 is far better than what is asked here."""
     s = make_sketch(kind, n=len(h), dim=dim, seed=seed).rmatvec(torch.eye(dim))  # by rows: there are fewer of them
     return torch.linalg.eigvalsh(s @ h @ s.T).flip(0).double()
 

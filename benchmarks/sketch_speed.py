@@ -91,7 +91,7 @@ def measure(row: tuple[str, int, int, int]) -> list[float] | None:
 
 
 def high_water() -> int:
-    """The most bytes this process ever held in memory at once."""
+    """Return the most bytes this process ever held in memory at once."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

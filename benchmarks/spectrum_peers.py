@@ -76,7 +76,7 @@ def cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def make_problem() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
-    """The network, lightly trained, and the batch."""
+    """Make the network, lightly trained, and the batch."""
     torch.manual_seed(0)
     pixels, labels = map(torch.tensor, load_digits(return_X_y=True))
     x = torch.tanh(pixels.float() / 16 @ torch.randn(64, 512) / 2)
@@ -92,7 +92,7 @@ def make_problem() -> tuple[nn.Module, tuple[Tensor, Tensor]]:
 
 
 def reference(path: Path) -> tuple[list[float], int]:
-    """The ten largest eigenvalues, and the first step of that same run at which they were right to 1e-3."""
+    """Return the ten largest eigenvalues, and the first step of that same run at which they were right to 1e-3."""
     module, batch = torch.load(path, weights_only=False)
     h = Hessian(cross_entropy, module.double(), [(batch[0].double(), batch[1])])
     basis, alpha, beta = torch.zeros(STEPS + 1, h.shape[0], dtype=torch.float64), [], []
@@ -114,7 +114,7 @@ def reference(path: Path) -> tuple[list[float], int]:
 
 
 def fewest(path: Path, true: list[float]) -> int:
-    """The smallest num_matvecs with which three seeds out of three are right to 1e-3."""
+    """Return the smallest num_matvecs with which three seeds out of three are right to 1e-3."""
     module, batch = torch.load(path, weights_only=False)
 
     def error(num_matvecs: int, seed: int) -> float:
@@ -124,7 +124,7 @@ def fewest(path: Path, true: list[float]) -> int:
 
 
 def worst(found: Sequence[float] | Tensor, true: list[float]) -> float:
-    """The largest relative error; `found` may be in any order."""
+    """Return the largest relative error; `found` may be in any order."""
     found, true = torch.as_tensor(found).double().sort(descending=True).values, torch.tensor(true, dtype=torch.float64)
     return float(((found - true) / true).abs().max())
 
@@ -211,7 +211,7 @@ def forget_high_water() -> None:
 
 
 def high_water() -> float:
-    """The most bytes in use at once. Not ru_maxrss, which a process inherits from the one that started it."""
+    """Return the most bytes in use at once. Not ru_maxrss, which a process inherits from the one that started it."""
     if sys.platform != "linux":
         return float("nan")
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
@@ -266,7 +266,7 @@ def main():
 
 
 def print_bars(lines: dict[str, Line], few: int) -> None:
-    """What was asked of us, and what came."""
+    """Print what was asked of us, and what came."""
     shortest, default, long = (line for name, line in lines.items() if name.startswith("ours"))
     bars = [
         (f"products for an error of {ERROR:.0e}, all of them", 32, shortest.products),

@@ -46,7 +46,7 @@ class Digits(LightningModule):
 
 
 def digits():
-    """The images, their true labels, and which of the training labels will be wrong."""
+    """Load the images, their true labels, and which of the training labels will be wrong."""
     images, labels = load_digits(return_X_y=True)
     images = torch.tensor(images / 16, dtype=torch.float32).view(-1, 8, 8)
     order = torch.randperm(len(images))

@@ -141,7 +141,7 @@ def reference(size):
 
 
 def train(name, model, dataset, size, out, accelerator):
-    """The monitor, after training; says how well the model does before and after."""
+    """Return the monitor after training; say how well the model does before and after."""
     rest, held_out = random_split(dataset, [len(dataset) - 192, 192], torch.Generator().manual_seed(0))
     held_out = DataLoader(held_out, batch_size=64)
     monitor = SpectrumMonitor(
@@ -199,7 +199,7 @@ def print_table(name, monitor, size, before, after):
 
 
 def print_findings(monitors):
-    """The paper's findings and ours, side by side, and what ours answer."""
+    """Print the paper's findings and ours, side by side, and what ours answer."""
     ends = [(m.history[0], m.history[-1]) for m in monitors.values()]
     rows = [
         ("", "RoBERTa", "GPT-2L", "BART", *monitors),
@@ -222,7 +222,7 @@ def print_findings(monitors):
 
 
 def points(axes, history, what, known, **style):
-    """A line over the training, with a marker at each measurement: hollow where it is not known."""
+    """Draw a line over the training, with a marker at each measurement: hollow where it is not known."""
     done, heights = [100 * m.step / history[-1].step for m in history], [what(m) for m in history]
     axes.plot(done, heights, alpha=0.5, lw=1.5, **style)
     for x, y, m in zip(done, heights, history, strict=True):

@@ -81,7 +81,7 @@ def digits():
 
 
 def text():
-    """The modules of the standard library, cut into pieces of nine letters: eight, and the next one."""
+    """Return the modules of the standard library, cut into pieces of nine letters: eight, and the next one."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     letters = b"".join(file.read_text("utf-8", "replace").encode("ascii", "replace") for file in files)
     pieces = torch.tensor(list(letters[: len(letters) // (BEFORE + 1) * (BEFORE + 1)])).view(-1, BEFORE + 1)
@@ -95,7 +95,7 @@ def loaders(train, val):
 
 
 def trivial(train, val):
-    """The frequencies of letters, and the loss of a guess by the last letter alone."""
+    """Return the frequencies of letters, and the loss of a guess by the last letter alone."""
     pairs = torch.bincount(train[:, -2] * LETTERS + train[:, -1], minlength=LETTERS**2).view(LETTERS, LETTERS) + 0.01
     guess = (pairs / pairs.sum(dim=1, keepdim=True)).log()
     return pairs.sum(dim=0) / pairs.sum(), float(-guess[val[:, -2], val[:, -1]].mean())

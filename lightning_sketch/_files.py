@@ -82,7 +82,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _written(path: Path, data: bytes) -> Iterator[Path]:
-    """A temporary file with these bytes on the disk, for as long as the context lasts."""
+    """Keep a temporary file with these bytes on the disk for as long as the context lasts."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
     try:
         with open(temporary, "xb") as file:  # O_EXCL

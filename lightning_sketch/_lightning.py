@@ -52,7 +52,7 @@ else:
 
 
 def batches_done(trainer: Trainer) -> int:
-    """The step at which Lightning's own callbacks log during training."""
+    """Return the step at which Lightning's own callbacks log during training."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
@@ -68,7 +68,7 @@ def muted_loggers(trainer: Trainer) -> Iterator[None]:
 
 
 def state_key(callback: CallbackBase, **identity: str) -> str:
-    """The key of a callback's state in a checkpoint, told apart by what identifies it."""
+    """Return the key of a callback's state in a checkpoint, told apart by what identifies it."""
     return callback._generate_state_key(**identity)
 
 
@@ -118,7 +118,7 @@ def say(trainer: Trainer, text: str) -> None:
 
 
 def loss_scale(trainer: Trainer) -> float:
-    """What a GradScaler multiplies the loss with; 1 where there is none."""
+    """Return what a GradScaler multiplies the loss with; 1 where there is none."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
@@ -160,7 +160,7 @@ def changed_batches(
 
 
 def evaluated_loader(trainer: Trainer, index: int) -> Any:
-    """The data loader of this index that is being validated, tested or predicted on."""
+    """Return the data loader of this index that is being validated, tested or predicted on."""
     loop = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer._active_loop
     return loop._combined_loader.flattened[index]
 
@@ -185,12 +185,12 @@ def like_namespace_of(module: LightningModule, wrapper: LightningModule) -> None
 
 
 def unwrapped(module: Any) -> Any:
-    """A LightningModule out of what torch.compile made of it; its compiled steps stay compiled."""
+    """Return the LightningModule in what torch.compile made of it; its compiled steps stay compiled."""
     return _maybe_unwrap_optimized(module) if hasattr(module, "_orig_mod") else module
 
 
 def lightning_class(module: LightningModule) -> type:
-    """The LightningModule that it is one of."""
+    """Return the LightningModule class, of its namespace, that a module is one of."""
     return next(base for base in _MODULES if isinstance(module, base))
 
 
@@ -208,18 +208,18 @@ def _code(function: Any) -> Any:
 
 
 def trainer_class(module: LightningModule) -> type:
-    """The Trainer of a module's namespace."""
+    """Return the Trainer class of a module's namespace."""
     return pl.Trainer if lightning_class(module) is pl.LightningModule else lp.Trainer
 
 
 def train_for(trainer: Trainer, steps: int) -> None:
-    """Let a Trainer do as many steps, whatever it was made for."""
+    """Override max_steps of an existing Trainer."""
     trainer.fit_loop.epoch_loop.max_steps = steps
     trainer.fit_loop.max_epochs = -1
 
 
 def rhythm(trainer: Trainer) -> tuple[Any, ...]:
-    """When it validates, and how long it trains at least."""
+    """Return the Trainer's validation schedule and minimum length."""
     loop = trainer.fit_loop
     return trainer.val_check_interval, trainer.check_val_every_n_epoch, loop.min_epochs, loop.epoch_loop.min_steps
 
@@ -231,13 +231,13 @@ def set_rhythm(
     min_epochs: int | None = 0,
     min_steps: int | None = None,
 ) -> None:
-    """By default, validation by batches, and an end whenever somebody asks for it."""
+    """Set the validation schedule; the defaults validate by batch count and allow an early stop."""
     trainer.val_check_interval, trainer.check_val_every_n_epoch = val_check_interval, check_val_every_n_epoch
     trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = min_epochs, min_steps
 
 
 def forgets(trainer: Trainer) -> bool:
-    """Whether it fits in processes made for that, whose callbacks are lost: ddp_spawn, ddp_fork, ddp_notebook."""
+    """Return whether fit runs in spawned processes, whose callbacks are lost: ddp_spawn, ddp_fork, ddp_notebook."""
     return isinstance(trainer.strategy.launcher, _SPAWNING)
 
 

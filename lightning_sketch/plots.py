@@ -151,7 +151,7 @@ def layers(
 
 
 def new_figure(width: int, height: int | float):
-    """An empty figure that also a notebook shows in which nothing else of matplotlib was imported."""
+    """Make an empty figure that a notebook also shows if nothing else of matplotlib was imported in it."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -180,7 +180,7 @@ def _legend(axes) -> None:
 
 
 def _stability(axes, time: Sequence[int | float], edge: Sequence[float]) -> None:
-    """The line above which gradient descent grows, where it is not far above everything."""
+    """Draw the line above which gradient descent grows, where it is not far above everything."""
     known = [(t, e) for t, e in zip(time, edge, strict=False) if math.isfinite(e)]
     if known:
         low, high = axes.get_ylim()

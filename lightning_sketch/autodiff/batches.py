@@ -263,22 +263,22 @@ def _labels(batch: Any) -> Any:
 
 
 def tensors_of(batch: Any) -> Iterator[Tensor]:
-    """The tensors in a batch, in its order, however deep."""
+    """Return the tensors in a batch, in its order, however deep."""
     return (value for _, value in _named_leaves(batch) if isinstance(value, Tensor))
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
-    """The batch with its tensors on this device."""
+    """Return the batch with its tensors on this device."""
     return _changed(batch, lambda tensor: tensor.to(device))
 
 
 def copied(batch: Any) -> Any:
-    """The batch with tensors and collections of its own, for a step that changes its batch in place; vmap allows it."""
+    """Return a copy of the batch, for a step that changes its batch in place; vmap allows it."""
     return _changed(batch, Tensor.clone)
 
 
 def differentiable(batch: Any, widen: bool = False) -> Any:
-    """The batch as autograd can use it: no tensors made in inference mode, and no half precision if `widen`."""
+    """Return the batch as autograd can use it: without tensors of inference mode, nor half precision if `widen`."""
 
     def needs(tensor: Tensor) -> bool:
         return tensor.is_inference() or (widen and tensor.dtype in HALF)
@@ -347,7 +347,7 @@ def _named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _lists_in(value: Any) -> Iterator[Sequence[Any]]:
-    """Lists and plain tuples in a batch, however deep."""
+    """Yield lists and plain tuples in a batch, however deep."""
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         yield value
     if not isinstance(value, _Array | str | bytes):
@@ -369,12 +369,12 @@ def _items(value: Any) -> list[Any]:
 
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with its tensors changed, in the same collections."""
+    """Return the batch with its tensors changed, in the same collections."""
     return change(value) if isinstance(value, Tensor) else _mapped(value, lambda item, _: _changed(item, change))
 
 
 def _mapped(value: Any, function: Callable[[Any, Any], Any]) -> Any:
-    """A collection of the same kind, of what the function makes of its items and their keys; all else as it is."""
+    """Return a collection of what the function makes of each item and its key, of the same kind; all else as it is."""
     if dataclasses.is_dataclass(value):
         named = {f.name: function(getattr(value, f.name), f.name) for f in fields(value)}
         return dataclasses.replace(value, **named)

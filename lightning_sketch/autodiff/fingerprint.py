@@ -24,7 +24,7 @@ _M = 0x9E3779B97F4A7C15
 
 @torch.no_grad()
 def fingerprint(tensors: Sequence[Tensor]) -> int:
-    """A 64-bit signed integer of these tensors' contents, in their order; never 0.
+    """Return a 64-bit signed integer of these tensors' contents, in their order; never 0.
 
     >>> fingerprint([torch.zeros(3)]) == fingerprint([torch.zeros(3)]) != fingerprint([torch.ones(3)])
     True

@@ -10,7 +10,7 @@ from lightning_sketch.autodiff.batches import HALF
 
 @contextmanager
 def swap_tensors(module: nn.Module, tensors: Sequence[Tensor], by: Sequence[Tensor]) -> Iterator[None]:
-    """The module with each of `tensors` replaced, wherever a submodule holds it; the very same put back after.
+    """Replace each of `tensors` by another one wherever a submodule holds it, and put the very same back after.
 
     The tensors themselves are left alone, and with them their gradients, their hooks, and what a
     distributed reducer or an optimizer knows of them. Lists of parameters, as an LSTM keeps, are followed.
@@ -43,7 +43,7 @@ def _check_present(module: nn.Module, tensors: Sequence[Tensor], present: set[in
 
 @contextmanager
 def in_float32(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The module on float32 copies of what it holds in half precision; yields what stands for these parameters.
+    """Run the module on float32 copies of what it holds in half precision; yields what stands for these parameters.
 
     Inside another such context, as of two operators in a sum, the copies of the outer one serve.
     """

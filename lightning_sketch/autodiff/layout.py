@@ -33,7 +33,7 @@ class Layout:
 
     @classmethod
     def of(cls, module: nn.Module, pattern: str | Sequence[str] = "*") -> "Layout":
-        """The trainable parameters of a module whose name matches, shared ones once, in their own order.
+        """Return the layout of the trainable parameters whose name matches, shared ones once, in the module's order.
 
         Args:
             module: names are taken without the prefixes that torch.compile, FSDP, DDP and
@@ -68,7 +68,7 @@ class Layout:
         return sum(shape.numel() for shape in self.shapes)
 
     def parameters(self, module: nn.Module) -> list[nn.Parameter]:
-        """The parameters of the module, in this order."""
+        """Return the parameters of the module, in this order."""
         found = {names[0]: parameter for parameter, names in _trainable(module, frozen=True).values()}
         missing = [
             name
@@ -80,7 +80,7 @@ class Layout:
         return [found[name] for name in self.names]
 
     def flatten(self, tensors: Sequence[Tensor | None], like: Tensor) -> Float[Tensor, " n"]:
-        """One vector, of the type and on the device of `like`; None is zero."""
+        """Return one vector, of the type and on the device of `like`; None is zero."""
         vector, start = like.new_zeros(self.n), 0
         for size, tensor in zip(self._sizes, tensors, strict=True):
             if tensor is not None:
@@ -89,11 +89,11 @@ class Layout:
         return vector
 
     def unflatten(self, vector: Float[Tensor, " n"]) -> list[Tensor]:
-        """Views into the vector, in the parameters' shapes."""
+        """Return views into the vector, in the parameters' shapes."""
         return [part.view(shape) for part, shape in zip(vector.split(self._sizes), self.shapes, strict=True)]
 
     def sketch(self, sketch: Sketch, tensors: Mapping[str, Tensor | None]) -> Float[Tensor, " dim"]:
-        """The sketch of the flat vector of these tensors, without making that vector if the sketch streams.
+        """Sketch the flat vector of these tensors, without making that vector if the sketch streams.
 
         Args:
             sketch: with n as here.
@@ -123,7 +123,7 @@ class Layout:
         return total
 
     def lift(self, sketch: Sketch, y: Float[Tensor, " dim"], like: Sequence[Tensor]) -> Iterator[Tensor]:
-        """The adjoint of `sketch`: Sᵀ y, cut into the parameters' shapes, one after the other.
+        """Yield Sᵀ y, the adjoint of `sketch`, cut into the parameters' shapes, one after the other.
 
         Scratch: the largest parameter and a slab, if the sketch streams; n numbers if not.
 
@@ -160,7 +160,7 @@ class Layout:
                 yield read(start, start + tensor.numel()).view(tensor.shape)
 
     def _sketch_sharded(self, sketch: Sketch, tensors: Mapping[str, Tensor]) -> Float[Tensor, " dim"]:
-        """The sum over all shards of their sketches, each taken by the rank that holds it."""
+        """Return the sum over all shards of their sketches, each taken by the rank that holds it."""
         starts = dict(zip(self.names, itertools.accumulate(self._sizes, initial=0), strict=False))
         partial: dict[tuple, Tensor] = {}
         for name, tensor in tensors.items():
@@ -197,7 +197,7 @@ class Layout:
                 _check_sharded(name, tensor, sketch)
 
     def _slabs(self, tensors: Mapping[str, Tensor | None], slab: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The flat vector in pieces, one after the other in the same memory; those without any tensor are left out."""
+        """Yield pieces of the flat vector, one after the other in the same memory, but those without any tensor."""
         begin, offset, given = 0, 0, False
         for name, size in zip(self.names, self._sizes, strict=True):
             tensor = _dense(tensors.get(name))
@@ -229,7 +229,7 @@ def _check_sharded(name: str, tensor: Tensor, sketch: Sketch) -> None:
 
 
 def _first_of_shard(tensor: Tensor) -> int:
-    """The flat place of the first number of this rank's shard, a run of rows."""
+    """Return the flat place of the first number of this rank's shard, a run of rows."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # loaded with DTensor anyway
 
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tuple(tensor.placements))
@@ -237,7 +237,7 @@ def _first_of_shard(tensor: Tensor) -> int:
 
 
 def _summed(partial: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
-    """Over the axes of the mesh that shards lie along; along the others all ranks have the same."""
+    """Add up over the axes of the mesh that shards lie along; along the others all ranks have the same."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     parts = [Partial() if placement.is_shard() else Replicate() for placement in placements]
@@ -249,7 +249,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _trainable(module: nn.Module, frozen: bool = False) -> dict[int, tuple[nn.Parameter, list[str]]]:
-    """Each parameter with all its names, by identity."""
+    """Return each parameter with all its names, by identity."""
     while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         module = module.module
     found: dict[int, tuple[nn.Parameter, list[str]]] = {}

@@ -120,7 +120,7 @@ def _call(callee: nn.Module, batch: Any) -> Any:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Whether its class, and not only `nn.Module` or Lightning's own, says what a call does."""
+    """Return whether its class, and not only `nn.Module` or Lightning's own, says what a call does."""
     owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     of_lightning = owner.__name__ == "LightningModule" and owner.__module__.split(".")[0].endswith("lightning")
     return "forward" in vars(module) or not (owner is nn.Module or of_lightning)
@@ -195,7 +195,7 @@ class CrossEntropy:
         return F.pad(labels[:, 1:], (0, 1), value=self.ignore_index) if self.shift else labels
 
     def _counts(self, output: Tensor, labels: Tensor) -> tuple[int, Tensor]:
-        """The axis of the classes, and which labels count."""
+        """Return the axis of the classes, and which labels count."""
         if labels.is_floating_point():
             _of_shape(output, labels, "cross-entropy of probabilities")
             return 1, torch.ones_like(output.select(1, 0), dtype=torch.bool)
@@ -381,7 +381,7 @@ class OutputModel:
         )
 
     def _trained(self, batch: Any, own: Tensor | None) -> float | None:
-        """The loss that is trained, on this batch; else the model's own; else not known."""
+        """Return the loss that is trained, on this batch; else the model's own; else None."""
         if self.loss_fn is None:
             return None if own is None else float(own.detach())
         try:

@@ -181,7 +181,7 @@ def _is_metric(part: nn.Module) -> bool:
 
 
 def _parameter(parameter: nn.Parameter) -> Callable[[], None]:
-    """A frozen parameter, as of a teacher that follows the student: changed in place, or given another tensor."""
+    """Remember a frozen parameter, which may be changed in place or given another tensor, as a mean teacher's is."""
     data, values = parameter.data, _tensor(parameter.data)
 
     def put_back() -> None:

@@ -42,7 +42,7 @@ _MARKED = once_differentiable(lambda ctx: None).__code__
 
 
 def double_backward(loss_now: LossNow, parameters: Sequence[Tensor], keep: bool) -> Product:
-    """By differentiating the gradient once more, in reverse."""
+    """Return H v by differentiating the gradient once more, in reverse."""
     loss = loss_now()
     with second_derivative_errors(), nothing_dropped(loss):
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
@@ -59,7 +59,7 @@ def double_backward(loss_now: LossNow, parameters: Sequence[Tensor], keep: bool)
 
 
 def forward_over_reverse(loss_now: LossNow, module: nn.Module, parameters: Sequence[Tensor]) -> Product:
-    """By carrying the derivative along v through the gradient."""
+    """Return H v by carrying the derivative along v through the gradient."""
 
     def product(pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
         with forward_ad.dual_level(), second_derivative_errors():
@@ -75,7 +75,7 @@ def forward_over_reverse(loss_now: LossNow, module: nn.Module, parameters: Seque
 
 
 def finite_differences(loss_now: LossNow, module: nn.Module, parameters: Sequence[Tensor], step: float) -> Product:
-    """From two gradients, `step` to either side along v / ||v||."""
+    """Return H v from two gradients, `step` to either side along v / ||v||."""
 
     def gradient(pieces: Sequence[Tensor], t: float) -> Sequence[Tensor | None]:
         moved = [torch.add(p.detach(), v, alpha=t).requires_grad_() for p, v in zip(parameters, pieces, strict=True)]
@@ -104,7 +104,7 @@ class Jacobian:
             self._pulled = torch.autograd.grad(output, parameters, self._u, create_graph=True, allow_unused=True)
 
     def matvec(self, pieces: Sequence[Tensor]) -> Tensor:
-        """J v, in the shape of the output."""
+        """Return J v, in the shape of the output."""
         pairs = [(g, v) for g, v in zip(self._pulled, pieces, strict=True) if g is not None and g.requires_grad]
         if not pairs:
             return torch.zeros_like(self.output)
@@ -113,7 +113,7 @@ class Jacobian:
             return torch.autograd.grad(outputs, self._u, directions, retain_graph=True)[0]
 
     def rmatvec(self, u: Tensor, keep: bool) -> Sequence[Tensor | None]:
-        """Jᵀ u, in the shapes of the parameters."""
+        """Return Jᵀ u, in the shapes of the parameters."""
         return torch.autograd.grad(self.output, self.parameters, u, retain_graph=keep, allow_unused=True)
 
 
@@ -186,7 +186,7 @@ def nowhere_else(output: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def graph_nodes(output: Tensor) -> Iterator[object]:
-    """The operations that made a tensor, each once."""
+    """Yield the operations that made a tensor, each once."""
     nodes, seen = [output.grad_fn], set()
     while nodes:
         node = nodes.pop()

@@ -26,7 +26,7 @@ class EigenPairs(NamedTuple):
 def eigenvectors(
     operator: LinearOperator, krylov: Krylov, coefficients: Float[Tensor, "m k"], top_k: int
 ) -> EigenPairs:
-    """The vectors x = V c, for k columns c, then made orthonormal and turned to eigenvectors within their span.
+    """Return the vectors x = V c, for k columns c, made orthonormal and turned to eigenvectors within their span.
 
     The first `top_k` come with falling values, the others with rising ones. Costs as many products as the runs
     took, 2 k more, and memory for k + 4 vectors of size n. The operator must be the same as before: if it is not,

@@ -58,7 +58,7 @@ class Krylov:
     def grow(
         self, operator: LinearOperator, gradient: Float[Tensor, " n"] | None = None
     ) -> Iterator[Float[Tensor, " n"]]:
-        """Yields v_2, v_3, ... of a run from a new start, while their sketches are kept.
+        """Yield v_2, v_3, ... of a run from a new start, while their sketches are kept.
 
         Raises:
             ValueError: if a product is not finite.

@@ -45,7 +45,7 @@ def lanczos(
     again: Sequence[tuple[float, float]] = (),
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, float, float]]:
-    """Yields v_{j+1}, α_j, β_j for j = 1, 2, ..., from `start_vector(operator, seed, f"{start}")`.
+    """Yield v_{j+1}, α_j, β_j for j = 1, 2, ..., from `start_vector(operator, seed, f"{start}")`.
 
     Where the Krylov space ends (β_j is rounding), β_j = 0 and v_{j+1} is a new random vector: the relation
     A V_m = V_{m+1} T̄_m goes on to hold, and what the first start could not see comes into view.
@@ -101,7 +101,7 @@ def extreme_ritz_values(
 
 
 def dot(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
-    """The inner product, summed up in float64 by chunks: no copy of size n."""
+    """Return the inner product, summed up in float64 by chunks: no copy of size n."""
     chunks = zip(x.split(_CHUNK), y.split(_CHUNK), strict=True)
     if x.device.type == "mps":  # knows no float64
         return float(sum(a.cpu().double() @ b.cpu().double() for a, b in chunks))

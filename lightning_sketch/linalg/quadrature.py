@@ -49,11 +49,11 @@ class Quadrature(NamedTuple):
     """w, which sum to one."""
 
     def mean(self, values: Float[Tensor, " q"]) -> float:
-        """The mean over all eigenvalues of f, given as f(t)."""
+        """Return the mean over all eigenvalues of f, given as f(t)."""
         return float(self.weights @ values)
 
     def density(self, grid: Float[Tensor, " g"], sigma: float) -> Float[Tensor, " g"]:
-        """The share of eigenvalues per unit, each node smoothed to a Gaussian of width sigma."""
+        """Return the share of eigenvalues per unit, each node smoothed to a Gaussian of width sigma."""
         distance = (grid[:, None].double() - self.nodes) / sigma
         return (-0.5 * distance**2).exp() @ self.weights / (sigma * math.sqrt(2 * math.pi))
 

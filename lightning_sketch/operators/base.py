@@ -30,11 +30,11 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
-        """A x for each vector along the last axis."""
+        """Return A x for each vector along the last axis."""
 
     @abstractmethod
     def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
-        """Aᵀ y for each vector along the last axis."""
+        """Return Aᵀ y for each vector along the last axis."""
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -106,7 +106,7 @@ class LinearOperator(ABC):
         )
 
     def as_matrix(self, **factory) -> Float[Tensor, "m n"]:
-        """The dense matrix: m·n numbers, for tests and small problems only. `dtype` and `device` as in `torch.eye`."""
+        """Return the dense matrix, m·n numbers, for small problems; `dtype` and `device` as in `torch.eye`."""
         return self.matvec(torch.eye(self.shape[1], **{"dtype": self.dtype, "device": self.device, **factory})).T
 
 
@@ -165,11 +165,11 @@ class Transposed(OfOne):
         return self.of.shape[::-1]
 
     def matvec(self, x: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
-        """Aᵀ x."""
+        """Return Aᵀ x."""
         return self.of.rmatvec(x)
 
     def rmatvec(self, y: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
-        """A y."""
+        """Return A y."""
         return self.of.matvec(y)
 
     @property
@@ -223,11 +223,11 @@ class Composed(OfTwo):
         return self.left.shape[0], self.right.shape[1]
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
-        """A (B x)."""
+        """Return A (B x)."""
         return self.left.matvec(self.right.matvec(x))
 
     def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
-        """Bᵀ (Aᵀ y)."""
+        """Return Bᵀ (Aᵀ y)."""
         return self.right.rmatvec(self.left.rmatvec(y))
 
 
@@ -255,11 +255,11 @@ class Sum(OfTwo):
         return self.left.shape
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
-        """A x + B x."""
+        """Return A x + B x."""
         return self.left.matvec(x) + self.right.matvec(x)
 
     def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
-        """Aᵀ y + Bᵀ y."""
+        """Return Aᵀ y + Bᵀ y."""
         return self.left.rmatvec(y) + self.right.rmatvec(y)
 
 

@@ -67,7 +67,7 @@ class BlockSRHT(StreamingSketch):
         return self._mix(chunks, "out", "in", first, spare)
 
     def _mix(self, x: Tensor, before: str, after: str, which: Which, spare: list[Tensor]) -> Tensor:
-        """The signs of stream `after`, times H, times the signs of stream `before`, times x."""
+        """Multiply x by the signs of stream `before`, by H, and by the signs of stream `after`."""
         second, mask = spare
         self._flip(x, before, which, mask)
         return self._flip(transform(x, second[: x.numel()].view_as(x)), after, which, mask)

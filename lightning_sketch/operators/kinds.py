@@ -17,7 +17,7 @@ KINDS: dict[str, type[Sketch]] = {
 
 
 def make_sketch(kind: str, *, n: int, dim: int, seed: int = 0, rng: str = RNG) -> Sketch:
-    """The sketch of this kind: `make_sketch(**sketch.spec()) == sketch`.
+    """Make the sketch of this kind: `make_sketch(**sketch.spec()) == sketch`.
 
     Args:
         kind: block_srht, affd, afjl, qk, ffd, fjl, gaussian or count_sketch.

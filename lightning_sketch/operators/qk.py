@@ -90,7 +90,7 @@ class QK(Sketch):
         return out
 
     def _orthogonal(self, like: Tensor) -> list[Float[Tensor, "D_i B_i"]]:
-        """The Q_i."""
+        """Return the Q_i."""
         qs = []
         for i, (dim, size) in enumerate(self.factors):
             gaussian = normals(self.key(f"factor {i}"), 0, size * dim, torch.float64, "cpu").view(size, dim)

@@ -41,7 +41,7 @@ class Key(tuple):
     """A 64-bit key, as two halves of 32 bits."""
 
     def __new__(cls, seed: int, stream: str):
-        """The key of a named stream of a seed, e.g. `Key(0, "affd/signs")`."""
+        """Make the key of a named stream of a seed, e.g. `Key(0, "affd/signs")`."""
         digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
         return super().__new__(cls, divmod(int.from_bytes(digest, "little"), 1 << 32))
 
@@ -149,7 +149,7 @@ def integers_at(key: Key, index: Int[Tensor, "*any"], below: int) -> Int[Tensor,
 
 
 def normals(key: Key, start: int, stop: int, dtype=torch.float32, device=None) -> Tensor:
-    """Standard normal variables on a grid of 2^16 quantiles, two to a word.
+    """Return standard normal variables on a grid of 2^16 quantiles, two to a word.
 
     Mean 0 and variance 1 hold exactly over the table; the largest value is 4.3. A table in place of
     `log` and `cos`, since those differ in the last bit between devices.
@@ -160,7 +160,7 @@ def normals(key: Key, start: int, stop: int, dtype=torch.float32, device=None) -
 
 
 def normals_at(key: Key, index: Int[Tensor, "*any"], dtype=torch.float32) -> Float[Tensor, "*any"]:
-    """`normals` at each index of a tensor."""
+    """Return `normals` at each index of a tensor."""
     return _quantiles(dtype, index.device)[words_at(key, index // 2) >> index % 2 * 16 & 0xFFFF]
 
 

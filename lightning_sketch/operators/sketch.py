@@ -71,7 +71,7 @@ class Sketch(LinearOperator):
         return Columns(self, start, stop)
 
     def spec(self) -> dict[str, int | str]:
-        """The map in JSON: `make_sketch(**sketch.spec()) == sketch`."""
+        """Return the map in JSON: `make_sketch(**sketch.spec()) == sketch`."""
         return {"kind": self.kind, "n": self.n, "dim": self.dim, "seed": self.seed, "rng": RNG}
 
     @property
@@ -80,7 +80,7 @@ class Sketch(LinearOperator):
         return 1 << (self.dim - 1).bit_length()
 
     def key(self, stream: str) -> Key:
-        """The key of one of this sketch's own random streams."""
+        """Return the key of one of this sketch's own random streams."""
         return Key(self.seed, f"{self.kind}/{stream}")
 
     @abstractmethod

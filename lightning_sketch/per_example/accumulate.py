@@ -87,7 +87,7 @@ class SketchAccumulator:
 
     @torch.no_grad()
     def start(self, examples: int) -> None:
-        """A new batch of this size: all rows are zero."""
+        """Begin a new batch of this size: all rows are zero."""
         dtypes = (parameter.dtype for parameter in self._parameters.values())
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         device = next((parameter.device for parameter in self._parameters.values()), None)
@@ -120,7 +120,7 @@ class SketchAccumulator:
 
     @torch.no_grad()
     def rows(self) -> Float[Tensor, "examples dim"]:
-        """The sketches of what was added since `start`.
+        """Return the sketches of what was added since `start`.
 
         Raises:
             RuntimeError: before the first `start`.
@@ -256,14 +256,14 @@ class _Slabs:
                     self._write_runs(at[examples, t : t + group], block[examples, t : t + group], examples, parts)
 
     def total(self) -> Float[Tensor, "examples dim"]:
-        """The sum over all that was written."""
+        """Return the sum over all that was written."""
         self._flush()
         return self._sketch.scale * self._total
 
     def _write_runs(
         self, at: Int[Tensor, "n runs"], values: Float[Tensor, "n runs width"], examples: slice, parts: int
     ) -> None:
-        """Runs of numbers from ascending coordinates on: each chunk that they touch has one place in the slab."""
+        """Write runs of numbers from ascending coordinates on: each chunk they touch has one place in the slab."""
         width = values.shape[2]
         low, high = at // self._chunk, (at + width - 1) // self._chunk
         fresh = high - low + 1

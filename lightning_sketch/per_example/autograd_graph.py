@@ -119,7 +119,7 @@ class Graph:
         self.hides = any(node.name() == "CheckpointFunctionBackward" for node in seen)
 
     def leaf(self, parameter: Tensor) -> Any:
-        """The node where the parameter's gradient is added up; None if the loss does not depend on it openly."""
+        """Return the node where a parameter's gradient is added up; None if the loss does not depend on it openly."""
         return self._leaves.get(id(parameter))
 
     def meetings(self, node: Any, shared: Shared) -> tuple[list[Meeting], list[str]]:
@@ -149,7 +149,7 @@ def _can_be_read(node: Any, place: int) -> bool:
 
 
 def _by_example(gradient: Tensor, shape: Size, examples: int) -> Tensor:
-    """Summed over the axes along which a tensor of this shape was repeated, but for the first: (examples, numbers)."""
+    """Sum over the axes along which a tensor of this shape was repeated, but for the first: (examples, numbers)."""
     if examples == 1:
         return gradient.sum_to_size(shape).reshape(1, -1)
     more = gradient.ndim - len(shape)

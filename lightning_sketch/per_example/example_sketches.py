@@ -61,7 +61,7 @@ class ExampleSketches:
         self._hooks: tuple[ExampleHooks, SketchAccumulator] | None = None
 
     def __call__(self, batch: Any) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
-        """The rows, at the module's present weights."""
+        """Return the rows, at the module's present weights."""
         if self.engine in ("auto", "hooks") and self._hooks is None:
             self._choose(batch)
         if self._hooks is not None:

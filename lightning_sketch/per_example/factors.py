@@ -56,5 +56,5 @@ class Unsupported(Exception):
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor, in float32 if it is of half precision."""
+    """Return the tensor, in float32 if it is of half precision."""
     return tensor.float() if tensor.dtype in HALF else tensor

@@ -114,7 +114,7 @@ class ExampleHooks:
             self.detach()
 
     def _parts(self) -> list[tuple[str, nn.Module]]:
-        """The module's parts, none of them compiled; none at all if nothing is asked for."""
+        """Return the module's parts, none of them compiled; none at all if nothing is asked for."""
         if not self._parameters:
             return []
         _refuse_compiled(self._module)

@@ -24,7 +24,7 @@ def own_scale(
     weight_fn: Callable[[Any], float] | None = None,
     structure: BatchStructure | None = None,
 ) -> Float[Tensor, " examples"]:
-    """What turns shares into gradients, one factor per example; 0 for an example that has no weight.
+    """Return what turns shares into gradients, one factor per example; 0 for an example that has no weight.
 
     Args:
         batch: of which the loss is taken.

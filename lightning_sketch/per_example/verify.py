@@ -48,7 +48,7 @@ class _Each:
         self.rows[name] += accumulator.rows()
 
     def of(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """The same sketches of gradients; a missing one is zero."""
+        """Sketch gradients likewise; a missing one is zero."""
         return {
             name: self.rows[name].new_zeros(sketch.dim) if g is None else sketch.matvec(g.to_dense().reshape(-1))
             for (name, g), sketch in zip(gradients.items(), self.sketches.values(), strict=True)

@@ -84,7 +84,7 @@ class _Products:
 
 
 def _matrices(module: nn.MultiheadAttention) -> list[nn.Parameter | None]:
-    """The parameters that are multiplied by, with their biases."""
+    """Return the parameters that are multiplied by, with their biases."""
     last = module.out_proj._parameters
     return [*(module._parameters.get(name) for name in _OWN), last.get("weight"), last.get("bias")]
 

@@ -37,7 +37,7 @@ def embedding(module: nn.Embedding, input: Tensor, gradient: Tensor) -> list[Fac
 
 
 def looked_up(module: nn.Embedding, index: Tensor, gradient: Tensor) -> SparseRows:
-    """What the rows with these indices (examples, tokens) got; the padding row gets nothing through its table."""
+    """Return what the rows with these indices (examples, tokens) got; the padding row gets nothing by its table."""
     if module.scale_grad_by_freq:
         raise Unsupported("scale_grad_by_freq divides by counts over all examples, which no example has alone")
     if module.max_norm is not None:
