@@ -26,6 +26,12 @@ class SelfInfluence(NamedTuple):
     scores: Float[Tensor, " rows"]
     example_ids: Int[Tensor, " rows"]
 
+    def __repr__(self) -> str:
+        largest = self.scores.argsort(descending=True)[:5]
+        pairs = zip(self.example_ids[largest].tolist(), self.scores[largest].tolist(), strict=True)
+        listed = ", ".join(f"{example} ({score:.3g})" for example, score in pairs)
+        return f"SelfInfluence of {len(self.scores)}, largest: {listed}"
+
 
 def self_influence(
     train: RowSource,

@@ -18,12 +18,24 @@ from lightning_sketch.attribution.influence import Damping
 from lightning_sketch.attribution.scorer import CurvatureLike, Queries, Scorer, scorers
 from lightning_sketch.store.sketched_gradients import RowSource
 
+_SHOWN = 5
+"""Queries, and examples of each, in a repr."""
+
 
 class TopK(NamedTuple):
     """For each query, best first: scores, and what the rows are known by."""
 
     scores: Float[Tensor, "queries k"]
     example_ids: Int[Tensor, "queries k"]
+
+    def __repr__(self) -> str:
+        queries, k = self.scores.shape
+        lines = [f"TopK of {queries} queries, k={k}: example (score)"]
+        for i in range(min(queries, _SHOWN)):
+            pairs = zip(self.example_ids[i, :_SHOWN].tolist(), self.scores[i, :_SHOWN].tolist(), strict=True)
+            best = ", ".join(f"{example} ({score:.3g})" for example, score in pairs)
+            lines.append(f"    query {i}: {best}{', ...' if k > _SHOWN else ''}")
+        return "\n".join(lines + (["    ..."] if queries > _SHOWN else []))
 
 
 def top_k(

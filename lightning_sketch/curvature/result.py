@@ -75,6 +75,18 @@ class Spectrum:
     method: str = "lanczos"
     """Or "projected": eigenvalues, trace and density are those of S A Sᵀ, of size n = dim."""
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: {self._described()}"
+
+    def _described(self) -> str:
+        pairs = zip(self.eigenvalues.tolist(), self.converged.tolist(), strict=True)
+        shown = [f"{value:.4g}{'' if known else '?'}" for value, known in pairs]
+        return (
+            f"{int(self.converged.sum())} of {len(shown)} Ritz values converged, of an operator of size {self.n:,}, by "
+            f"{self.num_products} products\n    largest {', '.join(shown[:5])}\n    smallest {', '.join(shown[:-4:-1])}"
+            f"\n    trace {self.trace:.4g} ± {self.trace_sem:.2g}  (? not converged)"
+        )
+
     @property
     def accepted(self) -> Bool[Tensor, " r"]:
         """Whether an eigenvalue is known to be there: residual <= tol · |eigenvalue|."""

@@ -60,7 +60,9 @@ def load_spectrum(path: str | os.PathLike) -> Spectrum:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if "spectrum" not in metadata:
-            raise ValueError(f"{path} holds no spectrum; it is made by Spectrum.save.")
+            raise ValueError(
+                f"{path} holds no spectrum; save_spectrum makes such a file, as does SpectrumMonitor beside a CSV log."
+            )
         plain = json.loads(metadata["spectrum"])
         plain |= {name: file.get_tensor(name) for name in file.keys()}
     runs = [

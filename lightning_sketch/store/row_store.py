@@ -14,8 +14,8 @@ from lightning_sketch.store.index import QUERIES, StoredRows, live_rows, read_in
 from lightning_sketch.store.lineage import Attempt, begin_attempt, line_of, read_attempts
 from lightning_sketch.store.manifest import rows_folder
 from lightning_sketch.store.shards import Shard, ShardName
-from lightning_sketch.store.sketched_gradients import SketchedGradients, matching
-from lightning_sketch.store.spec import StoreSpec
+from lightning_sketch.store.sketched_gradients import SketchedGradients, described, matching
+from lightning_sketch.store.spec import DTYPES, StoreSpec
 from lightning_sketch.store.writer import RowAppender
 
 Store = TypeVar("Store", bound="RowStore")
@@ -89,6 +89,11 @@ class RowStore:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __repr__(self) -> str:
+        rows = described(self.rows.columns, DTYPES[self.spec.dtype], self.sketch)
+        queries = f"\n    {len(self.kept)} rows of stored queries" if len(self.kept) else ""
+        return f"{type(self).__name__} in {self.path}: {rows}{queries}"
 
     def metadata(self) -> dict[str, Tensor]:
         """What is known of each row; no sketch is read."""

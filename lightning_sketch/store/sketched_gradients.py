@@ -81,6 +81,9 @@ class SketchedGradients:
     def __len__(self) -> int:
         return len(self.sketches)
 
+    def __repr__(self) -> str:
+        return f"SketchedGradients: {described(self.columns, self.sketches.dtype, self.sketch)}"
+
     def __getattr__(self, name: str) -> Tensor:
         columns = self.__dict__.get("columns", {})
         if name not in columns:
@@ -128,6 +131,26 @@ class SketchedGradients:
         """All rows of the parts, in order; where a part lacks a column its values are unknown."""
         columns = cat_columns([part.columns for part in parts])
         return SketchedGradients(torch.cat([part.sketches for part in parts]), parts[0].sketch, columns)
+
+
+def described(columns: Mapping[str, Tensor], dtype: torch.dtype, sketch: Sketch) -> str:
+    """Return what rows are, in a line or two: how many, by which sketch, from which stages, with what known of them."""
+    stages = columns["stage"]
+    counts = ", ".join(f"{STAGES[i]} {int((stages == i).sum())}" for i in stages.unique().tolist())
+    known = [name for name, column in columns.items() if not _is_default(name, column)]
+    return (
+        f"{len(stages)} rows of {sketch.dim} numbers ({str(dtype).removeprefix('torch.')}) by {sketch}"
+        + (f"; {counts}" if counts else "")
+        + (f"\n    columns with values: {', '.join(known)}" if known else "")
+    )
+
+
+def _is_default(name: str, column: Tensor) -> bool:
+    """Whether a column says nothing of any row."""
+    if name not in DEFAULTS or name == "stage":
+        return name == "stage"
+    default = DEFAULTS[name]
+    return bool(column.isnan().all() if default != default else (column == default).all())
 
 
 def cat_columns(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

@@ -60,6 +60,10 @@ class Measurement(Spectrum):
     """Mean squared cosine between the top_k eigenvectors now and at the last measurement."""
     layers: dict[str, LayerCurvature] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        moment = f"epoch {self.epoch}, step {self.step}, loss {self.loss:.4g}, {self.seconds:.1f} s"
+        return f"Measurement: {moment}; {self._described()}"
+
     def state(self) -> dict[str, Any]:
         """Tensors and plain numbers, as a checkpoint may hold them; no vectors but sketched ones."""
         layers = {name: asdict(layer) for name, layer in self.layers.items()}
