@@ -41,7 +41,7 @@ WORDS = {
     "queries": ["SketchedGradients: 32 rows", "(float32)"],
     "top": ["TopK of 32 queries, k=10", "query 0: ", ", ..."],
     "self": ["SelfInfluence of 256, largest: "],
-    "measurement": ["Measurement: epoch 1, step 8", "Ritz values converged", "trace"],
+    "measurement": ["Measurement: epoch ", "Ritz values converged", "trace"],
     "spectrum": ["Spectrum: ", "of an operator of size 64", "largest 8, 8"],
 }
 
