@@ -18,7 +18,10 @@ from filelock import FileLock
 
 TEMPORARY = ".tmp"
 
-_UNSUPPORTED = {errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
+_UNSUPPORTED = {
+    getattr(errno, name)
+    for name in ("EPERM", "EACCES", "EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EMLINK", "EXDEV", "EBADF")
+}
 """What file systems answer that have no hard links, or cannot open or fsync a folder: exFAT, FUSE, Windows."""
 
 

@@ -133,7 +133,7 @@ def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
     if scale == 1.0:
         return scale
     of_torch = any(kind.__module__.startswith("torch.optim.") for kind in type(plain).__mro__ if kind is not Optimizer)
-    if of_torch and any(group.get("fused") for group in plain.param_groups):
+    if of_torch and plain.defaults.get("fused"):  # as it was made; groups may come from the checkpoint of another one
         return scale if required(plain, "_step_supports_amp_scaling") else 1.0
     return scale if getattr(plain, "_step_supports_amp_scaling", False) else 1.0
 

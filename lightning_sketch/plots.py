@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 
 _TOP, _BOTTOM, _REST, _LINE = "#0072B2", "#D55E00", "#999999", "#009E73"  # Okabe & Ito: safe for colour-blind people
+__all__ = ["contact_sheet", "layers", "new_figure", "spectrum", "spectrum_over_time"]
+
 _UNIT = "eigenvalue (loss / parameter²)"
 
 

@@ -12,8 +12,8 @@ Source: Schraudolph (2002), doi:10.1162/08997660260028683; for its use in sketch
 `benchmarks/lds.py`.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,8 @@ def fit_ggn(
     counted: Callable[[Any], Tensor] | None = None,
     loss_fn: LossFn | None = None,
     num_examples: int | Callable[[Any], int] | None = None,
+    batch_dim: int = 0,
+    split_fn: Callable[[Any], Iterable[Any]] | None = None,
     output_loss: str | None = None,
 ) -> Curvature:
     """Sum up the Gauss-Newton matrix over all examples of the batches, at the module's present parameters.
@@ -68,7 +70,10 @@ def fit_ggn(
             is then taken for cross-entropy without being compared.
         loss_fn: the loss that is trained, (module, batch) -> mean loss, by which a default output loss is checked on
             every batch; the module's own `training_step` if None, and nothing where it has none.
-        num_examples: as in `sketch_gradients`.
+        num_examples: how many examples a batch has, or batch -> how many, as in `sketch_gradients`; the output has one
+            row for each, whatever the batch looks like.
+        batch_dim: the axis of the examples in a batch, as in `sketch_gradients`.
+        split_fn: batch -> batches of one example, as in `sketch_gradients`.
         output_loss: former name of `output_loss_fn`.
 
     Raises:
@@ -93,23 +98,24 @@ def fit_ggn(
     if model.given is not None and not hasattr(model.given, "roots"):
         raise ValueError(
             f"fit_ggn needs the roots of an output loss, which {model.given!r} does not have; use 'cross_entropy', "
-            "'binary_cross_entropy', 'squared_error', or curvature='margin' or 'fisher', which need none."
+            "'binary_cross_entropy' or 'squared_error', or ask with scores(..., curvature='margin') or 'fisher', which "
+            "are made from the rows."
         )
     drawn = Draws(torch.Generator().manual_seed(seed), draws, max_classes)
     total = CurvatureSum(sketch.dim)
-    structure = BatchStructure(num_examples)
+    structure = BatchStructure(num_examples, batch_dim, split_fn)
 
     def along(module: nn.Module, directed: _Directed) -> Tensor:
         """The sum over examples of <v, output>, whose gradient per example is a row."""
         return (model.forward(directed.batch)[0] * directed.v).sum()
 
-    of_pair = BatchStructure(lambda directed: structure.count(directed.batch)) if num_examples else BatchStructure()
-    sketches = ExampleSketches(module, layout, sketch, along, engine, reduction="sum", structure=of_pair)
+    both = _DirectedStructure(of_batch=structure)
+    sketches = ExampleSketches(module, layout, sketch, along, engine, reduction="sum", structure=both)
     weights = layout.parameters(module)
     for batch in batches:
         with preserve_state(module):
             batch = on_device(differentiable(without_index(batch)), weights[0].device)
-            with torch.set_grad_enabled(not model.decided):
+            with torch.set_grad_enabled(counted is None and model.given is None):
                 output, own = model.forward(batch)
             _check_rows(output, structure.count(batch))
             if counted is None:
@@ -130,6 +136,30 @@ class _Directed:
 
     batch: Any
     v: Tensor
+
+
+@dataclass
+class _DirectedStructure(BatchStructure):
+    """That of the batches; their vectors have the examples along their first axis."""
+
+    of_batch: BatchStructure = field(default_factory=BatchStructure)
+
+    @property
+    def along_first_axis(self) -> bool:
+        return self.of_batch.along_first_axis
+
+    def count(self, directed: _Directed) -> int:
+        return self.of_batch.count(directed.batch)
+
+    def parts(self, directed: _Directed, size: int, examples: int | None = None) -> Iterator[tuple[_Directed, int]]:
+        start = 0
+        for part, count in self.of_batch.parts(directed.batch, size, examples):
+            yield _Directed(part, directed.v[start : start + count]), count
+            start += count
+
+    def each(self, directed: _Directed) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], _Directed]]:
+        tensors, batch_of_one = self.of_batch.each(directed.batch)
+        return [*tensors, directed.v], lambda slices: _Directed(batch_of_one(slices[:-1]), slices[-1].unsqueeze(0))
 
 
 def _check_rows(output: Tensor, examples: int) -> None:

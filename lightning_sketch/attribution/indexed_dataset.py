@@ -12,7 +12,8 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_sketch.autodiff.batches import BatchStructure, content_hash
+from lightning_sketch.autodiff.batches import BatchStructure
+from lightning_sketch.autodiff.content_hash import content_hash
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID
 
 HASH = "hash"

@@ -61,7 +61,7 @@ def self_influence(
     >>> columns = {"lr": torch.full((3,), 0.5), "example_id": torch.tensor([4, 5, 4])}
     >>> rows = SketchedGradients(torch.tensor([[2.0, 0.0], [0.0, 2.0], [0.0, 4.0]]), BlockSRHT(9, 2), columns)
     >>> self_influence(rows)
-    SelfInfluence(scores=tensor([10.,  2.]), example_ids=tensor([4, 5]))
+    SelfInfluence of 2, largest: 4 (10), 5 (2)
     """
     if method not in METHODS:
         raise ValueError(f"method={method!r} has no self-influence; use one of {', '.join(METHODS)}.")

@@ -74,7 +74,8 @@ def top_k(
     >>> sketch = BlockSRHT(9, 2)
     >>> rows = SketchedGradients(torch.tensor([[1.0, 0.0], [3.0, 0.0], [-2.0, 1.0]]), sketch)
     >>> top_k(SketchedGradients(torch.tensor([[3.0, 0.0]]), sketch), rows, k=2)
-    TopK(scores=tensor([[9., 3.]]), example_ids=tensor([[1, 0]]))
+    TopK of 1 queries, k=2: example (score)
+        query 0: 1 (9), 0 (3)
     """
     check_group(group)
     if k < 1:

@@ -1,8 +1,8 @@
-"""What is in a batch: how many examples, along which axis, its labels, its tensors, and a hash of its contents."""
+"""What is in a batch: how many examples, along which axis, its labels, its tensors."""
 
+import copy
 import dataclasses
-import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -12,23 +12,24 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 
-_Array = Tensor | np.ndarray
+Array = Tensor | np.ndarray
 
 
 @dataclass
 class BatchStructure:
     """How many examples a batch has and where they are: one rule for weights, rows and micro-batches.
 
-    Without arguments the examples lie along the first axis of every tensor and array with an axis, and in every list
-    of strings. Where these disagree the batch is refused by name, and so is a batch whose lists have other lengths
-    than those of the batch before it, since such lists may hold examples themselves.
+    Without arguments the examples lie along the first axis of every tensor and array with an axis; where there is none,
+    in every list of strings. A first axis of one, of a tensor that is an entry of the batch itself, belongs to every
+    example. Where tensors disagree the batch is refused by name; so is one whose lists are longer or shorter than those
+    of the batch before, or look like lists of images, since a list may hold an example an item.
 
     Args:
         num_examples: how many there are, or a function batch -> how many. What then has this length along its axis is
             cut into examples, lists of this length too; anything else belongs to every example. `len` itself says that
             a batch is a list of examples.
-        batch_dim: the axis of the examples, 1 for (time, batch, ...); a tensor that does not have them there, such as
-            one label for each sequence, has them along its first axis.
+        batch_dim: the axis of the examples, 1 for (time, batch, ...). A tensor with fewer axes than others may have
+            them along its first one, such as a label for each sequence.
         split_fn: batch -> batches of one example each, for graphs and packed sequences.
 
     What an earlier batch showed, of the axis of a tensor or whether a list holds examples, decides where a later one
@@ -45,7 +46,7 @@ class BatchStructure:
     num_examples: int | Callable[[Any], int] | None = None
     batch_dim: int = 0
     split_fn: Callable[[Any], Iterable[Any]] | None = None
-    _lists: tuple[int, ...] | None = field(default=None, init=False, repr=False)
+    _lists: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     _axes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     _hold: dict[str, bool] = field(default_factory=dict, init=False, repr=False)
 
@@ -66,30 +67,33 @@ class BatchStructure:
         Raises:
             ValueError: if it is not known or not clear.
         """
+        if self.num_examples is len and isinstance(batch, list | tuple):
+            _check_alike(batch)
         if callable(self.num_examples):
             return int(self.num_examples(batch))
         if self.split_fn is not None:
             return len(list(self.split_fn(batch)))
-        if self.num_examples is None:
-            self._check_lists(batch)
-        elif self._has_length(batch, self.num_examples):
+        leaves = leaves_of(batch)
+        if self.num_examples is not None and self._has_length(batch, self.num_examples):
             return self.num_examples
-        sizes = {name: found for name, value in _named_leaves(batch) if (found := self._sizes(value))}
+        sizes = self._sizes(leaves)
         if not sizes:
             raise ValueError(
                 f"found no tensor with a first axis in a batch of type {type(batch).__name__}, so its number of "
                 "examples is unknown; use batches that are tensors or collections of tensors or strings, or pass "
                 "num_examples=lambda batch: ... (weight_fn=lambda batch: ... where only its weight is asked for)."
             )
-        shared = [size for size in next(iter(sizes.values())) if all(size in found for found in sizes.values())]
-        if not shared:
-            listed = ", ".join(f"{name or 'the batch'} has {found[0]}" for name, found in list(sizes.items())[:5])
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{name or 'the batch'} has {size}" for name, size in list(sizes.items())[:5])
             raise ValueError(
                 f"the parts of a batch disagree about its number of examples along axis {self.batch_dim}: {listed}; "
                 "pass num_examples=lambda batch: ..., batch_dim=1 if the first axis is time, or weight_fn=lambda "
                 "batch: ... where only the weight of a batch is asked for."
             )
-        return shared[0]
+        examples = next(iter(sizes.values()))
+        if self.num_examples is None:
+            self._check_lists(batch, examples)
+        return examples
 
     def parts(self, batch: Any, size: int, examples: int | None = None) -> Iterator[tuple[Any, int]]:
         """Yield the batch in parts of at most `size` examples, each with its number of them.
@@ -100,7 +104,7 @@ class BatchStructure:
             examples: how many the batch has, where that is known.
 
         Raises:
-            ValueError: if nothing in it has the length that it is said to have.
+            ValueError: if nothing in it has the length that it is said to have, or it may be cut in two ways.
         """
         if self.split_fn is not None:
             yield from ((example, 1) for example in self.split_fn(batch))
@@ -117,8 +121,14 @@ class BatchStructure:
             )
         for start in range(0, examples, size):
             stop = min(start + size, examples)
-            is_list = self.num_examples is len and isinstance(batch, list | tuple)
-            part = type(batch)(batch[start:stop]) if is_list else self._cut(batch, examples, slice(start, stop), "")
+            part = self._part(batch, examples, slice(start, stop))
+            if start == 0 and callable(self.num_examples) and int(self.num_examples(part)) != stop:
+                got = int(self.num_examples(part))
+                raise ValueError(
+                    f"num_examples gives {got} for a part of {stop} of the {examples} examples of a batch, so "
+                    "that they lie elsewhere than where it was cut; pass batch_dim=1 if the first axis is time, or "
+                    "split_fn=lambda batch: [...], which makes batches of one example."
+                )
             yield part, stop - start
 
     def each(self, batch: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
@@ -127,11 +137,14 @@ class BatchStructure:
         The second takes one slice for each tensor, without that axis; other tensors go to every batch.
 
         Raises:
-            ValueError: if examples are not along the first axis.
+            ValueError: if examples are not along the first axis, or in something else than tensors too.
         """
         if not self.along_first_axis:
-            raise ValueError("vmap needs the examples along the first axis; use engine='loop'.")
+            raise ValueError("vmap needs the examples along the first axis of tensors; use engine='loop'.")
         examples = self.count(batch)
+        for name, _, value in leaves_of(batch):
+            if not isinstance(value, Tensor) and np.shape(value)[:1] == (examples,):
+                raise ValueError(f"vmap needs the examples in tensors, and {name} is none; use engine='loop'.")
 
         def has_axis(tensor: Tensor) -> bool:
             return tensor.ndim > 0 and len(tensor) == examples
@@ -142,38 +155,83 @@ class BatchStructure:
 
         return [tensor for tensor in tensors_of(batch) if has_axis(tensor)], batch_of_one
 
-    def _check_lists(self, batch: Any) -> None:
-        """Refuse a batch whose lists of tensors are longer or shorter than those of the first: they may be examples."""
-        lists = tuple(_list_lengths(batch))
-        self._lists = lists if self._lists is None else self._lists
-        if lists != self._lists:
-            raise ValueError(
-                f"a batch holds lists of {list(lists)} tensors, the one before it of {list(self._lists)}, so that a "
-                "list may hold one example an item; pass num_examples=len (or weight_fn=len where only the weight of "
-                "a batch is asked for), or collate examples into one tensor."
-            )
+    def _sizes(self, leaves: Sequence[tuple[str, int, Any]]) -> dict[str, int]:
+        """How many examples each tensor and array seems to have; without any of them, each list of strings."""
+        arrays = [(name, depth, value) for name, depth, value in leaves if isinstance(value, Array) and value.ndim]
+        if not arrays:
+            return {name: len(value) for name, _, value in leaves if not isinstance(value, Array)}
+        most = max(value.ndim for _, _, value in arrays)
+        along = {name: v.shape[self.batch_dim] for name, _, v in arrays if v.ndim > self.batch_dim and v.ndim == most}
+        found = {}
+        for name, depth, value in arrays:
+            fits = [value.shape[axis] for axis in (self.batch_dim, 0) if axis < value.ndim]
+            likely = along.get(name) or next((size for size in fits if size in along.values()), value.shape[0])
+            found[name] = (len(value) if self.batch_dim == 0 else likely), depth
+        larger = {size for size, _ in found.values()} - {1}
+        return {n: size for n, (size, depth) in found.items() if not (size == 1 and depth == 1 and larger)}
+
+    def _check_lists(self, batch: Any, examples: int) -> None:
+        """Refuse a list of tensors that may be the examples, though each has an axis that seems to be theirs."""
+        leaves = leaves_of(batch)
+        for path, value in _lists_in(batch):
+            inside = [v for name, _, v in leaves if isinstance(v, Array) and name.startswith(path)]
+            beside = [v for name, _, v in leaves if isinstance(v, Array) and v.ndim and not name.startswith(path)]
+            if not inside or len(value) == examples or beside:
+                continue
+            before = self._lists.setdefault(path, len(value))
+            if before != len(value):
+                raise ValueError(
+                    f"a batch holds a list of {len(value)} tensors, where the one before it had {before}, so that a "
+                    "list may hold one example an item; pass num_examples=len (or weight_fn=len where only the weight "
+                    "of a batch is asked for), or collate examples into one tensor."
+                )
+            if examples not in (1, 3, 4):
+                self._hold[path] = False
+            elif path not in self._hold and _like_images(value):
+                shapes = f"{tuple(value[0].shape)}, {tuple(value[1].shape)}, ..."
+                raise ValueError(
+                    f"a list of {len(value)} tensors of shapes {shapes} may be one of images; pass num_examples=len if "
+                    "each item is an example, or num_examples=lambda batch: len(batch[0]) if each holds all of them."
+                )
 
     def _has_length(self, batch: Any, examples: int) -> bool:
-        """Whether a tensor, or a list, of a batch has this length."""
-        return any(examples in self._sizes(value) for _, value in _named_leaves(batch)) or any(
-            len(value) == examples for value in _lists_in(batch)
-        )
+        """Whether a tensor, or else a list, of a batch has this length."""
+        arrays = [value for _, _, value in leaves_of(batch) if isinstance(value, Array) and value.ndim]
+        axes = (self.batch_dim, 0)
+        if any(axis < array.ndim and array.shape[axis] == examples for array in arrays for axis in axes):
+            return True
+        return (callable(self.num_examples) or not arrays) and any(len(v) == examples for _, v in _lists_in(batch))
 
-    def _sizes(self, value: Any) -> list[int]:
-        """How many examples a tensor, an array, or a list of strings may have; the likeliest first."""
-        if not isinstance(value, _Array):
-            return [len(value)]
-        return [value.shape[axis] for axis in dict.fromkeys((self.batch_dim, 0)) if value.ndim > axis]
+    def _part(self, batch: Any, examples: int, part: slice) -> Any:
+        if self.num_examples is len and isinstance(batch, list | tuple):
+            return type(batch)(batch[part])
+        most = max((v.ndim for _, _, v in leaves_of(batch) if isinstance(v, Array)), default=0)
+        return self._cut(batch, examples, part, "", most)
 
-    def _cut(self, value: Any, examples: int, part: slice, path: str) -> Any:
-        if isinstance(value, _Array):
-            axes = [axis for axis in dict.fromkeys((self.batch_dim, 0)) if value.shape[axis : axis + 1] == (examples,)]
-            if len(axes) == 1:
-                self._axes[path] = axes[0]
-            return value[(slice(None),) * self._axes.get(path, axes[0]) + (part,)] if axes else value
+    def _cut(self, value: Any, examples: int, part: slice, path: str, most: int) -> Any:
+        if isinstance(value, Array):
+            axis = self._axis(value, examples, path, most)
+            if axis is None:
+                return value
+            if isinstance(value, Tensor) and value.layout != torch.strided:
+                return value.index_select(axis, torch.arange(part.start, part.stop, device=value.device))
+            return value[(slice(None),) * axis + (part,)]
         if isinstance(value, list | tuple) and self._holds_examples(value, examples, path):
             return type(value)(value[part])
-        return _mapped(value, lambda item, key: self._cut(item, examples, part, f"{path}/{key}"))
+        return _mapped(value, lambda item, key: self._cut(item, examples, part, f"{path}/{key}", most))
+
+    def _axis(self, array: Array, examples: int, path: str, most: int) -> int | None:
+        """Along which axis an array has the examples, if it has them."""
+        axes = [axis for axis in dict.fromkeys((self.batch_dim, 0)) if array.shape[axis : axis + 1] == (examples,)]
+        if len(axes) == 2 and path not in self._axes and array.ndim < most:
+            raise ValueError(
+                f"a tensor of shape {tuple(array.shape)} may have its {examples} examples along either axis; pass "
+                "split_fn=lambda batch: [...], which makes batches of one example, or let a batch with other lengths "
+                "come first."
+            )
+        if len(axes) == 1:
+            self._axes[path] = axes[0]
+        return self._axes.get(path, axes[0]) if axes else None
 
     def _holds_examples(self, value: Sequence[Any], examples: int, path: str) -> bool:
         """Whether a list has one example an item, and is not a tuple of collated tensors that happens to be as long.
@@ -182,31 +240,36 @@ class BatchStructure:
         """
         if hasattr(value, "_fields"):
             return False
-        arrays = [item for item in value if isinstance(item, _Array)]
+        arrays = [item for item in value if isinstance(item, Array)]
+        along = [examples in array.shape[:1] + array.shape[self.batch_dim :][:1] for array in arrays]
+        if len(value) != examples:
+            if any(along) or (value and all(isinstance(item, int | float) for item in value)):
+                self._hold[path] = False
+            return False
+        if arrays and len(arrays) < examples:
+            return not any(along)
         if arrays:
-            along = [examples in self._sizes(array) for array in arrays]
             alike = len({(array.ndim, str(array.dtype)) for array in arrays}) == 1
-            if len(value) != examples:
-                if any(along):
-                    self._hold[path] = False
-                return False
             if self.num_examples is None or not alike or not all(along):
                 return self._hold.setdefault(path, not any(along) or (alike and not all(along)))
-            if path not in self._hold:
-                raise ValueError(
-                    f"a list of {examples} tensors, each with an axis of {examples}, may hold an example an item "
-                    "or all of them in each; pass num_examples=len if the batch is a list of examples, else "
-                    "split_fn=lambda batch: [...], which makes batches of one example."
-                )
-            return self._hold[path]
-        if len(value) != examples:
-            return False
+            return self._known(path, f"a list of {examples} tensors, each with an axis of {examples},")
         if all(isinstance(item, Mapping) for item in value):
             return True
         if all(isinstance(item, int | float) for item in value):
-            return self.num_examples is not None  # else it may be a size, such as that of an image
+            if path not in self._hold and (self.num_examples is not None or examples > 4):
+                self._hold[path] = True
+            return self._known(path, f"a list of {examples} numbers, in a batch of {examples} examples,")
         inner = [(i, item) for i, item in enumerate(value) if isinstance(item, list | tuple)]
         return not any(self._holds_examples(item, examples, f"{path}/{i}") for i, item in inner)
+
+    def _known(self, path: str, what: str) -> bool:
+        """Return what an earlier batch showed of this list."""
+        if path not in self._hold:
+            raise ValueError(
+                f"{what} may hold an example an item, or belong to all of them; pass num_examples=len if the batch is "
+                "a list of examples, else split_fn=lambda batch: [...], which makes batches of one example."
+            )
+        return self._hold[path]
 
 
 def num_examples(batch: Any) -> int:
@@ -264,7 +327,7 @@ def _labels(batch: Any) -> Any:
 
 def tensors_of(batch: Any) -> Iterator[Tensor]:
     """Return the tensors in a batch, in its order, however deep."""
-    return (value for _, value in _named_leaves(batch) if isinstance(value, Tensor))
+    return (value for _, _, value in leaves_of(batch) if isinstance(value, Tensor))
 
 
 def on_device(batch: Any, device: torch.device) -> Any:
@@ -290,82 +353,77 @@ def differentiable(batch: Any, widen: bool = False) -> Any:
     return _changed(batch, change) if any(map(needs, tensors_of(batch))) else batch
 
 
-def content_hash(value: Any) -> int:
-    """Return 63 bits of a hash of all that a batch, or an example, holds: tensors, arrays, strings, numbers, objects.
-
-    Equal contents in equal order have equal hashes on every machine; keys of mappings and names of attributes do not
-    count.
-
-    >>> content_hash(["the cat sat", torch.tensor(1)]) != content_hash(["a dog ran", torch.tensor(1)])
-    True
-    """
-    return int.from_bytes(content_digest(value), "little") >> 1
-
-
-def content_digest(value: Any) -> bytes:
-    """Return the eight bytes that `content_hash` takes its bits from."""
-    digest = hashlib.blake2b(digest_size=8)
-    _digest(digest, value)
-    return digest.digest()
+def shapes_of(batch: Any) -> tuple[Any, ...]:
+    """Return the shapes of all tensors and arrays and the lengths of all lists; equal where two batches look alike."""
+    if isinstance(batch, Array):
+        return tuple(batch.shape)
+    if batch is None or isinstance(batch, str | bytes | int | float):
+        return (type(batch).__name__,)
+    if isinstance(batch, Mapping | list | tuple) or dataclasses.is_dataclass(batch):
+        return type(batch).__name__, *(shapes_of(item) for item in items_of(batch))
+    return (id(batch),)  # of which nothing is known
 
 
-def _digest(digest: "hashlib._Hash", value: Any) -> None:
-    if isinstance(value, Tensor):
-        plain = value.detach().cpu().to_dense().resolve_conj().resolve_neg().contiguous()
-        digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        digest.update(plain.view(-1).view(torch.uint8).numpy())
-    elif isinstance(value, np.ndarray) and value.dtype != object:
-        digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
+def leaves_of(value: Any, name: str = "", depth: int = 0) -> list[tuple[str, int, Any]]:
+    """Return the tensors, arrays and lists of strings in a batch, each with its name and how deep it lies."""
+    if isinstance(value, Array) or _is_text(value):
+        return [(name, depth, value)]
+    if dataclasses.is_dataclass(value):
+        named = [(f"{name}.{f.name}".lstrip("."), getattr(value, f.name)) for f in fields(value)]
     elif isinstance(value, Mapping):
-        _digest(digest, list(value.values()))
-    elif isinstance(value, list | tuple | np.ndarray):
-        for item in value:
-            _digest(digest, item)
-    elif value is None or isinstance(value, str | bytes | int | float | complex | np.generic):
-        digest.update(repr(value).encode())
-    elif dataclasses.is_dataclass(value):
-        _digest(digest, [getattr(value, f.name) for f in fields(value)])
-    elif hasattr(value, "__dict__"):
-        _digest(digest, vars(value))
-    else:
-        digest.update(type(value).__name__.encode())
-
-
-def _named_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors, arrays and lists of strings in a batch, in its order, however deep, each with the way to it."""
-    if isinstance(value, _Array) or _is_text(value):
-        yield name, value
-    elif dataclasses.is_dataclass(value):
-        for f in fields(value):
-            yield from _named_leaves(getattr(value, f.name), f"{name}.{f.name}".lstrip("."))
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _named_leaves(item, f"{name}[{key!r}]")
+        named = [(f"{name}[{key!r}]", item) for key, item in value.items()]
     elif isinstance(value, list | tuple):
-        for i, item in enumerate(value):
-            yield from _named_leaves(item, f"{name}[{i}]")
+        named = [(f"{name}[{i}]", item) for i, item in enumerate(value)]
+    else:
+        return []
+    return [leaf for path, item in named for leaf in leaves_of(item, path, depth + 1)]
 
 
-def _lists_in(value: Any) -> Iterator[Sequence[Any]]:
-    """Yield lists and plain tuples in a batch, however deep."""
+def _lists_in(value: Any, name: str = "") -> Iterator[tuple[str, Sequence[Any]]]:
+    """Yield lists and plain tuples in a batch, however deep, each with its name."""
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        yield value
-    if not isinstance(value, _Array | str | bytes):
-        for item in _items(value):
-            yield from _lists_in(item)
+        yield name, value
+    if dataclasses.is_dataclass(value):
+        named = [(f"{name}.{f.name}".lstrip("."), getattr(value, f.name)) for f in fields(value)]
+    elif isinstance(value, Mapping):
+        named = [(f"{name}[{key!r}]", item) for key, item in value.items()]
+    else:
+        named = [(f"{name}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list | tuple) else []
+    for path, item in named:
+        yield from _lists_in(item, path)
 
 
-def _list_lengths(value: Any) -> Iterator[int]:
-    """Lengths of the lists that hold tensors or arrays, at whatever depth."""
-    return (len(found) for found in _lists_in(value) if any(isinstance(v, _Array) for _, v in _named_leaves(found)))
-
-
-def _items(value: Any) -> list[Any]:
+def items_of(value: Any) -> list[Any]:
+    """Return the items of a list, the values of a mapping, or the fields of a dataclass."""
     if dataclasses.is_dataclass(value):
         return [getattr(value, f.name) for f in fields(value)]
-    if isinstance(value, Mapping):
-        return list(value.values())
-    return list(value) if isinstance(value, list | tuple) else []
+    return list(value.values()) if isinstance(value, Mapping) else list(value)
+
+
+def _like_images(value: Sequence[Any]) -> bool:
+    """Whether a list looks like one of images, (channels, height, width), rather than of collated tensors."""
+    if len(value) < 2 or not all(isinstance(item, Array) and item.ndim == 3 for item in value):
+        return False
+    return len(value) > 3 or len({item.shape[1] for item in value}) > 1
+
+
+def _check_alike(batch: Sequence[Any]) -> None:
+    """Refuse a list of examples whose items are no examples of one data set, but collated apart."""
+    kinds = list(dict.fromkeys(map(_kind_of, batch)))
+    if len(kinds) > 1:
+        raise ValueError(
+            f"num_examples=len counts the {len(batch)} items of a batch, but these are {' and '.join(kinds)}, not "
+            "examples alike; pass num_examples=lambda batch: len(batch[0]), or split_fn."
+        )
+
+
+def _kind_of(item: Any) -> str:
+    """Return what an item of a list is: examples of one data set are of one kind."""
+    if isinstance(item, Array):
+        return f"a tensor with {item.ndim} axes"
+    if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
+        return f"a {type(item).__name__} of {', '.join(dict.fromkeys(type(part).__name__ for part in item))}"
+    return f"a {type(item).__name__}"
 
 
 def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -376,8 +434,15 @@ def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def _mapped(value: Any, function: Callable[[Any, Any], Any]) -> Any:
     """Return a collection of what the function makes of each item and its key, of the same kind; all else as it is."""
     if dataclasses.is_dataclass(value):
-        named = {f.name: function(getattr(value, f.name), f.name) for f in fields(value)}
-        return dataclasses.replace(value, **named)
+        new = copy.copy(value)
+        for f in fields(value):
+            object.__setattr__(new, f.name, function(getattr(value, f.name), f.name))
+        return new
+    if isinstance(value, MutableMapping):
+        new = copy.copy(value)  # of a defaultdict, or of what a tokenizer returns
+        for key, item in value.items():
+            new[key] = function(item, key)
+        return new
     if isinstance(value, Mapping):
         return type(value)({key: function(item, key) for key, item in value.items()})
     if isinstance(value, list | tuple):

@@ -32,6 +32,12 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 _AGREE, _AGREE_HALF = 1e-3, 2e-2
 """Two losses are one if they differ by less, relative to the larger."""
 
+_GRADIENTS_AGREE, _GRADIENTS_AGREE_HALF = 1e-2, 1e-1
+"""And if their gradients do, whose rounding is larger."""
+
+_FLAT = 1e-6
+"""A gradient that is smaller than this, relative to the loss, is rounding."""
+
 
 def training_step_loss(module: nn.Module, batch: Any, batch_idx: int = 0) -> Tensor:
     """Return the loss that the module's own `training_step` returns, with its logging silenced.
@@ -175,7 +181,8 @@ class CrossEntropy:
         axis, counts = self._counts(output, self._labels(batch))
         p = output.detach().softmax(axis)
         hu = p * (u - (p * u).sum(axis, keepdim=True))
-        return hu * (counts.to(hu) / counts.sum().clamp(min=1)).unsqueeze(axis)
+        number = counts.numel() if counts.is_floating_point() else counts.sum().clamp(min=1)
+        return hu * (counts.to(hu) / number).unsqueeze(axis)
 
     def roots(self, output: Tensor, batch: Any, draws: Draws, counted: Tensor | None = None) -> Tensor:
         """Return vectors v at the output, (roots, *output.shape), whose v vᵀ add up to each example's own H_z."""
@@ -192,13 +199,17 @@ class CrossEntropy:
 
     def _labels(self, batch: Any) -> Tensor:
         labels = labels_of(batch)
-        return F.pad(labels[:, 1:], (0, 1), value=self.ignore_index) if self.shift else labels
+        if not self.shift:
+            return labels
+        if labels.is_floating_point() or labels.ndim < 2:
+            raise ValueError(f"tokens have whole-number labels (examples, tokens), got {tuple(labels.shape)}.")
+        return F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
 
     def _counts(self, output: Tensor, labels: Tensor) -> tuple[int, Tensor]:
-        """Return the axis of the classes, and which labels count."""
+        """Return the axis of the classes, and which labels count; of probabilities, how much they add up to."""
         if labels.is_floating_point():
-            _of_shape(output, labels, "cross-entropy of probabilities")
-            return 1, torch.ones_like(output.select(1, 0), dtype=torch.bool)
+            total = _of_shape(output, labels, "cross-entropy of probabilities").sum(1)
+            return 1, total * (1 - self.label_smoothing) + self.label_smoothing
         return _class_axis(output, labels, self.class_axis), labels.ne(self.ignore_index)
 
 
@@ -206,13 +217,18 @@ class CrossEntropy:
 class BinaryCrossEntropy:
     """Mean binary cross-entropy of logits, as `F.binary_cross_entropy_with_logits`.
 
+    Args:
+        squeeze: whether an output (examples, 1) has labels (examples,).
+
     >>> BinaryCrossEntropy()(torch.zeros(1, 2), (None, torch.tensor([[0.0, 1.0]])))
     tensor(0.6931)
     """
 
+    squeeze: bool = False
+
     def __call__(self, output: Tensor, batch: Any) -> Tensor:
         """Return the loss, a scalar."""
-        labels = _of_shape(output, labels_of(batch), "binary cross-entropy")
+        labels = _of_shape(output, labels_of(batch), "binary cross-entropy", self.squeeze)
         return F.binary_cross_entropy_with_logits(output, labels.to(output))
 
     def hessian_matvec(self, output: Tensor, batch: Any, u: Tensor) -> Tensor:
@@ -230,13 +246,18 @@ class BinaryCrossEntropy:
 class SquaredError:
     """Mean squared error, as `F.mse_loss`.
 
+    Args:
+        squeeze: whether an output (examples, 1) has labels (examples,).
+
     >>> SquaredError()(torch.zeros(1, 2), (None, torch.tensor([[0.0, 2.0]])))
     tensor(2.)
     """
 
+    squeeze: bool = False
+
     def __call__(self, output: Tensor, batch: Any) -> Tensor:
         """Return the loss, a scalar."""
-        return F.mse_loss(output, _of_shape(output, labels_of(batch), "squared error"))
+        return F.mse_loss(output, _of_shape(output, labels_of(batch), "squared error", self.squeeze).to(output))
 
     def hessian_matvec(self, output: Tensor, batch: Any, u: Tensor) -> Tensor:
         """Return H_z u, in the shape of the output."""
@@ -286,17 +307,12 @@ class OutputModel:
         if isinstance(output_loss_fn, str):
             if output_loss_fn not in OUTPUT_LOSSES:
                 known = ", ".join(map(repr, OUTPUT_LOSSES))
-                raise ValueError(f"output_loss={output_loss_fn!r} is not known; use one of {known}, or a function.")
+                raise ValueError(f"output_loss_fn={output_loss_fn!r} is not known; use one of {known}, or a function.")
             output_loss_fn = OUTPUT_LOSSES[output_loss_fn]
         self.module, self.model_fn, self.given = module, model_fn or call_model, output_loss_fn
         by_step = training_step_loss if hasattr(module, "training_step") else None
         self.loss_fn = loss_fn or by_step
         self._chosen: OutputLoss | None = None
-
-    @property
-    def decided(self) -> bool:
-        """Whether the loss of the output is known, so that outputs need no graph for it."""
-        return self.given is not None or self._chosen is not None
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
         """Return the output, and the loss that the model itself returns beside it, if it does.
@@ -319,11 +335,12 @@ class OutputModel:
         """Return the loss as a function (output, batch); None where it is the model's own, known by its graph alone.
 
         Args:
-            output: of the batch.
-            own: what the model returned as its loss; with a graph if `closed`.
+            output: of the batch; with a graph if `compare`.
+            own: what the model returned as its loss; with a graph too.
             batch: of which it is; a step may change its copy.
             closed: whether one of the table is needed, of which square roots are known.
-            compare: whether to compare one that was not given with the loss that is trained.
+            compare: whether to compare one that was not given with the loss that is trained, by its value and by its
+                gradient. It costs about one gradient; at equal outputs for all classes a value alone tells little.
 
         Raises:
             ValueError: if it is not the loss that is trained, or it is not clear which one that is.
@@ -332,11 +349,13 @@ class OutputModel:
             return self.given
         if self._chosen is None and (own is None or closed):
             self._chosen = self._choose(output, own, batch)
-        if compare:
-            self._compare(own if self._chosen is None else self._chosen(output.detach(), batch), batch, own)
+        if compare and self.loss_fn is not None:
+            with torch.enable_grad():
+                self._compare(own if self._chosen is None else self._chosen(output, batch), batch)
         return self._chosen
 
     def _choose(self, output: Tensor, own: Tensor | None, batch: Any) -> OutputLoss:
+        labels_of(batch)  # refuses a batch without any
         trained = self._trained(batch, own)
         if trained is None:
             return usual_loss(batch)
@@ -344,14 +363,16 @@ class OutputModel:
         found: list[tuple[OutputLoss, Tensor]] = []
         values: dict[str, float] = {}
         entropies = [CrossEntropy(shift=shift, class_axis=axis) for axis in (None, -1, 1) for shift in (False, True)]
-        for loss in (*entropies, SquaredError(), BinaryCrossEntropy()):
-            try:
-                value = loss(z, batch)
-            except (ValueError, IndexError, RuntimeError):  # labels of another kind or shape
-                continue
-            values[_name(loss)] = float(value.detach())
-            if _agree(values[_name(loss)], trained, output):
-                found.append((loss, torch.autograd.grad(value, z)[0]))
+        others = [kind(squeeze=squeeze) for kind in (SquaredError, BinaryCrossEntropy) for squeeze in (False, True)]
+        with torch.enable_grad():
+            for loss in (*entropies, *others):
+                try:
+                    value = loss(z, batch)
+                except (ValueError, IndexError, RuntimeError):  # labels of another kind or shape
+                    continue
+                values[_name(loss)] = float(value.detach())
+                if _agree(values[_name(loss)], trained, output):
+                    found.append((loss, torch.autograd.grad(value, z)[0]))
         if own is not None and own.requires_grad and output.requires_grad:
             true = torch.autograd.grad(own, output, retain_graph=True)[0]
             found = [(loss, gradient) for loss, gradient in found if _close(gradient, true)]
@@ -362,31 +383,49 @@ class OutputModel:
             raise ValueError(
                 f"{' and '.join(dict.fromkeys(_name(loss) for loss, _ in found))} both have the value of the loss that "
                 f"is trained, {trained:.6g}, on the first batch, so that it is not clear which one it is; pass "
-                "output_loss_fn, such as 'cross_entropy' or CrossEntropy(shift=True)."
+                "output_loss_fn, such as 'cross_entropy' or lightning_sketch.curvature.CrossEntropy(shift=True)."
             )
         return found[0][0]
 
-    def _compare(self, loss: Tensor, batch: Any, own: Tensor | None = None) -> None:
-        """Refuse a loss of the output that is not the one that is trained."""
-        trained = self._trained(batch, own)
-        found = float(loss.detach().mean())
-        if trained is not None and not _agree(found, trained, loss):
-            raise ValueError(self._mismatch(f"{found:.6g}", trained))
+    def _compare(self, loss: Tensor, batch: Any) -> None:
+        """Refuse a loss of the output that is not the one that is trained, in value or in gradient."""
+        trained, found = self._trained_loss(batch), float(loss.detach().mean())
+        value = float(trained.detach().mean())
+        if not _agree(found, value, loss):
+            raise ValueError(self._mismatch(f"{found:.6g}", value))
+        weights = [p for p in self.module.parameters() if p.requires_grad]
+        if not (loss.requires_grad and trained.requires_grad and weights) or math.isnan(value):
+            return
+        mine = torch.autograd.grad(loss.mean(), weights, retain_graph=True, allow_unused=True)
+        theirs = torch.autograd.grad(trained.mean(), weights, allow_unused=True)
+        pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None or b is not None]
+        off = sum(float(_difference(a, b).double().square().sum()) for a, b in pairs) ** 0.5
+        size = sum(float(b.double().square().sum()) for _, b in pairs if b is not None) ** 0.5
+        tolerance = _GRADIENTS_AGREE_HALF if any(p.dtype in HALF for p in weights) else _GRADIENTS_AGREE
+        if off > tolerance * max(size, _FLAT * abs(value)):
+            raise ValueError(
+                self._mismatch(f"{found:.6g} with a gradient that differs by {off / (size or off):.1%}", value)
+            )
 
     def _mismatch(self, found: str, trained: float) -> str:
         who = "training_step returns" if self.loss_fn is training_step_loss else "the loss that is trained is"
         return (
             f"the Gauss-Newton matrix would be of a loss of {found}, but {who} {trained:.6g}; pass "
-            "model_fn=lambda module, batch: output and output_loss_fn=lambda output, batch: loss."
+            "model_fn=lambda module, batch: output and output_loss_fn=lambda output, batch: loss (or, if its curvature "
+            "is the same, as with label smoothing or a regularizer of the weights, 'cross_entropy' and the like)."
         )
 
     def _trained(self, batch: Any, own: Tensor | None) -> float | None:
         """Return the loss that is trained, on this batch; else the model's own; else None."""
         if self.loss_fn is None:
             return None if own is None else float(own.detach())
+        return float(self._trained_loss(batch).detach().mean())
+
+    def _trained_loss(self, batch: Any) -> Tensor:
+        """Return the loss that is trained, with its graph."""
         try:
-            with torch.enable_grad():  # it may hold a derivative of the module
-                return float(self.loss_fn(self.module, copied(batch)).detach().mean())
+            with torch.enable_grad():
+                return self.loss_fn(self.module, copied(batch))
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "when called for its loss" not in str(error):
                 raise
@@ -430,6 +469,12 @@ def _agree(value: float, trained: float, like: Tensor) -> bool:
     return both_nan or abs(value - trained) <= tolerance * max(abs(value), abs(trained))
 
 
+def _difference(one: Tensor | None, other: Tensor | None) -> Tensor:
+    if one is None or other is None:
+        return (one if other is None else other).detach()
+    return one.to_dense() - other.to_dense()
+
+
 def _close(one: Tensor, other: Tensor) -> bool:
     tolerance = _AGREE_HALF if one.dtype in HALF else _AGREE
     return bool((one - other).norm() <= tolerance * other.norm())
@@ -439,7 +484,9 @@ def _entry(returned: Any, name: str, default: Any) -> Any:
     return returned.get(name, default) if isinstance(returned, Mapping) else getattr(returned, name, default)
 
 
-def _of_shape(output: Tensor, labels: Tensor, what: str) -> Tensor:
+def _of_shape(output: Tensor, labels: Tensor, what: str, squeeze: bool = False) -> Tensor:
+    if squeeze and output.shape == (*labels.shape, 1):
+        return labels.unsqueeze(-1)
     if labels.shape != output.shape:
         raise ValueError(
             f"{what} compares equal shapes, got output {tuple(output.shape)} and labels {tuple(labels.shape)}; reshape "

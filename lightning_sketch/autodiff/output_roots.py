@@ -49,7 +49,7 @@ class Draws:
 
 def roots_of_examples(
     values: Float[Tensor, "examples *outputs"],
-    counted: Bool[Tensor, "examples *tokens"] | None,
+    counted: Bool[Tensor, "examples *tokens"] | Float[Tensor, "examples *tokens"] | None,
     draws: Draws,
     make: Callable[[Tensor, Draws, int], Tensor],
 ) -> Float[Tensor, "roots examples *outputs"]:
@@ -57,17 +57,19 @@ def roots_of_examples(
 
     Args:
         values: what `make` makes roots from, at each output.
-        counted: which examples, or tokens, have a loss; None for all.
+        counted: which examples, or tokens, have a loss, or real numbers that their losses are multiplied by; None for
+            all.
         draws: how many roots.
         make: (values, draws, how many; 0 for all) -> roots of the rows of a matrix.
     """
     if values.ndim < 3:
         flat = values.reshape(len(values), -1)
         roots = make(flat, draws, draws.number(flat.shape[1])).view(-1, *values.shape)
-        return roots if counted is None or values.ndim == 1 else roots * counted.to(roots)[:, None]
+        return roots if counted is None or values.ndim == 1 else roots * counted.to(roots).sqrt()[:, None]
     counted = torch.ones_like(values.select(-1, 0), dtype=torch.bool) if counted is None else counted
     flat, kept = values.flatten(0, -2), counted.flatten(1).double()
-    weights = (kept / kept.sum(1, keepdim=True).clamp(min=1)).flatten().sqrt().to(flat)
+    number = kept.shape[1] if counted.is_floating_point() else kept.sum(1, keepdim=True).clamp(min=1)
+    weights = (kept / number).flatten().sqrt().to(flat)
     roots = make(flat, draws, draws.count)
     return (roots * (draws.signs(draws.count, len(flat)).to(flat) * weights)[..., None]).view(-1, *values.shape)
 

@@ -1,6 +1,6 @@
 """Curvature of a loss: its Hessian, Gauss-Newton and Fisher matrices as operators, and the spectrum of one."""
 
-from lightning_sketch.autodiff.losses import CrossEntropy, SquaredError
+from lightning_sketch.autodiff.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from lightning_sketch.curvature.fisher import EmpiricalFisher
 from lightning_sketch.curvature.ggn import GGN
 from lightning_sketch.curvature.hessian import Hessian
@@ -11,6 +11,7 @@ from lightning_sketch.linalg.deflated import Deflated
 
 __all__ = [
     "GGN",
+    "BinaryCrossEntropy",
     "Count",
     "CrossEntropy",
     "Deflated",

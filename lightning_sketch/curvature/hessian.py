@@ -6,7 +6,7 @@ b      a batch, of weight w_b (its number of examples) and mean loss L_b
 θ      the chosen parameters, as one flat vector in the order of `Layout`
 
 One product costs about three gradients of every batch, under two of a single one, whose graph is
-kept; nothing of size n² is ever made. How it is made: `hvp.py`.
+kept; nothing of size n² is ever made. How it is made: `autodiff.second_derivatives`.
 """
 
 import copy

@@ -18,7 +18,7 @@ import torch.distributed
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import HALF, BatchStructure, differentiable
+from lightning_sketch.autodiff.batches import HALF, BatchStructure, differentiable, shapes_of
 from lightning_sketch.autodiff.functional import in_float32
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.memory import is_out_of_memory
@@ -69,6 +69,9 @@ class CurvatureOperator(LinearOperator):
         micro_batch_size: int | None = None,
         distributed: bool = False,
     ):
+        if not isinstance(module, nn.Module):
+            kind = type(self).__name__
+            raise TypeError(f"{kind} takes a module, got a {type(module).__name__}; see the order of help({kind}).")
         self.module, self.mode = module, mode
         self.layout = Layout.of(module, parameters)
         self.parameters: list[Tensor] = list(self.layout.parameters(module))
@@ -81,7 +84,7 @@ class CurvatureOperator(LinearOperator):
         structure = BatchStructure(num_examples, batch_dim)
         self.batches = Batches(batches, weight_fn, structure, micro_batch_size, distributed, self._widen, self.device)
         self._originals, self._held = self.parameters, False
-        self._all_seen = False  # whether all batches went through a mean once
+        self._seen_at: tuple[int, ...] = ()  # versions of the parameters when all batches last went through a mean
         self._kept: Product | None = None
 
     @abstractmethod
@@ -178,8 +181,17 @@ class CurvatureOperator(LinearOperator):
 
     def _mean(self, total: Tensor, add: Add) -> Tensor:
         mean = self.batches.mean(total, add, self.batch_loss, self._forget)
-        self._all_seen = True
+        self._seen_at = self._versions
         return mean
+
+    @property
+    def _all_seen(self) -> bool:
+        """Whether all batches went through a mean at these weights."""
+        return self._seen_at == self._versions
+
+    @property
+    def _versions(self) -> tuple[int, ...]:
+        return tuple(parameter._version for parameter in self._originals)
 
     def _differentiable(self, output: Tensor) -> Tensor:
         """What the module made, if it can be differentiated for the chosen parameters."""
@@ -325,9 +337,22 @@ class Batches:
         try:
             return float(self.structure.count(part))
         except ValueError:
-            if not self.single or self.distributed:
+            if self.distributed or not self._alike():
                 raise
             return 1.0
+
+    def check_weights(self) -> None:
+        """Refuse batches whose weights are not known, before anything is computed.
+
+        Raises:
+            ValueError: saying how to tell them.
+        """
+        for part in self.batches if self.micro_batch_size is None else ():
+            self._weight(part, None)
+
+    def _alike(self) -> bool:
+        """Whether all batches have equal shapes, so that they have equal weights, whatever these are."""
+        return isinstance(self.batches, list | tuple) and len({shapes_of(batch) for batch in self.batches}) == 1
 
     def _examples_in(self, part: Any, examples: int | None) -> int:
         """How many a part has that did not fit into memory; 0 if that is not known, so that it cannot be halved."""

@@ -44,6 +44,7 @@ def lanczos(
     start: int = 0,
     again: Sequence[tuple[float, float]] = (),
     dtype: torch.dtype | None = None,
+    orthogonal: bool = False,
 ) -> Iterator[tuple[Tensor, float, float]]:
     """Yield v_{j+1}, α_j, β_j for j = 1, 2, ..., from `start_vector(operator, seed, f"{start}")`.
 
@@ -52,7 +53,10 @@ def lanczos(
 
     To see the vectors of a run again, pass its (α_j, β_j): they are taken as they were, since the recurrence
     blows up any difference once values have converged. So the order of operations is the same here, too.
+
+    With `orthogonal` all v_j are kept, and each new one is made orthogonal to them: for small operators alone.
     """
+    basis: list[Tensor] = []
     v, previous, beta = start_vector(operator, seed, f"{start}", dtype), None, 0.0
     size, restarts, known = 0.0, 0, iter(again)
     while True:
@@ -65,11 +69,19 @@ def lanczos(
         recorded = next(known, None)
         alpha = recorded[0] if recorded else dot(w, v)
         w.add_(v, alpha=-alpha)
+        if orthogonal:
+            basis.append(v)
+            for u in (*basis, *basis):  # twice is enough
+                w.add_(u, alpha=-dot(u, w))
         beta = recorded[1] if recorded else dot(w, w) ** 0.5
         size = max(size, abs(alpha), beta)
         if beta <= 10 * torch.finfo(w.dtype).eps * size:
             restarts += 1
             beta, w = 0.0, start_vector(operator, seed, f"{start}/{restarts}", dtype)
+            if orthogonal:
+                for u in (*basis, *basis):
+                    w.add_(u, alpha=-dot(u, w))
+                w.div_(dot(w, w) ** 0.5 or 1.0)
         else:
             w.div_(beta)
         yield w, alpha, beta
@@ -80,6 +92,8 @@ def extreme_ritz_values(
     operator: LinearOperator, num_matvecs: int, seed: int = 0, dtype: torch.dtype | None = None
 ) -> tuple[float, float]:
     """Return the smallest and the largest Ritz value of one Lanczos run: bounds from within on the extreme eigenvalues.
+
+    Exact after n products: the vectors are kept orthogonal, which takes memory for `num_matvecs` of them.
 
     Args:
         operator: symmetric, of size n.
@@ -93,7 +107,9 @@ def extreme_ritz_values(
     >>> round(low, 9), round(high, 9)
     (4.0, 4.0)
     """
-    steps = zip(range(min(num_matvecs, operator.shape[1])), lanczos(operator, seed, dtype=dtype), strict=False)
+    steps = zip(
+        range(min(num_matvecs, operator.shape[1])), lanczos(operator, seed, dtype=dtype, orthogonal=True), strict=False
+    )
     alpha, beta = zip(*((a, b) for _, (_, a, b) in steps), strict=True)
     off = torch.tensor(beta[:-1], dtype=torch.float64)
     ritz = torch.linalg.eigvalsh(torch.tensor(alpha, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1))

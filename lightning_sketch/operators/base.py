@@ -48,7 +48,9 @@ class LinearOperator(ABC):
 
     __array_ufunc__ = None  # so that a NumPy number on the left leaves the product to __rmul__
 
-    def __matmul__(self, right: Any) -> "LinearOperator":
+    def __matmul__(self, right: Any) -> Any:
+        if isinstance(right, Tensor) and right.ndim in (1, 2):
+            return self.matvec(right.mT).mT if right.ndim == 2 else self.matvec(right)
         return Composed(self, right) if isinstance(right, LinearOperator) else NotImplemented
 
     def __add__(self, right: Any) -> "LinearOperator":
@@ -65,6 +67,12 @@ class LinearOperator(ABC):
         return Scaled(float(factor), self) if is_number else NotImplemented
 
     __rmul__ = __mul__
+
+    def __truediv__(self, factor: Any) -> "LinearOperator":
+        return self * (1 / factor)
+
+    def __radd__(self, left: Any) -> "LinearOperator":
+        return self if isinstance(left, int) and left == 0 else NotImplemented  # as sum() begins
 
     def to_scipy(self) -> Any:
         """Return this map as a `scipy.sparse.linalg.LinearOperator`, for `eigsh`, `cg`, `expm_multiply` and the like.
@@ -90,6 +98,8 @@ class LinearOperator(ABC):
             """Of a vector, or of the columns of a matrix."""
 
             def multiply(x):
+                if x.dtype.kind == "c":
+                    return multiply(x.real) + 1j * multiply(x.imag)
                 rows = torch.as_tensor(x.T.copy(), dtype=dtype, device=self.device)
                 return product(rows).detach().cpu().numpy().T
 

@@ -231,7 +231,7 @@ def test_outputs_that_are_no_rows_of_logits_are_refused():
         fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: (m(b[0]),))
     with pytest.raises(ValueError, match="has one class"):
         fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: m(b[0])[:, :1])
-    with pytest.raises(ValueError, match="output_loss='hinge' is not known"):
+    with pytest.raises(ValueError, match="output_loss_fn='hinge' is not known"):
         fit_ggn(module, [(x, y)], sketch, layout, output_loss="hinge")
     with pytest.raises(ValueError, match="the sketch takes n=99 numbers, the layout has 51"):
         fit_ggn(module, [(x, y)], BlockSRHT(99, 24), layout)

@@ -46,7 +46,11 @@ MULTI_HOT = (normal(N, 3, seed=1) > 0).double()
 SOFT = normal(N, 3, seed=1).softmax(1)
 CLASSES = torch.arange(N) % 3
 
+WEIGHTED = SOFT * torch.linspace(0.1, 3, N, dtype=torch.float64)[:, None]
+
 TRAINED = {
+    "multi-hot targets of cross-entropy": (F.cross_entropy, MULTI_HOT),
+    "weights in the targets": (F.cross_entropy, WEIGHTED),
     "classes": (F.cross_entropy, CLASSES),
     "some ignored": (F.cross_entropy, torch.where(torch.arange(N) % 5 == 0, -100, CLASSES)),
     "soft labels": (F.cross_entropy, SOFT),
@@ -226,3 +230,102 @@ def test_a_step_that_cannot_run_alone_asks_for_the_loss():
     module = Module(lambda z, y: module.trainer.global_step * F.cross_entropy(z, y))
     with pytest.raises(ValueError, match=r"which loss of the output is trained is not known, .*output_loss_fn"):
         GGN(module, [(normal(N, 4), CLASSES)]).matvec(torch.ones(43, dtype=torch.float64))
+
+
+FLAT = {
+    "class weights": (lambda z, y: F.cross_entropy(z, y, weight=torch.tensor([1.0, 2, 3]).double()), CLASSES),
+    "a temperature": (lambda z, y: F.cross_entropy(4 * z, y), CLASSES),
+    "a temperature of binary": (lambda z, y: binary(3 * z, y), MULTI_HOT),
+}
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3], ids=["zeros", "nearly"])
+@pytest.mark.parametrize(("step", "y"), FLAT.values(), ids=FLAT)
+def test_losses_of_one_value_at_the_start_are_told_apart_by_their_gradients(step, y, spread):
+    """At equal logits a temperature, and nearly class weights, leave the value of the loss as it is."""
+    module, x = Module(step), normal(N, 4)
+    for p in module.net[-1].parameters():
+        p.data = spread * normal(*p.shape)
+    layout = Layout.of(module)
+    said = "with a gradient that differs by|would be of a loss of"
+    with pytest.raises(ValueError, match=said):
+        GGN(module, [(x, y)]).matvec(torch.ones(layout.n, dtype=torch.float64))
+    with pytest.raises(ValueError, match=said):
+        fit_ggn(module, [(x, y)], BlockSRHT(layout.n, 8), layout)
+
+
+def test_weights_that_moved_are_compared_again():
+    """Plain cross-entropy first; later a class counts double."""
+    counts = {"double": False}
+
+    def step(z, y):
+        return F.cross_entropy(z, y, weight=torch.tensor([1.0, 2.0 if counts["double"] else 1.0, 1.0]).double())
+
+    module = Module(step)
+    g, v = GGN(module, [(normal(N, 4), CLASSES)]), torch.ones(43, dtype=torch.float64)
+    assert g.matvec(v).isfinite().all()
+    counts["double"] = True
+    with torch.no_grad():
+        module.net[0].weight += 0.1
+    with pytest.raises(ValueError, match="but training_step returns"):
+        g.matvec(v)
+
+
+@pytest.mark.parametrize(
+    ("step", "y"),
+    [
+        (lambda z, y: F.mse_loss(z.squeeze(-1), y), normal(N, seed=3)),
+        (lambda z, y: binary(z.squeeze(-1), y), (normal(N, seed=3) > 0).double()),
+    ],
+    ids=["regression", "binary"],
+)
+def test_one_output_may_have_labels_without_its_axis(step, y):
+    module, x = Module(step, outputs=1), normal(N, 4)
+    dense, found = both(module, [(x, y)])
+    given = GGN(module, [(x, y)], output_loss_fn=lambda z, batch: step(z, batch[1])).as_matrix()
+    s = BlockSRHT(len(given), len(given)).as_matrix(dtype=torch.float64)
+    torch.testing.assert_close(dense, s @ given @ s.T)
+    torch.testing.assert_close(found.dense(), dense)
+
+
+def test_micro_batches_find_the_loss_too():
+    module, x = Module(F.cross_entropy), normal(N, 4)
+    cut = GGN(module, [(x, CLASSES)], micro_batch_size=5).as_matrix()
+    torch.testing.assert_close(cut, GGN(module, [(x, CLASSES)]).as_matrix())
+
+
+def test_a_batch_without_labels_says_so():
+    module = Module(lambda z, y: z.square().mean())
+    with pytest.raises(ValueError, match=r"found no labels in a batch of type dict.*output_loss_fn"):
+        GGN(module.net, [{"input": normal(N, 4)}]).matvec(torch.ones(43, dtype=torch.float64))
+
+
+class Sequences(pl.LightningModule):
+    """Time first, as recurrent layers have it."""
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.rnn, self.head = nn.LSTM(4, 5).double(), nn.Linear(5, 3).double()
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][-1])
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+def test_time_may_come_first():
+    """The same matrix, and without the axis a refusal, also where the number of examples alone is told."""
+    module, batch = Sequences(), (normal(7, 6, 4), torch.arange(6) % 3)
+    layout = Layout.of(module)
+    sketch = BlockSRHT(layout.n, 16)
+    s = sketch.matvec(torch.eye(layout.n, dtype=torch.float64)).T
+    g = GGN(module, [batch], batch_dim=1).as_matrix()
+    found = fit_ggn(module, [batch], sketch, layout, batch_dim=1)
+    torch.testing.assert_close(found.dense(), s @ g @ s.T)
+    with pytest.raises(ValueError, match="batch_dim=1"):
+        fit_ggn(module, [batch], sketch, layout)
+    with pytest.raises(ValueError, match=r"num_examples gives 6 for a part of 1 of the 6 examples.*batch_dim=1"):
+        fit_ggn(module, [batch], sketch, layout, num_examples=lambda batch: batch[0].shape[1])

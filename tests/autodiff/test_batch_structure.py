@@ -1,14 +1,14 @@
 """How many examples a batch has is told by all its tensors alike, or by an argument, and never guessed."""
 
-from collections import UserDict, namedtuple
-from dataclasses import dataclass
+from collections import UserDict, defaultdict, namedtuple
+from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_sketch.autodiff.batches import BatchStructure, content_hash, num_examples
+from lightning_sketch.autodiff.batches import BatchStructure, num_examples
 
 Pair = namedtuple("Pair", ["x", "y"])
 
@@ -49,6 +49,9 @@ AGREE = {
     "dataclass with slots": Slots(X),
     "arrays": {"x": np.zeros((8, 2)), "y": X},
     "encoding": Encoding(input_ids=X, labels=torch.zeros(8)),
+    "text of another length": (["a", "b"], X),
+    "one for all": {"input_ids": X, "position_ids": torch.zeros(1, 3)},
+    "as many labels in a list": {"x": X, "y": [torch.tensor(1.0)] * 8},
     "text alone": {"text": ["a"] * 8, "name": "train"},
 }
 
@@ -56,7 +59,6 @@ DISAGREE = {
     "time first": ((torch.zeros(10, 8, 3), torch.zeros(8)), r"\[0\] has 10, \[1\] has 8"),
     "named": ({"x": X, "table": torch.zeros(3, 8)}, r"\['x'\] has 8, \['table'\] has 3"),
     "inside": (Graphs("g", [X, torch.zeros(5)]), r"nodes\[0\] has 8, nodes\[1\] has 5"),
-    "text": ((["a", "b"], X), r"\[0\] has 2, \[1\] has 8"),
     "ragged": ([torch.zeros(7, 3), torch.zeros(5, 3)], r"\[0\] has 7, \[1\] has 5"),
     "detection": (((torch.zeros(3, 9, 9),), ({"boxes": torch.zeros(2, 4)},)), r"has 3, \[1\]\[0\]\['boxes'\] has 2"),
 }
@@ -104,7 +106,7 @@ def test_time_may_come_first():
     assert [count for _, count in parts] == [3, 1]
     assert torch.equal(torch.cat([part["x"] for part, _ in parts], 1), x)
     assert torch.equal(torch.cat([part["y"] for part, _ in parts]), y)
-    with pytest.raises(ValueError, match=r"along axis 1: \[0\] has 4, \[1\] has 7"):
+    with pytest.raises(ValueError, match=r"along axis 1: \[0\] has 4, \[1\] has 6"):
         BatchStructure(batch_dim=1).count((x, table))
 
 
@@ -177,7 +179,7 @@ def test_lists_that_grow_and_shrink_are_refused():
     """One image in a batch, then five: each has a first axis of three channels, which would pass for examples."""
     structure = BatchStructure()
     structure.count([torch.zeros(3, 8, 8)])
-    with pytest.raises(ValueError, match=r"lists of \[2\] tensors, the one before it of \[1\].*num_examples=len"):
+    with pytest.raises(ValueError, match=r"a list of 2 tensors, where the one before it had 1.*num_examples=len"):
         structure.count([torch.zeros(3, 8, 8), torch.zeros(3, 9, 7)])
 
 
@@ -203,41 +205,122 @@ def test_a_function_may_split_a_batch():
     assert all(count == 1 and len(part.tensors[0]) == 3 for part, count in parts)
 
 
-DIFFERENT = [
-    ["the cat sat", torch.tensor([1])],
-    ["a dog ran", torch.tensor([1])],
-    [["the cat", "sat"], torch.tensor([1])],
-    {"text": "the cat sat", "label": torch.tensor([2])},
-    ("the cat sat", 1),
-    ("the cat sat", 1.0),
-    ("the cat sat", "1"),
-    np.arange(3),
-    np.arange(3.0),
-    torch.arange(3),
-    torch.arange(3).float(),
-    torch.zeros(1, 2),
-    torch.zeros(2, 1),
-    Graphs("g", X),
-    Graphs("h", X),
-    Unknown(X),
-    Unknown(X + 1),
-    None,
-]
+def images(*heights, channels=3):
+    return [torch.zeros(channels, h, 7) for h in heights]
 
 
-def test_unequal_contents_have_unequal_hashes():
-    found = [content_hash(value) for value in DIFFERENT]
-    assert len(set(found)) == len(found)
-    assert all(0 <= value < 1 << 63 for value in found)
+@pytest.mark.parametrize("batch", [images(8, 9), images(8, 8, 8, 8, 8), {"x": images(8, 9, channels=1)}])
+def test_what_looks_like_a_list_of_images_is_refused(batch):
+    """Their first axis, of channels, would pass for examples."""
+    with pytest.raises(ValueError, match=r"may be one of images; pass num_examples=len"):
+        BatchStructure().count(batch)
 
 
-def test_equal_contents_have_equal_hashes_whatever_they_are_kept_in():
-    """Views, sparse tensors and other collections of the same things."""
-    x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
-    assert content_hash([x]) == content_hash((x.T.T.clone(),)) == content_hash({"x": x.to_sparse()})
-    assert content_hash([x[:, 1]]) == content_hash([torch.tensor([0.0, 2.0])])
+@pytest.mark.parametrize(
+    "batch",
+    [
+        (torch.zeros(3, 5, 2), torch.zeros(3, 5, 4)),
+        [torch.zeros(3, 8, 8, 3)] * 3,
+        {"views": images(8, 9), "labels": torch.zeros(3)},
+        [torch.zeros(3, 8), torch.zeros(3)],
+    ],
+    ids=["sequences", "SimCLR", "beside labels", "pair"],
+)
+def test_what_is_collated_is_not(batch):
+    assert BatchStructure().count(batch) == 3
 
 
-def test_hashes_of_tensors_are_those_that_stores_hold():
-    """Ids of examples by index_key='hash' are written to stores; these are the first version's."""
-    assert content_hash((torch.arange(6.0).view(2, 3), torch.tensor([1]))) == 7799134863832516803
+def test_a_loader_whose_first_batches_are_large_shows_that_its_lists_are_collated():
+    structure = BatchStructure()
+    assert [structure.count([torch.zeros(n, 8, 2), torch.zeros(n, 9, 2)]) for n in (32, 3)] == [32, 3]
+
+
+def test_lists_beside_tensors_may_be_of_any_length():
+    """Labels in a list, views of which there are more or fewer, targets as mappings."""
+    structure = BatchStructure()
+    for n, views in ((4, 2), (4, 6), (2, 3)):
+        batch = {
+            "x": torch.zeros(n, 3),
+            "y": [torch.tensor(1.0)] * n,
+            "views": [torch.zeros(n, 5)] * views,
+            "targets": [{"id": torch.tensor(1)}] * n,
+        }
+        assert structure.count(batch) == n
+        assert [len(part["y"]) for part, _ in structure.parts(batch, 1)] == [1] * n
+
+
+def test_numbers_of_the_examples_are_cut_with_them_and_sizes_are_not():
+    structure = BatchStructure()
+    batch = {"x": torch.arange(8.0), "w": list(range(8)), "size": [32, 32]}
+    assert [(part["w"], part["size"]) for part, _ in structure.parts(batch, 4)] == [
+        ([0, 1, 2, 3], [32, 32]),
+        ([4, 5, 6, 7], [32, 32]),
+    ]
+    small = {"x": torch.arange(2.0), "w": [0, 1], "size": [32, 32]}
+    assert [(part["w"], part["size"]) for part, _ in structure.parts(small, 1)] == [([0], [32, 32]), ([1], [32, 32])]
+    with pytest.raises(ValueError, match=r"a list of 2 numbers, in a batch of 2 examples, may hold an example an item"):
+        list(BatchStructure().parts(small, 1))
+
+
+def test_an_axis_of_time_is_not_one_of_examples():
+    """Time stamps beside sequences disagree; a square mask may be read in two ways."""
+    x, stamps = torch.zeros(9, 4, 3), torch.arange(9.0)
+    with pytest.raises(ValueError, match=r"along axis 1: \[0\] has 4, \[1\] has 9"):
+        BatchStructure(batch_dim=1).count((x, stamps))
+    told = BatchStructure(num_examples=lambda batch: batch[0].shape[1], batch_dim=1)
+    assert [(part[0].shape[1], len(part[1])) for part, _ in told.parts((x, stamps), 2)] == [(2, 9), (2, 9)]
+    square = torch.zeros(4, 4, 3), torch.ones(4, 4)
+    with pytest.raises(ValueError, match="may have its 4 examples along either axis"):
+        list(BatchStructure(batch_dim=1).parts(square, 1))
+    known = BatchStructure(batch_dim=1)
+    list(known.parts((torch.zeros(5, 4, 3), torch.ones(4, 5)), 1))
+    assert [part[1].shape for part, _ in known.parts(square, 1)] == [(1, 4)] * 4
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        ((torch.zeros(5, 4, 3), torch.arange(4)), lambda batch: batch[0].shape[1]),
+        (Graphs("g", torch.zeros(4, 2)), lambda batch: 4),
+    ],
+    ids=["time first", "constant"],
+)
+def test_a_number_that_does_not_follow_the_cut_is_refused(batch, count):
+    """Only the labels of a time-first batch would be cut, and every example would have all sequences."""
+    with pytest.raises(ValueError, match=r"num_examples gives 4 for a part of 1 of the 4 examples.*batch_dim=1"):
+        list(BatchStructure(num_examples=count).parts(batch, 1))
+
+
+def test_len_of_a_pair_of_lists_is_no_number_of_examples():
+    batch = tuple(images(8, 9, 7)), tuple({"boxes": torch.zeros(i, 4)} for i in range(3))
+    with pytest.raises(ValueError, match=r"len counts the 2 items of a batch, but these are .*len\(batch\[0"):
+        BatchStructure(num_examples=len).count(batch)
+
+
+def test_vmap_takes_tensors_alone():
+    said = r"needs the examples in tensors, and \['t'\] is none; use engine='loop'"
+    for other in (np.zeros(4), list("abcd")):
+        with pytest.raises(ValueError, match=said):
+            BatchStructure().each({"x": torch.zeros(4, 2), "t": other})
+
+
+def test_parts_are_of_the_kind_of_the_batch():
+    """Also of what cannot be made anew from its items: a default dictionary, fields without init, sparse tensors."""
+
+    @dataclass
+    class Derived:
+        x: Tensor
+        total: Tensor = field(init=False)
+
+        def __post_init__(self):
+            self.total = self.x.sum(1)
+
+    sparse = torch.eye(4).to_sparse()
+    made = defaultdict(list, {"x": torch.arange(8.0).view(4, 2), "d": Derived(torch.eye(4)), "s": sparse})
+    for i, (part, _) in enumerate(BatchStructure().parts(made, 1)):
+        assert isinstance(part, defaultdict)
+        assert part.default_factory is list
+        assert torch.equal(part["x"], made["x"][i : i + 1])
+        assert (len(part["d"].x), len(part["d"].total)) == (1, 1)
+        assert torch.equal(part["s"].to_dense(), torch.eye(4)[i : i + 1])
+    assert len(made["d"].x) == 4

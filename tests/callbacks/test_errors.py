@@ -9,6 +9,7 @@ from models import Digits, fit, loader, trainer
 from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 
 from lightning_sketch import SpectrumMonitor
 
@@ -170,3 +171,25 @@ def test_autocast_is_off_inside(tmp_path):
     watch = SpectrumMonitor(num_batches=1)
     fit(tmp_path, watch, precision="bf16-mixed", max_epochs=1)
     assert watch.history[0].linearity_defect < 5e-6
+
+
+class Lists(Digits):
+    """Trains on lists of images of other sizes."""
+
+    def __init__(self):
+        super().__init__(dropout=0.0)
+        self.net = torch.nn.Conv2d(1, 2, 3)
+
+    def training_step(self, batch, batch_idx):
+        return torch.stack([self.net(x).square().mean() for x in batch]).mean()
+
+
+def test_batches_that_cannot_be_weighed_are_refused_as_soon_as_they_are_there(tmp_path):
+    """After the second batch, not at the first measurement an epoch later; an argument settles it."""
+    images = [torch.randn(1, 6 + i % 3, 8) for i in range(12)]
+    data = DataLoader(images, batch_sampler=[[0], [1, 2, 3], *[[4, 5]] * 4], collate_fn=list)
+    with pytest.raises(ValueError, match="pass num_examples="):
+        fit(tmp_path, SpectrumMonitor(num_batches=2), model=Lists, data=data, max_epochs=1)
+    monitor = SpectrumMonitor(num_batches=2, num_examples=len, top_k=2)
+    fit(tmp_path, monitor, model=Lists, data=data, max_epochs=1)
+    assert len(monitor.history) == 1

@@ -54,3 +54,12 @@ def test_a_fused_optimizer_that_does_not_say_so_is_an_error(tmp_path):
     del optimizer._step_supports_amp_scaling
     with pytest.raises(RuntimeError, match="Adam has no _step_supports_amp_scaling"):
         gradient_scale(trainer, optimizer)
+
+
+def test_groups_of_a_fused_checkpoint_make_no_optimizer_fused(tmp_path):
+    """Lightning unscales for an optimizer that was made without `fused`, whatever its groups say after loading."""
+    _, trainer = rows(tmp_path / "rows", "Adam", fused=False)
+    (optimizer,) = trainer.optimizers
+    optimizer.load_state_dict(torch.optim.Adam(optimizer.param_groups[0]["params"], fused=True).state_dict())
+    assert optimizer.param_groups[0]["fused"]
+    assert gradient_scale(trainer, optimizer) == 1.0

@@ -18,7 +18,9 @@ EXPRESSIONS = {
     "multiple on the right": (A * 0.5, 0.5 * DENSE_A),
     "by a NumPy number": (np.float64(3) * A, 3 * DENSE_A),
     "by a tensor": (torch.tensor(3.0) * A, 3 * DENSE_A),
+    "quotient": (A / 4, DENSE_A / 4),
     "negative": (-A, -DENSE_A),
+    "of many": (sum([A, B, A]), 2 * DENSE_A + DENSE_B),
     "all together": (A - 2 * (B + A) * 0.25, DENSE_A - 0.5 * (DENSE_B + DENSE_A)),
     "with products": (A @ B.T + 0.1 * (A @ A.T), DENSE_A @ DENSE_B.T + 0.1 * DENSE_A @ DENSE_A.T),
 }
@@ -77,3 +79,15 @@ def test_scipy_solves_with_it():
     assert not failed
     np.testing.assert_allclose(x, np.linalg.solve((dense @ dense.T).numpy(), b), rtol=1e-3)
     np.testing.assert_allclose(eigsh(gram, k=1)[0], np.linalg.eigvalsh((dense @ dense.T).numpy())[-1:], rtol=1e-5)
+
+
+@expressions
+def test_a_tensor_on_the_right_is_multiplied(operator, dense):
+    x = torch.randn(dense.shape[1], 3, dtype=torch.float64)
+    torch.testing.assert_close(operator @ x, dense @ x)
+    torch.testing.assert_close(operator @ x[:, 0], dense @ x[:, 0])
+
+
+def test_scipy_keeps_imaginary_parts():
+    x = np.arange(12) + 1j * np.arange(12)[::-1]
+    np.testing.assert_allclose(A.to_scipy() @ x, DENSE_A.numpy() @ x, rtol=1e-5)

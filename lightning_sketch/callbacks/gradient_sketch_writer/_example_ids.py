@@ -21,15 +21,17 @@ class BatchNumbers:
     """
 
     def __init__(self, index_key: str | int | None, structure: Callable[[], BatchStructure] = BatchStructure):
-        self.index_key, self.structure = index_key, structure
+        self.index_key, self.new_structure = index_key, structure
+        self.structures: dict[Any, BatchStructure] = {}
         self.handed_along: Tensor | None = None
         self.attached = ExitStack()
 
-    def __call__(self, batch: Any) -> Tensor:
-        """Of the batch that the Trainer works on."""
+    def __call__(self, batch: Any, loader: Any = None) -> Tensor:
+        """Return those of the batch that the Trainer works on, from this loader; None for that of training."""
         if self.handed_along is not None:
             return self.handed_along
-        return batch_ids(batch, self.index_key, self.structure())
+        structure = self.structures.setdefault(loader, self.new_structure())
+        return batch_ids(batch, self.index_key, structure)
 
     @property
     def known(self) -> bool:
@@ -44,6 +46,7 @@ class BatchNumbers:
     def attach(self, module: LightningModule) -> None:
         """From here on take the index off the batches of an `IndexedDataset`, before the module gets them."""
         self.detach()
+        self.structures.clear()
         self.attached.enter_context(changed_batches(module, self._note, without_index))
 
     def detach(self) -> None:

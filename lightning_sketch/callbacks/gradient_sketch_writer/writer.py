@@ -276,7 +276,7 @@ class GradientSketchWriter(CallbackBase):
     ) -> None:
         """A row for each example."""
         if self._checkpoint is not None:
-            self._checkpoint.write(trainer, batch, self._numbers(batch), dataloader_idx)
+            self._checkpoint.write(trainer, batch, self._numbers(batch, dataloader_idx), dataloader_idx)
 
     on_predict_start = on_test_start
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start

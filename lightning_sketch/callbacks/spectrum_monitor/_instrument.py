@@ -91,6 +91,10 @@ class Instrument:
             starts = (start_vector(matrix, self.seed, name) for name in ("0", "defect"))
             checked_defect(matrix, *starts, random=True)
 
+    def check_weights(self, module: nn.Module, batches: Sequence[ProbeBatch], distributed: bool) -> None:
+        """Refuse batches whose weights in the mean are not known, as soon as all of them are there."""
+        self.matrix(module, batches, distributed).batches.check_weights()
+
     def measure(
         self,
         module: nn.Module,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning_fabric.utilities import move_data_to_device
 
-from lightning_sketch.autodiff.batches import content_digest
+from lightning_sketch.autodiff.content_hash import content_digest
 
 
 @dataclass(frozen=True)

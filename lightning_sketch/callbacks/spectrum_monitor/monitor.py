@@ -305,6 +305,8 @@ class SpectrumMonitor(CallbackBase):
             self.instrument.check(pl_module, self._kept.on_device(pl_module.device), trainer.world_size > 1)
 
     def _data_known(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = self._kept.on_device(pl_module.device)
+        self.instrument.check_weights(pl_module, batches, trainer.world_size > 1)
         # under DDP a checkpoint holds what rank zero knows
         if trainer.is_global_zero and self._resumed_from not in (None, self._kept.fingerprint):
             warnings.warn(
