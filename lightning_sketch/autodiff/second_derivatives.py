@@ -42,7 +42,7 @@ _MARKED = once_differentiable(lambda ctx: None).__code__
 
 
 def double_backward(loss_now: LossNow, parameters: Sequence[Tensor], keep: bool) -> Product:
-    """Return H v by differentiating the gradient once more, in reverse."""
+    """Return v -> H v, by differentiating the gradient once more, in reverse."""
     loss = loss_now()
     with second_derivative_errors(), nothing_dropped(loss):
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
@@ -59,7 +59,7 @@ def double_backward(loss_now: LossNow, parameters: Sequence[Tensor], keep: bool)
 
 
 def forward_over_reverse(loss_now: LossNow, module: nn.Module, parameters: Sequence[Tensor]) -> Product:
-    """Return H v by carrying the derivative along v through the gradient."""
+    """Return v -> H v, by carrying the derivative along v through the gradient."""
 
     def product(pieces: Sequence[Tensor]) -> Sequence[Tensor | None]:
         with forward_ad.dual_level(), second_derivative_errors():
@@ -75,7 +75,7 @@ def forward_over_reverse(loss_now: LossNow, module: nn.Module, parameters: Seque
 
 
 def finite_differences(loss_now: LossNow, module: nn.Module, parameters: Sequence[Tensor], step: float) -> Product:
-    """Return H v from two gradients, `step` to either side along v / ||v||."""
+    """Return v -> H v, from two gradients, `step` to either side along v / ||v||."""
 
     def gradient(pieces: Sequence[Tensor], t: float) -> Sequence[Tensor | None]:
         moved = [torch.add(p.detach(), v, alpha=t).requires_grad_() for p, v in zip(parameters, pieces, strict=True)]
