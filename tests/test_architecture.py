@@ -19,7 +19,7 @@ FLOORS = [
     {"per_example", "store"},
     {"curvature", "attribution", "subspace", "metrics"},
     {"callbacks"},
-    {"cli"},
+    {"cli", "testing"},
 ]
 HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"}

@@ -9,18 +9,16 @@ from lightning_sketch.operators.fjl import FJL
 from lightning_sketch.operators.gaussian import Gaussian
 from lightning_sketch.operators.qk import QK
 from lightning_sketch.operators.random import RNG
-from lightning_sketch.operators.sketch import Sketch
+from lightning_sketch.operators.sketch import KINDS, Sketch
 
-KINDS: dict[str, type[Sketch]] = {
-    sketch.kind: sketch for sketch in (BlockSRHT, AFFD, AFJL, QK, FFD, FJL, Gaussian, CountSketch)
-}
+__all__ = ["AFFD", "AFJL", "FFD", "FJL", "KINDS", "QK", "BlockSRHT", "CountSketch", "Gaussian", "make_sketch"]
 
 
 def make_sketch(kind: str, *, n: int, dim: int, seed: int = 0, rng: str = RNG) -> Sketch:
     """Make the sketch of this kind: `make_sketch(**sketch.spec()) == sketch`.
 
     Args:
-        kind: block_srht, affd, afjl, qk, ffd, fjl, gaussian or count_sketch.
+        kind: block_srht, affd, afjl, qk, ffd, fjl, gaussian, count_sketch, or one of your own.
         n: size of the vectors to sketch.
         dim: size of a sketch.
         seed: 0 <= seed < 2^63.
@@ -33,7 +31,10 @@ def make_sketch(kind: str, *, n: int, dim: int, seed: int = 0, rng: str = RNG) -
     AFFD(n=1000, dim=64, seed=0)
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown kind of sketch {kind!r}; choose one of {', '.join(KINDS)}.")
+        raise ValueError(
+            f"unknown kind of sketch {kind!r}; choose one of {', '.join(KINDS)}, "
+            "or import the module that defines it first."
+        )
     if rng != RNG:
         raise ValueError(
             f"the sketch was made with random bits {rng!r}, this version of lightning_sketch makes {RNG!r}; "

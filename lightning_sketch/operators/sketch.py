@@ -12,10 +12,17 @@ from lightning_sketch.operators.apply import apply
 from lightning_sketch.operators.base import LinearOperator, check_vectors
 from lightning_sketch.operators.random import RNG, Key
 
+KINDS: dict[str, "type[Sketch]"] = {}
+"""All kinds by name, one's own among them: a subclass of `Sketch` that has a `kind` is known from its definition on."""
+
 
 @dataclass(frozen=True)
 class Sketch(LinearOperator):
     """A random linear map S: R^n -> R^dim with E[SᵀS] = I. Equal fields, equal map, everywhere.
+
+    A kind of one's own is a subclass, a frozen dataclass with a `kind` that no other has, `streams`, `forward` and
+    `adjoint`: from its definition on `make_sketch`, callbacks and stores know it by that name. A program that reads a
+    store of it has to define it first. `lightning_sketch.testing.SketchTests` are the tests that it has to pass.
 
     Args:
         n: size of the vectors to sketch, e.g. the number of parameters of a model.
@@ -34,6 +41,18 @@ class Sketch(LinearOperator):
     kind: ClassVar[str]
     streams: ClassVar[bool]
     """Whether `columns(a, b)` costs what its range costs; otherwise it costs what all of S costs."""
+
+    def __init_subclass__(cls, register: bool = True, **options):
+        super().__init_subclass__(**options)
+        if not register or "kind" not in vars(cls):
+            return
+        there = KINDS.get(cls.kind)
+        if there is not None and (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"{cls.__name__} has kind={cls.kind!r}, which {there.__module__}.{there.__qualname__} has already; "
+                "give it another one."
+            )
+        KINDS[cls.kind] = cls
 
     def __post_init__(self):
         name = type(self).__name__

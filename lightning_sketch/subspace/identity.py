@@ -10,7 +10,7 @@ from lightning_sketch.operators.sketch import Sketch
 
 
 @dataclass(frozen=True)
-class Identity(Sketch):
+class Identity(Sketch, register=False):
     """S = I, as a sketch with dim = n.
 
     >>> Identity(n=3, dim=3).matvec(torch.tensor([1.0, 2.0, 3.0]))

@@ -122,10 +122,7 @@ def test_operators_of_mismatching_sizes_do_not_compose(sketch):
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones():
-    with refused(
-        ValueError,
-        "unknown kind of sketch 'srht'; choose one of block_srht, affd, afjl, qk, ffd, fjl, gaussian, count_sketch.",
-    ):
+    with pytest.raises(ValueError, match=r"unknown kind of sketch 'srht'; choose one of .*block_srht.*qk.*import the"):
         make_sketch("srht", n=100, dim=33)
 
 

@@ -76,7 +76,7 @@ def test_a_sketch_cannot_be_changed(make):
 def test_the_spec_is_pinned(make):
     expected = {"kind": make.kind, "n": 100, "dim": 33, "seed": 3, "rng": "v1"}
     assert make(n=100, dim=33, seed=3).spec() == expected
-    assert list(KINDS) == ["block_srht", "affd", "afjl", "qk", "ffd", "fjl", "gaussian", "count_sketch"]
+    assert set(KINDS) == {"block_srht", "affd", "afjl", "qk", "ffd", "fjl", "gaussian", "count_sketch"}
 
 
 @pytest.mark.parametrize("seed", [0, 3, (1 << 63) - 1])

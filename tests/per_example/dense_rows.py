@@ -2,32 +2,10 @@
 
 import torch
 
-from lightning_sketch.per_example.factors import Dense, LowRank
 from lightning_sketch.per_example.hooks import ExampleHooks
+from lightning_sketch.testing.layer_rules import DenseRows
 
 EXACT = {torch.float64: 1e-12, torch.float32: 5e-6}
-
-
-class DenseSink:
-    """Rows (examples, numbers) of each parameter, from its pieces."""
-
-    def __init__(self, parameters, examples):
-        self.names = {id(p): name for name, p in parameters.items()}
-        self.rows = {n: torch.zeros(examples, p.numel(), dtype=torch.float64) for n, p in parameters.items()}
-        self.pieces = []
-
-    def add(self, piece):
-        self.pieces.append(piece)
-        rows = self.rows[self.names[id(piece.parameter)]]
-        if isinstance(piece, Dense):
-            rows[:, piece.start : piece.start + piece.values.shape[1]] += piece.values
-        elif isinstance(piece, LowRank):
-            values = torch.einsum("bti,btj->bij", piece.left, piece.right).flatten(1)
-            rows[:, piece.start : piece.start + values.shape[1]] += values
-        else:
-            table = rows.view(len(rows), *piece.parameter.shape)
-            for row, index, values in zip(table, piece.index, piece.values, strict=True):
-                row.index_add_(0, index, values.double())
 
 
 def trained(module):
@@ -44,7 +22,7 @@ def rows_by_hooks(module, run, *inputs, hooks=None, examples=None):
     """Rows from one backward pass of the sum of losses, and the hooks."""
     examples = len(inputs[0]) if examples is None else examples
     hooks = hooks or ExampleHooks(module, trained(module))
-    sink = DenseSink(hooks._parameters, examples)
+    sink = DenseRows(hooks._parameters, examples)
     with hooks.recording(sink, examples):
         loss = losses_of(run(*inputs)).sum()
         hooks.before_backward(loss)

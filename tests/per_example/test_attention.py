@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from dense_rows import (
-    DenseSink,
+    DenseRows,
     assert_exact,
     error,
     gradients,
@@ -98,7 +98,7 @@ def test_parts_of_it_frozen(frozen):
 def same_forward(module, run, x):
     """Rows of hooks and of losses of one forward, for what draws random numbers."""
     hooks = ExampleHooks(module, trained(module))
-    sink = DenseSink(trained(module), len(x))
+    sink = DenseRows(trained(module), len(x))
     with hooks.recording(sink, len(x)):
         losses = losses_of(run(x))
         truth = [gradients(loss, module, retain_graph=True) for loss in losses]
@@ -162,7 +162,7 @@ def test_linear_is_wrapped_only_inside_and_put_back_after_an_error():
     net = nn.Sequential(Watching())
     net.attention = layer
     hooks = ExampleHooks(net, trained(net))
-    with hooks.recording(DenseSink(trained(net), B), B):
+    with hooks.recording(DenseRows(trained(net), B), B):
         net[0](torch.zeros(1))
         with pytest.raises(AssertionError):
             layer(*[torch.zeros(T, B, E + 1, dtype=torch.float64)] * 3)
@@ -182,7 +182,7 @@ def test_an_interrupt_inside_leaves_it_wrapped_until_detach(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "multi_head_attention_forward", interrupted)
     hooks = ExampleHooks(layer, trained(layer))
-    hooks.attach(DenseSink(trained(layer), B), B)
+    hooks.attach(DenseRows(trained(layer), B), B)
     with pytest.raises(KeyboardInterrupt):
         layer(*[sequences().transpose(0, 1)] * 3)
     hooks.detach()
@@ -192,7 +192,7 @@ def test_an_interrupt_inside_leaves_it_wrapped_until_detach(monkeypatch):
 def test_two_sets_of_hooks_hear_the_same():
     layer = attention(batch_first=True)
     x = sequences()
-    sinks = [DenseSink(trained(layer), B) for _ in range(2)]
+    sinks = [DenseRows(trained(layer), B) for _ in range(2)]
     first, second = ExampleHooks(layer, trained(layer)), ExampleHooks(layer, trained(layer))
     with first.recording(sinks[0], B), second.recording(sinks[1], B):
         loss = losses_of(layer(x, x, x)[0]).sum()

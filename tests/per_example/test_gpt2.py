@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dense_rows import DenseSink, error, gradients, trained
+from dense_rows import DenseRows, error, gradients, trained
 
 from lightning_sketch.per_example.hooks import ExampleHooks
 
@@ -45,7 +45,7 @@ def losses_of(model, ids, mask=None):
 
 def rows_by_hooks(model, ids, mask=None, truth=True):
     """Rows, and those of losses of the same forward: dropout draws anew in another."""
-    hooks, sink = ExampleHooks(model, trained(model)), DenseSink(trained(model), len(ids))
+    hooks, sink = ExampleHooks(model, trained(model)), DenseRows(trained(model), len(ids))
     with hooks.recording(sink, len(ids)):
         losses = losses_of(model, ids, mask)
         alone = [gradients(loss, model, retain_graph=True) for loss in losses] if truth else []

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from dense_rows import DenseSink, assert_exact, error, losses_of, rows_by_autograd, rows_by_hooks, sum_error, trained
+from dense_rows import DenseRows, assert_exact, error, losses_of, rows_by_autograd, rows_by_hooks, sum_error, trained
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,13 +50,13 @@ def test_frozen_and_other_parameters_are_left_out():
     net[3].weight.requires_grad_(False)
     chosen = {n: p for n, p in net.named_parameters() if n.endswith("weight")}
     hooks = ExampleHooks(net, chosen)
-    sink = DenseSink(chosen, B)
+    sink = DenseRows(chosen, B)
     with hooks.recording(sink, B):
         loss = losses_of(net(batch())).sum()
         hooks.before_backward(loss)
         loss.backward()
     assert hooks.supported == {"0.weight", "2.weight"}
-    assert {id(piece.parameter) for piece in sink.pieces} == {id(net[0].weight), id(net[2].weight)}
+    assert {id(piece.parameter) for piece in sink.factors} == {id(net[0].weight), id(net[2].weight)}
 
 
 def test_inputs_of_frozen_layers_are_not_kept(monkeypatch):
@@ -82,7 +82,7 @@ def test_a_look_at_the_module_between_gives_nothing_and_changes_nothing():
     x = batch()
     rows, _ = rows_by_hooks(net, net, x)
     hooks = ExampleHooks(net, trained(net))
-    sink = DenseSink(trained(net), B)
+    sink = DenseRows(trained(net), B)
 
     def look():
         with preserve_state(net):
@@ -115,11 +115,11 @@ def test_gradients_before_the_backward_that_counts_give_nothing():
     net = network()
     x = batch().requires_grad_()
     hooks = ExampleHooks(net, trained(net))
-    sink = DenseSink(trained(net), B)
+    sink = DenseRows(trained(net), B)
     with hooks.recording(sink, B):
         loss = losses_of(net(x)).sum()
         torch.autograd.grad(loss, x, create_graph=True)
-        assert sink.pieces == []
+        assert sink.factors == []
         hooks.before_backward(loss)
         loss.backward()
     assert sum_error(sink.rows, net) < 1e-12
@@ -128,7 +128,7 @@ def test_gradients_before_the_backward_that_counts_give_nothing():
 def test_forwards_without_a_graph_give_nothing():
     net = network()
     hooks = ExampleHooks(net, trained(net))
-    with hooks.recording(DenseSink(trained(net), B), B):
+    with hooks.recording(DenseRows(trained(net), B), B):
         with torch.no_grad():
             net(batch(2))
         with torch.inference_mode():
@@ -139,7 +139,7 @@ def test_forwards_without_a_graph_give_nothing():
 def test_a_second_backward_through_a_layer_is_named():
     net = network()
     hooks = ExampleHooks(net, trained(net))
-    with hooks.recording(DenseSink(trained(net), B), B):
+    with hooks.recording(DenseRows(trained(net), B), B):
         loss = losses_of(net(batch())).sum()
         hooks.before_backward(loss)
         loss.backward(retain_graph=True)
@@ -162,7 +162,7 @@ def test_nothing_stays_behind(error):
 
     net = Net()
     hooks = ExampleHooks(net, trained(net))
-    sink = DenseSink(trained(net), B)
+    sink = DenseRows(trained(net), B)
     watched = []
     try:
         with hooks.recording(sink, B):
@@ -189,7 +189,7 @@ def test_nothing_stays_behind(error):
 def test_a_pass_without_a_backward_leaves_no_graph():
     net = nn.Embedding(7, 4)
     hooks = ExampleHooks(net, trained(net))
-    hooks.attach(DenseSink(trained(net), B), B)
+    hooks.attach(DenseRows(trained(net), B), B)
     nodes = weakref.WeakSet()
     output = net(torch.arange(7))
 
@@ -208,19 +208,19 @@ def test_a_pass_without_a_backward_leaves_no_graph():
 def test_after_detach_a_backward_gives_nothing():
     net = network()
     hooks = ExampleHooks(net, trained(net))
-    sink = DenseSink(trained(net), B)
+    sink = DenseRows(trained(net), B)
     with hooks.recording(sink, B):
         loss = losses_of(net(batch())).sum()
         hooks.before_backward(loss)
     loss.backward()
-    assert sink.pieces == []
+    assert sink.factors == []
 
 
 def test_attaching_again_forgets_the_batch_before():
     """A step may return no loss; then nobody calls detach."""
     net = network()
     hooks = ExampleHooks(net, trained(net))
-    hooks.attach(DenseSink(trained(net), 2), 2)
+    hooks.attach(DenseRows(trained(net), 2), 2)
     net(batch(2))
     rows, _ = rows_by_hooks(net, net, batch(), hooks=hooks)
     assert sum_error(rows, net) < 1e-12
@@ -246,7 +246,7 @@ def test_compiled_modules_are_refused(how):
         ExampleHooks(compiled, trained(compiled))
     if hooks:
         with pytest.raises(ValueError, match="is compiled"):
-            hooks.attach(DenseSink(trained(net), B), B)
+            hooks.attach(DenseRows(trained(net), B), B)
 
 
 def test_what_is_wrong_inside_reentrant_checkpoints_is_said_as_elsewhere():
@@ -299,12 +299,12 @@ def test_bfloat16_autocast_is_near_the_autocast_gradient_of_each_example():
 
 
 def _dtypes(net, run, x):
-    hooks, sink = ExampleHooks(net, trained(net)), DenseSink(trained(net), len(x))
+    hooks, sink = ExampleHooks(net, trained(net)), DenseRows(trained(net), len(x))
     with hooks.recording(sink, len(x)):
         loss = losses_of(run(x)).sum()
         hooks.before_backward(loss)
         loss.backward()
-    for piece in sink.pieces:
+    for piece in sink.factors:
         yield from (value for value in vars(piece).values() if isinstance(value, torch.Tensor))
 
 
@@ -343,7 +343,7 @@ def test_training_is_bit_identical():
         hooks = ExampleHooks(net, trained(net))
         for _ in range(4):
             x = torch.randn(B, 1, 4, 4)
-            sink = DenseSink(trained(net), B)
+            sink = DenseRows(trained(net), B)
             if hooked:
                 hooks.attach(sink, B)
             losses = losses_of(net(x))
@@ -376,7 +376,7 @@ def test_doubled_hooks_on_one_graph_count_once():
     net = nn.Module()
     net.p = nn.Parameter(torch.ones(3, dtype=torch.float64))
     hooks = ExampleHooks(net, trained(net))
-    sink = DenseSink(trained(net), B)
+    sink = DenseRows(trained(net), B)
     with hooks.recording(sink, B):
         y = batch() + net.p
         first, second = losses_of(y).sum(), losses_of(2 * y).sum()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from dense_rows import DenseSink, assert_exact, error, losses_of, rows_by_autograd, rows_by_hooks, sum_error, trained
+from dense_rows import DenseRows, assert_exact, error, losses_of, rows_by_autograd, rows_by_hooks, sum_error, trained
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
@@ -380,7 +380,7 @@ def test_a_rule_of_ones_own_replaces_a_built_in_one_also_of_attention(monkeypatc
 
     def supported():
         hooks = ExampleHooks(net, trained(net))
-        with hooks.recording(DenseSink(trained(net), 3), 3):
+        with hooks.recording(DenseRows(trained(net), 3), 3):
             loss = net(x).square().sum()
             hooks.before_backward(loss)
             loss.backward()
