@@ -24,8 +24,8 @@ class Calls(Digits):
         return self.net(images)
 
 
-def test_a_gauss_newton_matrix_that_is_of_another_loss_only_later(tmp_path):
-    """At a head of zeros any temperature gives the same loss."""
+def test_a_gauss_newton_matrix_of_another_loss_is_refused_at_once_at_a_head_of_zeros(tmp_path):
+    """There any temperature gives the same loss, and another gradient."""
 
     class Tempered(Calls):
         def __init__(self):
@@ -35,6 +35,17 @@ def test_a_gauss_newton_matrix_that_is_of_another_loss_only_later(tmp_path):
 
         def training_step(self, batch, batch_idx):
             return F.cross_entropy(self(batch[0]) / 5, batch[1])
+
+    with pytest.raises(ValueError, match=r"would be of a loss of .* with a gradient that differs"):
+        fit(tmp_path, monitor(curvature="ggn"), model=Tempered, max_epochs=1)
+
+
+def test_a_gauss_newton_matrix_that_is_of_another_loss_only_later(tmp_path):
+    """A temperature that is 1 when training starts, and no longer when the curvature is measured."""
+
+    class Tempered(Calls):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self(batch[0]) / (5 if self.global_step else 1), batch[1])
 
     watch = monitor(curvature="ggn")
     with pytest.warns(UserWarning, match=r"no measurement at step 8: the Gauss-Newton matrix would be of a loss of"):
