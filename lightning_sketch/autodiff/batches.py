@@ -174,8 +174,9 @@ class BatchStructure:
         """Refuse a list of tensors that may be the examples, though each has an axis that seems to be theirs."""
         leaves = leaves_of(batch)
         for path, value in _lists_in(batch):
-            inside = [v for name, _, v in leaves if isinstance(v, Array) and name.startswith(path)]
-            beside = [v for name, _, v in leaves if isinstance(v, Array) and v.ndim and not name.startswith(path)]
+            within = {name for name, _, _ in leaves_of(value, path)}
+            inside = [v for name, _, v in leaves if isinstance(v, Array) and name in within]
+            beside = [v for name, _, v in leaves if isinstance(v, Array) and v.ndim and name not in within]
             if not inside or len(value) == examples or beside:
                 continue
             before = self._lists.setdefault(path, len(value))
@@ -218,7 +219,7 @@ class BatchStructure:
             return value[(slice(None),) * axis + (part,)]
         if isinstance(value, list | tuple) and self._holds_examples(value, examples, path):
             return type(value)(value[part])
-        return _mapped(value, lambda item, key: self._cut(item, examples, part, f"{path}/{key}", most))
+        return _mapped(value, lambda item, key: self._cut(item, examples, part, _path(value, path, key), most))
 
     def _axis(self, array: Array, examples: int, path: str, most: int) -> int | None:
         """Along which axis an array has the examples, if it has them."""
@@ -260,7 +261,7 @@ class BatchStructure:
                 self._hold[path] = True
             return self._known(path, f"a list of {examples} numbers, in a batch of {examples} examples,")
         inner = [(i, item) for i, item in enumerate(value) if isinstance(item, list | tuple)]
-        return not any(self._holds_examples(item, examples, f"{path}/{i}") for i, item in inner)
+        return not any(self._holds_examples(item, examples, _path(value, path, i)) for i, item in inner)
 
     def _known(self, path: str, what: str) -> bool:
         """Return what an earlier batch showed of this list."""
@@ -368,36 +369,36 @@ def leaves_of(value: Any, name: str = "", depth: int = 0) -> list[tuple[str, int
     """Return the tensors, arrays and lists of strings in a batch, each with its name and how deep it lies."""
     if isinstance(value, Array) or _is_text(value):
         return [(name, depth, value)]
-    if dataclasses.is_dataclass(value):
-        named = [(f"{name}.{f.name}".lstrip("."), getattr(value, f.name)) for f in fields(value)]
-    elif isinstance(value, Mapping):
-        named = [(f"{name}[{key!r}]", item) for key, item in value.items()]
-    elif isinstance(value, list | tuple):
-        named = [(f"{name}[{i}]", item) for i, item in enumerate(value)]
-    else:
-        return []
-    return [leaf for path, item in named for leaf in leaves_of(item, path, depth + 1)]
+    return [leaf for path, item in _named_items(value, name) for leaf in leaves_of(item, path, depth + 1)]
 
 
 def _lists_in(value: Any, name: str = "") -> Iterator[tuple[str, Sequence[Any]]]:
     """Yield lists and plain tuples in a batch, however deep, each with its name."""
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         yield name, value
-    if dataclasses.is_dataclass(value):
-        named = [(f"{name}.{f.name}".lstrip("."), getattr(value, f.name)) for f in fields(value)]
-    elif isinstance(value, Mapping):
-        named = [(f"{name}[{key!r}]", item) for key, item in value.items()]
-    else:
-        named = [(f"{name}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list | tuple) else []
-    for path, item in named:
+    for path, item in _named_items(value, name):
         yield from _lists_in(item, path)
 
 
 def items_of(value: Any) -> list[Any]:
-    """Return the items of a list, the values of a mapping, or the fields of a dataclass."""
+    """Return the items of a list, the values of a mapping, or the fields of a dataclass; of all else nothing."""
+    return [item for _, item in _named_items(value, "")]
+
+
+def _named_items(value: Any, name: str) -> list[tuple[str, Any]]:
+    """Return what a collection of this name holds, each with its own name in Python: `.field` or `[key]`."""
     if dataclasses.is_dataclass(value):
-        return [getattr(value, f.name) for f in fields(value)]
-    return list(value.values()) if isinstance(value, Mapping) else list(value)
+        items = [(f.name, getattr(value, f.name)) for f in fields(value)]
+    elif isinstance(value, Mapping):
+        items = list(value.items())
+    else:
+        items = list(enumerate(value)) if isinstance(value, list | tuple) else []
+    return [(_path(value, name, key), item) for key, item in items]
+
+
+def _path(value: Any, name: str, key: Any) -> str:
+    """Return the name of an item of a collection of this name."""
+    return f"{name}.{key}".lstrip(".") if dataclasses.is_dataclass(value) else f"{name}[{key!r}]"
 
 
 def _like_images(value: Sequence[Any]) -> bool:

@@ -49,7 +49,7 @@ class LayerRuleTests:
 
     def make(self) -> tuple[nn.Module, Tensor]:
         """Return a layer and an input with at least two examples along its first axis."""
-        raise NotImplementedError("give the layer and an input")
+        raise NotImplementedError(f"define make() in {type(self).__name__}: return a layer and an input.")
 
     def test_rows_are_the_gradients_of_each_example_alone(self):
         """Test against autograd, one example at a time, in float64."""

@@ -24,6 +24,12 @@ class Slots:
     nodes: Tensor
 
 
+@dataclass
+class Boxes:
+    box: list[Tensor]
+    box_scores: Tensor
+
+
 class Encoding(UserDict):
     """As tokenizers return: a mapping, though no dict."""
 
@@ -247,6 +253,16 @@ def test_lists_beside_tensors_may_be_of_any_length():
         }
         assert structure.count(batch) == n
         assert [len(part["y"]) for part, _ in structure.parts(batch, 1)] == [1] * n
+
+
+def test_a_field_whose_name_begins_with_that_of_a_list_is_beside_it():
+    structure = BatchStructure()
+    for length in (2, 3):
+        batch = Boxes([torch.zeros(8, 4)] * length, torch.zeros(8))
+        assert structure.count(batch) == 8
+        first, _ = next(structure.parts(batch, 5))
+        assert len(first.box) == length
+        assert first.box[-1].shape == (5, 4)
 
 
 def test_numbers_of_the_examples_are_cut_with_them_and_sizes_are_not():

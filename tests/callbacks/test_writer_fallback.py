@@ -52,8 +52,6 @@ class Gated(Still):
 )
 def test_rows_are_whole(tmp_path, model, left, arguments, fallback):
     """Six batches an epoch, the last smaller; windows of three."""
-    if model is Recurrent and fallback == "vmap":
-        pytest.skip("an LSTM cannot be vectorized")
     words = (
         rf"fallback='{fallback}' serves {left} of \d parameters, .* pass .*more for every batch.*, in evaluation mode"
     )

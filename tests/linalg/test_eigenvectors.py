@@ -2,20 +2,11 @@
 
 import pytest
 import torch
+from symmetric_matrices import normal, symmetric
 
 from lightning_sketch.curvature import Deflated, Spectrum, spectrum
 
 DTYPES = [torch.float64, torch.float32]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def symmetric(eigenvalues, dtype=torch.float64):
-    q, _ = torch.linalg.qr(normal(len(eigenvalues), len(eigenvalues)))
-    matrix = (q * torch.as_tensor(eigenvalues, dtype=torch.float64)) @ q.T
-    return ((matrix + matrix.T) / 2).to(dtype)
 
 
 def outside(vectors, space):

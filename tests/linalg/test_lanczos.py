@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from symmetric_matrices import normal, symmetric
 
 from lightning_sketch.linalg.lanczos import dot, lanczos, start_vector
 from lightning_sketch.linalg.linearity import defect
@@ -12,16 +13,6 @@ from lightning_sketch.operators import LinearOperator
 
 CHUNK = 1 << 18
 PINNED = [0.14649476, 0.82006681, 0.52863103, -0.16303033]
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def symmetric(eigenvalues, dtype=torch.float64):
-    q, _ = torch.linalg.qr(normal(len(eigenvalues), len(eigenvalues)))
-    matrix = (q * torch.tensor(eigenvalues, dtype=torch.float64)) @ q.T
-    return ((matrix + matrix.T) / 2).to(dtype)
 
 
 class Map(LinearOperator):
