@@ -67,7 +67,7 @@ class BatchStructure:
         Raises:
             ValueError: if it is not known or not clear.
         """
-        if self.num_examples is len and isinstance(batch, list | tuple):
+        if self.num_examples is len:
             _check_alike(batch)
         if callable(self.num_examples):
             return int(self.num_examples(batch))
@@ -408,8 +408,15 @@ def _like_images(value: Sequence[Any]) -> bool:
     return len(value) > 3 or len({item.shape[1] for item in value}) > 1
 
 
-def _check_alike(batch: Sequence[Any]) -> None:
-    """Refuse a list of examples whose items are no examples of one data set, but collated apart."""
+def _check_alike(batch: Any) -> None:
+    """Refuse a list of examples whose items are no examples of one data set, but collated apart; and a mapping."""
+    if isinstance(batch, Mapping):
+        raise ValueError(
+            f"num_examples=len counts the {len(batch)} keys of a mapping ({type(batch).__name__}), not examples; pass "
+            "num_examples=lambda batch: len(batch['labels']) or the like."
+        )
+    if not isinstance(batch, list | tuple):
+        return
     kinds = list(dict.fromkeys(map(_kind_of, batch)))
     if len(kinds) > 1:
         raise ValueError(

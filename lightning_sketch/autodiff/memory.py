@@ -3,7 +3,7 @@
 import torch
 
 _WORDS = ("out of memory", "not enough memory", "allocate memory")
-"""What CUDA, the CPU's allocator and cuBLAS say in a plain RuntimeError."""
+"""What CUDA, the CPU's allocator and cuBLAS say in a plain RuntimeError; cuDNN says that it is not supported."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -44,7 +44,7 @@ class CurvatureOperator(LinearOperator):
         weight_fn: batch -> its weight in the mean; its number of examples by default. Where the loss is a mean
             over tokens, `lightning_sketch.num_labels`.
         num_examples: how many examples a batch has, or batch -> how many, where its tensors do not agree on that;
-            see `autodiff.batches.BatchStructure`.
+            see `autodiff.batches.BatchStructure`. Or such an object, where batches are of a class of one's own.
         batch_dim: the axis of the examples, 1 for (time, batch, ...).
         micro_batch_size: most examples differentiated at once; larger batches are cut. None: as they come. Out of
             memory, it is halved, with a warning, until a product fits.
@@ -64,7 +64,7 @@ class CurvatureOperator(LinearOperator):
         parameters: str | Sequence[str] = "*",
         mode: str = "eval",
         weight_fn: Callable[[Any], float] | None = None,
-        num_examples: int | Callable[[Any], int] | None = None,
+        num_examples: int | Callable[[Any], int] | BatchStructure | None = None,
         batch_dim: int = 0,
         micro_batch_size: int | None = None,
         distributed: bool = False,
@@ -81,7 +81,8 @@ class CurvatureOperator(LinearOperator):
         self.dtype = torch.float32 if widest in HALF else widest
         self.device = self.parameters[0].device
         self._widen = any(t.dtype in HALF for t in (*module.parameters(), *module.buffers()))
-        structure = BatchStructure(num_examples, batch_dim)
+        given = isinstance(num_examples, BatchStructure)
+        structure = num_examples if given else BatchStructure(num_examples, batch_dim)
         self.batches = Batches(batches, weight_fn, structure, micro_batch_size, distributed, self._widen, self.device)
         self._originals, self._held = self.parameters, False
         self._seen_at: tuple[int, ...] = ()  # versions of the parameters when all batches last went through a mean

@@ -15,7 +15,7 @@ from torch import Tensor
 class LinearOperator(ABC):
     """A linear map A: R^n -> R^m that is never stored as a matrix.
 
-    A subclass gives `shape`, `matvec` and `rmatvec`; it is final: nothing inherits from it.
+    A subclass gives `shape`, `matvec` and `rmatvec`.
     """
 
     dtype: torch.dtype = torch.float32
@@ -201,11 +201,11 @@ class Scaled(OfOne):
         return self.of.shape
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
-        """C (A x)."""
+        """Return c (A x)."""
         return self.factor * self.of.matvec(x)
 
     def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
-        """C (Aᵀ y)."""
+        """Return c (Aᵀ y)."""
         return self.factor * self.of.rmatvec(y)
 
 

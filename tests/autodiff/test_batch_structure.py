@@ -313,6 +313,13 @@ def test_len_of_a_pair_of_lists_is_no_number_of_examples():
         BatchStructure(num_examples=len).count(batch)
 
 
+def test_len_of_a_mapping_is_no_number_of_examples():
+    with pytest.raises(
+        ValueError, match=r"len counts the 2 keys of a mapping \(Encoding\), not examples; pass num_examples=lambda"
+    ):
+        BatchStructure(num_examples=len).count(Encoding(x=X, y=X))
+
+
 def test_vmap_takes_tensors_alone():
     said = r"needs the examples in tensors, and \['t'\] is none; use engine='loop'"
     for other in (np.zeros(4), list("abcd")):

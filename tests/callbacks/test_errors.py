@@ -11,7 +11,8 @@ from pytorch_lightning.strategies import ModelParallelStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
-from lightning_sketch import SpectrumMonitor
+from lightning_sketch import Hessian, SpectrumMonitor, spectrum
+from lightning_sketch.autodiff.losses import training_step_loss
 
 
 @pytest.mark.parametrize(
@@ -193,3 +194,32 @@ def test_batches_that_cannot_be_weighed_are_refused_as_soon_as_they_are_there(tm
     monitor = SpectrumMonitor(num_batches=2, num_examples=len, top_k=2)
     fit(tmp_path, monitor, model=Lists, data=data, max_epochs=1)
     assert len(monitor.history) == 1
+
+
+def test_a_batch_is_weighed_and_cut_by_the_monitor_as_without_it(tmp_path):
+    """Lists of two images of two channels, whose examples `len` alone tells; and what belongs to all, beside others."""
+
+    class Images(Lists):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Conv2d(2, 2, 3)
+
+    class Encoded(Digits):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Linear(64, 10)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch["x"] + batch["position"]), batch["y"])
+
+    images = [torch.randn(2, 6, 8) for _ in range(8)]
+    encoded = [{"x": torch.rand(n, 64), "position": torch.rand(1, 64), "y": torch.arange(n)} for n in (4, 7)]
+    for model, data, arguments in (
+        (Images, DataLoader(images, batch_size=2, collate_fn=list), {"num_examples": len, "micro_batch_size": 1}),
+        (Encoded, DataLoader(encoded, batch_size=None), {"micro_batch_size": 3}),
+    ):
+        watch = SpectrumMonitor(num_batches=2, top_k=2, **arguments)
+        fitted = fit(tmp_path, watch, model=model, data=data, max_epochs=1)
+        whole = Hessian(training_step_loss, fitted, list(data)[:2], num_examples=arguments.get("num_examples"))
+        expected = spectrum(whole, top_k=2).eigenvalues
+        torch.testing.assert_close(watch.history[0].eigenvalues[:2], expected[:2], rtol=1e-3, atol=1e-5)

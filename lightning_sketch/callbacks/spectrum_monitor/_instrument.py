@@ -2,12 +2,13 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import training_step_loss
 from lightning_sketch.callbacks.spectrum_monitor._layers import groups, measure_layers
@@ -149,7 +150,8 @@ class Instrument:
         if self.curvature == "ggn":
             options |= {"weight_fn": self.weight_fn, "num_examples": self.num_examples, "loss_fn": self.loss_fn}
             return GGN(module, [probe.batch for probe in batches], self.model_fn, self.output_loss_fn, **options)
-        options |= {"weight_fn": _of_batch(self.weight_fn), "num_examples": _of_batch(self.num_examples)}
+        weight_fn = (lambda probe: self.weight_fn(probe.batch)) if self.weight_fn else None
+        options |= {"weight_fn": weight_fn, "num_examples": _ProbeStructure(self.num_examples, self.batch_dim)}
         if self.curvature == "fisher":
             return EmpiricalFisher(self._loss, module, batches, **options)
         return Hessian(self._loss, module, batches, hvp=self.hvp, **options)
@@ -159,6 +161,13 @@ class Instrument:
         return self.loss_fn(module, batch) if self.loss_fn else training_step_loss(module, batch, probe.index)
 
 
-def _of_batch(function: Any) -> Any:
-    """A function of a batch as one of the probe that holds it; a number stays."""
-    return (lambda probe: function(probe.batch)) if callable(function) else function
+class _ProbeStructure(BatchStructure):
+    """How many examples the batch of a probe has; its parts are probes too."""
+
+    def count(self, batch: ProbeBatch) -> int:
+        return super().count(batch.batch)
+
+    def parts(self, batch: ProbeBatch, size: int, examples: int | None = None) -> Iterator[tuple[ProbeBatch, int]]:
+        examples = self.count(batch) if examples is None else examples
+        for part, number in super().parts(batch.batch, size, examples):
+            yield replace(batch, batch=part), number
