@@ -43,7 +43,7 @@ def main():
             layout = Layout.of(nn.Linear(DIM, 8))
             sketch = BlockSRHT(layout.n, DIM)
             store = GradientStore.create(folder, StoreSpec.of(sketch, layout, dtype=dtype))
-            with store.appender(store.begin_attempt("predict")) as appender:
+            with store.appender(store.begin_run("predict")) as appender:
                 for start in range(0, count, PART):
                     appender.put(random_rows(sketch, start, min(PART, count - start)))
             store = GradientStore.open(folder)

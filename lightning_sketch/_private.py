@@ -25,14 +25,14 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("LightningModule()", "_compiler_ctx", "_lightning.py, per_example/hooks.py", "compiled modules are not refused"),
     ("LightningModule()", "_current_fx_name", "subspace/", "which way a training step of a subspace goes"),
     ("LightningModule()", "_metric_attributes", "subspace/", "logging of metrics from a wrapped module"),
-    ("LightningModule()", "_device_mesh", "subspace/delegated.py", "sharded modules in a subspace"),
+    ("LightningModule()", "_device_mesh", "subspace/_wrapper.py", "sharded modules in a subspace"),
     ("pytorch_lightning.loggers.logger", "DummyLogger", "_lightning.py", ""),
     ("pytorch_lightning.utilities.compile", "_maybe_unwrap_optimized", "_lightning.py", ""),
     ("pytorch_lightning.strategies.launchers.multiprocessing", "_MultiProcessingLauncher", "_lightning.py", ""),
-    ("pytorch_lightning.utilities.rank_zero", "WarningCache", "subspace/recipe.py", ""),
-    ("pytorch_lightning.utilities.parsing", "AttributeDict", "subspace/delegated.py", ""),
-    ("pytorch_lightning.utilities.seed", "isolate_rng", "subspace/runs.py", ""),
-    ("lightning_fabric.utilities.data", "sized_len", "subspace/runs.py", ""),
+    ("pytorch_lightning.utilities.rank_zero", "WarningCache", "subspace/_optimizer.py", ""),
+    ("pytorch_lightning.utilities.parsing", "AttributeDict", "subspace/_wrapper.py", ""),
+    ("pytorch_lightning.utilities.seed", "isolate_rng", "subspace/_runner.py", ""),
+    ("lightning_fabric.utilities.data", "sized_len", "subspace/_runner.py", ""),
     ("CSVLogger()", "_prefix", "callbacks/spectrum_monitor/_logging.py", "keys of pictures"),
     ("CSVLogger()", "LOGGER_JOIN_CHAR", "callbacks/spectrum_monitor/_logging.py", "keys of pictures"),
     ("WandbLogger()", "_wandb_init", "_lightning.py", "runs of a search merge into one"),
@@ -69,7 +69,7 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("torch.optim.Adam(fused=True)", "_step_supports_amp_scaling", "_lightning.py", "rows off by the loss scale"),
     ("torch.optim.SGD(fused=True)", "_step_supports_amp_scaling", "_lightning.py", "rows off by the loss scale"),
     # torch: autograd
-    ("torch.autograd.forward_ad", "_current_level", "operators/apply.py", "compiled derivatives are zero"),
+    ("torch.autograd.forward_ad", "_current_level", "operators/_apply.py", "compiled derivatives are zero"),
     ("torch.autograd.function", "BackwardCFunction", "autodiff/second_derivatives.py", ""),
     ("custom autograd.Function", "_forward_cls", "autodiff/second_derivatives.py", ""),
     ("AddBackward0", "_saved_alpha", "per_example/autograd_graph.py", ""),
@@ -80,7 +80,7 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("RepeatBackward0", "_saved_repeats", "per_example/autograd_graph.py", ""),
     ("RepeatBackward0", "_saved_self_sym_sizes", "per_example/autograd_graph.py", ""),
     ("ViewBackward0", "_input_metadata", "per_example/autograd_graph.py", ""),
-    ("torch.backends.cuda.matmul", "fp32_precision", "operators/precision.py", "torch < 2.9 has the older switch"),
+    ("torch.backends.cuda.matmul", "fp32_precision", "operators/_precision.py", "torch < 2.9 has the older switch"),
 )
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_sketch import Hessian, SpectrumMonitor
 from lightning_sketch.autodiff import preserve_state
 from lightning_sketch.autodiff.preserve_state import measurement_depth
-from lightning_sketch.operators.precision import full_precision
+from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.per_example import ExampleHooks
 
 

@@ -7,7 +7,7 @@ from lightning_sketch.attribution.gradient_store import GradientStore
 from lightning_sketch.attribution.indexed_dataset import Indexed, IndexedDataset, batch_ids
 from lightning_sketch.attribution.influence import Influence
 from lightning_sketch.attribution.row_curvature import row_curvature
-from lightning_sketch.attribution.scoring import scores, together
+from lightning_sketch.attribution.scores import scores, together
 from lightning_sketch.attribution.self_influence import SelfInfluence, self_influence
 from lightning_sketch.attribution.sketch_gradients import sketch_gradients
 from lightning_sketch.attribution.top_k import TopK, top_k

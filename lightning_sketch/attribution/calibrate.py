@@ -15,10 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch.attribution._row_selection import select
 from lightning_sketch.attribution.curvature import Curvature
 from lightning_sketch.attribution.influence import Influence, automatic
-from lightning_sketch.attribution.scorer import curvature_of, scorers
-from lightning_sketch.attribution.selected import select
+from lightning_sketch.attribution.scores import curvature_of, scorers
 from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients
 
 FACTORS = tuple(10 ** (quarter / 4) for quarter in range(-4, 3))

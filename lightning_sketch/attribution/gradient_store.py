@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 from lightning_sketch.attribution.curvature import Curvature
 from lightning_sketch.attribution.ggn import fit_ggn
-from lightning_sketch.attribution.scorer import FOLDER, Queries
-from lightning_sketch.attribution.scoring import scores
+from lightning_sketch.attribution.scores import FOLDER, Queries, scores
 from lightning_sketch.attribution.self_influence import SelfInfluence, self_influence
 from lightning_sketch.attribution.sketch_gradients import sketch_gradients
 from lightning_sketch.attribution.top_k import TopK, top_k

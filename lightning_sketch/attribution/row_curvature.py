@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch.attribution._row_selection import one_fingerprint, participating
 from lightning_sketch.attribution.curvature import FROM_ROWS, Curvature, CurvatureSum
-from lightning_sketch.attribution.selected import one_fingerprint, participating
 from lightning_sketch.store.sketched_gradients import RowSource
 
 _CERTAIN = 1 - 1e-6

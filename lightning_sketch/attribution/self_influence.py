@@ -11,10 +11,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sketch.attribution.example_ids import example_ids, sum_by_id
+from lightning_sketch.attribution._row_selection import example_ids, one_fingerprint, select_all, sum_by_id
 from lightning_sketch.attribution.influence import Damping
-from lightning_sketch.attribution.scorer import CurvatureLike, inverse_of
-from lightning_sketch.attribution.selected import one_fingerprint, select_all
+from lightning_sketch.attribution.scores import CurvatureLike, inverse_of
 from lightning_sketch.store.sketched_gradients import RowSource
 
 METHODS = ("dot", "tracin", "influence")

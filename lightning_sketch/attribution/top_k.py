@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sketch.attribution.example_ids import check_group
+from lightning_sketch.attribution._row_selection import check_group
 from lightning_sketch.attribution.influence import Damping
-from lightning_sketch.attribution.scorer import CurvatureLike, Queries, Scorer, scorers
+from lightning_sketch.attribution.scores import CurvatureLike, Queries, Scorer, scorers
 from lightning_sketch.store.sketched_gradients import RowSource
 
 _SHOWN = 5

@@ -122,7 +122,7 @@ class Layout:
             total += sketch.columns(start, start + len(piece)).matvec(piece)
         return total
 
-    def lift(self, sketch: Sketch, y: Float[Tensor, " dim"], like: Sequence[Tensor]) -> Iterator[Tensor]:
+    def adjoint(self, sketch: Sketch, y: Float[Tensor, " dim"], like: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield Sᵀ y, the adjoint of `sketch`, cut into the parameters' shapes, one after the other.
 
         Scratch: the largest parameter and a slab, if the sketch streams; n numbers if not.

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch.operators._hadamard import transform_
 from lightning_sketch.operators.full import FullSketch
-from lightning_sketch.operators.hadamard import transform_
 from lightning_sketch.operators.random import normals
 
 

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators.hadamard import transform_
+from lightning_sketch.operators._hadamard import transform_
 from lightning_sketch.operators.random import normals
 from lightning_sketch.operators.streaming import StreamingSketch, Which
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators.hadamard import transform
+from lightning_sketch.operators._hadamard import transform
 from lightning_sketch.operators.streaming import StreamingSketch, Which
 
 

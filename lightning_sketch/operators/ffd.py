@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sketch.operators.hadamard import transform_
+from lightning_sketch.operators._hadamard import transform_
 from lightning_sketch.operators.random import normals_at, words_at
 from lightning_sketch.operators.streaming import StreamingSketch, Which
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch.operators._hadamard import CACHED
 from lightning_sketch.operators.full import FullSketch
-from lightning_sketch.operators.hadamard import CACHED
 from lightning_sketch.operators.random import normals, words
 
 NONZEROS_PER_ROW = 64

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators.hadamard import CACHED, transform_
-from lightning_sketch.operators.precision import full_precision
+from lightning_sketch.operators._hadamard import CACHED, transform_
+from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.operators.random import flip_
 from lightning_sketch.operators.sketch import Sketch
 

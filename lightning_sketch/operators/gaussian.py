@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators.hadamard import CACHED
+from lightning_sketch.operators._hadamard import CACHED
 from lightning_sketch.operators.random import normals, normals_at
 from lightning_sketch.operators.streaming import StreamingSketch, Which
 

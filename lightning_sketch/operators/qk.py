@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators.precision import full_precision
+from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.operators.random import normals
 from lightning_sketch.operators.sketch import Sketch
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators.apply import apply
+from lightning_sketch.operators._apply import apply
 from lightning_sketch.operators.base import LinearOperator, check_vectors
 from lightning_sketch.operators.random import RNG, Key
 

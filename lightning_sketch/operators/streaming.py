@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sketch.operators.hadamard import CACHED
-from lightning_sketch.operators.precision import full_precision
+from lightning_sketch.operators._hadamard import CACHED
+from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.operators.random import FLIP_SLACK, flip_, flip_chunks_
 from lightning_sketch.operators.sketch import Sketch
 

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.operators.precision import full_precision
+from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.operators.random import FLIP_SLACK
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.operators.streaming import StreamingSketch, Which

@@ -1,6 +1,6 @@
 """Rows of sketched gradients: in memory, and in files that are whole or not there. Knows no model and no Lightning."""
 
-from lightning_sketch.store.lineage import Attempt
+from lightning_sketch.store.lineage import Run
 from lightning_sketch.store.row_store import RowStore, read_shard
 from lightning_sketch.store.shards import CorruptShard
 from lightning_sketch.store.sketched_gradients import STAGES, RowSource, SketchedGradients
@@ -9,11 +9,11 @@ from lightning_sketch.store.writer import RowAppender
 
 __all__ = [
     "STAGES",
-    "Attempt",
     "CorruptShard",
     "RowAppender",
     "RowSource",
     "RowStore",
+    "Run",
     "SketchedGradients",
     "StoreSpec",
     "read_shard",

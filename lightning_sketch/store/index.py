@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from lightning_sketch.store.lineage import Attempt
+from lightning_sketch.store.lineage import Run
 from lightning_sketch.store.shards import Shard, ShardName
 from lightning_sketch.store.sketched_gradients import DEFAULTS, STAGES, cat_columns
 from lightning_sketch.store.spec import StoreSpec
@@ -98,8 +98,8 @@ def read_index(folder: Path, spec: StoreSpec) -> StoredRows:
     )
 
 
-def live_rows(rows: StoredRows, attempts: Sequence[Attempt], line: Mapping[int, int]) -> StoredRows:
-    """The rows that count for a line of attempts, as `line_of` gives it; see `attempts`."""
+def live_rows(rows: StoredRows, attempts: Sequence[Run], line: Mapping[int, int]) -> StoredRows:
+    """The rows that count for a line of attempts, as `lineage_of` gives it; see `attempts`."""
     stages = {attempt.number: attempt.stage for attempt in attempts}
     number, step, fingerprint = (rows.columns[name] for name in ("attempt", "step", "fingerprint"))
     keep = torch.zeros(len(rows), dtype=torch.bool)

@@ -23,7 +23,7 @@ FOREVER = 1 << 62
 
 
 @dataclass(frozen=True)
-class Attempt:
+class Run:
     """One run that writes rows.
 
     Args:
@@ -41,9 +41,9 @@ class Attempt:
     world_size: int = 1
 
 
-def begin_attempt(
+def begin_run(
     folder: Path, stage: str, parent: int | None = None, parent_step: int | None = None, world_size: int = 1
-) -> Attempt:
+) -> Run:
     """Take the next number and write the attempt down; of several processes each gets its own.
 
     Raises:
@@ -51,7 +51,7 @@ def begin_attempt(
     """
     if stage not in STAGES or stage == "queries":
         raise ValueError(f"stage={stage!r} writes no attempt; use one of {', '.join(STAGES[:-1])}.")
-    known = {attempt.number for attempt in read_attempts(folder)}
+    known = {attempt.number for attempt in read_runs(folder)}
     if parent is not None and parent not in known:
         raise ValueError(
             f"the checkpoint goes on from attempt {parent}, which {folder} does not hold (it has {sorted(known)}); "
@@ -66,17 +66,17 @@ def begin_attempt(
     number = max(known, default=0)
     while True:
         number += 1
-        attempt = Attempt(number, stage, parent, parent_step, world_size)
+        attempt = Run(number, stage, parent, parent_step, world_size)
         if write_once(_path(folder, number), json.dumps(asdict(attempt)).encode()):
             return attempt
 
 
-def read_attempts(folder: Path) -> list[Attempt]:
+def read_runs(folder: Path) -> list[Run]:
     """All attempts of a store, in order."""
-    return [Attempt(**json.loads(path.read_text())) for path in sorted((folder / "attempts").glob("*.json"))]
+    return [Run(**json.loads(path.read_text())) for path in sorted((folder / "attempts").glob("*.json"))]
 
 
-def line_of(attempts: Sequence[Attempt], last: int | None = None) -> dict[int, int]:
+def lineage_of(attempts: Sequence[Run], last: int | None = None) -> dict[int, int]:
     """The attempts of a line, in order, each with the last of its steps that counts.
 
     Args:
@@ -86,7 +86,7 @@ def line_of(attempts: Sequence[Attempt], last: int | None = None) -> dict[int, i
     Raises:
         ValueError: if there is no such fit.
 
-    >>> line_of([Attempt(1), Attempt(2, parent=1, parent_step=50), Attempt(3, parent=1, parent_step=20)])[1]
+    >>> lineage_of([Run(1), Run(2, parent=1, parent_step=50), Run(3, parent=1, parent_step=20)])[1]
     20
     """
     by_number = {attempt.number: attempt for attempt in attempts}

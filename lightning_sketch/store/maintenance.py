@@ -7,7 +7,7 @@ import torch
 
 from lightning_sketch._files import sync_folder
 from lightning_sketch.store.index import StoredRows, gaps
-from lightning_sketch.store.lineage import line_of, read_attempts
+from lightning_sketch.store.lineage import lineage_of, read_runs
 from lightning_sketch.store.manifest import next_folder, rows_folder, switch
 from lightning_sketch.store.shards import CorruptShard, Shard, ShardName
 from lightning_sketch.store.spec import StoreSpec
@@ -60,8 +60,8 @@ def compact(path: Path, spec: StoreSpec, live: StoredRows, shard_bytes: int) -> 
         appender.close()
     for folder in (*new.rglob("*/"), new, path):
         sync_folder(folder)
-    attempts = read_attempts(path)
-    line = line_of(attempts)
+    attempts = read_runs(path)
+    line = lineage_of(attempts)
     switch(path, {attempt.number: line.get(attempt.number, 0) for attempt in attempts if attempt.stage == "fit"})
 
 

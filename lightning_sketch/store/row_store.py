@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.store import maintenance
 from lightning_sketch.store.index import QUERIES, StoredRows, live_rows, read_index
-from lightning_sketch.store.lineage import Attempt, begin_attempt, line_of, read_attempts
+from lightning_sketch.store.lineage import Run, begin_run, lineage_of, read_runs
 from lightning_sketch.store.manifest import rows_folder
 from lightning_sketch.store.shards import Shard, ShardName
 from lightning_sketch.store.sketched_gradients import SketchedGradients, described, matching
@@ -60,9 +60,9 @@ class RowStore:
             ValueError: if there is no such fit.
         """
         path = Path(path)
-        spec, attempts = StoreSpec.read(path), read_attempts(path)
+        spec, attempts = StoreSpec.read(path), read_runs(path)
         last = None if lineage == "latest" else int(lineage)
-        live = live_rows(read_index(rows_folder(path), spec), attempts, line_of(attempts, last))
+        live = live_rows(read_index(rows_folder(path), spec), attempts, lineage_of(attempts, last))
         queries = live.columns["stage"] == QUERIES
         return cls(path, spec, live.chosen(~queries), live.chosen(queries))
 
@@ -76,11 +76,11 @@ class RowStore:
         spec.write(Path(path))
         return cls.open(path)
 
-    def begin_attempt(
+    def begin_run(
         self, stage: str, parent: int | None = None, parent_step: int | None = None, world_size: int = 1
-    ) -> Attempt:
+    ) -> Run:
         """Write down that rows will come: see `attempts`; one process does so for all."""
-        return begin_attempt(self.path, stage, parent, parent_step, world_size)
+        return begin_run(self.path, stage, parent, parent_step, world_size)
 
     @property
     def sketch(self) -> Sketch:
@@ -125,7 +125,7 @@ class RowStore:
         steps = self.kept.columns["step"].unique().tolist()
         return {step: replace(self, rows=self.kept).where(step=step).read() for step in steps}
 
-    def appender(self, attempt: Attempt, rank: int = 0, **options: Any) -> RowAppender:
+    def appender(self, attempt: Run, rank: int = 0, **options: Any) -> RowAppender:
         """What one process writes the rows of an attempt with."""
         return RowAppender(rows_folder(self.path), self.spec, rank, attempt.number, **options)
 

@@ -29,7 +29,7 @@ from lightning_sketch._lightning import (
     set_rhythm,
     state_key,
 )
-from lightning_sketch.subspace.growth import carry_over
+from lightning_sketch.subspace._doubling import carry_over
 from lightning_sketch.subspace.subspace_module import SubspaceModule
 
 

@@ -18,14 +18,14 @@ from lightning_sketch._lightning import LightningModule, unwrapped
 from lightning_sketch.autodiff.fingerprint import fingerprint
 from lightning_sketch.autodiff.functional import swap_tensors
 from lightning_sketch.autodiff.losses import call_step
-from lightning_sketch.subspace.copies import refuse_different_starts
-from lightning_sketch.subspace.delegated import Wrapper
+from lightning_sketch.subspace._doubling import block_sizes
+from lightning_sketch.subspace._gradient import ExplicitGradient, Held, loss_of, trainable, with_loss
+from lightning_sketch.subspace._optimizer import OptimizerProxy, refuse_late
+from lightning_sketch.subspace._replicas import refuse_different_starts
+from lightning_sketch.subspace._state_dict import complete, kept
+from lightning_sketch.subspace._weights import FrozenWeights, TrainableWeights
+from lightning_sketch.subspace._wrapper import Wrapper
 from lightning_sketch.subspace.directions import Directions
-from lightning_sketch.subspace.growth import block_sizes
-from lightning_sketch.subspace.moving import FrozenWeights, MovingWeights
-from lightning_sketch.subspace.recipe import Recipe, refuse_late
-from lightning_sketch.subspace.saved import complete, kept
-from lightning_sketch.subspace.through import ExplicitGradient, Held, loss_of, trainable, with_loss
 
 
 class SubspaceModule(Wrapper):
@@ -107,7 +107,7 @@ class SubspaceModule(Wrapper):
         self.others, self.implicit, self.save_theta0 = others, implicit, save_theta0
         self.lr_scale, self.weight_decay, self.optimizer_fn = float(lr_scale), weight_decay, optimizer_fn
         self._asked = (parameters, sketch, dim, seed, max_dim)
-        self._recipe: Recipe | None = None
+        self._recipe: OptimizerProxy | None = None
         self._begun = False
         self.register_load_state_dict_post_hook(_follow)
         if "configure_model" in vars(self):
@@ -166,7 +166,7 @@ class SubspaceModule(Wrapper):
         with trainable(theta):
             configured = self.module.configure_optimizers()
         moved = dict(zip(self.weights.layout.names, theta, strict=True))
-        self._recipe = Recipe(configured, moved, self.blocks, self.lr_scale, self.weight_decay)
+        self._recipe = OptimizerProxy(configured, moved, self.blocks, self.lr_scale, self.weight_decay)
         return configured
 
     def groups(self, optimizers: Sequence[Optimizer]) -> list[Mapping[str, Any]]:
@@ -253,7 +253,7 @@ class SubspaceModule(Wrapper):
     def _begin(self) -> None:
         """From the module's weights as they are."""
         pattern, kind, dim, seed, max_dim = self._asked
-        self.weights = MovingWeights(self.module, pattern)
+        self.weights = TrainableWeights(self.module, pattern)
         self.directions = Directions.of(kind, self.n, dim, seed, max_dim)
         theta = self.weights.parameters()
         self._trainable = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}

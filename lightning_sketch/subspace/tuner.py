@@ -10,10 +10,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_sketch._lightning import LightningModule
+from lightning_sketch.subspace._ledger import Run
+from lightning_sketch.subspace._runner import Runner
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder, refuse_forgetful
-from lightning_sketch.subspace.ledger import Run
 from lightning_sketch.subspace.result import IntrinsicDimensionResult, reaches, target
-from lightning_sketch.subspace.runs import Runs
 
 _METHODS = ("grid", "bisect", "doubling")
 
@@ -107,7 +107,7 @@ class IntrinsicDimensionTuner:
             baseline: the metric after full training, to spare that run.
         """
         _check(mode, threshold, seeds, method)
-        runs = Runs(self.trainer_fn, self.options, model, (train_dataloaders, val_dataloaders, datamodule), monitor)
+        runs = Runner(self.trainer_fn, self.options, model, (train_dataloaders, val_dataloaders, datamodule), monitor)
         ladder = _ladder(dims, runs.n, method)
         start = runs.begin(ladder[0])
         if method == "doubling":
@@ -196,7 +196,7 @@ def _bisect(ladder: list[int], at: Callable[[int], list[Run]], reached: Callable
 
 
 def _doubling(
-    runs: Runs, ladder: list[int], seed: int, steps: int, rule: tuple[str, float, str, float]
+    runs: Runner, ladder: list[int], seed: int, steps: int, rule: tuple[str, float, str, float]
 ) -> Iterator[Run]:
     """A search of at most twice the steps of full training, judged every eighth of them; then a run at half."""
     finder = IntrinsicDimensionFinder(*rule, max(1, steps // 8), 2 * steps)

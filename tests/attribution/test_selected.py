@@ -5,7 +5,7 @@ import torch
 from rows import random_rows
 
 from lightning_sketch.attribution import scores, self_influence
-from lightning_sketch.attribution.selected import select
+from lightning_sketch.attribution._row_selection import select
 from lightning_sketch.store.sketched_gradients import SketchedGradients
 
 

@@ -318,7 +318,7 @@ def test_what_is_said_at_the_start(tmp_path, monkeypatch, arguments, rows):
     """Of the examples: four steps of two batches of 32."""
     said = []
     monkeypatch.setattr(
-        "lightning_sketch.callbacks.gradient_sketch_writer._store_run.say", lambda trainer, text: said.append(text)
+        "lightning_sketch.callbacks.gradient_sketch_writer._store_session.say", lambda trainer, text: said.append(text)
     )
     data = DataLoader(IndexedDataset(dataset()), batch_size=32)
     accumulate = 2 if arguments else 1

@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sketch import SpectrumMonitor
-from lightning_sketch.callbacks.spectrum_monitor._histogram import EDGES, Histogram
+from lightning_sketch.callbacks.spectrum_monitor._measurement import EDGES, Histogram
 from lightning_sketch.curvature import load_spectrum
 from lightning_sketch.linalg.quadrature import Quadrature
 

@@ -110,9 +110,9 @@ def test_double_backward_through_a_nonlinear_loss(sketch, vectors):
 
 def test_a_first_call_in_inference_mode_spoils_nothing(sketch, vectors):
     """Small tables are cached: those made in inference mode serve a training step as well."""
-    from lightning_sketch.operators import hadamard, random
+    from lightning_sketch.operators import random
 
-    hadamard._matrix.cache_clear()
+    _hadamard._matrix.cache_clear()
     random._quantiles.cache_clear()
     with torch.inference_mode():
         sketch.matvec(vectors(N))

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lightning_sketch.operators import hadamard as module
-from lightning_sketch.operators.hadamard import CACHED, hadamard
+from lightning_sketch.operators import _hadamard as module
+from lightning_sketch.operators._hadamard import CACHED, hadamard
 
 
 def sylvester(m):

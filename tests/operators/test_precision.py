@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from lightning_sketch.operators.hadamard import hadamard
-from lightning_sketch.operators.precision import full_precision
+from lightning_sketch.operators._hadamard import hadamard
+from lightning_sketch.operators._precision import full_precision
 
 CPU = torch.device("cpu")
 

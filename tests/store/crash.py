@@ -43,7 +43,7 @@ def main(folder: str, parent: str, parent_step: str, *options: str):
         store.compact()
         print("COMPACTED", flush=True)
         return
-    attempt = store.begin_attempt("fit", int(parent) or None, int(parent_step) if int(parent) else None)
+    attempt = store.begin_run("fit", int(parent) or None, int(parent_step) if int(parent) else None)
     print(f"ATTEMPT {attempt.number}", flush=True)
     step = int(parent_step)
     with store.appender(attempt, shard_bytes=300) as appender:

@@ -84,7 +84,7 @@ def test_killed_while_compacting(tmp_path, kill):
 def test_a_full_disk_is_told_at_the_next_row_and_committed_rows_stay(tmp_path):
     """A limit on the size of files stands in for the disk: writing past it fails, with an error from the system."""
     store = written(tmp_path, rows(range(1, 6)))
-    appender = store.appender(store.begin_attempt("fit", 1, 5), shard_bytes=1)
+    appender = store.appender(store.begin_run("fit", 1, 5), shard_bytes=1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
@@ -114,7 +114,7 @@ def test_a_slow_disk_holds_rows_back_only_when_the_queue_is_full(tmp_path, monke
 
     monkeypatch.setattr(module, "write_shard", slow)
     waits = []
-    with store.appender(store.begin_attempt("fit"), shard_bytes=1, queue_bytes=1500) as appender:
+    with store.appender(store.begin_run("fit"), shard_bytes=1, queue_bytes=1500) as appender:
         for step in range(1, 16):
             begun = time.perf_counter()
             appender.put(rows([step]))

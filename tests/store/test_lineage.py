@@ -66,14 +66,14 @@ def test_any_tree_of_attempts(tmp_path, seed):
 def test_ranks_may_change_in_number(tmp_path):
     """Two processes, then one, then three."""
     store = GradientStore.create(tmp_path, spec())
-    first = store.begin_attempt("fit", world_size=2)
+    first = store.begin_run("fit", world_size=2)
     for rank in range(2):
         with store.appender(first, rank) as appender:
             appender.put(rows(range(1, 6)))
-    second = store.begin_attempt("fit", 1, 3)
+    second = store.begin_run("fit", 1, 3)
     with store.appender(second) as appender:
         appender.put(rows(range(4, 6)))
-    third = store.begin_attempt("fit", 2, 4, world_size=3)
+    third = store.begin_run("fit", 2, 4, world_size=3)
     for rank in range(3):
         with store.appender(third, rank) as appender:
             appender.put(rows([5]))
@@ -134,6 +134,6 @@ def test_compaction_keeps_what_counts_and_only_that(tmp_path):
     assert torch.equal(after.queries()[3].sketches, queries[3].sketches)
     assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows-2"]
     with pytest.raises(ValueError, match=r"step 6 of attempt 1, of which compact\(\) has kept the first 4 steps"):
-        after.begin_attempt("fit", parent=1, parent_step=6)
+        after.begin_run("fit", parent=1, parent_step=6)
     again = written(tmp_path, rows([6, 7]), parent=3, parent_step=5, dtype="float16")
     assert steps(again.where(stage="fit")) == [1, 2, 3, 4, 5, 6, 7]

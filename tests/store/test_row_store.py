@@ -43,7 +43,7 @@ def only_file(store):
 def written(path, *parts, dtype="float32", stage="fit", rank=0, parent=None, parent_step=None, **options):
     """A store with an attempt more."""
     store = GradientStore.create(path, spec(dtype))
-    attempt = store.begin_attempt(stage, parent, parent_step)
+    attempt = store.begin_run(stage, parent, parent_step)
     with store.appender(attempt, rank, **options) as appender:
         for part in parts:
             appender.put(part)
@@ -222,7 +222,7 @@ def test_bad_specs_and_folders(tmp_path):
     with pytest.raises(ValueError, match="lineage=7 is no fit"):
         GradientStore.open(tmp_path, lineage=7)
     with pytest.raises(ValueError, match="attempt 9, which"):
-        GradientStore.open(tmp_path).begin_attempt("fit", parent=9, parent_step=1)
+        GradientStore.open(tmp_path).begin_run("fit", parent=9, parent_step=1)
 
 
 def test_shards_are_read_in_other_processes(tmp_path):
@@ -246,11 +246,11 @@ def test_export_for_numpy(tmp_path):
 def test_rows_wait_for_the_disk_at_most_so_long(tmp_path):
     """By bytes, by age, and at the end."""
     store = GradientStore.create(tmp_path, spec())
-    with store.appender(store.begin_attempt("fit"), shard_bytes=1, flush_seconds=1e9) as appender:
+    with store.appender(store.begin_run("fit"), shard_bytes=1, flush_seconds=1e9) as appender:
         for step in range(1, 4):
             appender.put(rows([step]))
     assert len(GradientStore.open(tmp_path).shards()) == 3
-    appender = store.appender(store.begin_attempt("validate"), flush_seconds=0.05)
+    appender = store.appender(store.begin_run("validate"), flush_seconds=0.05)
     appender.put(rows([5], stage="validate"))
     for _ in range(200):
         if len(GradientStore.open(tmp_path)) == 4:
@@ -264,7 +264,7 @@ def test_rows_wait_for_the_disk_at_most_so_long(tmp_path):
 def test_the_caller_may_change_what_was_put(tmp_path):
     store = written(tmp_path)
     part = rows([1, 2])
-    with store.appender(store.begin_attempt("fit")) as appender:
+    with store.appender(store.begin_run("fit")) as appender:
         appender.put(part)
         part.sketches.zero_()
         part.columns["step"][:] = 99
@@ -275,7 +275,7 @@ def test_the_caller_may_change_what_was_put(tmp_path):
 
 def test_a_second_appender_goes_on_after_the_first_and_a_closed_one_takes_nothing(tmp_path):
     store = written(tmp_path)
-    attempt = store.begin_attempt("fit")
+    attempt = store.begin_run("fit")
     for step in (1, 2):
         with store.appender(attempt) as appender:
             appender.put(rows([step]))

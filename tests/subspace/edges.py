@@ -8,7 +8,7 @@ from nets import Classifier, train_loader, trainer, val_loader
 
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
-from lightning_sketch.subspace.runs import FILE
+from lightning_sketch.subspace._runner import FILE
 
 
 def made(kind=Classifier, seed=0, **options):

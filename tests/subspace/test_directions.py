@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from lightning_sketch.operators.kinds import KINDS
-from lightning_sketch.subspace.directions import Directions
-from lightning_sketch.subspace.identity import Identity
+from lightning_sketch.subspace.directions import Directions, Identity
 
 N = 300
 

@@ -11,8 +11,8 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_sketch.subspace import IntrinsicDimensionFinder, SubspaceModule
+from lightning_sketch.subspace._doubling import carry_over
 from lightning_sketch.subspace.directions import Directions
-from lightning_sketch.subspace.growth import carry_over
 
 
 def test_a_state_that_is_not_of_one_block_alone_begins_anew():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_sketch.subspace import IntrinsicDimensionResult, SubspaceModule
-from lightning_sketch.subspace.recipe import SAID
+from lightning_sketch.subspace._optimizer import SAID
 
 
 @pytest.mark.parametrize("implicit", [False, True])

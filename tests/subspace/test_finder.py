@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_sketch.subspace import IntrinsicDimensionFinder, SubspaceModule
-from lightning_sketch.subspace.growth import carry_over
+from lightning_sketch.subspace._doubling import carry_over
 
 
 class Scripted(Classifier):

@@ -5,7 +5,7 @@ import signal
 
 from searches import DIMS, ended, found, searched, start, trained
 
-from lightning_sketch.subspace.runs import FILE
+from lightning_sketch.subspace._runner import FILE
 
 RUNS = [[0, 0], *([dim, seed] for dim in DIMS for seed in range(2))]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from searches import DIMS, TORCHRUN, ended, found, searched, start, trained
 
-from lightning_sketch.subspace.runs import FILE
+from lightning_sketch.subspace._runner import FILE
 
 
 def ranks_of(folder, *launcher, **options):

@@ -15,8 +15,8 @@ from nets import Classifier, Late, train_loader, trainer, val_loader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_sketch.subspace import IntrinsicDimensionResult, IntrinsicDimensionTuner, SubspaceModule
-from lightning_sketch.subspace.ledger import Ledger
-from lightning_sketch.subspace.runs import FILE
+from lightning_sketch.subspace._ledger import Ledger
+from lightning_sketch.subspace._runner import FILE
 
 LADDER = [4, 32, 128, 512]
 
@@ -554,7 +554,7 @@ def test_a_callback_may_log_the_metric(tmp_path):
 
 
 def test_a_module_may_save_a_part_of_itself(tmp_path):
-    """Copies are made of what it holds, not of what it saves."""
+    """Replicas are made of what it holds, not of what it saves."""
     starts = []
 
     class Adapter(Classifier):

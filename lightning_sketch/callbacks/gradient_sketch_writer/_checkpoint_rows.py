@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_sketch._lightning import Trainer, evaluated_loader, muted_loggers
 from lightning_sketch.attribution.sketch_gradients import ExampleRows
 from lightning_sketch.callbacks._optimizers import groups_of_step, one_rate
-from lightning_sketch.callbacks.gradient_sketch_writer._store_run import Copies, StoreRun
+from lightning_sketch.callbacks.gradient_sketch_writer._store_session import DuplicateFinder, StoreRun
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID
 
 
@@ -30,7 +30,7 @@ class CheckpointRows:
         self, rows: ExampleRows, run: StoreRun, stage: str, moment: Mapping[str, float | int], hashed: bool = False
     ):
         self.rows, self.run, self.stage, self.moment, self.hashed = rows, run, stage, moment, hashed
-        self.copies: dict[int, Copies] = {}
+        self.copies: dict[int, DuplicateFinder] = {}
 
     def write(self, trainer: Trainer, batch: Any, ids: Tensor, loader: int) -> None:
         """A row for each example of a batch from the data loader with this number."""
@@ -39,7 +39,7 @@ class CheckpointRows:
         with muted_loggers(trainer):
             rows = self.rows(batch, ids)
         if loader not in self.copies:
-            self.copies[loader] = Copies(evaluated_loader(trainer, loader), trainer.global_rank)
+            self.copies[loader] = DuplicateFinder(evaluated_loader(trainer, loader), trainer.global_rank)
             self._check_numbers(ids, loader)
         rows.columns["padded"][:] = self.copies[loader].among(len(rows))
         rows.columns["dataloader"] = torch.full_like(ids, loader)

@@ -17,7 +17,7 @@ from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import training_step_loss
 from lightning_sketch.callbacks._optimizers import groups_of_step, one_rate
 from lightning_sketch.callbacks.gradient_sketch_writer._fallback import SecondPass
-from lightning_sketch.callbacks.gradient_sketch_writer._store_run import Copies
+from lightning_sketch.callbacks.gradient_sketch_writer._store_session import DuplicateFinder
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.example_sketches import ExampleSketches
@@ -80,7 +80,7 @@ class TrainingExamples:
         self.accumulator = SketchAccumulator(sketch, layout, self.parameters)
         self.checked, self.reasons = False, None
         self.batch: _Batch | None = None
-        self.epoch, self.copies = -1, Copies(None, 0)
+        self.epoch, self.copies = -1, DuplicateFinder(None, 0)
 
     def begin_batch(self, trainer: Trainer, batch: Any, ids: Tensor, wanted: bool) -> None:
         """If it is wanted: a second pass now, and from here to the end of the backward pass hooks are on.
@@ -95,7 +95,10 @@ class TrainingExamples:
                 "IndexedDataset."
             )
         if self.epoch != trainer.current_epoch:
-            self.epoch, self.copies = trainer.current_epoch, Copies(trainer.train_dataloader, trainer.global_rank)
+            self.epoch, self.copies = (
+                trainer.current_epoch,
+                DuplicateFinder(trainer.train_dataloader, trainer.global_rank),
+            )
         padded = self.copies.among(len(ids))
         if not wanted:
             return

@@ -21,9 +21,8 @@ from lightning_sketch.callbacks.gradient_sketch_writer._checkpoint_rows import C
 from lightning_sketch.callbacks.gradient_sketch_writer._example_ids import BatchNumbers
 from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import TrainingExamples
 from lightning_sketch.callbacks.gradient_sketch_writer._fallback import left_by_hooks, without
-from lightning_sketch.callbacks.gradient_sketch_writer._opening import ROWS, Opening
 from lightning_sketch.callbacks.gradient_sketch_writer._step_rows import StepRows
-from lightning_sketch.callbacks.gradient_sketch_writer._store_run import StoreRun
+from lightning_sketch.callbacks.gradient_sketch_writer._store_session import ROWS, StoreRun, StoreSession
 from lightning_sketch.callbacks.spectrum_monitor._logging import log_scalars
 from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.per_example.example_sketches import ENGINES, ONE_BY_ONE, ExampleSketches
@@ -136,7 +135,7 @@ class GradientSketchWriter(CallbackBase):
         self.loss_fn, self.row_fn, self.weight_fn, self.reduction = loss_fn, row_fn, weight_fn, reduction
         self.engine, self.fallback, self.queries, self.name = engine, fallback, queries, name or "sketches"
 
-        self._store = Opening(dirpath, self.name, per, dtype, kind=sketch, dim=dim, seed=seed)
+        self._store = StoreSession(dirpath, self.name, per, dtype, kind=sketch, dim=dim, seed=seed)
         self._structure = partial(BatchStructure, num_examples, batch_dim, split_fn)
         self._structure()  # refuses what is out of range
         self._numbers = BatchNumbers(index_key, self._structure)

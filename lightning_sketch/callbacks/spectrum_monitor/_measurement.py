@@ -3,13 +3,16 @@
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lightning_sketch.callbacks._optimizers import Stability
-from lightning_sketch.callbacks.spectrum_monitor._histogram import Histogram
-from lightning_sketch.callbacks.spectrum_monitor._layers import LayerCurvature
 from lightning_sketch.curvature import Spectrum
 from lightning_sketch.curvature.serialization import from_plain, to_plain
+from lightning_sketch.linalg.quadrature import Quadrature
 
 _RNEG_KNOWN = 0.02
 _FEW = ("lambda_max", "lambda_min", "rneg", "rneg_error", "num_outliers", "loss", "seconds")
@@ -23,6 +26,47 @@ _MORE = (
     "sharpness_lr",
 )
 _OF_DENSITY = ("negative_mass", "effective_rank", "density_overflow")
+
+
+_SMALLEST, _LARGEST, _PER_DECADE = -6, 4, 8  # powers of ten
+
+_POSITIVE = 10 ** torch.arange(_SMALLEST, _LARGEST + 0.5 / _PER_DECADE, 1 / _PER_DECADE, dtype=torch.float64)
+EDGES = torch.cat([-_POSITIVE.flip(0), _POSITIVE])
+"""-10⁴ ... -10⁻⁶, 10⁻⁶ ... 10⁴, eight to a decade; what lies between the two halves is one bin around zero."""
+
+
+class Histogram(NamedTuple):
+    """Shares of all eigenvalues in the bins between EDGES; the outermost two hold what lies beyond as well."""
+
+    shares: Float[Tensor, " bins"]
+    overflow: float
+    """The share that lies beyond the edges."""
+
+    @classmethod
+    def of(cls, quadrature: Quadrature) -> "Histogram":
+        """From nodes and weights, without smoothing."""
+        nodes, weights = quadrature
+        inside = nodes.clamp(EDGES[0], EDGES[-1])
+        bins = torch.bucketize(inside, EDGES[1:-1])
+        shares = torch.zeros(len(EDGES) - 1, dtype=torch.float64).index_add(0, bins, weights)
+        return cls(shares, float(weights[inside != nodes].sum()))
+
+
+@dataclass(frozen=True)
+class LayerCurvature:
+    """Of one diagonal block."""
+
+    lambda_max: float
+    """Largest eigenvalue of the block."""
+    residual: float
+    converged: bool
+    trace: float
+    trace_sem: float
+    num_products: int
+
+    def scalars(self) -> dict[str, float]:
+        """What goes to the loggers: NaN where the number may not be believed."""
+        return {"lambda_max": self.lambda_max if self.converged else math.nan, "trace": self.trace}
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ class ProbeBatch:
     batch: Any
 
 
-class KeptBatches:
-    """Copies of the first `num_batches` batches, on the CPU.
+class ProbeBatches:
+    """DuplicateFinder of the first `num_batches` batches, on the CPU.
 
     The loader is never read for this, so that its sampler, workers and random state stay untouched.
     """

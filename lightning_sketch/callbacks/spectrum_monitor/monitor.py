@@ -22,12 +22,16 @@ from lightning_sketch._lightning import (
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.callbacks._optimizers import UNKNOWN, Stability, stability
 from lightning_sketch.callbacks._validate import check_trainer
-from lightning_sketch.callbacks.spectrum_monitor._initial_weights import InitialWeights
-from lightning_sketch.callbacks.spectrum_monitor._instrument import Instrument
-from lightning_sketch.callbacks.spectrum_monitor._logging import log_figures, log_scalars, log_table
+from lightning_sketch.callbacks.spectrum_monitor._estimator import InitialWeights, SpectrumEstimator
+from lightning_sketch.callbacks.spectrum_monitor._logging import (
+    by_layer,
+    log_figures,
+    log_scalars,
+    log_table,
+    over_time,
+)
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Keys, Measurement
-from lightning_sketch.callbacks.spectrum_monitor._pictures import by_layer, over_time
-from lightning_sketch.callbacks.spectrum_monitor._probe_batches import KeptBatches
+from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatches
 
 
 class SpectrumMonitor(CallbackBase):
@@ -145,7 +149,7 @@ class SpectrumMonitor(CallbackBase):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"need {argument} >= 1, got {value}.")
-        self.instrument = Instrument(
+        self.instrument = SpectrumEstimator(
             curvature=curvature,
             method=method,
             top_k=top_k,
@@ -172,7 +176,7 @@ class SpectrumMonitor(CallbackBase):
         self.at_start, self.on_error = at_start, on_error
 
         self.history: list[Measurement] = []
-        self._kept = KeptBatches(num_batches)  # made anew at each fit
+        self._kept = ProbeBatches(num_batches)  # made anew at each fit
         self._last_step = -1
         self._initial: tuple[InitialWeights, Stability] | None = None
         self._stability = UNKNOWN
@@ -200,7 +204,7 @@ class SpectrumMonitor(CallbackBase):
             return
         goes_on = stage == "fit" and trainer.global_step > 0  # a checkpoint is loaded after this
         self._resumed_from = self._kept.fingerprint if goes_on and self._kept.complete else None
-        self._kept, self._initial = KeptBatches(self._kept.num_batches), None
+        self._kept, self._initial = ProbeBatches(self._kept.num_batches), None
         if not goes_on:
             self.history = []
         check_trainer(trainer, pl_module, self.name, self.instrument.loss_fn is not None)

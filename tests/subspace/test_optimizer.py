@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from lightning_sketch.subspace import SubspaceModule
-from lightning_sketch.subspace.recipe import SAID
+from lightning_sketch.subspace._optimizer import SAID
 
 
 def fitted(recipe, steps=8, callbacks=(), **options):

@@ -1,4 +1,4 @@
-"""A store, opened by all ranks of a Trainer for one of its runs."""
+"""Where a writer's store is, what its rows are, and which attempt goes on from which."""
 
 import warnings
 from pathlib import Path
@@ -13,10 +13,17 @@ from torch.utils.data import DistributedSampler
 from lightning_sketch._lightning import Trainer, say
 from lightning_sketch.attribution import GradientStore
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.store.lineage import Attempt, read_attempts
+from lightning_sketch.operators.kinds import make_sketch
+from lightning_sketch.store.lineage import Run, read_runs
 from lightning_sketch.store.sketched_gradients import STAGES, SketchedGradients
 from lightning_sketch.store.spec import DTYPES, StoreSpec
 from lightning_sketch.store.writer import RowAppender
+
+_MEANING = {
+    "step": "fit: gradient of the step's mean loss; else: gradient of the example's own loss",
+    "example": "gradient of the example's own loss",
+}
+ROWS = tuple(_MEANING)
 
 
 class StoreRun:
@@ -49,13 +56,13 @@ class StoreRun:
                 if stage == "fit" and parent is None:
                     check_fresh(folder)
                 store = GradientStore.create(folder, spec)
-                attempt = store.begin_attempt(stage, parent, parent_step, trainer.world_size)
+                attempt = store.begin_run(stage, parent, parent_step, trainer.world_size)
             except (ValueError, OSError, MisconfigurationException) as error:  # the other ranks would wait for ever
                 failure = error
         attempt, failure = trainer.strategy.broadcast((attempt, failure))
         if failure is not None:
             raise failure
-        self.attempt: Attempt = attempt
+        self.attempt: Run = attempt
         self.folder, self.spec, self.stage, self.warned = folder, spec, stage, False
         self.appender: RowAppender = GradientStore.open(folder).appender(attempt, trainer.global_rank)
 
@@ -106,7 +113,7 @@ def check_fresh(folder: Path) -> None:
     Raises:
         MisconfigurationException: with the ways out.
     """
-    fits = [attempt.number for attempt in read_attempts(folder) if attempt.stage == "fit"]
+    fits = [attempt.number for attempt in read_runs(folder) if attempt.stage == "fit"]
     if fits:
         raise MisconfigurationException(
             f"{folder} holds the rows of {len(fits)} fits, and this one begins at its first step; resume it with "
@@ -114,7 +121,7 @@ def check_fresh(folder: Path) -> None:
         )
 
 
-class Copies:
+class DuplicateFinder:
     """Finds the examples that a distributed sampler hands out twice, so that all ranks have as many.
 
     Place j of rank r is number j R + r of R ranks' common order; the numbers from the data set's length on are copies.
@@ -138,3 +145,59 @@ class Copies:
         if self.own is None:
             return torch.zeros(count, dtype=torch.bool)
         return places * self.ranks + self.rank >= self.own
+
+
+class StoreSession:
+    """Opens the store of a Trainer's run, on all ranks.
+
+    Args:
+        dirpath: its folder; beside ModelCheckpoint's if None, and on resuming that of the checkpoint.
+        name: of the folder beside ModelCheckpoint's.
+        per: "step" or "example", what the rows of a fit are.
+        dtype: of the stored numbers.
+        sketch: fields of the map but its `n`; `dim` is cut to it.
+
+    Attributes:
+        dirpath: of what was opened last.
+        resumed: number and folder of the attempt that a checkpoint says to go on from, or that goes on now.
+    """
+
+    def __init__(self, dirpath: str | Path | None, name: str, per: str, dtype: str, **sketch: Any):
+        self.dirpath = self._asked = None if dirpath is None else str(dirpath)
+        self.name, self.per, self.dtype, self.sketch = name, per, dtype, sketch
+        self.resumed: dict[str, Any] | None = None
+
+    def fit(
+        self, trainer: Trainer, layout: Layout, every_n_train_steps: int, rows_a_step: int = 1, **told: Any
+    ) -> StoreRun:
+        """For training: a new store, or the one to go on with; says how large it will be.
+
+        Args:
+            trainer: that trains.
+            layout: of what rows cover.
+            every_n_train_steps: between steps that have rows.
+            rows_a_step: how many they have.
+            told: other fields of the spec.
+        """
+        parent = self.resumed if trainer.global_step > 0 else None
+        if self._asked is None and parent is not None and Path(parent["dirpath"]).exists():
+            self.dirpath = parent["dirpath"]
+        run = self._open(trainer, layout, "fit", parent["attempt"] if parent else None, **told)
+        self.resumed = {"attempt": run.attempt.number, "dirpath": self.dirpath}
+        say_size(trainer, self.name, run, every_n_train_steps, rows_a_step)
+        return run
+
+    def look(self, trainer: Trainer, layout: Layout) -> StoreRun:
+        """For a checkpoint's examples, of what rows of examples cover that were written while training."""
+        told: dict[str, Any] = {}
+        if self.per == "example" and self.dirpath is not None and (Path(self.dirpath) / "spec.json").exists():
+            there = StoreSpec.read(Path(self.dirpath))
+            layout, told = there.parameters, {"left_out": there.left_out, "contribution": there.contribution}
+        return self._open(trainer, layout, trainer.state.fn.value, **told)
+
+    def _open(self, trainer: Trainer, layout: Layout, stage: str, parent: int | None = None, **told: Any) -> StoreRun:
+        if self.dirpath is None:
+            self.dirpath = trainer.strategy.broadcast(str(default_folder(trainer, self.name)))
+        sketch = make_sketch(**{**self.sketch, "n": layout.n, "dim": min(self.sketch["dim"], layout.n)})
+        spec = StoreSpec.of(sketch, layout, dtype=self.dtype, normalization=_MEANING[self.per], **told)
+        return StoreRun(trainer, Path(self.dirpath), spec, stage, parent)

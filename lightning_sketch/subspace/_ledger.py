@@ -15,7 +15,7 @@ Run = dict[str, Any]
 
 
 class Ledger:
-    """Runs under their settings.
+    """Runner under their settings.
 
     Args:
         path: of the file.

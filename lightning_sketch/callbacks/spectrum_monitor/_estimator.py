@@ -2,7 +2,8 @@
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +12,7 @@ from torch import Tensor, nn
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import training_step_loss
-from lightning_sketch.callbacks.spectrum_monitor._layers import groups, measure_layers
-from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
+from lightning_sketch.callbacks.spectrum_monitor._measurement import LayerCurvature, Measurement
 from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatch
 from lightning_sketch.curvature import GGN, EmpiricalFisher, Hessian, spectrum
 from lightning_sketch.curvature.hessian import check_hvp
@@ -20,12 +20,13 @@ from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.curvature.spectrum import check_arguments
 from lightning_sketch.linalg.lanczos import start_vector
 from lightning_sketch.linalg.linearity import checked_defect
+from lightning_sketch.operators import LinearOperator
 
 _KINDS = ("hessian", "ggn", "fisher")
 
 
 @dataclass
-class Instrument:
+class SpectrumEstimator:
     """Arguments as in `SpectrumMonitor`.
 
     Raises:
@@ -171,3 +172,53 @@ class _ProbeStructure(BatchStructure):
         examples = self.count(batch) if examples is None else examples
         for part, number in super().parts(batch.batch, size, examples):
             yield replace(batch, batch=part), number
+
+
+_MATVECS = 32
+
+
+def groups(layout: Layout, per_layer: bool | Sequence[str]) -> dict[str, list[str]]:
+    """Names of parameters by group: those of each pattern, or of each module that holds some itself."""
+    if isinstance(per_layer, bool):
+        found: dict[str, list[str]] = {}
+        for name in layout.names if per_layer else ():
+            found.setdefault(name.rpartition(".")[0] or name, []).append(name)
+        return found
+    return {pattern: [pattern] for pattern in per_layer}
+
+
+def measure_layers(
+    block: Callable[[list[str]], LinearOperator], names: Mapping[str, list[str]], seed: int, tol: float
+) -> dict[str, LayerCurvature]:
+    """The top eigenvalue and the trace of each group's block; at most 46 products a group."""
+    found = {}
+    for group, parameters in names.items():
+        sp = spectrum(block(parameters), num_matvecs=_MATVECS, dim=1024, seed=seed, top_k=1, bottom_k=0, tol=tol)
+        found[group] = LayerCurvature(
+            sp.lambda_max, float(sp.residuals[0]), bool(sp.converged[0]), sp.trace, sp.trace_sem, sp.num_products
+        )
+    return found
+
+
+class InitialWeights:
+    """A copy of a module's parameters and buffers."""
+
+    def __init__(self, module: nn.Module):
+        self.values = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
+
+    @contextmanager
+    def in_place(self, module: nn.Module) -> Iterator[None]:
+        """The module with these weights; after that with its own, the very same tensors."""
+        state = _state(module)  # a buffer made since then stays as it is
+        now = {name: tensor.data for name, tensor in state.items() if name in self.values}
+        try:
+            for name in now:
+                state[name].data = self.values[name]
+            yield
+        finally:
+            for name, value in now.items():
+                state[name].data = value
+
+
+def _state(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}

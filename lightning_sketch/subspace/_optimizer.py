@@ -21,7 +21,7 @@ _OWN = ("params", "param_names", "weight_decay")
 _INSTEAD = "SubspaceModule(optimizer_fn=lambda params: torch.optim.Adam(params, lr=0.03))"
 
 
-class Recipe:
+class OptimizerProxy:
     """An optimizer on w.
 
     Args:
@@ -71,7 +71,7 @@ class Recipe:
         self.optimizer.register_step_post_hook(self._after_step)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Copies of the optimizer's groups as a step has them: w in one of its own, at its rate and decay."""
+        """Replicas of the optimizer's groups as a step has them: w in one of its own, at its rate and decay."""
         return [part.now for part in self._parts or self._divided()]
 
     def _divided(self) -> "list[_Part]":

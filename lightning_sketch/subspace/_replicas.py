@@ -13,7 +13,7 @@ from lightning_sketch._private import required
 from lightning_sketch.autodiff.fingerprint import fingerprint
 
 
-class Copies:
+class Replicas:
     """Of a model.
 
     Args:

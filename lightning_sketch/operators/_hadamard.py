@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators.precision import full_precision
+from lightning_sketch.operators._precision import full_precision
 
 CACHED = 1 << 18
 """Numbers that are worked on at once: 1 MB in float32, which stays in a core's second-level cache."""

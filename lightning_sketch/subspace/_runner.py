@@ -23,12 +23,12 @@ from lightning_sketch._lightning import (
 )
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.memory import is_out_of_memory
-from lightning_sketch.subspace.copies import Copies, refuse_different_starts
+from lightning_sketch.subspace._ledger import Ledger, Run
+from lightning_sketch.subspace._optimizer import optimizers_in
+from lightning_sketch.subspace._replicas import Replicas, refuse_different_starts
+from lightning_sketch.subspace._trainers import Trainers
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
-from lightning_sketch.subspace.ledger import Ledger, Run
-from lightning_sketch.subspace.recipe import optimizers_in
 from lightning_sketch.subspace.subspace_module import SubspaceModule
-from lightning_sketch.subspace.trainers import Trainers
 
 FILE = "intrinsic_dimension.json"
 _LENGTH_AND_STEP = (
@@ -43,7 +43,7 @@ _LENGTH_AND_STEP = (
 )
 
 
-class Runs:
+class Runner:
     """Trains copies of a model.
 
     Args:
@@ -66,7 +66,7 @@ class Runs:
         monitor: str,
     ):
         self.options, self.data, self.monitor = options, data, monitor
-        self.copies = Copies(model)
+        self.copies = Replicas(model)
         self.n = Layout.of(self.copies.first, options["parameters"]).n
         self.trainers = Trainers(trainer_fn, self.copies.first)
 

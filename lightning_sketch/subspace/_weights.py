@@ -12,7 +12,7 @@ from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.subspace.directions import Directions
 
 
-class MovingWeights:
+class TrainableWeights:
     """Chosen parameters of a module, and a copy of where they started: of this rank's shards, where they are sharded.
 
     Args:
@@ -37,7 +37,7 @@ class MovingWeights:
     def move(self, directions: Directions, w: Float[Tensor, " dim"]) -> None:
         """Set them to θ₀ + Dᵀ w, one after the other."""
         theta = self.parameters()
-        steps = self.layout.lift(directions.sketch, directions.expand(_at_least_float32(w)), theta)
+        steps = self.layout.adjoint(directions.sketch, directions.expand(_at_least_float32(w)), theta)
         for parameter, start, step in zip(theta, self.start, steps, strict=True):
             _local(parameter).copy_(start + step)
 
