@@ -110,7 +110,9 @@ def fit_ggn(
         return (model.forward(directed.batch)[0] * directed.v).sum()
 
     both = _DirectedStructure(of_batch=structure)
-    sketches = ExampleSketches(module, layout, sketch, along, engine, reduction="sum", structure=both)
+    sketches = ExampleSketches(
+        module, layout, sketch=sketch, loss_fn=along, engine=engine, reduction="sum", structure=both
+    )
     weights = layout.parameters(module)
     for batch in batches:
         with preserve_state(module):

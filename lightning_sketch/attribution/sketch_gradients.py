@@ -82,7 +82,16 @@ def sketch_gradients(
         raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: mean loss.")
     loss_fn = loss_fn or training_step_loss
     structure = BatchStructure(num_examples, batch_dim, split_fn)
-    sketches = ExampleSketches(module, layout, sketch, loss_fn, engine, weight_fn, reduction, structure=structure)
+    sketches = ExampleSketches(
+        module,
+        layout,
+        sketch=sketch,
+        loss_fn=loss_fn,
+        engine=engine,
+        weight_fn=weight_fn,
+        reduction=reduction,
+        structure=structure,
+    )
     make = ExampleRows(sketches, row_fn)
     parts = [make(without_index(batch), batch_ids(batch, index_key, structure)) for batch in batches]
     if not parts:

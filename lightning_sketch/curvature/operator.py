@@ -147,7 +147,7 @@ class CurvatureOperator(LinearOperator):
                     "requires_grad=True."
                 )
         with ExitStack() as stack:
-            stack.enter_context(preserve_state(self.module, self.mode))
+            stack.enter_context(preserve_state(self.module, mode=self.mode))
             if self._widen:
                 self.parameters = stack.enter_context(in_float32(self.module, self._originals))
             self._held = True

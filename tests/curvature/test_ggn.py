@@ -65,7 +65,7 @@ def by_token(z, y):
 
 PROBLEMS = {
     "ignored labels": (network(), (normal(6, 3), LABELS), entropy(), None),
-    "smoothed labels": (network(), (normal(6, 3), LABELS), entropy(label_smoothing=0.3), CrossEntropy(-100, 0.3)),
+    "smoothed labels": (network(), (normal(6, 3), LABELS), entropy(label_smoothing=0.3), CrossEntropy(label_smoothing=0.3)),
     "another index ignored": (network(), (normal(6, 3), LABELS.abs() % 98), entropy(ignore_index=2), CrossEntropy(2)),
     "tokens, classes last": (network(), (normal(3, 4, 3), TOKENS), by_token, None),
     "pixels, classes second": (Heatmap(), (normal(3, 4, 3), TOKENS), entropy(), None),

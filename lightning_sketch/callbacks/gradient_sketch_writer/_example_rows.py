@@ -73,11 +73,19 @@ class TrainingExamples:
         self.second = None
         if left and fallback is not None:
             own = ExampleSketches(
-                module, layout, sketch, training_step_loss, fallback, weight_fn, reduction, left, structure
+                module,
+                layout,
+                sketch=sketch,
+                loss_fn=training_step_loss,
+                engine=fallback,
+                weight_fn=weight_fn,
+                reduction=reduction,
+                names=left,
+                structure=structure,
             )
             self.second = SecondPass(trainer, own)
         self.hooks = ExampleHooks(module, self.parameters)
-        self.accumulator = SketchAccumulator(sketch, layout, self.parameters)
+        self.accumulator = SketchAccumulator(sketch, layout, parameters=self.parameters)
         self.checked, self.reasons = False, None
         self.batch: _Batch | None = None
         self.epoch, self.copies = -1, DuplicateFinder(None, 0)

@@ -302,11 +302,11 @@ class GradientSketchWriter(CallbackBase):
         own = ExampleSketches(
             pl_module,
             layout,
-            sketch,
-            loss_fn,
-            self.engine,
-            self.weight_fn,
-            self.reduction,
+            sketch=sketch,
+            loss_fn=loss_fn,
+            engine=self.engine,
+            weight_fn=self.weight_fn,
+            reduction=self.reduction,
             structure=self._structure(),
         )
         return CheckpointRows(ExampleRows(own, self.row_fn), run, stage, self._moment, self._numbers.hashed)

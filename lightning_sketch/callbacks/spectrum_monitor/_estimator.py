@@ -159,7 +159,7 @@ class SpectrumEstimator:
 
     def _loss(self, module: nn.Module, probe: ProbeBatch) -> Tensor:
         batch = copy.deepcopy(probe.batch)  # a step may change its batch in place
-        return self.loss_fn(module, batch) if self.loss_fn else training_step_loss(module, batch, probe.index)
+        return self.loss_fn(module, batch) if self.loss_fn else training_step_loss(module, batch, batch_idx=probe.index)
 
 
 class _ProbeStructure(BatchStructure):
