@@ -1,10 +1,10 @@
-"""Files that are whole or not there, whatever interrupts the writer.
+"""Atomic, durable writing of files: after an interruption a file is complete or absent.
 
     temporary file in the same folder -> write -> fsync -> rename -> fsync of the folder
 
-After the rename the file is there under its name with all its bytes, also after a power cut; before, it is not there.
-The temporary name is random and must be new (O_EXCL), so that two writers, or one that was killed, never share it.
-Where a system cannot fsync a folder (Windows, some network mounts) the last step is left to it.
+Once the folder is synced, the file survives a power cut with all its bytes; before the rename it does not exist.
+The temporary name is random and must be new (O_EXCL), so that two writers never share it, nor does one reuse the
+leftover of a writer that was killed. Systems that cannot fsync a folder (Windows, some network mounts) skip that step.
 """
 
 import contextlib
@@ -18,18 +18,18 @@ from filelock import FileLock
 
 TEMPORARY = ".tmp"
 
+# Errors of file systems without hard links, or whose folders cannot be opened or synced: exFAT, FUSE, Windows.
 _UNSUPPORTED = {
     getattr(errno, name)
     for name in ("EPERM", "EACCES", "EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "EMLINK", "EXDEV", "EBADF")
 }
-"""What file systems answer that have no hard links, or cannot open or fsync a folder: exFAT, FUSE, Windows."""
 
 
 def commit(path: Path, data: bytes) -> None:
-    """Write a file under this name, replacing one that is there, in one step; folders above it are made.
+    """Write or replace a file atomically, creating the folders above it.
 
     Raises:
-        OSError: if the disk is full or the folder cannot be written; the file is then as it was.
+        OSError: If the disk is full or the folder cannot be written; an existing file is then unchanged.
     """
     make_folder(path.parent)
     with _written(path, data) as temporary:
@@ -38,17 +38,18 @@ def commit(path: Path, data: bytes) -> None:
 
 
 def write_once(path: Path, data: bytes) -> bool:
-    """Write a file unless one of this name is there, and return whether it was written; of several writers one wins.
+    """Write a file atomically unless one of this name exists, and return whether it was written.
 
-    Without hard links, writers that look whether the name is taken come one after the other, by a lock beside it.
+    Exactly one of several concurrent writers succeeds. Where there are no hard links, a lock file beside the file
+    serializes the writers.
 
     Raises:
-        OSError: if the disk is full or the folder cannot be written.
+        OSError: If the disk is full or the folder cannot be written.
     """
     make_folder(path.parent)
     with _written(path, data) as temporary:
         try:
-            os.link(temporary, path)  # fails, other than a rename, where the name is taken
+            os.link(temporary, path)  # unlike a rename, fails if the name is taken
         except FileExistsError:
             return False
         except OSError as error:
@@ -63,7 +64,7 @@ def write_once(path: Path, data: bytes) -> bool:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, that last."""
+    """Create a folder and its parents, and sync them, so that they survive a power cut."""
     if not folder.exists():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -71,7 +72,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make names that were given or taken away in a folder last, where the system can do that."""
+    """Make created and removed names in a folder durable, where the system supports it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -85,7 +86,7 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _written(path: Path, data: bytes) -> Iterator[Path]:
-    """Keep a temporary file with these bytes on the disk for as long as the context lasts."""
+    """Write these bytes to a temporary file on the disk, and remove it when the context ends."""
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}{TEMPORARY}")
     try:
         with open(temporary, "xb") as file:  # O_EXCL

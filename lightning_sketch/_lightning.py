@@ -1,14 +1,15 @@
-"""Where we lean on Lightning beyond its documented interface.
+"""Uses of Lightning beyond its documented interface, for both of its namespaces.
 
-Both namespaces, the step of the loggers, the bar, the scale of gradients, batches on their way to the module.
+They concern base classes, loggers, the progress bar, the scale of gradients, batches before the module sees them, and
+settings of a Trainer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers.logger import DummyLogger
@@ -19,24 +20,25 @@ from torch.optim import Optimizer
 
 from lightning_sketch._private import required
 
-# The two namespaces hold two copies of each class. A callback is one for the Trainer and the CLI of a namespace only
-# if it descends from that namespace's Callback.
-if find_spec("lightning") is not None:
+# The two namespaces define each class twice. The Trainer and the CLI of a namespace accept only subclasses of that
+# namespace's Callback.
+if TYPE_CHECKING or find_spec("lightning") is not None:
     import lightning.pytorch as lp
 
     Trainer = pl.Trainer | lp.Trainer
     LightningModule = pl.LightningModule | lp.LightningModule
 
-    class CallbackBase(pl.Callback, lp.Callback):
+    # The two bases differ in the types of their arguments only, each those of its own namespace.
+    class CallbackBase(pl.Callback, lp.Callback):  # type: ignore[misc]
         """A callback for `pytorch_lightning` and for `lightning.pytorch`."""
 
-    class ModuleBase(pl.LightningModule, lp.LightningModule):
+    class ModuleBase(pl.LightningModule, lp.LightningModule):  # type: ignore[misc]
         """A module for `pytorch_lightning` and for `lightning.pytorch`."""
 
-    from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as _Spawning
+    from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as _SpawnLauncher
 
     _MODULES = (pl.LightningModule, lp.LightningModule)
-    _SPAWNING = (_MultiProcessingLauncher, _Spawning)
+    _SPAWN_LAUNCHERS = (_MultiProcessingLauncher, _SpawnLauncher)
 else:
     Trainer = pl.Trainer
     LightningModule = pl.LightningModule
@@ -48,7 +50,7 @@ else:
         """A module for `pytorch_lightning`."""
 
     _MODULES = (pl.LightningModule,)
-    _SPAWNING = (_MultiProcessingLauncher,)
+    _SPAWN_LAUNCHERS = (_MultiProcessingLauncher,)
 
 
 def batches_done(trainer: Trainer) -> int:
@@ -56,35 +58,55 @@ def batches_done(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """Return the Trainer's callbacks, an attribute that type checkers do not see."""
+    untyped: Any = trainer
+    return untyped.callbacks
+
+
+def is_dev_run(trainer: Trainer) -> bool:
+    """Return whether the Trainer runs under `fast_dev_run`, an attribute that type checkers do not see."""
+    untyped: Any = trainer
+    return bool(untyped.fast_dev_run)
+
+
 @contextmanager
 def muted_loggers(trainer: Trainer) -> Iterator[None]:
-    """Loggers that swallow everything, as under `fast_dev_run`: a training_step may log to `self.logger.experiment`."""
-    loggers = trainer.loggers
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    """Replace the Trainer's loggers, for as long as the context lasts, by ones that discard everything.
+
+    These accept calls such as `self.logger.experiment.log(...)` in a training_step, as under `fast_dev_run`.
+    """
+    untyped: Any = trainer  # each namespace has its own type of logger
+    loggers = untyped.loggers
+    untyped.loggers = [DummyLogger() for _ in loggers]
     try:
         yield
     finally:
-        trainer.loggers = loggers
+        untyped.loggers = loggers
 
 
 def state_key(callback: CallbackBase, **identity: str) -> str:
-    """Return the key of a callback's state in a checkpoint, told apart by what identifies it."""
+    """Return the key of a callback's state in a checkpoint, which contains these names and values."""
     return callback._generate_state_key(**identity)
 
 
 class BarText:
-    """Words in front of the Trainer's training progress bar, for as long as the context lasts."""
+    """Show a text in front of the training progress bar, for as long as the context lasts.
+
+    Args:
+        trainer: The Trainer whose progress bar is used, if it has one that is enabled.
+    """
 
     def __init__(self, trainer: Trainer):
-        bar = trainer.progress_bar_callback
-        self.bar = bar if bar is not None and bar.is_enabled else None
+        bar: Any = trainer.progress_bar_callback
+        self.bar: Any = bar if bar is not None and bar.is_enabled else None
 
     def __enter__(self) -> "BarText":
         self.before = self._description()
         return self
 
     def show(self, text: str) -> None:
-        """Replace the words."""
+        """Replace the text in front of the bar."""
         if self.before is not None:
             self._describe(text)
 
@@ -92,6 +114,7 @@ class BarText:
         self.show(self.before or "")
 
     def _description(self) -> str | None:
+        """Return the text that is there now, or None if no training bar is shown."""
         if self.bar is None or getattr(self.bar, "_train_progress_bar", True) is None:
             return None
         if getattr(self.bar, "train_progress_bar_id", True) is None:
@@ -100,6 +123,7 @@ class BarText:
         return None if line is None else str(getattr(line, "desc", getattr(line, "description", "")))
 
     def _describe(self, text: str) -> None:
+        """Set the text, by the interface of either kind of bar."""
         line = self.bar.train_progress_bar
         if hasattr(line, "set_description_str"):  # tqdm
             line.set_description_str(text)
@@ -109,8 +133,8 @@ class BarText:
 
 
 def say(trainer: Trainer, text: str) -> None:
-    """One line for a person, on rank zero, without breaking the progress bar."""
-    bar = trainer.progress_bar_callback
+    """Print one line on rank zero, without breaking the progress bar."""
+    bar: Any = trainer.progress_bar_callback
     if bar is not None and bar.is_enabled:
         bar.print(text)
     else:
@@ -118,22 +142,24 @@ def say(trainer: Trainer, text: str) -> None:
 
 
 def loss_scale(trainer: Trainer) -> float:
-    """Return what a GradScaler multiplies the loss with; 1 where there is none."""
+    """Return the factor by which a GradScaler multiplies the loss; 1 if there is none."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return 1.0 if scaler is None else float(scaler.get_scale())
 
 
 def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
-    """Return the scale that gradients still have in `on_before_optimizer_step`: fused optimizers unscale by themselves.
+    """Return the loss scale that gradients still contain in `on_before_optimizer_step`; 1 if they are unscaled.
+
+    Lightning unscales gradients before this hook, except those of fused optimizers, which do it in their step.
 
     Raises:
-        RuntimeError: if a fused optimizer of PyTorch does not say so under the name that this version knows.
+        RuntimeError: If a fused optimizer of PyTorch lacks the private attribute that marks it.
     """
     scale, plain = loss_scale(trainer), getattr(optimizer, "optimizer", optimizer)
     if scale == 1.0:
         return scale
     of_torch = any(kind.__module__.startswith("torch.optim.") for kind in type(plain).__mro__ if kind is not Optimizer)
-    if of_torch and plain.defaults.get("fused"):  # as it was made; groups may come from the checkpoint of another one
+    if of_torch and plain.defaults.get("fused"):  # as constructed; a checkpoint may replace its groups' options
         return scale if required(plain, "_step_supports_amp_scaling") else 1.0
     return scale if getattr(plain, "_step_supports_amp_scaling", False) else 1.0
 
@@ -142,15 +168,20 @@ def gradient_scale(trainer: Trainer, optimizer: Optimizer) -> float:
 def changed_batches(
     module: LightningModule, note: Callable[[Any], None], change: Callable[[Any], Any]
 ) -> Iterator[None]:
-    """Every batch that the Trainer takes from a loader: noted as it is, and changed before anybody else sees it.
+    """Pass every batch that the Trainer loads to `note`, and replace it by `change(batch)` before the module sees it.
 
-    Of several contexts all note the batch, and the first one changes it.
+    If several contexts are active, each one notes the original batch, and the outermost one changes it.
+
+    Args:
+        module: The module that the Trainer runs.
+        note: Called with each batch as it was loaded.
+        change: Returns the batch that the module gets.
     """
-    before, first = module._on_before_batch_transfer, "_on_before_batch_transfer" not in vars(module)
+    before, outermost = module._on_before_batch_transfer, "_on_before_batch_transfer" not in vars(module)
 
     def hook(batch: Any, dataloader_idx: int = 0) -> Any:
         note(batch)
-        return before(change(batch) if first else batch, dataloader_idx)
+        return before(change(batch) if outermost else batch, dataloader_idx)
 
     module.__dict__["_on_before_batch_transfer"] = hook
     try:
@@ -160,42 +191,49 @@ def changed_batches(
 
 
 def evaluated_loader(trainer: Trainer, index: int) -> Any:
-    """Return the data loader of this index that is being validated, tested or predicted on."""
-    loop = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer._active_loop
+    """Return the data loader of this index on which the Trainer validates, tests or predicts."""
+    loop: Any = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer._active_loop
     return loop._combined_loader.flattened[index]
 
 
 def changed_hooks(module: LightningModule) -> list[str]:
-    """Names of the hooks and steps of a LightningModule that its class, or itself, has made its own."""
+    """Return the names of the hooks and steps that a LightningModule, or its class, overrides."""
     base = lightning_class(module)
     return [name for name in _hooks(base) if _code(getattr(module, name)) is not _code(getattr(base, name))]
 
 
 def does_itself(module: LightningModule, name: str) -> bool:
-    """Whether a `ModuleBase`'s class has a hook of its own, other than Lightning's default."""
+    """Return whether the class of a `ModuleBase` overrides this hook of Lightning."""
     return getattr(type(module), name, None) is not getattr(pl.LightningModule, name, None)
 
 
 def like_namespace_of(module: LightningModule, wrapper: LightningModule) -> None:
-    """Give a `ModuleBase` the default hooks of another module's namespace: Lightning compares their code."""
+    """Give a `ModuleBase` the default hooks of another module's namespace.
+
+    Lightning decides whether a hook is overridden by comparing its code with the default of its own namespace.
+
+    Args:
+        module: The module whose namespace is taken.
+        wrapper: The `ModuleBase` that gets the hooks.
+    """
     theirs = lightning_class(module)
     for name in _hooks(theirs):
         if theirs is not pl.LightningModule and name not in vars(wrapper) and not does_itself(wrapper, name):
-            wrapper.__dict__[name] = partial(getattr(theirs, name), wrapper)  # a method is pickled as a name only
+            wrapper.__dict__[name] = partial(getattr(theirs, name), wrapper)  # a method is pickled by name only
 
 
 def unwrapped(module: Any) -> Any:
-    """Return the LightningModule in what torch.compile made of it; its compiled steps stay compiled."""
+    """Return the LightningModule inside the wrapper of torch.compile; its compiled steps stay compiled."""
     return _maybe_unwrap_optimized(module) if hasattr(module, "_orig_mod") else module
 
 
 def lightning_class(module: LightningModule) -> type:
-    """Return the LightningModule class, of its namespace, that a module is one of."""
+    """Return the class LightningModule of the namespace that a module belongs to."""
     return next(base for base in _MODULES if isinstance(module, base))
 
 
 def _hooks(base: type) -> list[str]:
-    """Functions that a LightningModule has and a module of PyTorch has not."""
+    """Return the names of the public functions that a LightningModule adds to a module of PyTorch."""
     return [
         name
         for name in dir(base)
@@ -204,16 +242,17 @@ def _hooks(base: type) -> list[str]:
 
 
 def _code(function: Any) -> Any:
+    """Return the code of a function, without a decorator around it."""
     return getattr(getattr(function, "__wrapped__", function), "__code__", None)
 
 
 def trainer_class(module: LightningModule) -> type:
-    """Return the Trainer class of a module's namespace."""
+    """Return the class Trainer of a module's namespace."""
     return pl.Trainer if lightning_class(module) is pl.LightningModule else lp.Trainer
 
 
 def train_for(trainer: Trainer, steps: int) -> None:
-    """Override max_steps of an existing Trainer."""
+    """Override the length of training of an existing Trainer: this many optimizer steps, over any number of epochs."""
     trainer.fit_loop.epoch_loop.max_steps = steps
     trainer.fit_loop.max_epochs = -1
 
@@ -237,12 +276,12 @@ def set_rhythm(
 
 
 def forgets(trainer: Trainer) -> bool:
-    """Return whether fit runs in spawned processes, whose callbacks are lost: ddp_spawn, ddp_fork, ddp_notebook."""
-    return isinstance(trainer.strategy.launcher, _SPAWNING)
+    """Return whether fit runs in spawned processes, whose callback state is lost: ddp_spawn, ddp_fork, ddp_notebook."""
+    return isinstance(trainer.strategy.launcher, _SPAWN_LAUNCHERS)
 
 
 def name_run(trainer: Trainer, name: str, group: str) -> None:
-    """Give a run of W&B that has not begun a name and a group, unless it has its own."""
+    """Set the name and the group of a W&B run that has not started, unless the user has set them."""
     for logger in filter(_is_wandb, trainer.loggers):
         options = required(logger, "_wandb_init")
         options["name"] = options.get("name") or name
@@ -250,8 +289,9 @@ def name_run(trainer: Trainer, name: str, group: str) -> None:
 
 
 def close_run(trainer: Trainer, values: dict[str, float]) -> None:
-    """Log the last values of a run; end it where a next one would go on with it, as in W&B."""
-    for logger in trainer.loggers:
+    """Log the last values of a run, and finish it in W&B, where the next run would otherwise continue it."""
+    loggers: Sequence[Any] = trainer.loggers
+    for logger in loggers:
         logger.log_metrics(values, step=trainer.global_step)
         logger.save()
         if _is_wandb(logger) and trainer.is_global_zero:
@@ -259,5 +299,5 @@ def close_run(trainer: Trainer, values: dict[str, float]) -> None:
 
 
 def _is_wandb(logger: Any) -> bool:
-    """By the name of its class, so that neither namespace's is imported."""
+    """Return whether this is a WandbLogger, by class name, so that neither namespace's class is imported."""
     return any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__)

@@ -1,29 +1,33 @@
-"""Every private or undocumented name of other packages that this one leans on: the list to read before an upgrade.
+"""List the private or undocumented names of other packages that this package uses, to be read before an upgrade.
 
-    owner      import path of what has the name; a call makes an instance that has it
-    name       the attribute, or the text that the owner uses for a name
-    used in    our file
-    breaks     what goes wrong if the name goes, where nothing else says so
+Each row of `NAMES` is (owner, name, used in, breaks):
 
-`tests/test_private.py` asserts that each exists in the versions that are installed. Imports nothing.
+    owner      import path of the object that has the attribute; a call means an instance
+    name       the attribute, or the value of a constant that contains a name
+    used in    our files
+    breaks     what would silently go wrong without it; empty if there is an error
+
+`tests/test_private.py` asserts that each exists in the installed versions. This module imports no other package.
 """
+
+from typing import Any
 
 NAMES: tuple[tuple[str, str, str, str], ...] = (
     # Lightning
     ("Trainer().fit_loop.epoch_loop", "_batches_that_stepped", "_lightning.py", "steps of the logs"),
-    ("Trainer().fit_loop.epoch_loop", "max_steps", "_lightning.py", "length of the single run of a search"),
-    ("Trainer().fit_loop.epoch_loop", "min_steps", "_lightning.py", "least length of it"),
+    ("Trainer().fit_loop.epoch_loop", "max_steps", "_lightning.py", "length of the only run of a search"),
+    ("Trainer().fit_loop.epoch_loop", "min_steps", "_lightning.py", "minimum length of it"),
     ("Trainer().fit_loop", "max_epochs", "_lightning.py", "length of it"),
-    ("Trainer().fit_loop", "min_epochs", "_lightning.py", "least length of it"),
+    ("Trainer().fit_loop", "min_epochs", "_lightning.py", "minimum length of it"),
     ("Trainer()", "val_check_interval", "_lightning.py", "validation of a search"),
     ("Trainer()", "_active_loop", "_lightning.py", "examples that a distributed sampler duplicates"),
     ("Trainer().validate_loop", "_combined_loader", "_lightning.py", "examples that a distributed sampler duplicates"),
-    ("Trainer().strategy", "launcher", "_lightning.py", "refusal of spawned processes"),
+    ("Trainer().strategy", "launcher", "_lightning.py", "spawned processes are not refused"),
     ("DDPStrategy()", "_ddp_comm_hook", "callbacks/gradient_sketch_writer/_example_rows.py", "a false refusal"),
     ("pytorch_lightning.Callback", "_generate_state_key", "_lightning.py", "keys of a checkpoint"),
-    ("LightningModule()", "_on_before_batch_transfer", "_lightning.py", "indices of examples reach the module"),
+    ("LightningModule()", "_on_before_batch_transfer", "_lightning.py", "the module gets indexed batches"),
     ("LightningModule()", "_compiler_ctx", "_lightning.py, per_example/hooks.py", "compiled modules are not refused"),
-    ("LightningModule()", "_current_fx_name", "subspace/", "which way a training step of a subspace goes"),
+    ("LightningModule()", "_current_fx_name", "subspace/", "phase of a subspace's training step"),
     ("LightningModule()", "_metric_attributes", "subspace/", "logging of metrics from a wrapped module"),
     ("LightningModule()", "_device_mesh", "subspace/_wrapper.py", "sharded modules in a subspace"),
     ("pytorch_lightning.loggers.logger", "DummyLogger", "_lightning.py", ""),
@@ -36,11 +40,11 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("CSVLogger()", "_prefix", "callbacks/spectrum_monitor/_logging.py", "keys of pictures"),
     ("CSVLogger()", "LOGGER_JOIN_CHAR", "callbacks/spectrum_monitor/_logging.py", "keys of pictures"),
     ("WandbLogger()", "_wandb_init", "_lightning.py", "runs of a search merge into one"),
-    ("TQDMProgressBar()", "_train_progress_bar", "_lightning.py", "words in front of the bar"),
-    ("RichProgressBar()", "train_progress_bar_id", "_lightning.py", "words in front of the bar"),
+    ("TQDMProgressBar()", "_train_progress_bar", "_lightning.py", "text in front of the bar"),
+    ("RichProgressBar()", "train_progress_bar_id", "_lightning.py", "text in front of the bar"),
     # torchmetrics
-    ("torchmetrics.MeanMetric()", "_defaults", "autodiff/preserve_state.py", "measurements count in metrics"),
-    ("torchmetrics.MeanMetric()", "_update_count", "autodiff/preserve_state.py", "measurements count in metrics"),
+    ("torchmetrics.MeanMetric()", "_defaults", "autodiff/preserve_state.py", "measurements change metrics"),
+    ("torchmetrics.MeanMetric()", "_update_count", "autodiff/preserve_state.py", "measurements change metrics"),
     # torch: modules and tensors
     ("torch.nn.Module()", "_parameters", "several", ""),
     ("torch.nn.Module()", "_buffers", "several", ""),
@@ -49,8 +53,8 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("torch.nn.Module()", "_backward_hooks", "autodiff/preserve_state.py", ""),
     ("torch.nn.Module()", "_backward_pre_hooks", "autodiff/preserve_state.py", ""),
     ("torch.nn.Module()", "_compiled_call_impl", "per_example/hooks.py", "compiled modules are not refused"),
-    ("torch.nn.Module()", "_apply", "subspace/subspace_module.py", "theta_0 stays where it was"),
-    ("torch.nn.Module()", "_load_from_state_dict", "subspace/subspace_module.py", "theta_0 is not put back"),
+    ("torch.nn.Module()", "_apply", "subspace/subspace_module.py", "theta_0 is not moved to a device"),
+    ("torch.nn.Module()", "_load_from_state_dict", "subspace/subspace_module.py", "theta_0 is not restored"),
     ("torch.nn.Parameter()", "_backward_hooks", "autodiff/preserve_state.py", ""),
     ("torch.nn.Parameter()", "_version", "several", ""),
     ("torch.nn.Parameter()", "_base", "per_example/", ""),
@@ -80,15 +84,15 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("RepeatBackward0", "_saved_repeats", "per_example/autograd_graph.py", ""),
     ("RepeatBackward0", "_saved_self_sym_sizes", "per_example/autograd_graph.py", ""),
     ("ViewBackward0", "_input_metadata", "per_example/autograd_graph.py", ""),
-    ("torch.backends.cuda.matmul", "fp32_precision", "operators/_precision.py", "torch < 2.9 has the older switch"),
+    ("torch.backends.cuda.matmul", "fp32_precision", "operators/_precision.py", "torch < 2.9 has another switch"),
 )
 
 
-def required(owner: object, name: str) -> object:
-    """Return a private attribute whose absence would change a number without a word.
+def required(owner: object, name: str) -> Any:
+    """Return a private attribute without which results would be silently wrong.
 
     Raises:
-        RuntimeError: if this version of its package does not have it.
+        RuntimeError: If the installed version of the package does not have it.
     """
     try:
         return getattr(owner, name)
