@@ -4,8 +4,8 @@
     LowRank(p, l, r)      grad_b = sum_t l_bt r_btᵀ              as a matrix, rows of l, columns of r
     SparseRows(p, i, v)   grad_b[i_bt] += v_bt for each t        rows of an embedding's table
 
-b runs over the examples. All factors of a parameter add up to its gradients. What a factor is added to, an
-accumulator, knows sketches and buffers; what makes it, a layer's rule, knows neither.
+b runs over the examples. All factors of a parameter add up to its gradients. The rule of a layer makes factors and
+knows nothing of sketches; an accumulator adds factors up and knows nothing of layers.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,13 @@ from lightning_sketch.autodiff.batches import HALF
 
 @dataclass(frozen=True, eq=False)
 class Dense:
-    """Gradients as they are: for biases, norms, and whatever is small.
+    """The gradients themselves, one row per example: for biases, normalizations and whatever is small.
 
-    `start` is where they begin within the flat parameter; they may cover a part of it, as one of three stacked
-    projections does.
+    Attributes:
+        parameter: The parameter that the gradients belong to.
+        values: The gradients of the examples, (examples, numbers).
+        start: Where the row begins in the flat parameter; it may cover only a part, as one of three stacked
+            projections does.
     """
 
     parameter: nn.Parameter
@@ -31,7 +34,14 @@ class Dense:
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """Gradients of a matrix, as factors: sum_t left_t right_tᵀ, row-major, from `start` in the flat parameter."""
+    """The gradients of a matrix as products: sum_t left_t right_tᵀ for each example, row-major.
+
+    Attributes:
+        parameter: The parameter that the gradients belong to.
+        left: The left factors, (examples, tokens, rows).
+        right: The right factors, (examples, tokens, columns).
+        start: Where the matrix begins in the flat parameter; it may cover only a part.
+    """
 
     parameter: nn.Parameter
     left: Float[Tensor, "examples tokens rows"]
@@ -41,7 +51,13 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class SparseRows:
-    """Gradients of a table, as the rows that each example looked up; an index may repeat."""
+    """The gradients of a table as the rows that each example looked up.
+
+    Attributes:
+        parameter: The table, (rows, columns).
+        index: Which rows were looked up, (examples, tokens); an index may repeat, and repeated rows add up.
+        values: The gradient of each looked-up row, (examples, tokens, columns).
+    """
 
     parameter: nn.Parameter
     index: Int[Tensor, "examples tokens"]
@@ -52,9 +68,9 @@ Factor = Dense | LowRank | SparseRows
 
 
 class Unsupported(Exception):
-    """Raised by what makes factors: this cannot be split into examples, for the reason that the message tells."""
+    """Raised where a gradient cannot be split into examples; the message gives the reason."""
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """Return the tensor, in float32 if it is of half precision."""
+    """Return the tensor in float32 if it has half precision, and unchanged otherwise."""
     return tensor.float() if tensor.dtype in HALF else tensor

@@ -1,46 +1,51 @@
 """Gradients of each example from the ordinary backward pass of a batch.
 
-A layer's input, kept in its forward, and the gradient of its output, seen in the backward, give the share of each
-example in the gradient of its parameters. Neither is changed: training goes on bit for bit as without.
+A layer's input, kept in its forward pass, and the gradient of its output, seen in the backward pass, give the share
+of each example in the gradient of the layer's parameters. Neither is changed: training is the same bit for bit.
 
 Exact for layers that treat the examples, along the first axis, independently. Layers have their rules in `rules/`;
 parameters that are used without a layer are found in the graph of the loss by `autograd_graph`. The inputs of layers
 are kept until their gradients are known, as autograd does anyway.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sketch._private import required
 from lightning_sketch.autodiff.preserve_state import measurement_depth
-from lightning_sketch.per_example.autograd_graph import Graph, Meeting, Shared
+from lightning_sketch.per_example.autograd_graph import BroadcastUse, Graph, SharedTensor
 from lightning_sketch.per_example.factors import Dense, Factor, Unsupported
 from lightning_sketch.per_example.rules.linear import looked_up
-from lightning_sketch.per_example.rules.registry import Rule, rule_of
+from lightning_sketch.per_example.rules.registry import LayerFn, Rule, rule_of
 
 
 @runtime_checkable
 class Accumulator(Protocol):
-    """What factors of per-example gradients are added to."""
+    """An object that factors of per-example gradients are added to."""
 
     def add(self, factor: Factor) -> None:
         """Add a factor of the gradients of the examples."""
 
 
 class ExampleHooks:
-    """Hooks that give factors of per-example gradients to an accumulator, in passes that are made anyway.
+    """Hooks that give factors of per-example gradients to an accumulator, during passes that training makes anyway.
 
     Args:
-        module: whose layers get hooks.
-        parameters: by name; only these, and of them the trainable ones, are covered. If empty, no hook is installed.
+        module: The module whose layers get hooks.
+        parameters: The parameters to cover, by name; of these, only the trainable ones are covered. If empty, no hook
+            is installed.
+
+    Attributes:
+        supported: The names of the parameters that got a factor in the last pass.
+        reasons: By name, why a parameter, or one of its uses, was unsupported in the last pass.
 
     Raises:
-        ValueError: if the module, or a part of it, is compiled: a compiled forward may skip hooks without a word.
+        ValueError: if the module or a submodule is compiled: a compiled forward may skip hooks without a word.
 
     >>> class Squares:
     ...     total = 0
@@ -61,44 +66,56 @@ class ExampleHooks:
         self._module, self._parameters = module, dict(parameters)
         self._parts()
         self._pass: HookPass | None = None
-        self._shared: list[tuple[Any, Shared]] = []
+        self._shared: list[tuple[Any, SharedTensor]] = []
         self._for_all: set[tuple[str, int]] = set()
         self.supported: set[str] = set()
-        """Names that got a factor in the last pass."""
         self.reasons: dict[str, str] = {}
-        """By name, in words, why a parameter, or one of its uses, was unsupported in the last pass."""
 
     def attach(self, accumulator: Accumulator, examples: int) -> None:
-        """Put hooks on the layers, for the forward passes of one batch of so many examples; detaches first."""
+        """Install hooks for the forward passes of one batch, after removing those of the batch before.
+
+        Args:
+            accumulator: Where the factors go.
+            examples: The number of examples in the batch.
+
+        Raises:
+            ValueError: if the module or a submodule was compiled in the meantime.
+        """
         self.detach()
         parts = self._parts()
-        self._pass = HookPass(self._module, self._parameters, accumulator, examples)
-        self.supported, self.reasons = self._pass.supported, self._pass.reasons
+        current = self._pass = HookPass(self._module, self._parameters, accumulator, examples)
+        self.supported, self.reasons = current.supported, current.reasons
         for path, part in parts:
             rule = rule_of(part)
-            if rule is not None and rule.watch is not None:
-                rule.watch(part, self._pass)
-            elif rule is not None and part._parameters:
-                hook = partial(self._after_layer, rule, path)
-                self._pass.handles.append(part.register_forward_hook(hook, with_kwargs=True))
+            if rule is None:
+                continue
+            if rule.watch is not None:
+                rule.watch(part, current)
+            elif part._parameters:
+                hook = partial(self._after_layer, current, rule, path)
+                current.handles.append(part.register_forward_hook(hook, with_kwargs=True))
 
     def before_backward(self, loss: Tensor) -> None:
-        """Find where shared tensors meet the examples, and take gradients from now on, until `detach`.
+        """Find where shared tensors are broadcast, and record gradients from now on, until `detach`.
+
+        Args:
+            loss: The tensor whose backward pass follows.
 
         Raises:
             RuntimeError: if no pass was started by `attach`.
         """
-        if self._pass is None:
+        current = self._pass
+        if current is None:
             raise RuntimeError("before_backward was called outside of a pass; call attach before the forward pass.")
-        trained = self._pass.wanted(self._parameters.values())
-        bare = [p for p in trained if id(p) not in self._pass.taken]
+        trained = current.wanted(self._parameters.values())
+        bare = [p for p in trained if id(p) not in current.taken]
         if loss.grad_fn is not None and (bare or self._shared):
-            shared = [(p, Shared(self._pass.name(p), p.shape, partial(_as_it_is, p))) for p in bare]
-            self._hook_meetings(Graph(loss), [*shared, *self._shared])
-        self._pass.armed = True
+            shared = [(p, SharedTensor(current.name(p), p.shape, partial(_dense, p))) for p in bare]
+            self._hook_uses(current, Graph(loss), [*shared, *self._shared])
+        current.armed = True
 
     def detach(self) -> None:
-        """Take all hooks away and forget the graph; does nothing a second time."""
+        """Remove all hooks and forget the graph; a second call does nothing."""
         if self._pass is not None:
             self._pass.close()
         self._pass = None
@@ -106,7 +123,7 @@ class ExampleHooks:
 
     @contextmanager
     def recording(self, accumulator: Accumulator, examples: int) -> Iterator[None]:
-        """`attach`, and `detach` at the end, after an error too."""
+        """Call `attach`, and at the end `detach`, after an error too."""
         self.attach(accumulator, examples)
         try:
             yield
@@ -114,95 +131,101 @@ class ExampleHooks:
             self.detach()
 
     def _parts(self) -> list[tuple[str, nn.Module]]:
-        """Return the module's parts, none of them compiled; none at all if nothing is asked for."""
+        """Return the submodules, none of them compiled; an empty list if no parameter is asked for."""
         if not self._parameters:
             return []
         _refuse_compiled(self._module)
         return list(self._module.named_modules())
 
     def _after_layer(
-        self, rule: Rule, path: str, part: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any
+        self,
+        current: "HookPass",
+        rule: Rule,
+        path: str,
+        part: nn.Module,
+        args: tuple,
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
-        one = self._pass
+        """Ask for the gradient of a layer's output; a forward hook."""
         own = {n: p for n, p in part._parameters.items() if rule.names is None or n in rule.names}
-        wanted = one.wanted(own.values()) if one.acts(part) else []
+        wanted = current.wanted(own.values()) if current.acts(part) else []
         if not wanted or not (isinstance(output, Tensor) and output.requires_grad):
             return
-        one.taken |= {id(p) for p in wanted}
+        current.taken |= {id(p) for p in wanted}
         input = args[0] if args else next(iter(kwargs.values()))
-        if self._has_examples(path, part, input, output):
+        if self._has_examples(path, part, input, output, current.examples):
             needed = any(p.requires_grad for n, p in own.items() if p is not None and n != "bias")
             input = input.detach() if needed else input.to("meta")
-            one.on_gradient(output, wanted, partial(rule.factors, part), input)
+            current.on_gradient(output, wanted, partial(cast(LayerFn[Any], rule.factors), part), input)
         elif isinstance(part, nn.Embedding):
             factors = partial(_looked_up_by_all, part, input.detach())
-            self._shared.append((output.grad_fn, Shared(one.name(part.weight), output.shape, factors)))
+            name = current.name(cast(nn.Parameter, part.weight))
+            self._shared.append((output.grad_fn, SharedTensor(name, output.shape, factors)))
         else:
-            one.explain(
+            current.explain(
                 wanted,
                 f"{type(part).__name__} {path} was called with shape {tuple(input.shape)} and returned "
-                f"{tuple(output.shape)}, where the first axis is not that of the {one.examples} examples",
+                f"{tuple(output.shape)}, where the first axis is not that of the {current.examples} examples",
             )
 
-    def _has_examples(self, path: str, part: nn.Module, input: Tensor, output: Tensor) -> bool:
-        """Whether the first axis is that of the examples.
+    def _has_examples(self, path: str, part: nn.Module, input: Tensor, output: Tensor, examples: int) -> bool:
+        """Return whether the first axis of a layer's input and output is that of the examples.
 
-        It is not in an embedding that was once seen to look positions up for all examples: a later batch may have as
-        many examples as there are positions.
+        It is not for an embedding that once looked up positions for all examples: a later batch may have as many
+        examples as there are positions.
         """
-        fits = input.shape[:1] == output.shape[:1] == (self._pass.examples,)
+        fits = input.shape[:1] == output.shape[:1] == (examples,)
         if not fits and isinstance(part, nn.Embedding):
             self._for_all.add((path, input.ndim))
         return fits and (path, input.ndim) not in self._for_all
 
-    def _hook_meetings(self, graph: Graph, shared: Iterable[tuple[Any, Shared]]) -> None:
-        """Put hooks where shared tensors, parameters or what a node made, meet the examples in the graph of a loss."""
-        one = self._pass
-        for origin, what in shared:
-            parameter = one.parameters[what.name]
+    def _hook_uses(self, current: "HookPass", graph: Graph, shared: Iterable[tuple[Any, SharedTensor]]) -> None:
+        """Install hooks on the operations of a graph that broadcast shared tensors: parameters, or results of nodes."""
+        for origin, tensor in shared:
+            parameter = current.parameters[tensor.name]
             node = graph.leaf(origin) if isinstance(origin, nn.Parameter) else origin
             if node is None:
                 if graph.hides:
-                    one.hidden.append(parameter)
+                    current.hidden.append(parameter)
                 continue
-            meetings, otherwise = graph.meetings(node, what)
-            owner = self._owner(what.name)
-            if otherwise:
-                one.explain([parameter], owner + " and ".join(dict.fromkeys(otherwise)))
-            for meeting in meetings:
-                if (meeting.node, meeting.place) not in one.met:
-                    one.met.add((meeting.node, meeting.place))
-                    one.handles.append(
-                        meeting.node.register_prehook(partial(one.at_meeting, parameter, meeting, owner))
-                    )
+            uses, unsupported = graph.uses(node, tensor)
+            prefix = self._reason_prefix(tensor.name)
+            if unsupported:
+                current.explain([parameter], prefix + " and ".join(dict.fromkeys(unsupported)))
+            for use in uses:
+                if (use.node, use.place) not in current.hooked:
+                    current.hooked.add((use.node, use.place))
+                    hook = partial(current.on_broadcast, parameter, use, prefix)
+                    current.handles.append(use.node.register_prehook(hook))
 
-    def _owner(self, name: str) -> str:
-        """How a reason begins: whose parameter it is."""
+    def _reason_prefix(self, name: str) -> str:
+        """Return how a reason begins: with the layer that the parameter belongs to."""
         for path, part in self._module.named_modules():
             if any(own is self._parameters[name] for own in part._parameters.values()):
                 kind = f"{type(part).__name__} {path}".strip()
-                missing = "has no rule (lightning_sketch.per_example.register_layer adds one)"
-                return f"{kind} {'is known' if rule_of(part) is not None else missing}, but "
+                known, missing = "has a rule", "has no rule (lightning_sketch.per_example.register_layer adds one)"
+                return f"{kind} {missing if rule_of(part) is None else known}, but "
         return ""
 
 
 class HookPass:
-    """One forward and backward pass of a batch, on its way from hooks to an accumulator.
+    """The state of the hooks during one forward and backward pass of a batch.
 
     Args:
-        module: whose passes they are; passes of a measurement on it, meanwhile, do not count.
-        parameters: by name, those whose factors are wanted.
-        accumulator: where factors go.
-        examples: how many there are in the batch.
+        module: The module that the passes are of; passes of a measurement of it, in between, are not recorded.
+        parameters: The parameters whose factors are wanted, by name.
+        accumulator: Where the factors go.
+        examples: The number of examples in the batch.
 
     Attributes:
-        taken: parameters that a layer's own hook covers, by id; no other way may count them again.
-        met: operations in the graph, with the place of an argument, that have a hook for it.
-        hidden: parameters that the graph does not show, but may hide.
-        supported: names that got a factor.
-        reasons: by name, why a parameter, or one of its uses, is unsupported.
-        handles: all that `close` takes away.
-        armed: whether the backward pass that counts has begun.
+        taken: The ids of parameters that the hooks of a layer cover, so that no other way counts them again.
+        hooked: The operations of the graph, each with the place of an argument, that have a hook for it.
+        hidden: The parameters that the graph does not show, but may hide.
+        supported: The names of the parameters that got a factor.
+        reasons: By name, why a parameter, or one of its uses, is unsupported.
+        handles: What `close` removes.
+        armed: Whether the backward pass to record has begun.
     """
 
     def __init__(
@@ -215,12 +238,12 @@ class HookPass:
         self.supported: set[str] = set()
         self.reasons: dict[str, str] = {}
         self.hidden: list[nn.Parameter] = []
-        self.met: set[tuple[Any, int]] = set()
+        self.hooked: set[tuple[Any, int]] = set()
         self.handles: list[Any] = []
         self.armed = False
 
     def close(self) -> None:
-        """Take all hooks away, and with them what they keep."""
+        """Remove all hooks, and with them what they keep."""
         if self.armed:
             missed = [parameter for parameter in self.hidden if self.name(parameter) not in self.supported]
             self.explain(missed, "if it is used, then inside reentrant checkpointing, where its use is not seen")
@@ -229,26 +252,26 @@ class HookPass:
             handle.remove()
 
     def acts(self, part: nn.Module) -> bool:
-        """Whether a forward pass of this part now is one of the batch, not a measurement's."""
+        """Return whether a forward pass of this submodule, now, belongs to the batch and not to a measurement."""
         return measurement_depth(part) == self._depths.get(id(part), 0)
 
     def wanted(self, parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:
-        """Those that are trained and asked for."""
+        """Return those of the parameters that are trainable and asked for."""
         return [p for p in parameters if p is not None and p.requires_grad and id(p) in self._names]
 
     def name(self, parameter: nn.Parameter) -> str:
-        """Return the name of one that is wanted."""
+        """Return the name of a wanted parameter."""
         return self._names[id(parameter)]
 
     def explain(self, parameters: Iterable[nn.Parameter], reason: str) -> None:
-        """Say why these are unsupported; what was said first stays."""
+        """Record why these parameters are unsupported; the first reason of each stays."""
         for parameter in parameters:
             self.reasons.setdefault(self.name(parameter), reason)
 
     def on_gradient(
-        self, output: Tensor, wanted: list[nn.Parameter], make: Callable[[Any, Tensor], list[Factor]], input: Any
+        self, output: Tensor, wanted: list[nn.Parameter], make: Callable[[Any, Tensor], Sequence[Factor]], input: Any
     ) -> None:
-        """Once the gradient of `output` is known, make factors from it and the input, which is then let go."""
+        """Make factors from the gradient of `output`, once it is known, and the input, which is then released."""
         kept, shape = [input], output.shape
         version = input._version if isinstance(input, Tensor) else None
 
@@ -262,32 +285,29 @@ class HookPass:
             if version is not None and input._version != version:
                 self.explain(wanted, "the input of its layer was changed in place after the layer had used it")
             else:
-                self.give(wanted, lambda: make(input, gradient.reshape(shape)))
+                self._give(wanted, lambda: make(input, gradient.reshape(shape)))
 
         # An operation in place on a view makes the view forget its own history, and with it the hook.
         base = output._base
-        whole = base is not None and base.requires_grad and base.numel() == output.numel()
-        target = base if whole and base.is_contiguous() and output.is_contiguous() else output
-        self.handles.append(target.register_hook(act))
+        if base is not None and base.requires_grad and base.numel() == output.numel():
+            output = base if base.is_contiguous() and output.is_contiguous() else output
+        self.handles.append(output.register_hook(act))
 
-    def at_meeting(
-        self, parameter: nn.Parameter, meeting: Meeting, owner: str, gradients: tuple[Tensor | None, ...]
+    def on_broadcast(
+        self, parameter: nn.Parameter, use: BroadcastUse, prefix: str, gradients: tuple[Tensor | None, ...]
     ) -> None:
-        """Make factors where a shared tensor meets the examples; `owner` is how the reason begins if they can't be."""
+        """Make factors where a shared tensor is broadcast; `prefix` begins the reason if they are unsupported."""
         (gradient,) = gradients
         if gradient is not None:
-            self.give([parameter], lambda: meeting.factors(gradient, self.examples), owner)
+            self._give([parameter], lambda: use.factors(gradient, self.examples), prefix)
 
-    def give(self, wanted: list[nn.Parameter], make: Callable[[], list[Factor]], owner: str = "") -> None:
-        """Make factors, in their own precision, and give the wanted ones to the accumulator.
-
-        `owner` is how the reason begins if they cannot be made.
-        """
+    def _give(self, wanted: list[nn.Parameter], make: Callable[[], Sequence[Factor]], prefix: str = "") -> None:
+        """Make factors without autocast, and add the wanted ones to the accumulator."""
         with torch.no_grad(), torch.autocast(wanted[0].device.type, enabled=False):
             try:
                 factors = make()
             except Unsupported as error:
-                self.explain(wanted, f"{owner}{error}")
+                self.explain(wanted, f"{prefix}{error}")
                 return
             for factor in factors:
                 if self.wanted([factor.parameter]):
@@ -295,7 +315,7 @@ class HookPass:
                     self.accumulator.add(factor)
 
 
-def _as_it_is(parameter: nn.Parameter, values: Tensor) -> list[Factor]:
+def _dense(parameter: nn.Parameter, values: Tensor) -> list[Factor]:
     return [Dense(parameter, values)]
 
 
@@ -306,7 +326,7 @@ def _looked_up_by_all(part: nn.Embedding, index: Tensor, values: Tensor) -> list
 def _refuse_compiled(module: nn.Module) -> None:
     for path, part in module.named_modules():
         of_lightning = any(base.__name__ == "LightningModule" for base in type(part).__mro__)
-        by_trainer = of_lightning and required(part, "_compiler_ctx")  # which takes the wrapper off, compiles the steps
+        by_trainer = of_lightning and required(part, "_compiler_ctx")  # the Trainer unwraps it and compiles the steps
         wrapped = type(part).__name__ == "OptimizedModule"
         if required(part, "_compiled_call_impl") is not None or wrapped or by_trainer:
             kind, where = type(part).__name__, f" ({path})" if path else ""

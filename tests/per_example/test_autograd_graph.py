@@ -144,7 +144,7 @@ def test_a_layer_that_is_only_read_is_served_where_that_is_known_and_named_elsew
     rows, hooks = rows_by_hooks(layer, lambda x: x @ layer.weight + layer.bias, tokens())
     assert hooks.supported == {"bias"}
     assert hooks.reasons.keys() == {"weight"}
-    assert "Linear is known, but it is used by" in hooks.reasons["weight"]
+    assert "Linear has a rule, but it is used by" in hooks.reasons["weight"]
     assert (rows["bias"].sum(0) - layer.bias.grad).norm() < 1e-12 * layer.bias.grad.norm()
 
 

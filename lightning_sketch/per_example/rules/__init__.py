@@ -1,4 +1,4 @@
-"""Which layers can have their gradients split into examples, and how: each file registers its own in `registry`."""
+"""Rules that split the gradients of layers into examples, one family of layers a file, with their registry."""
 
 from lightning_sketch.per_example.rules import attention as attention
 from lightning_sketch.per_example.rules import convolution as convolution

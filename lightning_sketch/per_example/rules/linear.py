@@ -1,12 +1,14 @@
 """Gradients of layers that multiply by a matrix or look up its rows.
 
     Linear       y_t = W x_t + b        grad W = sum_t g_t x_tᵀ,  grad b = sum_t g_t
-    Conv1D       y_t = Wᵀ x_t + b       of Hugging Face's GPT-2: the factors change places
+    Conv1D       y_t = Wᵀ x_t + b       of Hugging Face's GPT-2: the factors are exchanged
     Embedding    y_t = W[i_t]           grad W[i_t] += g_t
 
 x, y and g, the gradient of the loss with respect to y, have the examples along their first axis; t runs over all axes
 between the first and the last.
 """
+
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -16,19 +18,19 @@ from lightning_sketch.per_example.rules.registry import built_in
 
 @built_in(nn.Linear)
 def linear(module: nn.Module, input: Tensor, gradient: Tensor) -> list[Factor]:
-    """Factors of `nn.Linear`."""
+    """Return the factors of `nn.Linear`."""
     return _products(module, input, gradient, transposed=False)
 
 
 @built_in("transformers.pytorch_utils.Conv1D", "transformers.modeling_utils.Conv1D")
 def transposed_linear(module: nn.Module, input: Tensor, gradient: Tensor) -> list[Factor]:
-    """Factors of `transformers.pytorch_utils.Conv1D`."""
+    """Return the factors of `transformers.pytorch_utils.Conv1D`."""
     return _products(module, input, gradient, transposed=True)
 
 
 @built_in(nn.Embedding)
 def embedding(module: nn.Embedding, input: Tensor, gradient: Tensor) -> list[Factor]:
-    """Factors of `nn.Embedding`.
+    """Return the factors of `nn.Embedding`.
 
     Raises:
         Unsupported: with `scale_grad_by_freq` or `max_norm`.
@@ -37,7 +39,7 @@ def embedding(module: nn.Embedding, input: Tensor, gradient: Tensor) -> list[Fac
 
 
 def looked_up(module: nn.Embedding, index: Tensor, gradient: Tensor) -> SparseRows:
-    """Return what the rows with these indices (examples, tokens) got; the padding row gets nothing by its table."""
+    """Return the gradients of the rows with these indices (examples, tokens); the padding row gets zero."""
     if module.scale_grad_by_freq:
         raise Unsupported("scale_grad_by_freq divides by counts over all examples, which no example has alone")
     if module.max_norm is not None:
@@ -45,20 +47,21 @@ def looked_up(module: nn.Embedding, index: Tensor, gradient: Tensor) -> SparseRo
     values = wide(gradient).reshape(*index.shape, module.embedding_dim)
     if module.padding_idx is not None:
         values = values.masked_fill((index == module.padding_idx)[..., None], 0)
-    return SparseRows(module.weight, index, values)
+    return SparseRows(cast(nn.Parameter, module.weight), index, values)
 
 
 def _products(module: nn.Module, input: Tensor, gradient: Tensor, transposed: bool) -> list[Factor]:
     if gradient.ndim < 2:
         raise Unsupported("its input has a single axis, hence no axis of examples")
+    weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
     input, gradient = _tokens(wide(input)), _tokens(wide(gradient))
     left, right = (input, gradient) if transposed else (gradient, input)
-    factors: list[Factor] = [LowRank(module.weight, left, right)]
-    if module.bias is not None and module.bias.requires_grad:
-        factors.append(Dense(module.bias, gradient.sum(1)))
+    factors: list[Factor] = [LowRank(weight, left, right)]
+    if bias is not None and bias.requires_grad:
+        factors.append(Dense(bias, gradient.sum(1)))
     return factors
 
 
 def _tokens(tensor: Tensor) -> Tensor:
-    """(examples, tokens, numbers)."""
+    """Return the tensor in the shape (examples, tokens, numbers)."""
     return tensor[:, None] if tensor.ndim == 2 else tensor.flatten(1, -2)
