@@ -149,7 +149,8 @@ class Graph:
                 elif kind not in _GRADIENTS:
                     unsupported.append(f"it is used by {kind.removesuffix('0').removesuffix('Backward')}")
                 elif kind == "MulBackward0" and not _can_be_read(user, place):
-                    unsupported.append("it is a factor inside activation checkpointing, where the other one is not kept")
+                    reason = "it is a factor inside activation checkpointing, where the other one is not kept"
+                    unsupported.append(reason)
                 else:
                     found.append(BroadcastUse(shared, path, user, place))
         return found, unsupported

@@ -1,7 +1,7 @@
-"""One sketched gradient per example of a batch, by whichever engine serves the module."""
+"""Sketched gradients of each example of a batch, by the fastest engine that supports the module."""
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,33 +14,48 @@ from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.loop import loop_sketches, vmap_sketches
-from lightning_sketch.per_example.reduction import check_reduction, own_scale
+from lightning_sketch.per_example.reduction import Reduction, check_reduction, own_scale
 from lightning_sketch.per_example.verify import hooks_fail
 
 ONE_BY_ONE = {"loop": loop_sketches, "vmap": vmap_sketches}
-ENGINES = ("auto", "hooks", *ONE_BY_ONE)
+
+# How per-example gradients are computed.
+Engine = Literal["auto", "hooks", "loop", "vmap"]
+ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 
 class ExampleSketches:
-    """A function: batch -> rows, one per example, and losses, where the engine knows them.
+    """A function from a batch to the sketched gradients of its examples, and their losses if the engine knows them.
 
-    Run it under `preserve_state`. The first batch of two examples or more tells whether hooks support the module: what
-    they give is compared with what autograd gives for two examples alone. Arguments as in `sketch_gradients`; of the
-    layout only the parameters with these `names` count, the others are zero in the rows.
+    Call it under `preserve_state`. The first batch of two examples or more decides whether hooks support the module:
+    their gradients are compared with those that autograd gives for two examples alone.
+
+    Args:
+        module: The module.
+        layout: Where in the flat vector each parameter lies.
+        sketch: The sketch, of vectors of the layout's size.
+        loss_fn: (module, batch) -> loss of the batch, or a loss of each example.
+        engine: "hooks", "vmap", "loop", or "auto" for hooks where they are exact and the loop elsewhere.
+        weight_fn: (batch) -> its weight in a mean, where examples do not all weigh the same; `num_labels` for a mean
+            over tokens.
+        reduction: "mean" or "sum", what the loss does over the examples of a batch.
+        names: The names of the parameters to differentiate by, all of the layout if None; others are zero in the rows.
+        structure: Where the examples are, unless they are rows of tensors.
 
     Raises:
-        ValueError: if the engine is unknown, or cannot serve the module; if a parameter is frozen.
+        ValueError: if the engine is unknown or does not support the module, or if a parameter is frozen.
     """
 
     def __init__(
         self,
         module: nn.Module,
         layout: Layout,
+        *,
         sketch: Sketch,
         loss_fn: LossFn,
-        engine: str = "auto",
+        engine: Engine = "auto",
         weight_fn: Callable[[Any], float] | None = None,
-        reduction: str = "mean",
+        reduction: Reduction = "mean",
         names: Collection[str] | None = None,
         structure: BatchStructure | None = None,
     ):
@@ -55,17 +70,17 @@ class ExampleSketches:
         frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
         if frozen:
             raise ValueError(
-                f"rows are asked to cover {', '.join(frozen[:10])}, which {'is' if len(frozen) == 1 else 'are'} frozen "
-                "now; set requires_grad=True again for as long as rows are made."
+                f"rows are to cover {', '.join(frozen[:10])}, which {'is' if len(frozen) == 1 else 'are'} frozen now; "
+                "set requires_grad=True while rows are computed."
             )
         self._hooks: tuple[ExampleHooks, SketchAccumulator] | None = None
 
     def __call__(self, batch: Any) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
-        """Return the rows, at the module's present weights."""
+        """Return the rows (examples, dim) at the module's present weights, and the losses (examples,) if known."""
         if self.engine in ("auto", "hooks") and self._hooks is None:
             self._choose(batch)
         if self._hooks is not None:
-            return self._by_hooks(batch)
+            return self._by_hooks(*self._hooks, batch)
         one_by_one = ONE_BY_ONE[self.engine if self.engine in ONE_BY_ONE else "loop"]
         rows, losses = one_by_one(
             self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn, self.structure
@@ -74,7 +89,7 @@ class ExampleSketches:
         return rows.where(counts[:, None], 0.0), losses  # the mean over no labels is NaN
 
     def _choose(self, batch: Any) -> None:
-        """Take hooks if they are right; one example says nothing, and goes through the loop."""
+        """Use hooks if they are exact; a batch of one example decides nothing, and takes the loop."""
         if self.structure.count(batch) == 1:
             return
         try:
@@ -83,7 +98,7 @@ class ExampleSketches:
         except ValueError:
             if self.engine == "hooks":
                 raise
-            failing = self.parameters
+            failing = dict.fromkeys(self.parameters, "")
         if failing and self.engine == "hooks":
             listed = "".join(f"\n  {name}: {reason}" for name, reason in list(failing.items())[:20])
             raise ValueError(
@@ -93,11 +108,12 @@ class ExampleSketches:
         if failing:
             self.engine = "loop"
         else:
-            accumulator = SketchAccumulator(self.sketch, self.layout, self.parameters)
+            accumulator = SketchAccumulator(self.sketch, self.layout, parameters=self.parameters)
             self._hooks = ExampleHooks(self.module, self.parameters), accumulator
 
-    def _by_hooks(self, batch: Any) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
-        hooks, accumulator = self._hooks
+    def _by_hooks(
+        self, hooks: ExampleHooks, accumulator: SketchAccumulator, batch: Any
+    ) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
         examples = self.structure.count(batch)
         accumulator.start(examples)
         with hooks.recording(accumulator, examples):
@@ -110,12 +126,13 @@ class ExampleSketches:
         return rows * self._scale(batch).to(rows)[:, None], each
 
     def _scale(self, batch: Any) -> Float[Tensor, " examples"]:
-        """One loss per example adds up to a sum, whatever the mean would be."""
-        if self.weight_fn is None and self.reduction == "mean" and self._one_each(batch):
+        """Return the scales of the examples; a loss of each example adds up to a sum, whatever `reduction` says."""
+        if self.weight_fn is None and self.reduction == "mean" and self._loss_is_vector(batch):
             return own_scale(batch, "sum", structure=self.structure)
         return own_scale(batch, self.reduction, self.weight_fn, self.structure)
 
-    def _one_each(self, batch: Any) -> bool:
+    def _loss_is_vector(self, batch: Any) -> bool:
+        """Return whether the loss function returns one loss per example."""
         if not hasattr(self, "_vector"):
             with torch.no_grad():
                 self._vector = self.loss_fn(self.module, batch).shape == (self.structure.count(batch),)

@@ -1,7 +1,7 @@
-"""Gradients of one example at a time: the slow engines that serve any module.
+"""Gradients of one example at a time: the slow engines, which support any module or nearly any.
 
-loop    a forward and a backward pass per example
-vmap    torch.func.vmap(grad(loss)): many small examples at once; refuses what depends on data or writes buffers
+loop    a forward and a backward pass per example; any module
+vmap    torch.func.vmap(grad(loss)), many small examples at once; no module that branches on data or writes buffers
 """
 
 import functools
@@ -18,10 +18,9 @@ from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn
 from lightning_sketch.operators.sketch import Sketch
 
-_AT_ONCE = 1 << 24
-"""Numbers in the gradients that vmap holds at a time."""
-_TOGETHER = 1 << 21
-"""Numbers in the gradients that are sketched in one call."""
+# The most numbers in the gradients that vmap computes in one call, and in those that are sketched in one call.
+_VMAP_NUMBERS = 1 << 24
+_SKETCH_NUMBERS = 1 << 21
 
 
 def loop_sketches(
@@ -33,7 +32,20 @@ def loop_sketches(
     loss_fn: LossFn,
     structure: BatchStructure | None = None,
 ) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"]]:
-    """Sketches of each example's gradient with respect to these parameters of the layout, and its loss."""
+    """Compute the sketch of each example's gradient, and its loss, by one backward pass per example.
+
+    Args:
+        module: The module that `loss_fn` is called with.
+        batch: The examples.
+        parameters: The parameters to differentiate by, by their names in the layout; all others count as zero.
+        layout: Where in the flat vector each parameter lies.
+        sketch: The sketch, of vectors of the layout's size.
+        loss_fn: (module, batch of one example) -> loss.
+        structure: Where the examples are, unless they are rows of tensors.
+
+    Returns:
+        The rows (examples, dim) and the losses (examples,).
+    """
     rows, losses = _Sketched(layout, sketch, parameters), []
     for example, _ in (structure or BatchStructure()).parts(batch, 1):
         loss = loss_fn(module, example).sum()
@@ -52,7 +64,7 @@ def vmap_sketches(
     loss_fn: LossFn,
     structure: BatchStructure | None = None,
 ) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"]]:
-    """As `loop_sketches`.
+    """Compute the sketch of each example's gradient, and its loss, by vmap; arguments as in `loop_sketches`.
 
     Raises:
         ValueError: if the loss cannot be vectorized over examples.
@@ -69,7 +81,7 @@ def vmap_sketches(
         torch.func.grad(loss_of, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different"
     )
     rows, losses = _Sketched(layout, sketch, parameters), []
-    size = max(1, _AT_ONCE // sum(p.numel() for p in own))
+    size = max(1, _VMAP_NUMBERS // sum(p.numel() for p in own))
     for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         try:
             gradients, loss = gradients_of([p.detach() for p in own], *parts)
@@ -85,19 +97,25 @@ def vmap_sketches(
 
 
 class _Sketched:
-    """Sketches of gradients that come one by one: of small ones many at once, since signs are made once for all."""
+    """Sketches of gradients that are added one by one; small ones are sketched together, which makes signs once.
+
+    Args:
+        layout: Where in the flat vector each parameter lies.
+        sketch: The sketch, of vectors of the layout's size.
+        parameters: The parameters that gradients are added of, by their names in the layout.
+    """
 
     def __init__(self, layout: Layout, sketch: Sketch, parameters: Mapping[str, Tensor]):
         self.layout, self.sketch = layout, sketch
         dtypes = (parameter.dtype for parameter in parameters.values())
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         self.like = torch.empty(0, dtype=dtype, device=next(iter(parameters.values())).device)
-        self.at_once = _TOGETHER // layout.n
+        self.at_once = _SKETCH_NUMBERS // layout.n
         self.waiting: list[Tensor] = []
         self.rows: list[Tensor] = []
 
     def add(self, gradients: Mapping[str, Tensor | None]) -> None:
-        """One example's; it may have none of them."""
+        """Add the gradients of one example, by name; None or a missing name is zero."""
         if self.at_once < 2:
             self.rows.append(self.layout.sketch(self.sketch, gradients)[None].to(self.like))
             return
@@ -106,7 +124,7 @@ class _Sketched:
             self._sketch()
 
     def all(self) -> Float[Tensor, "examples dim"]:
-        """All rows."""
+        """Return the rows of all examples."""
         self._sketch()
         return torch.cat(self.rows)
 

@@ -95,7 +95,7 @@ def test_works_on_a_checkpoint_in_inference_mode(module):
     torch.testing.assert_close(rows.sketches, sketch_gradients(module, [batch], sketch, loss).sketches)
 
 
-def test_refused_before_any_work(module):
+def test_refused_before_any_work(module, untyped):
     sketch = BlockSRHT(Layout.of(module).n, 64)
     with pytest.raises(ValueError, match="takes n=10 numbers, these parameters have 698"):
         sketch_gradients(module, [], BlockSRHT(10, 4))

@@ -1,4 +1,4 @@
-"""Pieces for a sink, and the flat gradients that they stand for, formed by `einsum` and `index_add_`."""
+"""Factors for an accumulator, and the flat gradients that they stand for, formed by `einsum` and `index_add_`."""
 
 import torch
 from torch import nn
@@ -8,64 +8,65 @@ from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.factors import Dense, LowRank, SparseRows
 
+# With chunks of 33 to 128 numbers these parameters begin and end inside chunks, and several share one.
 SHAPES = {"a": (3,), "b": (7, 5), "table": (11, 6), "c": (1,), "d": (40, 16), "e": (2, 3), "f": (33,)}
-"""Of parameters: with chunks of 33 to 128 numbers, they begin and end inside chunks, and several share one."""
 
 
-def module(shapes=SHAPES, dtype=torch.float64):
-    made = nn.Module()
+def module_of(shapes=SHAPES, dtype=torch.float64):
+    module = nn.Module()
     for name, shape in shapes.items():
-        made.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype)))
-    return made
+        module.register_parameter(name, nn.Parameter(torch.zeros(shape, dtype=dtype)))
+    return module
 
 
-def sink(kind, dim, made):
-    layout = Layout.of(made)
+def accumulator_of(kind, dim, module):
+    layout = Layout.of(module)
     sketch = KINDS[kind](layout.n, dim, seed=3)
-    return SketchAccumulator(sketch, layout, dict(made.named_parameters())), sketch
+    return SketchAccumulator(sketch, layout, parameters=dict(module.named_parameters())), sketch
 
 
 def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def pieces(made, examples, tokens=4, dtype=torch.float64):
-    """Of every sort, in backward order: some twice, some for a part of the parameter; indices repeat, unordered."""
+def all_factors(module, examples, tokens=4, dtype=torch.float64):
+    """Factors of every class, in backward order: some twice, some for a part of a parameter; indices repeat."""
+
+    def draw(*shape, seed=0):
+        return random(*shape, seed=seed, dtype=dtype)
+
     index = torch.randint(3, 11, (examples, tokens), generator=torch.Generator().manual_seed(1))
     index[:, 1] = index[:, 0]
     return [
-        Dense(made.f, random(examples, 33, seed=1, dtype=dtype)),
-        LowRank(made.d, random(examples, tokens, 40, dtype=dtype), random(examples, tokens, 16, seed=2, dtype=dtype)),
-        LowRank(made.d, random(examples, 1, 9, dtype=dtype), random(examples, 1, 16, seed=3, dtype=dtype), start=21),
-        Dense(made.d, random(examples, 100, seed=4, dtype=dtype), start=333),
-        SparseRows(made.table, index, random(examples, tokens, 6, seed=5, dtype=dtype)),
-        LowRank(
-            made.table, random(examples, tokens, 11, dtype=dtype), random(examples, tokens, 6, seed=6, dtype=dtype)
-        ),
-        Dense(made.c, random(examples, 1, seed=7, dtype=dtype)),
-        LowRank(made.b, random(examples, 2, 7, dtype=dtype), random(examples, 2, 5, seed=8, dtype=dtype)),
-        Dense(made.a, random(examples, 3, seed=9, dtype=dtype)),
+        Dense(module.f, draw(examples, 33, seed=1)),
+        LowRank(module.d, draw(examples, tokens, 40), draw(examples, tokens, 16, seed=2)),
+        LowRank(module.d, draw(examples, 1, 9), draw(examples, 1, 16, seed=3), start=21),
+        Dense(module.d, draw(examples, 100, seed=4), start=333),
+        SparseRows(module.table, index, draw(examples, tokens, 6, seed=5)),
+        LowRank(module.table, draw(examples, tokens, 11), draw(examples, tokens, 6, seed=6)),
+        Dense(module.c, draw(examples, 1, seed=7)),
+        LowRank(module.b, draw(examples, 2, 7), draw(examples, 2, 5, seed=8)),
+        Dense(module.a, draw(examples, 3, seed=9)),
     ]
 
 
-def dense(piece, made, examples, dtype=torch.float64):
-    """The flat gradient of every example."""
-    sizes = {id(p): p.numel() for p in made.parameters()}
+def dense(factor, module, examples, dtype=torch.float64):
+    """Return the flat gradient of every example."""
     start = 0
-    for p in made.parameters():
-        if p is piece.parameter:
+    for p in module.parameters():
+        if p is factor.parameter:
             break
         start += p.numel()
-    out = torch.zeros(examples, sum(sizes.values()), dtype=dtype)
-    if isinstance(piece, SparseRows):
-        for row, index, values in zip(out, piece.index, piece.values.to(dtype), strict=True):
-            row[start : start + piece.parameter.numel()].view(piece.parameter.shape).index_add_(0, index, values)
+    out = torch.zeros(examples, sum(p.numel() for p in module.parameters()), dtype=dtype)
+    if isinstance(factor, SparseRows):
+        for row, index, values in zip(out, factor.index, factor.values.to(dtype), strict=True):
+            row[start : start + factor.parameter.numel()].view(factor.parameter.shape).index_add_(0, index, values)
         return out
-    if isinstance(piece, LowRank):
-        values = torch.einsum("bto,bti->boi", piece.left.to(dtype), piece.right.to(dtype)).flatten(1)
+    if isinstance(factor, LowRank):
+        values = torch.einsum("bto,bti->boi", factor.left.to(dtype), factor.right.to(dtype)).flatten(1)
     else:
-        values = piece.values.to(dtype)
-    out[:, start + piece.start : start + piece.start + values.shape[1]] = values
+        values = factor.values.to(dtype)
+    out[:, start + factor.start : start + factor.start + values.shape[1]] = values
     return out
 
 
@@ -74,8 +75,17 @@ def assert_near(got, expected, tolerance):
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
-def added(target, parts, examples):
-    target.start(examples)
-    for part in parts:
-        target.add(part)
-    return target.rows()
+def added(accumulator, factors, examples):
+    accumulator.start(examples)
+    for factor in factors:
+        accumulator.add(factor)
+    return accumulator.rows()
+
+
+def assert_sketched(kind, dim, module, factors, examples):
+    """The rows are the sketches of the whole gradients, whatever the order of the factors."""
+    accumulator, sketch = accumulator_of(kind, dim, module)
+    expected = sketch.matvec(sum(dense(factor, module, examples) for factor in factors))
+    assert_near(added(accumulator, factors, examples), expected, 1e-10)
+    if len(factors) > 1:
+        assert_near(added(accumulator, factors[::-1], examples), expected, 1e-10)

@@ -1,4 +1,4 @@
-"""The sketches of a sink are the sketches of whole per-example gradients, whatever pieces they came in.
+"""The rows of an accumulator are the sketches of whole per-example gradients, whatever factors they came in.
 
 Float64 agrees to 1e-10 of the largest entry, far above rounding and far below any mistake; float32 to 1e-6, some ten
 roundings.
@@ -6,226 +6,232 @@ roundings.
 
 import pytest
 import torch
-from factors_of_tests import added, assert_near, dense, module, pieces, random, sink
+from cases import pairs, some
+from factors_of_tests import accumulator_of, added, all_factors, assert_near, assert_sketched, dense, module_of, random
+from torch.overrides import TorchFunctionMode
 
 from lightning_sketch.operators.kinds import KINDS
-from lightning_sketch.per_example import accumulate
 from lightning_sketch.per_example.factors import Dense, LowRank, SparseRows
 
 STREAMING = [kind for kind in KINDS if KINDS[kind].streams]
+ONE_OF_EACH_SORT = some(KINDS, default=("block_srht", "affd"))  # one that streams, one that does not
 
 
-@pytest.fixture
-def small_slabs(monkeypatch):
-    """Slabs of 4096 numbers, and three examples side by side: every loop turns."""
-    monkeypatch.setattr(accumulate, "SLAB", 4096)
-    monkeypatch.setattr(accumulate, "ABREAST", 3)
-
-
-@pytest.mark.parametrize("dim", [1, 16, 33, 100])
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_sketches_of_whole_gradients(kind, dim, small_slabs):
-    """Piece by piece, so that no mistake hides behind a larger piece, and their sum."""
-    made = module()
-    target, sketch = sink(kind, dim, made)
-    parts = pieces(made, examples=5)
-    for part in parts:
-        assert_near(added(target, [part], 5), sketch.matvec(dense(part, made, 5)), 1e-10)
-    assert_near(added(target, parts, 5), sketch.matvec(sum(dense(part, made, 5) for part in parts)), 1e-10)
-
-
-@pytest.mark.parametrize("kind", STREAMING)
-def test_the_order_and_the_size_of_slabs_change_nothing(kind, monkeypatch):
-    made = module()
-    parts = pieces(made, examples=5)
-    target, sketch = sink(kind, 24, made)
-    expected = sketch.matvec(sum(dense(part, made, 5) for part in parts))
-    for slab in (1, 64, 100, 1 << 12, 1 << 19):
-        monkeypatch.setattr(accumulate, "SLAB", slab)
-        target, _ = sink(kind, 24, made)
-        assert_near(added(target, parts, 5), expected, 1e-10)
-        assert_near(added(target, parts[::-1], 5), expected, 1e-10)
+@pytest.mark.parametrize(("kind", "dim"), pairs(KINDS, [1, 16, 33, 100]))
+def test_rows_are_sketches_of_whole_gradients(kind, dim):
+    """Factor by factor, so that no mistake hides behind a larger factor, and their sum in either order."""
+    module = module_of()
+    accumulator, sketch = accumulator_of(kind, dim, module)
+    factors = all_factors(module, examples=5)
+    for factor in factors:
+        assert_near(added(accumulator, [factor], 5), sketch.matvec(dense(factor, module, 5)), 1e-10)
+    assert_sketched(kind, dim, module, factors, 5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_precision_keeps_six_digits(kind):
-    made = module(dtype=torch.float32)
-    target, sketch = sink(kind, 48, made)
-    parts = pieces(made, examples=4, dtype=torch.float32)
-    got = added(target, parts, 4)
+    module = module_of(dtype=torch.float32)
+    accumulator, sketch = accumulator_of(kind, 48, module)
+    factors = all_factors(module, examples=4, dtype=torch.float32)
+    got = added(accumulator, factors, 4)
     assert got.dtype == torch.float32
-    assert_near(got, sketch.matvec(sum(dense(part, made, 4) for part in parts)).float(), 1e-6)
+    assert_near(got, sketch.matvec(sum(dense(factor, module, 4) for factor in factors)).float(), 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_factors_are_multiplied_in_single_precision(dtype):
     """Under autocast too, where products would be rounded to 3 digits."""
-    made = module(dtype=torch.float32)
-    target, sketch = sink("block_srht", 48, made)
-    parts = pieces(made, examples=4, dtype=dtype)
+    module = module_of(dtype=torch.float32)
+    accumulator, sketch = accumulator_of("block_srht", 48, module)
+    factors = all_factors(module, examples=4, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = added(target, parts, 4)
-    assert_near(got, sketch.matvec(sum(dense(part, made, 4) for part in parts)).float(), 1e-6)
+        got = added(accumulator, factors, 4)
+    assert_near(got, sketch.matvec(sum(dense(factor, module, 4) for factor in factors)).float(), 1e-6)
 
 
-@pytest.mark.parametrize("dim", [256, 300, 512])
-@pytest.mark.parametrize("kind", ["block_srht", "count_sketch"])
-def test_large_matrices_go_through_many_slabs(kind, dim):
-    """At the slab size that users have; 150 examples do not fit into a slab side by side."""
-    made = module({"bias": (77,), "weight": (130, 24), "other": (20, 70)})
-    target, sketch = sink(kind, dim, made)
-    parts = [
-        LowRank(made.weight, random(150, 3, 130), random(150, 3, 24, seed=1)),
-        LowRank(made.other, random(150, 1, 20), random(150, 1, 70, seed=1)),
-        Dense(made.bias, random(150, 77)),
+@pytest.mark.parametrize("kind", STREAMING)
+def test_large_matrices_are_cut_into_many_parts(kind):
+    """A matrix of 102,400 numbers for 18 examples: both exceed what is formed at once, 16 times 65,536 numbers."""
+    module = module_of({"bias": (77,), "weight": (400, 256), "other": (20, 70)})
+    factors = [
+        LowRank(module.weight, random(18, 2, 400), random(18, 2, 256, seed=1)),
+        LowRank(module.other, random(18, 1, 20), random(18, 1, 70, seed=1)),
+        Dense(module.bias, random(18, 77)),
     ]
-    assert_near(added(target, parts, 150), sketch.matvec(sum(dense(part, made, 150) for part in parts)), 1e-10)
+    assert_sketched(kind, 48, module, factors, 18)
 
 
-@pytest.mark.parametrize("shape", [(3, 8000), (1, 9000), (8000, 3)])
-def test_a_row_of_a_matrix_may_be_longer_than_a_slab(shape, small_slabs):
-    made = module({"before": (11,), "weight": shape})
-    target, sketch = sink("block_srht", 64, made)
-    part = LowRank(made.weight, random(4, 2, shape[0]), random(4, 2, shape[1], seed=1))
-    assert_near(added(target, [part], 4), sketch.matvec(dense(part, made, 4)), 1e-10)
+@pytest.mark.parametrize(("dim", "kind"), pairs([256, 300, 512], ["block_srht", "count_sketch"]))
+def test_batches_of_150_examples(dim, kind):
+    module = module_of({"bias": (77,), "weight": (130, 24), "other": (20, 70)})
+    factors = [
+        LowRank(module.weight, random(150, 3, 130), random(150, 3, 24, seed=1)),
+        LowRank(module.other, random(150, 1, 20), random(150, 1, 70, seed=1)),
+        Dense(module.bias, random(150, 77)),
+    ]
+    assert_sketched(kind, dim, module, factors, 150)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_more_chunks_filled_in_part_than_are_kept():
+    """300 parameters of 70 numbers begin inside chunks; for 16 examples, 256 chunks filled in part are kept."""
+    module = module_of({f"p{i}": (70,) for i in range(300)})
+    accumulator, sketch = accumulator_of("block_srht", 64, module)
+    whole = random(16, 300 * 70)
+    factors = [Dense(p, values) for p, values in zip(module.parameters(), whole.split(70, dim=1), strict=True)]
+    assert_near(added(accumulator, factors, 16), sketch.matvec(whole), 1e-10)
+
+
+@pytest.mark.parametrize("shape", [(2, 400_000), (400_000, 2)])
+def test_a_row_of_a_matrix_may_be_longer_than_what_is_formed_at_once(shape):
+    module = module_of({"before": (11,), "weight": shape})
+    factor = LowRank(module.weight, random(4, 2, shape[0]), random(4, 2, shape[1], seed=1))
+    assert_sketched("block_srht", 64, module, [factor], 4)
+
+
+def test_a_chunk_may_be_longer_than_what_is_formed_at_once():
+    module = module_of({"before": (11,), "weight": (1500, 1500)})
+    factor = LowRank(module.weight, random(2, 1, 1500), random(2, 1, 1500, seed=1))
+    assert_sketched("block_srht", 600_000, module, [factor], 2)
+
+
+@pytest.mark.parametrize("kind", ONE_OF_EACH_SORT)
 def test_batches_of_any_size_follow_each_other(kind):
-    """The last batch of an epoch is smaller; no trace of one batch is left in the next; and what was read stays."""
-    made = module()
-    target, sketch = sink(kind, 16, made)
-    kept = []
+    """The last batch of an epoch is smaller; a batch leaves no trace in the next, and rows that were read stay."""
+    module = module_of()
+    accumulator, sketch = accumulator_of(kind, 16, module)
+    read = []
     for examples in (4, 1, 7, 0, 4):
-        parts = pieces(made, examples)
-        expected = sketch.matvec(sum(dense(part, made, examples) for part in parts))
-        kept.append((added(target, parts, examples), expected))
-    for got, expected in kept:
+        factors = all_factors(module, examples)
+        expected = sketch.matvec(sum(dense(factor, module, examples) for factor in factors))
+        read.append((added(accumulator, factors, examples), expected))
+    for got, expected in read:
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_may_be_read_between_pieces(kind):
-    made = module()
-    target, sketch = sink(kind, 16, made)
-    parts = pieces(made, 3)
-    target.start(3)
-    got = [target.rows()]
-    for part in parts:
-        target.add(part)
-        got.append(target.rows())
+@pytest.mark.parametrize("kind", ONE_OF_EACH_SORT)
+def test_rows_may_be_read_between_factors(kind):
+    module = module_of()
+    accumulator, sketch = accumulator_of(kind, 16, module)
+    factors = all_factors(module, 3)
+    accumulator.start(3)
+    got = [accumulator.rows()]
+    for factor in factors:
+        accumulator.add(factor)
+        got.append(accumulator.rows())
     assert torch.equal(got[0], torch.zeros(3, 16, dtype=torch.float64))
     for count, rows in enumerate(got[1:], 1):
-        assert_near(rows, sketch.matvec(sum(dense(part, made, 3) for part in parts[:count])), 1e-10)
+        assert_near(rows, sketch.matvec(sum(dense(factor, module, 3) for factor in factors[:count])), 1e-10)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_that_nobody_reads_leaves_no_trace(kind):
-    """A step that was skipped."""
-    made = module()
-    target, sketch = sink(kind, 16, made)
-    first, *rest = pieces(made, 3)
-    target.start(3)
-    target.add(first)
-    assert_near(added(target, rest, 3), sketch.matvec(sum(dense(part, made, 3) for part in rest)), 1e-10)
+@pytest.mark.parametrize("kind", ONE_OF_EACH_SORT)
+def test_a_batch_whose_rows_are_not_read_leaves_no_trace(kind):
+    """As after a step that was skipped."""
+    module = module_of()
+    accumulator, sketch = accumulator_of(kind, 16, module)
+    first, *rest = all_factors(module, 3)
+    accumulator.start(3)
+    accumulator.add(first)
+    assert_near(added(accumulator, rest, 3), sketch.matvec(sum(dense(factor, module, 3) for factor in rest)), 1e-10)
 
 
-@pytest.mark.parametrize("shape", [(40, 64), (40, 32), (40, 24), (12, 200)])
-@pytest.mark.parametrize("before", [0, 1, 64, 96])
-@pytest.mark.parametrize("kind", STREAMING)
-def test_rows_of_a_table_lie_anywhere_among_the_chunks(kind, before, shape, small_slabs):
-    """Narrower and wider than a chunk of 64, aligned or not; few distinct rows, so that most of them repeat."""
-    made = module({"before": (before,), "table": shape} if before else {"table": shape})
-    target, sketch = sink(kind, 64, made)
-    index = torch.randint(0, shape[0], (4, 50), generator=torch.Generator().manual_seed(1))
-    part = SparseRows(made.table, index.int(), random(4, 50, shape[1]))
-    assert_near(
-        added(target, [part], 4), sketch.matvec(dense(SparseRows(part.parameter, index, part.values), made, 4)), 1e-10
-    )
+PLACES = [(before, shape) for before in (0, 1, 64, 96) for shape in ((40, 64), (40, 32), (40, 24), (12, 200))]
 
 
-def test_rows_of_a_table_may_be_longer_than_a_slab(monkeypatch):
-    """They are cut into parts as wide as a chunk, which lie across two chunks unless their row begins with one."""
-    monkeypatch.setattr(accumulate, "SLAB", 64)
-    made = module({"table": (12, 200)})
-    target, sketch = sink("block_srht", 64, made)
-    part = SparseRows(made.table, torch.tensor([[8, 5, 8], [0, 1, 11]]), random(2, 3, 200))
-    assert_near(added(target, [part], 2), sketch.matvec(dense(part, made, 2)), 1e-10)
+@pytest.mark.parametrize(("place", "kind"), pairs(PLACES, STREAMING))
+def test_rows_of_a_table_lie_anywhere_among_the_chunks(place, kind):
+    """Narrower and wider than a chunk of 64, aligned or not, repeated, and more than are sketched at once."""
+    before, shape = place
+    module = module_of({"before": (before,), "table": shape} if before else {"table": shape})
+    index = torch.randint(0, shape[0], (18, 1100), generator=torch.Generator().manual_seed(1))
+    values = random(18, 1100, shape[1])
+    accumulator, sketch = accumulator_of(kind, 64, module)
+    expected = sketch.matvec(dense(SparseRows(module.table, index, values), module, 18))
+    assert_near(added(accumulator, [SparseRows(module.table, index.int(), values)], 18), expected, 1e-10)
 
 
-def test_products_are_in_full_precision_whatever_is_switched_on(monkeypatch):
-    """Flags of the program and autocast, as seen from where pieces are formed; both are back afterwards."""
-    made = module(dtype=torch.float32)
-    target, _ = sink("block_srht", 48, made)
-    seen = []
-    write = accumulate._Slabs.write
+def test_rows_of_a_table_may_be_longer_than_what_is_formed_at_once():
+    """They are cut into parts, which lie across two chunks unless their row begins with one."""
+    module = module_of({"before": (7,), "table": (3, 1_100_000)})
+    factor = SparseRows(module.table, torch.tensor([[2, 1], [0, 0]]), random(2, 2, 1_100_000))
+    assert_sketched("block_srht", 64, module, [factor], 2)
 
-    def spy(self, *arguments):
-        precision = getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
-        seen.append((precision in ("ieee", "highest"), torch.is_autocast_enabled("cpu")))
-        write(self, *arguments)
 
-    monkeypatch.setattr(accumulate._Slabs, "write", spy)
+class Products(TorchFunctionMode):
+    """Records, at each product of matrices, whether it has full precision and whether autocast is on."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.bmm:
+            flag = getattr(torch.backends.cuda.matmul, "fp32_precision", None) or torch.get_float32_matmul_precision()
+            self.seen.append((flag in ("ieee", "highest"), torch.is_autocast_enabled("cpu")))
+        return function(*args, **(kwargs or {}))
+
+
+def test_products_are_in_full_precision_whatever_is_switched_on():
+    """Flags of the program and autocast are off inside, and restored afterwards."""
+    module = module_of(dtype=torch.float32)
+    accumulator, _ = accumulator_of("block_srht", 48, module)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            added(target, [Dense(made.f, random(2, 33))], 2)
+        with torch.autocast("cpu", dtype=torch.bfloat16), Products() as products:
+            added(accumulator, [LowRank(module.d, random(2, 1, 40), random(2, 1, 16))], 2)
             assert torch.is_autocast_enabled("cpu")
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert seen == [(True, False)]
+    assert set(products.seen) == {(True, False)}
 
 
 @pytest.mark.parametrize("rows", [3, 100])
 def test_a_weight_that_is_used_twice_gets_both(rows):
     """Whether it lies inside a chunk of 64 or over many."""
-    made = module({"weight": (rows, 8), "other": (70,)})
-    target, sketch = sink("block_srht", 64, made)
-    parts = [LowRank(made.weight, random(2, 4, rows), random(2, 4, 8, seed=seed)) for seed in (1, 2)]
-    assert_near(added(target, parts, 2), sketch.matvec(dense(parts[0], made, 2) + dense(parts[1], made, 2)), 1e-10)
+    module = module_of({"weight": (rows, 8), "other": (70,)})
+    factors = [LowRank(module.weight, random(2, 4, rows), random(2, 4, 8, seed=seed)) for seed in (1, 2)]
+    assert_sketched("block_srht", 64, module, factors, 2)
 
 
 def test_strides_do_not_matter():
     """A gradient of a sum is one number, expanded; a layer with time first gives its tokens transposed."""
-    made = module()
-    target, sketch = sink("block_srht", 33, made)
-    part = LowRank(made.d, torch.ones(1, dtype=torch.float64).expand(3, 4, 40), random(4, 3, 16).transpose(0, 1))
-    assert_near(added(target, [part], 3), sketch.matvec(dense(part, made, 3)), 1e-10)
+    module = module_of()
+    factor = LowRank(module.d, torch.ones(1, dtype=torch.float64).expand(3, 4, 40), random(4, 3, 16).transpose(0, 1))
+    assert_sketched("block_srht", 33, module, [factor], 3)
 
 
 def test_no_tokens_are_no_gradient():
-    made = module()
-    target, _ = sink("block_srht", 33, made)
+    module = module_of()
+    accumulator, _ = accumulator_of("block_srht", 33, module)
     none = torch.zeros(2, 0, dtype=torch.int64)
-    parts = [LowRank(made.d, random(2, 0, 40), random(2, 0, 16)), SparseRows(made.table, none, random(2, 0, 6))]
-    assert torch.equal(added(target, parts, 2), torch.zeros(2, 33, dtype=torch.float64))
+    factors = [LowRank(module.d, random(2, 0, 40), random(2, 0, 16)), SparseRows(module.table, none, random(2, 0, 6))]
+    assert torch.equal(added(accumulator, factors, 2), torch.zeros(2, 33, dtype=torch.float64))
 
 
-def test_nothing_old_is_read():
+def test_fresh_memory_is_written_before_it_is_read():
     """In this mode PyTorch fills fresh memory with NaN."""
-    made = module()
+    module = module_of()
     torch.use_deterministic_algorithms(True)
     try:
         for kind in KINDS:
-            target, _ = sink(kind, 24, made)
-            assert added(target, pieces(made, 3), 3).isfinite().all()
+            accumulator, _ = accumulator_of(kind, 24, module)
+            assert added(accumulator, all_factors(module, 3), 3).isfinite().all()
     finally:
         torch.use_deterministic_algorithms(False)
 
 
 def test_no_graph_is_kept():
-    made = module()
-    target, _ = sink("count_sketch", 24, made)
+    module = module_of()
+    accumulator, _ = accumulator_of("count_sketch", 24, module)
     left = random(3, 2, 40).requires_grad_()
-    assert not added(target, [LowRank(made.d, left, random(3, 2, 16))], 3).requires_grad
+    assert not added(accumulator, [LowRank(module.d, left, random(3, 2, 16))], 3).requires_grad
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_device_changes_nothing(kind):
-    made, there = module(), module().cuda()
-    target, _ = sink(kind, 24, made)
-    other, _ = sink(kind, 24, there)
-    torch.testing.assert_close(added(other, pieces(there, 3), 3).cpu(), added(target, pieces(made, 3), 3))
+    here, there = module_of(), module_of().cuda()
+    one, _ = accumulator_of(kind, 24, here)
+    other, _ = accumulator_of(kind, 24, there)
+    rows = added(other, all_factors(there, 3), 3)
+    torch.testing.assert_close(rows.cpu(), added(one, all_factors(here, 3), 3))

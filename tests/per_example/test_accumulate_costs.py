@@ -1,14 +1,15 @@
-"""What a sink sketches, what it refuses, and the memory it takes."""
+"""The cost of an accumulator, the factors that it refuses, and the memory that it takes."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
-from factors_of_tests import added, module, random, sink
+from factors_of_tests import accumulator_of, added, module_of, random
 from torch import nn
 
 from lightning_sketch.autodiff.layout import Layout
@@ -17,80 +18,86 @@ from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.factors import Dense, LowRank, SparseRows
 
 
-def test_whole_chunks_are_sketched_once_and_parts_of_chunks_together(monkeypatch):
-    """The cost: 1000 parameters of 3 numbers, from both ends in turn, take the 47 chunks they fill, not 1000."""
-    made = module({f"p{i}": (3,) for i in range(1000)})
-    target, _ = sink("block_srht", 64, made)
-    sketched = []
-    gather = BlockSRHT.gather
-    monkeypatch.setattr(
-        BlockSRHT, "gather", lambda self, chunks, *rest: (sketched.append(chunks), gather(self, chunks, *rest))[1]
-    )
-    in_order = [Dense(p, random(2, 3)) for p in made.parameters()]
-    added(target, [part for pair in zip(in_order, reversed(in_order), strict=True) for part in pair], 2)
-    assert sum(chunks.shape[1] for chunks in sketched) == 47
+class Counted(BlockSRHT, register=False):
+    """A sketch that counts the chunks that it maps, (examples, chunks, numbers) at a time."""
+
+    mapped: ClassVar[list[torch.Size]] = []
+
+    def gather(self, chunks, which, spare, total):
+        self.mapped.append(chunks.shape)
+        super().gather(chunks, which, spare, total)
 
 
-def test_only_the_chunks_that_rows_touch_are_sketched(monkeypatch):
+def mapped(module, factors, examples):
+    """Return the shapes of the chunks that are mapped for these factors, with chunks of 64."""
+    layout = Layout.of(module)
+    accumulator = SketchAccumulator(Counted(layout.n, 64), layout, parameters=dict(module.named_parameters()))
+    Counted.mapped.clear()
+    added(accumulator, factors, examples)
+    return list(Counted.mapped)
+
+
+def test_whole_chunks_are_sketched_once_and_parts_of_chunks_together():
+    """The cost: 200 parameters of 3 numbers, from both ends in turn, take the 10 chunks they fill, not 200."""
+    module = module_of({f"p{i}": (3,) for i in range(200)})
+    in_order = [Dense(p, random(2, 3)) for p in module.parameters()]
+    in_turn = [factor for pair in zip(in_order, reversed(in_order), strict=True) for factor in pair]
+    assert sum(shape[1] for shape in mapped(module, in_turn, 2)) == 10
+
+
+def test_only_the_chunks_that_rows_touch_are_sketched():
     """A table of 100 chunks, of which one example looks up 2 and the other 1, several times each."""
-    made = module({"table": (800, 8)})
-    target, _ = sink("block_srht", 64, made)
-    sketched = []
-    gather = BlockSRHT.gather
-    monkeypatch.setattr(
-        BlockSRHT, "gather", lambda self, chunks, *rest: (sketched.append(chunks), gather(self, chunks, *rest))[1]
-    )
+    module = module_of({"table": (800, 8)})
     index = torch.tensor([[799, 3, 798, 0, 3], [9, 9, 10, 15, 8]])
-    added(target, [SparseRows(made.table, index, random(2, 5, 8))], 2)
-    assert [chunks.shape for chunks in sketched] == [(2, 2, 64)]
+    assert mapped(module, [SparseRows(module.table, index, random(2, 5, 8))], 2) == [(2, 2, 64)]
 
 
 def test_a_parameter_that_is_not_known_is_refused():
-    made, other = module(), nn.Parameter(torch.zeros(7, 5))
-    target, _ = sink("block_srht", 24, made)
-    target.start(2)
+    module, other = module_of(), nn.Parameter(torch.zeros(7, 5))
+    accumulator, _ = accumulator_of("block_srht", 24, module)
+    accumulator.start(2)
     with pytest.raises(ValueError, match=r"a parameter of shape \(7, 5\), none of this accumulator's"):
-        target.add(Dense(other, random(2, 35)))
+        accumulator.add(Dense(other, random(2, 35)))
 
 
 @pytest.mark.parametrize(
-    "part",
+    "factor",
     [
-        lambda made: Dense(made.a, random(2, 4)),
-        lambda made: Dense(made.a, random(2, 2), start=2),
-        lambda made: Dense(made.a, random(3, 3)),
-        lambda made: Dense(made.a, random(2, 3), start=-1),
-        lambda made: LowRank(made.b, random(2, 1, 8), random(2, 1, 5)),
-        lambda made: SparseRows(made.table, torch.zeros(2, 1, dtype=torch.int64), random(2, 1, 5)),
+        lambda module: Dense(module.a, random(2, 4)),
+        lambda module: Dense(module.a, random(2, 2), start=2),
+        lambda module: Dense(module.a, random(3, 3)),
+        lambda module: Dense(module.a, random(2, 3), start=-1),
+        lambda module: LowRank(module.b, random(2, 1, 8), random(2, 1, 5)),
+        lambda module: SparseRows(module.table, torch.zeros(2, 1, dtype=torch.int64), random(2, 1, 5)),
     ],
 )
-def test_a_piece_that_leaves_its_parameter_or_batch_is_refused(part):
+def test_a_factor_that_leaves_its_parameter_or_batch_is_refused(factor):
     """It would land on a neighbor, unseen."""
-    made = module()
-    target, _ = sink("block_srht", 24, made)
-    target.start(2)
+    module = module_of()
+    accumulator, _ = accumulator_of("block_srht", 24, module)
+    accumulator.start(2)
     with pytest.raises(ValueError, match="give all of a batch, inside the parameter"):
-        target.add(part(made))
+        accumulator.add(factor(module))
 
 
-def test_a_sink_without_a_batch_says_so():
-    made = module()
-    target, _ = sink("block_srht", 24, made)
+def test_an_accumulator_without_a_batch_says_so():
+    module = module_of()
+    accumulator, _ = accumulator_of("block_srht", 24, module)
     with pytest.raises(RuntimeError, match="call start"):
-        target.rows()
+        accumulator.rows()
     with pytest.raises(RuntimeError, match="call start"):
-        target.add(Dense(made.a, random(2, 3)))
+        accumulator.add(Dense(module.a, random(2, 3)))
 
 
 def test_sizes_and_names_must_agree():
-    made = module()
-    layout, parameters = Layout.of(made), dict(made.named_parameters())
+    module = module_of()
+    layout, parameters = Layout.of(module), dict(module.named_parameters())
     with pytest.raises(ValueError, match=f"use n={layout.n}"):
-        SketchAccumulator(BlockSRHT(layout.n + 1, 8), layout, parameters)
+        SketchAccumulator(BlockSRHT(layout.n + 1, 8), layout, parameters=parameters)
     with pytest.raises(ValueError, match="x: not in the layout"):
-        SketchAccumulator(BlockSRHT(layout.n, 8), layout, {"x": made.a})
+        SketchAccumulator(BlockSRHT(layout.n, 8), layout, parameters={"x": module.a})
     with pytest.raises(ValueError, match=r"b has shape \(3,\), the layout says \(7, 5\)"):
-        SketchAccumulator(BlockSRHT(layout.n, 8), layout, {"b": made.a})
+        SketchAccumulator(BlockSRHT(layout.n, 8), layout, parameters={"b": module.a})
 
 
 MEASURE = """
@@ -117,11 +124,11 @@ for kind in sys.argv[1:]:
         values = torch.ones(4, 64, 1024)
         open("/proc/self/clear_refs", "w").write("5")  # VmHWM, the most ever held, falls to what is held now
         before = mb("VmHWM")
-        sink = SketchAccumulator(sketch, layout, dict(layer.named_parameters()))
-        sink.start(4)
-        sink.add(LowRank(layer.weight, left, right))
-        sink.add(SparseRows(layer.weight, index, values))
-        sink.rows()
+        accumulator = SketchAccumulator(sketch, layout, parameters=dict(layer.named_parameters()))
+        accumulator.start(4)
+        accumulator.add(LowRank(layer.weight, left, right))
+        accumulator.add(SparseRows(layer.weight, index, values))
+        accumulator.rows()
         used[kind] = mb("VmHWM") - before
 print(json.dumps(used))
 """
@@ -129,9 +136,9 @@ print(json.dumps(used))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the memory from Linux")
 def test_scratch_memory_does_not_depend_on_the_layer():
-    """Four slabs of 4 MB and small things, for gradients of 4 times 32 MB."""
+    """Four buffers of 4 MB and small things, for gradients of 4 times 32 MB."""
     command = [sys.executable, "-c", MEASURE, "block_srht", "count_sketch", "afjl"]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     used = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
     assert max(used.values()) < 18
-    assert min(used.values()) > 8  # and the measurement sees two of the slabs
+    assert min(used.values()) > 8  # and the measurement sees two of the buffers

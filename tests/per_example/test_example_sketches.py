@@ -14,7 +14,8 @@ from lightning_sketch.per_example.example_sketches import ENGINES, ExampleSketch
 
 def sketches(module, loss, engine="hooks", layout=None, **options):
     layout = layout or Layout.of(module)
-    return ExampleSketches(module, layout, BlockSRHT(layout.n, min(16, layout.n)), loss, engine, **options)
+    sketch = BlockSRHT(layout.n, min(16, layout.n))
+    return ExampleSketches(module, layout, sketch=sketch, loss_fn=loss, engine=engine, **options)
 
 
 @pytest.mark.parametrize("empty", [[0], [2], [0, 4], [1, 2, 3, 4]])

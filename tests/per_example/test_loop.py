@@ -64,16 +64,25 @@ def test_some_parameters_only(engine):
     assert all(part.norm() > 0 for part in parts)
 
 
-def test_vmap_in_parts_is_vmap_at_once(monkeypatch):
-    module, data = network(), batch()
+@pytest.mark.parametrize("size", [724, 2048])
+def test_large_gradients_are_computed_and_sketched_a_few_at_a_time(size):
+    """Of 524,176 numbers four are sketched together; of 2^22 numbers four are computed together, sketched alone."""
+    module, x = nn.Linear(size, size, bias=False), torch.randn(6, size)
     layout = Layout.of(module)
     sketch = BlockSRHT(layout.n, 32)
     with preserve_state(module):
-        parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
-        once, _ = vmap_sketches(module, data, parameters, layout, sketch, loss)
-        monkeypatch.setattr("lightning_sketch.per_example.loop._AT_ONCE", 4 * layout.n)
-        parts, _ = vmap_sketches(module, data, parameters, layout, sketch, loss)
-    torch.testing.assert_close(parts, once, rtol=1e-12, atol=1e-13)
+        rows, losses = zip(
+            *(
+                engine(module, x, {"weight": module.weight}, layout, sketch, lambda m, x: m(x).square().sum())
+                for engine in ENGINES
+            ),
+            strict=True,
+        )
+        gradients = 2 * torch.einsum("bo,bi->boi", module(x), x).detach()
+    truth = torch.stack([sketch.matvec(g.flatten()) for g in gradients])
+    for found, values in zip(rows, losses, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4 * float(truth.abs().max()))
+        torch.testing.assert_close(values, module(x).square().sum(1).detach())
 
 
 def test_what_depends_on_data_is_refused_by_vmap_with_the_way_out():

@@ -1,14 +1,14 @@
-"""Two questions to the first batch; they leave memory for the training that follows."""
-
-import weakref
+"""The checks on the first batch find what hooks miss, and leave memory for the training that follows."""
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sketch.autodiff.preserve_state import preserve_state
-from lightning_sketch.per_example import verify as checks
 from lightning_sketch.per_example.reduction import own_scale
+from lightning_sketch.per_example.verify import hooks_fail
 
 
 class Partly(nn.Module):
@@ -28,25 +28,35 @@ def loss(module, x):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_only_what_hooks_do_not_see_whole_is_found(device):
+def test_only_parameters_that_hooks_see_in_part_are_found(device):
     module, x = Partly().to(device), torch.randn(4, 5, device=device)
     with preserve_state(module):
-        found = checks.hooks_fail(module, x, dict(module.named_parameters()), loss, own_scale(x))
+        found = hooks_fail(module, x, dict(module.named_parameters()), loss, own_scale(x))
     assert list(found) == ["last.weight"]
 
 
-def test_scratch_memory_is_that_of_one_parameter(monkeypatch):
-    alive, most = weakref.WeakSet(), []
+class LargeStorages(TorchDispatchMode):
+    """Counts the storages of more than a megabyte that exist together."""
 
-    class Counted(checks.SketchAccumulator):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            alive.add(self)
-            most.append(len(alive))
+    def __init__(self):
+        super().__init__()
+        self.all, self.most = [], 0
 
-    monkeypatch.setattr(checks, "SketchAccumulator", Counted)
-    module, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(5))), torch.randn(4, 4)
-    with preserve_state(module):
-        assert not checks.hooks_fail(module, x, dict(module.named_parameters()), loss, own_scale(x))
-    assert len(most) == 10
-    assert max(most) == 1
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() > 1 << 20:
+            self.all.append(StorageWeakRef(result.untyped_storage()))
+            self.most = max(self.most, len({ref.cdata for ref in self.all if not ref.expired()}))
+        return result
+
+
+def most_storages(layers):
+    module, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))), torch.randn(4, 4)
+    with preserve_state(module), LargeStorages() as storages:
+        assert not hooks_fail(module, x, dict(module.named_parameters()), loss, own_scale(x))
+    return storages.most
+
+
+def test_scratch_memory_is_that_of_one_parameter():
+    one = most_storages(1)
+    assert 0 < most_storages(8) == one
