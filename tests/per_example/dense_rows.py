@@ -1,4 +1,4 @@
-"""Per-example gradients written out, and the same by autograd, one example at a time."""
+"""Dense per-example gradients by hooks, and the same by autograd, one example at a time."""
 
 import torch
 
@@ -13,25 +13,25 @@ def trained(module):
 
 
 def losses_of(output):
-    """A loss of each example that depends on all of its outputs, and on each in its own way."""
+    """Return a loss of each example that depends on each of its outputs in a different way."""
     output = output.flatten(1)
     return (output.tanh() * torch.linspace(1, 2, output.shape[1], dtype=output.dtype)).sum(1)
 
 
 def rows_by_hooks(module, run, *inputs, hooks=None, examples=None):
-    """Rows from one backward pass of the sum of losses, and the hooks."""
+    """Return the rows from one backward pass of the sum of losses, and the hooks."""
     examples = len(inputs[0]) if examples is None else examples
     hooks = hooks or ExampleHooks(module, trained(module))
-    sink = DenseRows(hooks._parameters, examples)
-    with hooks.recording(sink, examples):
+    accumulator = DenseRows(hooks._parameters, examples)
+    with hooks.recording(accumulator, examples):
         loss = losses_of(run(*inputs)).sum()
         hooks.before_backward(loss)
         loss.backward()
-    return sink.rows, hooks
+    return accumulator.rows, hooks
 
 
 def rows_by_autograd(module, run, *inputs):
-    """Rows from a forward and a backward of each example alone."""
+    """Return the rows from a forward and a backward pass of each example alone."""
     rows = {name: [] for name in trained(module)}
     for b in range(len(inputs[0])):
         loss = losses_of(run(*(x[b : b + 1] for x in inputs))).sum()
@@ -41,7 +41,7 @@ def rows_by_autograd(module, run, *inputs):
 
 
 def gradients(loss, module, **options):
-    """Of all trained parameters, flat; zero where the loss does not depend on one."""
+    """Return the flat gradients of all trainable parameters; zero where the loss does not depend on one."""
     own = list(trained(module).values())
     found = torch.autograd.grad(loss, own, allow_unused=True, **options)
     dense = (torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(own, found, strict=True))
@@ -49,12 +49,12 @@ def gradients(loss, module, **options):
 
 
 def error(rows, truth):
-    """Largest relative error of a parameter."""
+    """Return the largest relative error of a parameter."""
     return max(float((rows[name] - truth[name]).norm() / truth[name].norm().clamp(min=1e-30)) for name in truth)
 
 
 def sum_error(rows, module):
-    """Largest relative difference of a parameter between the sum of its rows and its `.grad`."""
+    """Return the largest relative difference between the sum of a parameter's rows and its `.grad`."""
     worst = 0.0
     for name, p in trained(module).items():
         grad = p.grad.to_dense().double().flatten()
@@ -63,7 +63,7 @@ def sum_error(rows, module):
 
 
 def assert_exact(module, run, *inputs):
-    """Rows are the gradients of each example alone, their sum is that of the batch, nothing is left out."""
+    """Rows are the gradients of each example alone, their sum is that of the batch, and no parameter is missing."""
     module.zero_grad()
     rows, hooks = rows_by_hooks(module, run, *inputs)
     assert hooks.reasons == {}

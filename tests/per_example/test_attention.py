@@ -43,7 +43,7 @@ def sequences(length=T, width=E):
 
 
 def called(layer, **options):
-    """The attention as a function of tensors with the examples first, whatever its layout."""
+    """Return the attention as a function of tensors with the examples first, whatever its `batch_first`."""
 
     def run(*inputs):
         inputs = inputs * 3 if len(inputs) == 1 else inputs
@@ -96,16 +96,16 @@ def test_parts_of_it_frozen(frozen):
 
 
 def same_forward(module, run, x):
-    """Rows of hooks and of losses of one forward, for what draws random numbers."""
+    """Return the rows of hooks and of losses of one forward pass, for modules that draw random numbers."""
     hooks = ExampleHooks(module, trained(module))
-    sink = DenseRows(trained(module), len(x))
-    with hooks.recording(sink, len(x)):
+    accumulator = DenseRows(trained(module), len(x))
+    with hooks.recording(accumulator, len(x)):
         losses = losses_of(run(x))
         truth = [gradients(loss, module, retain_graph=True) for loss in losses]
         hooks.before_backward(losses.sum())
         losses.sum().backward()
     assert hooks.reasons == {}
-    return sink.rows, {n: torch.stack(g) for n, g in zip(trained(module), zip(*truth, strict=True), strict=True)}
+    return accumulator.rows, {n: torch.stack(g) for n, g in zip(trained(module), zip(*truth, strict=True), strict=True)}
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -132,7 +132,7 @@ def test_other_numbers_of_sequences_are_named():
 
 
 def test_extra_keys_are_named():
-    """They are repeated for each example along the second axis."""
+    """These are repeated for each example along the second axis."""
     layer = attention(batch_first=True, add_bias_kv=True)
     x = sequences()
     rows, hooks = rows_by_hooks(layer, called(layer), x)
@@ -189,16 +189,16 @@ def test_an_interrupt_inside_leaves_it_wrapped_until_detach(monkeypatch):
     assert torch.nn.functional.linear is PLAIN
 
 
-def test_two_sets_of_hooks_hear_the_same():
+def test_two_sets_of_hooks_record_the_same():
     layer = attention(batch_first=True)
     x = sequences()
-    sinks = [DenseRows(trained(layer), B) for _ in range(2)]
+    accumulators = [DenseRows(trained(layer), B) for _ in range(2)]
     first, second = ExampleHooks(layer, trained(layer)), ExampleHooks(layer, trained(layer))
-    with first.recording(sinks[0], B), second.recording(sinks[1], B):
+    with first.recording(accumulators[0], B), second.recording(accumulators[1], B):
         loss = losses_of(layer(x, x, x)[0]).sum()
         assert torch.nn.functional.linear is PLAIN
         first.before_backward(loss)
         second.before_backward(loss)
         loss.backward()
-    assert sum_error(sinks[0].rows, layer) < 1e-12
-    assert all(torch.equal(sinks[0].rows[n], sinks[1].rows[n]) for n in trained(layer))
+    assert sum_error(accumulators[0].rows, layer) < 1e-12
+    assert all(torch.equal(accumulators[0].rows[n], accumulators[1].rows[n]) for n in trained(layer))

@@ -1,4 +1,4 @@
-"""Bare parameters and what embeddings give for positions: rows are the gradients of one example alone."""
+"""Rows of bare parameters and of embeddings of positions are the gradients of one example alone."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def seed():
 
 
 class Bare(nn.Module):
-    """A parameter of its own, and how it is used."""
+    """A module with one parameter, and a function that uses it."""
 
     def __init__(self, shape, use):
         super().__init__()
@@ -96,7 +96,7 @@ def test_one_example_alone_is_the_whole_gradient_whatever_its_axes():
 
 
 class Positions(nn.Module):
-    """As GPT-2: positions (1, T), or as nanoGPT: (T,)."""
+    """Embeddings of words and of positions, (1, T) as in GPT-2 or (T,) as in nanoGPT."""
 
     def __init__(self, axes, length=T + 2):
         super().__init__()
@@ -122,7 +122,7 @@ def test_positions_repeated_for_each_example_are_an_ordinary_embedding():
 
 
 def test_positions_without_axis_and_as_many_as_examples_pass_the_sum():
-    """What hooks cannot see: (T,) with T = B is taken for one token of each example. The row check is for this."""
+    """Hooks cannot see it: (T,) with T = B is taken for one token of each example. The row check finds it."""
     net = Positions(1)
     ids = torch.randint(0, 9, (B, B))
     rows, hooks = rows_by_hooks(net, net, ids)
@@ -134,12 +134,12 @@ def test_positions_without_axis_and_as_many_as_examples_pass_the_sum():
 
 
 def test_a_parameter_of_a_layer_used_past_it_is_not_counted_again():
-    """The layer's own hook serves it; how its product is made is no use of its own."""
+    """The layer's own hook covers it; how its product is computed is no other use."""
     layer = nn.Linear(E, E).double()
     assert_exact(layer, lambda x: layer(x.transpose(1, 2).contiguous().transpose(1, 2)), tokens())
 
 
-def test_a_layer_that_is_only_read_is_served_where_that_is_known_and_named_elsewhere():
+def test_a_layer_whose_parameters_are_used_past_it_is_supported_or_named():
     layer = nn.Linear(E, E).double()
     rows, hooks = rows_by_hooks(layer, lambda x: x @ layer.weight + layer.bias, tokens())
     assert hooks.supported == {"bias"}
@@ -180,7 +180,7 @@ def test_sums_inside_checkpoints(reentrant):
 
 
 def test_factors_inside_checkpoints_are_named_and_training_goes_on():
-    """What was computed again can be read once, and autograd is to have it."""
+    """What was computed again can be read only once, by autograd."""
     net = Bare((E,), lambda p, x: checkpoint(lambda x: x.sin() * p, x, use_reentrant=False))
     x = tokens().requires_grad_()
     _, hooks = rows_by_hooks(net, net, x)
@@ -196,8 +196,8 @@ def test_factors_saved_elsewhere_are_named():
     assert "checkpointing" in hooks.reasons["p"]
 
 
-def test_a_graph_with_many_ways_is_walked_once():
-    """2^60 ways lead through it."""
+def test_a_graph_with_many_paths_is_walked_once():
+    """2^60 paths lead through it."""
 
     def use(p, x):
         y = x + p

@@ -38,22 +38,22 @@ def tokens(examples=B):
 
 
 def losses_of(model, ids, mask=None):
-    """Mean loss over the tokens of each example."""
+    """Return the mean loss over the tokens of each example."""
     logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
 def rows_by_hooks(model, ids, mask=None, truth=True):
-    """Rows, and those of losses of the same forward: dropout draws anew in another."""
-    hooks, sink = ExampleHooks(model, trained(model)), DenseRows(trained(model), len(ids))
-    with hooks.recording(sink, len(ids)):
+    """Return rows, and those of losses of the same forward pass: in another one dropout draws anew."""
+    hooks, accumulator = ExampleHooks(model, trained(model)), DenseRows(trained(model), len(ids))
+    with hooks.recording(accumulator, len(ids)):
         losses = losses_of(model, ids, mask)
         alone = [gradients(loss, model, retain_graph=True) for loss in losses] if truth else []
         hooks.before_backward(losses.sum())
         losses.sum().backward()
     assert hooks.reasons == {}
     assert hooks.supported == set(trained(model))
-    return sink.rows, dict(
+    return accumulator.rows, dict(
         zip(trained(model), map(torch.stack, zip(*alone, strict=True)), strict=True)
     ) if truth else {}
 
@@ -72,7 +72,7 @@ def test_rows_are_the_gradients_of_losses_of_the_same_forward(attention, masked,
 
 
 def without_keys(rows):
-    """Attention does not depend on the biases of keys: their gradient is rounding alone."""
+    """Set the rows of the biases of keys to zero: attention does not depend on them, their gradient is rounding."""
     for name in rows:
         if name.endswith("c_attn.bias"):
             rows[name][:, 8:16] = 0

@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.curvature import Hessian
 from lightning_sketch.per_example.hooks import ExampleHooks
-from lightning_sketch.per_example.rules import linear as matrices
-from lightning_sketch.per_example.rules import registry as layers
+from lightning_sketch.per_example.rules import linear, registry
 
 B = 5
 
@@ -45,18 +44,18 @@ def test_the_last_smaller_batch():
         assert error(rows, rows_by_autograd(net, net, x)) < 1e-12
 
 
-def test_frozen_and_other_parameters_are_left_out():
+def test_frozen_and_other_parameters_get_no_factors():
     net = network()
     net[3].weight.requires_grad_(False)
     chosen = {n: p for n, p in net.named_parameters() if n.endswith("weight")}
     hooks = ExampleHooks(net, chosen)
-    sink = DenseRows(chosen, B)
-    with hooks.recording(sink, B):
+    accumulator = DenseRows(chosen, B)
+    with hooks.recording(accumulator, B):
         loss = losses_of(net(batch())).sum()
         hooks.before_backward(loss)
         loss.backward()
     assert hooks.supported == {"0.weight", "2.weight"}
-    assert {id(piece.parameter) for piece in sink.factors} == {id(net[0].weight), id(net[2].weight)}
+    assert {id(factor.parameter) for factor in accumulator.factors} == {id(net[0].weight), id(net[2].weight)}
 
 
 def test_inputs_of_frozen_layers_are_not_kept(monkeypatch):
@@ -64,45 +63,45 @@ def test_inputs_of_frozen_layers_are_not_kept(monkeypatch):
     net[2].bias.requires_grad_()
     given = []
 
-    def pieces(module, input, gradient):
+    def factors(module, input, gradient):
         given.append(input)
-        return matrices.linear(module, input, gradient)
+        return linear.linear(module, input, gradient)
 
-    monkeypatch.setitem(layers.RULES, nn.Linear, layers.Rule(pieces))
+    monkeypatch.setitem(registry.RULES, nn.Linear, registry.Rule(factors))
     rows_by_hooks(net, net, torch.randn(B, 3))
     (input,) = given
     assert input.is_meta
     assert input.shape == (B, 3)
 
 
-def test_a_look_at_the_module_between_gives_nothing_and_changes_nothing():
+def test_a_measurement_of_the_module_in_between_gives_nothing_and_changes_nothing():
     """As a measurement of curvature between the start of a batch and its backward."""
     encoder = nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True).double()
     net = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (1, 4)), encoder, nn.Linear(4, 2)).double()
     x = batch()
     rows, _ = rows_by_hooks(net, net, x)
     hooks = ExampleHooks(net, trained(net))
-    sink = DenseRows(trained(net), B)
+    accumulator = DenseRows(trained(net), B)
 
-    def look():
+    def measure():
         with preserve_state(net):
             losses_of(net(batch())).sum().backward(inputs=[torch.zeros(1, requires_grad=True)], retain_graph=True)
         Hessian(lambda module, x: losses_of(module(x)).mean(), net, [batch()]).matvec(
             torch.ones(sum(p.numel() for p in net.parameters()), dtype=torch.float64)
         )
 
-    with hooks.recording(sink, B):
-        look()
+    with hooks.recording(accumulator, B):
+        measure()
         loss = losses_of(net(x)).sum()
-        look()
+        measure()
         hooks.before_backward(loss)
-        look()
+        measure()
         loss.backward()
-        look()
-    assert all(torch.equal(sink.rows[name], rows[name]) for name in rows)
+        measure()
+    assert all(torch.equal(accumulator.rows[name], rows[name]) for name in rows)
 
 
-def test_hooks_made_within_a_look_act_there():
+def test_hooks_made_within_a_measurement_act_there():
     net = network()
     x = batch()
     with preserve_state(net):
@@ -110,19 +109,19 @@ def test_hooks_made_within_a_look_act_there():
     assert error(inner, rows_by_autograd(net, net, x)) < 1e-12
 
 
-def test_gradients_before_the_backward_that_counts_give_nothing():
+def test_gradients_before_the_backward_pass_to_record_give_nothing():
     """As a penalty on the gradient, taken in the training step."""
     net = network()
     x = batch().requires_grad_()
     hooks = ExampleHooks(net, trained(net))
-    sink = DenseRows(trained(net), B)
-    with hooks.recording(sink, B):
+    accumulator = DenseRows(trained(net), B)
+    with hooks.recording(accumulator, B):
         loss = losses_of(net(x)).sum()
         torch.autograd.grad(loss, x, create_graph=True)
-        assert sink.factors == []
+        assert accumulator.factors == []
         hooks.before_backward(loss)
         loss.backward()
-    assert sum_error(sink.rows, net) < 1e-12
+    assert sum_error(accumulator.rows, net) < 1e-12
 
 
 def test_forwards_without_a_graph_give_nothing():
@@ -162,21 +161,21 @@ def test_nothing_stays_behind(error):
 
     net = Net()
     hooks = ExampleHooks(net, trained(net))
-    sink = DenseRows(trained(net), B)
+    accumulator = DenseRows(trained(net), B)
     watched = []
     try:
-        with hooks.recording(sink, B):
+        with hooks.recording(accumulator, B):
             x = torch.randn(B, 7, 4)
             output = net(x)
             loss = losses_of(output).sum()
-            watched += [weakref.ref(output), weakref.ref(loss), weakref.ref(sink)]
+            watched += [weakref.ref(output), weakref.ref(loss), weakref.ref(accumulator)]
             hooks.before_backward(loss)
             if error:
                 raise error
             loss.backward()
     except KeyboardInterrupt:
         pass
-    del sink, output, x
+    del accumulator, output, x
     hooks.detach()
     gc.collect()
     assert table_sizes(net) == [0] * len(table_sizes(net))
@@ -208,16 +207,16 @@ def test_a_pass_without_a_backward_leaves_no_graph():
 def test_after_detach_a_backward_gives_nothing():
     net = network()
     hooks = ExampleHooks(net, trained(net))
-    sink = DenseRows(trained(net), B)
-    with hooks.recording(sink, B):
+    accumulator = DenseRows(trained(net), B)
+    with hooks.recording(accumulator, B):
         loss = losses_of(net(batch())).sum()
         hooks.before_backward(loss)
     loss.backward()
-    assert sink.factors == []
+    assert accumulator.factors == []
 
 
 def test_attaching_again_forgets_the_batch_before():
-    """A step may return no loss; then nobody calls detach."""
+    """A step may return no loss; then detach is not called."""
     net = network()
     hooks = ExampleHooks(net, trained(net))
     hooks.attach(DenseRows(trained(net), 2), 2)
@@ -249,7 +248,7 @@ def test_compiled_modules_are_refused(how):
             hooks.attach(DenseRows(trained(net), B), B)
 
 
-def test_what_is_wrong_inside_reentrant_checkpoints_is_said_as_elsewhere():
+def test_a_wrong_axis_inside_reentrant_checkpoints_is_named_as_elsewhere():
     net = nn.Linear(3, 3)
     x = torch.randn(B, 6, 3, requires_grad=True)
     _, hooks = rows_by_hooks(net, lambda x: checkpoint(lambda x: net(x.transpose(0, 1)), x, use_reentrant=True), x)
@@ -295,28 +294,28 @@ def test_bfloat16_autocast_is_near_the_autocast_gradient_of_each_example():
         difference = (rows[name] - truth[name]).norm()
         assert difference < 2e-2 * max(truth[name].norm(), 0.02 * exact.norm()), name
     assert torch.cosine_similarity(whole, exact).min() > 0.9999
-    assert {piece.dtype for piece in _dtypes(net, run, x)} == {torch.float32}
+    assert {tensor.dtype for tensor in _tensors(net, run, x)} == {torch.float32}
 
 
-def _dtypes(net, run, x):
-    hooks, sink = ExampleHooks(net, trained(net)), DenseRows(trained(net), len(x))
-    with hooks.recording(sink, len(x)):
+def _tensors(net, run, x):
+    hooks, accumulator = ExampleHooks(net, trained(net)), DenseRows(trained(net), len(x))
+    with hooks.recording(accumulator, len(x)):
         loss = losses_of(run(x)).sum()
         hooks.before_backward(loss)
         loss.backward()
-    for piece in sink.factors:
-        yield from (value for value in vars(piece).values() if isinstance(value, torch.Tensor))
+    for factor in accumulator.factors:
+        yield from (value for value in vars(factor).values() if isinstance(value, torch.Tensor))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_layers_held_in_half_precision_give_float32(dtype):
+def test_layers_in_half_precision_give_float32(dtype):
     net = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.RMSNorm(4)).to(dtype)
-    found = {t.dtype for t in _dtypes(net, net, torch.randn(B, 3, dtype=dtype)) if not isinstance(t, nn.Parameter)}
+    found = {t.dtype for t in _tensors(net, net, torch.randn(B, 3, dtype=dtype)) if not isinstance(t, nn.Parameter)}
     assert found == {torch.float32}
 
 
 class Everything(nn.Module):
-    """What a careless hook would disturb: dropout, batch statistics, activations in place, attention, shared parts."""
+    """A network with what hooks could disturb: dropout, batch statistics, activations in place, attention."""
 
     def __init__(self):
         super().__init__()
@@ -343,9 +342,9 @@ def test_training_is_bit_identical():
         hooks = ExampleHooks(net, trained(net))
         for _ in range(4):
             x = torch.randn(B, 1, 4, 4)
-            sink = DenseRows(trained(net), B)
+            accumulator = DenseRows(trained(net), B)
             if hooked:
-                hooks.attach(sink, B)
+                hooks.attach(accumulator, B)
             losses = losses_of(net(x))
             optimizer.zero_grad()
             if hooked:
@@ -372,16 +371,16 @@ def test_one_network_of_everything_in_evaluation_mode():
 
 
 def test_doubled_hooks_on_one_graph_count_once():
-    """Manual optimization may announce two losses of one graph; each meeting is taken once a backward."""
+    """Manual optimization may announce two losses of one graph; each use is recorded once a backward pass."""
     net = nn.Module()
     net.p = nn.Parameter(torch.ones(3, dtype=torch.float64))
     hooks = ExampleHooks(net, trained(net))
-    sink = DenseRows(trained(net), B)
-    with hooks.recording(sink, B):
+    accumulator = DenseRows(trained(net), B)
+    with hooks.recording(accumulator, B):
         y = batch() + net.p
         first, second = losses_of(y).sum(), losses_of(2 * y).sum()
         hooks.before_backward(first)
         first.backward(retain_graph=True)
         hooks.before_backward(second)
         second.backward()
-    assert sum_error(sink.rows, net) < 1e-12
+    assert sum_error(accumulator.rows, net) < 1e-12

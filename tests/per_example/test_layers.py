@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from cases import pairs, some
 from dense_rows import DenseRows, assert_exact, error, losses_of, rows_by_autograd, rows_by_hooks, sum_error, trained
 from torch import nn
 from torch.nn.utils import parametrizations, prune
@@ -16,7 +17,9 @@ from lightning_sketch.per_example.rules.normalization import couples
 from lightning_sketch.per_example.rules.registry import register_layer, rule_of
 
 B = 6
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+DTYPES = pytest.mark.parametrize(
+    "dtype", some([torch.float64, torch.float32], default=[torch.float64]), ids=["float64", "float32"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +28,7 @@ def seed():
 
 
 def randomized(module, dtype=torch.float64):
-    """Norms start at weight one, where a forgotten factor would go unseen."""
+    """Draw all parameters: normalizations start at weight one, where a forgotten factor would not be seen."""
     module = module.to(dtype)
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -52,7 +55,7 @@ def test_linear(layer, size, dtype):
 
 
 def test_linear_on_an_input_that_is_not_contiguous_counts_its_bias_once():
-    """There `linear` is a product and a sum, and the sum would be one that a bare parameter is met at."""
+    """There `linear` is a product and a sum, and the sum alone would be the use of a bare parameter."""
     layer = randomized(nn.Linear(3, 4))
     assert_exact(layer, lambda x: layer(x.transpose(1, 2)), images(3, 5))
 
@@ -160,10 +163,10 @@ EMBEDDINGS = {
 
 
 @DTYPES
-@pytest.mark.parametrize("layer", EMBEDDINGS.values(), ids=EMBEDDINGS)
-@pytest.mark.parametrize("size", [(), (5,), (2, 4)])
-def test_embedding(layer, size, dtype):
+@pytest.mark.parametrize(("kind", "size"), pairs(EMBEDDINGS, [(), (5,), (2, 4)]))
+def test_embedding(kind, size, dtype):
     """Few rows and many tokens, so that some occur more than once."""
+    layer = EMBEDDINGS[kind]
     assert_exact(randomized(layer, dtype), layer, torch.randint(0, 7, (B, *size)))
 
 
@@ -218,17 +221,17 @@ def test_one_of_two_parameters_frozen(layer, size, frozen):
     assert hooks.supported == {"weight", "bias"} - {frozen}
 
 
-def test_large_gradients_stay_factors():
+def test_large_gradients_stay_products():
     layer = nn.Sequential(
         nn.Linear(3, 20), nn.Unflatten(1, (20, 1)), nn.Conv1d(20, 20, 1), nn.Conv1d(20, 20, 1, groups=2)
     )
-    pieces = []
+    found = []
     hooks = ExampleHooks(layer, {n: p for n, p in trained(layer).items() if n.endswith("weight")})
-    with hooks.recording(type("Sink", (), {"add": lambda self, piece: pieces.append(piece)})(), B):
+    with hooks.recording(type("Kept", (), {"add": lambda self, factor: found.append(factor)})(), B):
         loss = losses_of(layer(torch.randn(B, 3))).sum()
         hooks.before_backward(loss)
         loss.backward()
-    assert [type(piece) for piece in pieces] == [LowRank] * 4
+    assert [type(factor) for factor in found] == [LowRank] * 4
 
 
 def test_a_subclass_with_its_own_forward_is_not_taken_for_its_base():
@@ -260,8 +263,9 @@ WRAPS = [
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
-@pytest.mark.parametrize("layer", [nn.Linear(4, 4), nn.Conv1d(12, 12, 1, groups=12), nn.LayerNorm((4, 4))])
-@pytest.mark.parametrize("wrap", WRAPS)
+@pytest.mark.parametrize(
+    ("wrap", "layer"), pairs(WRAPS, [nn.Linear(4, 4), nn.Conv1d(12, 12, 1, groups=12), nn.LayerNorm((4, 4))])
+)
 def test_weights_made_from_others_are_named(wrap, layer):
     net = nn.Sequential(nn.Linear(4, 4), wrap(copy.deepcopy(layer))).double()
     x = images(4, 4) if isinstance(layer, nn.LayerNorm) else images(12, 4)
@@ -272,7 +276,7 @@ def test_weights_made_from_others_are_named(wrap, layer):
     assert not made & hooks.supported
 
 
-def test_a_further_parameter_of_a_subclass_is_served_where_it_meets_the_examples():
+def test_a_further_parameter_of_a_subclass_is_supported_where_it_is_broadcast():
     layer = nn.Linear(3, 4)
     layer.factor = nn.Parameter(torch.ones(4))
     assert_exact(randomized(layer), lambda x: layer(x) * layer.factor, images(5, 3))
@@ -316,7 +320,7 @@ def test_the_first_axis_counts_before_and_after_a_layer(kind):
 
 
 def test_a_wrong_axis_of_the_right_length_passes_the_sum():
-    """What hooks cannot see: with as many tokens as examples, rows are those of tokens. The row check is for this."""
+    """Hooks cannot see it: with as many tokens as examples, rows are those of tokens. The row check finds it."""
     layer = randomized(nn.Linear(3, 4))
     x = images(B, 3)
 
@@ -360,7 +364,7 @@ def test_only_a_class_of_modules_is_registered(untyped):
 
 
 def test_an_input_changed_in_place_after_the_layer_is_named():
-    """Autograd keeps the padded copy here and sees nothing wrong; the hooks kept the input."""
+    """Autograd keeps the padded copy and finds nothing wrong; the hooks kept the input."""
     layer = randomized(nn.Conv1d(2, 3, 3, padding=1, padding_mode="circular"))
 
     def run(x):

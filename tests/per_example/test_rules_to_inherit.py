@@ -1,4 +1,4 @@
-"""Built-in layers, and one of one's own, pass the tests that a rule may inherit."""
+"""Built-in layers, and a layer of a user, pass the tests that a rule may inherit."""
 
 import pytest
 import torch
