@@ -1,4 +1,4 @@
-"""A hash of all that a batch, or an example, holds: tensors, arrays, strings, numbers, objects."""
+"""A hash of the contents of a batch or an example: tensors, arrays, strings, numbers, objects."""
 
 import dataclasses
 import hashlib
@@ -14,12 +14,12 @@ from lightning_sketch.autodiff.batches import items_of, leaves_of
 
 
 def content_hash(value: Any) -> int:
-    """Return 63 bits of a hash of all that a batch, or an example, holds: tensors, arrays, strings, numbers, objects.
+    """Return 63 bits of a hash of the contents of a batch or an example: tensors, arrays, strings, numbers, objects.
 
-    Equal contents in equal order have equal hashes on every machine; keys of mappings do not count.
+    Equal contents in equal order have equal hashes on every machine; keys of mappings are not hashed.
 
     Raises:
-        TypeError: for an object that tells nothing of its contents.
+        TypeError: for an object whose contents cannot be read.
 
     >>> content_hash(["the cat sat", torch.tensor(1)]) != content_hash(["a dog ran", torch.tensor(1)])
     True
@@ -28,18 +28,18 @@ def content_hash(value: Any) -> int:
 
 
 def content_digest(value: Any) -> bytes:
-    """Return the eight bytes that `content_hash` takes its bits from."""
+    """Return the hash as eight bytes; `content_hash` is 63 bits of them."""
     digest = hashlib.blake2b(digest_size=8)
     _digest(digest, value)
     return digest.digest()
 
 
-def _digest(digest: "hashlib._Hash", value: Any) -> None:
-    """Add a value; all but tensors and what holds them with its type and length, so that no two values run together."""
+def _digest(digest: "hashlib.blake2b", value: Any) -> None:
+    """Add a value to a digest, with its type and length unless it is or has a tensor, so that values stay apart."""
     if isinstance(value, Tensor):
         plain = value.detach().cpu().to_dense().resolve_conj().resolve_neg().contiguous()
         digest.update(f"{plain.dtype}{tuple(plain.shape)}".encode())
-        digest.update(plain.view(-1).view(torch.uint8).numpy())
+        digest.update(plain.view(-1).view(torch.uint8).numpy().data)
     elif isinstance(value, np.ndarray) and value.dtype != object:
         digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
     elif isinstance(value, Mapping | list | tuple | np.ndarray):
@@ -61,14 +61,14 @@ def _digest(digest: "hashlib._Hash", value: Any) -> None:
 
 
 def _state_of(value: Any) -> Any:
-    """Return what tells an object from others of its class, as pickle would keep it."""
+    """Return the state of an object, as pickle would store it."""
     if dataclasses.is_dataclass(value):
         return items_of(value)
     try:
         reduced = value.__reduce_ex__(2)
     except TypeError as error:
         raise TypeError(
-            f"a {type(value).__name__} in a batch tells nothing of its contents ({error}); pass an index_key, or keep "
+            f"the contents of a {type(value).__name__} in a batch cannot be read ({error}); pass an index_key, or keep "
             "it out of the batch."
         ) from error
     return (

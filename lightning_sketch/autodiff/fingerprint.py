@@ -1,13 +1,13 @@
-"""A number that tells weights apart, so that gradients taken at different ones are never mixed up.
+"""A number that identifies weights, so that gradients at different weights are never mixed up.
 
     fingerprint = sum_p m^p (sum_j c_j sum_i words[i W + j] + numel_p)   modulo 2^64
 
 words   the bytes of parameter p, eight to an integer, zero-padded
 c_j     an odd multiplier for place j of W
-m       an odd multiplier, so that the order of parameters counts
+m       an odd multiplier, which makes the order of parameters matter
 
 Integer sums are exact in every order, hence the same on each device. Swapping whole runs of W words within a
-parameter goes unseen; training does no such thing. One pass over the parameters.
+parameter is not seen; training does no such thing. One pass over the parameters.
 """
 
 import functools
@@ -24,7 +24,7 @@ _M = 0x9E3779B97F4A7C15
 
 @torch.no_grad()
 def fingerprint(tensors: Sequence[Tensor]) -> int:
-    """Return a 64-bit signed integer of these tensors' contents, in their order; never 0.
+    """Return a 64-bit signed integer that identifies the contents of these tensors, in their order; never 0.
 
     >>> fingerprint([torch.zeros(3)]) == fingerprint([torch.zeros(3)]) != fingerprint([torch.ones(3)])
     True

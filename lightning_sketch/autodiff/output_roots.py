@@ -4,14 +4,15 @@
     binary cross-entropy    v_k = sqrt(p_k (1 - p_k) / K) e_k       for each output k, H = diag(p (1 - p)) / K
     squared error           v_k = sqrt(2 / K) e_k                   for each output k, H = 2 / K I
 
-With many classes or outputs, drawn ones instead, k for each example, with E sum v vᵀ = H:
+With many classes or outputs, k random vectors for each example instead, with E sum v vᵀ = H:
 
     classes    c with probability q_c ~ sqrt(p_c),                  v = sqrt(p_c / (k q_c)) (e_c - p)
     outputs    random signs s,                                      v = sum_k s_k v_k / sqrt(k)
 
-q evens out what is large: under p itself, the rare label that matters is almost never drawn from a confident model.
+q draws rare labels more often than p: under p itself, the rare label that matters is almost never drawn from a
+confident model.
 
-Where an example has several outputs t, such as tokens, whose losses have a weighted mean, all get a drawn one at once:
+Where an example has several outputs t, such as tokens, whose losses have a weighted mean, each vector covers all:
 
     tokens     random signs s_t,                                    v = sum_t s_t sqrt(w_t) v_t,  H = sum_t w_t H_t
 """
@@ -26,12 +27,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draws:
-    """How many roots each example gets: one per class or output, or drawn ones.
+    """The number of roots that each example gets: one per class or output, or a number of random ones.
 
     Args:
-        generator: that draws.
-        count: how many are drawn, above
-        max_classes: so many classes or outputs; for tokens always.
+        generator: The generator of the random roots, on the CPU.
+        count: How many random roots an example gets.
+        max_classes: The most classes or outputs that get a root each; with more, and for tokens, roots are random.
     """
 
     generator: torch.Generator
@@ -39,28 +40,27 @@ class Draws:
     max_classes: int = 32
 
     def signs(self, *shape: int) -> Tensor:
-        """Return random signs, on the CPU."""
+        """Return random signs of this shape, on the CPU."""
         return torch.randint(0, 2, shape, generator=self.generator) * 2 - 1
 
     def number(self, outputs: int) -> int:
-        """Return how many are drawn for so many classes or outputs; 0 if none is left out."""
+        """Return the number of random roots for this number of outputs; 0 if each output gets a root."""
         return self.count if outputs > self.max_classes else 0
 
 
 def roots_of_examples(
-    values: Float[Tensor, "examples *outputs"],
-    counted: Bool[Tensor, "examples *tokens"] | Float[Tensor, "examples *tokens"] | None,
+    values: Float[Tensor, " examples *outputs"],
+    counted: Bool[Tensor, " examples *tokens"] | Float[Tensor, " examples *tokens"] | None,
     draws: Draws,
     make: Callable[[Tensor, Draws, int], Tensor],
-) -> Float[Tensor, "roots examples *outputs"]:
-    """Return roots of each example; of one with tokens drawn ones, over all that count, whose losses have a mean.
+) -> Float[Tensor, " roots examples *outputs"]:
+    """Return roots of each example's Hessian; random ones, over the tokens that have a loss, if examples have tokens.
 
     Args:
-        values: what `make` makes roots from, at each output.
-        counted: which examples, or tokens, have a loss, or real numbers that their losses are multiplied by; None for
-            all.
-        draws: how many roots.
-        make: (values, draws, how many; 0 for all) -> roots of the rows of a matrix.
+        values: The numbers that `make` computes roots from, at each output.
+        counted: Which examples, or tokens, have a loss, or the weights of their losses; None if all have one.
+        draws: How many roots each example gets.
+        make: (values, draws, how many random roots, or 0 for all roots) -> roots of the rows of a matrix.
     """
     if values.ndim < 3:
         flat = values.reshape(len(values), -1)
@@ -75,7 +75,7 @@ def roots_of_examples(
 
 
 def class_roots(p: Float[Tensor, "n classes"], draws: Draws, count: int) -> Float[Tensor, "roots n classes"]:
-    """Return sqrt(p_c) (e_c - p) for each class, or for `count` drawn ones."""
+    """Return sqrt(p_c) (e_c - p) for each class, or for `count` random classes."""
     if not count:
         return p.sqrt().T[:, :, None] * (torch.eye(p.shape[1]).to(p)[:, None] - p)
     q = p.sqrt() / p.sqrt().sum(1, keepdim=True)

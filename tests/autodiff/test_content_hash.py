@@ -1,4 +1,4 @@
-"""Equal contents have equal hashes, unequal ones unequal: nothing runs together, and what tells nothing is refused."""
+"""Equal contents have equal hashes, unequal ones unequal, and what cannot be read is refused."""
 
 import collections
 import datetime
@@ -107,8 +107,8 @@ def test_sets_of_strings_hash_alike_in_every_process():
     assert {int(run.stdout) for run in runs} == {content_hash({"c", "b", "a"})}
 
 
-def test_what_tells_nothing_of_its_contents_is_refused():
-    with pytest.raises(TypeError, match=r"lock.* in a batch tells nothing of its contents.*pass an index_key"):
+def test_what_cannot_be_read_is_refused():
+    with pytest.raises(TypeError, match=r"lock.* in a batch cannot be read.*pass an index_key"):
         content_hash([threading.Lock()])
 
 
