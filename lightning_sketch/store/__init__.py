@@ -1,4 +1,4 @@
-"""Rows of sketched gradients: in memory, and in files that are whole or not there. Knows no model and no Lightning."""
+"""Tables of sketched gradients, in memory and in files that are written atomically; without Lightning."""
 
 from lightning_sketch.store.lineage import Run
 from lightning_sketch.store.row_store import RowStore, read_shard

@@ -1,4 +1,4 @@
-"""The index of a store: every row's columns and where it lies, and which rows count."""
+"""The index of a store: the columns and the place of every row, without its sketch, and which rows are visible."""
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,13 +19,13 @@ QUERIES = STAGES.index("queries")
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """Rows without their sketches.
+    """Rows of a store without their sketches.
 
     Args:
-        columns: what is known of each.
-        files: the files of a store.
-        file: for each row, the index of its file,
-        place: and the row's place in it.
+        columns: The columns of the rows, by name.
+        files: The names of the store's files of rows.
+        file: For each row, the index of its file in `files`.
+        place: For each row, its position in that file.
     """
 
     columns: Mapping[str, Tensor]
@@ -36,57 +36,48 @@ class StoredRows:
     def __len__(self) -> int:
         return len(self.file)
 
-    def chosen(self, keep: Bool[Tensor, " rows"]) -> "StoredRows":
-        """Some of the rows, in their order."""
-        columns = {name: column[keep] for name, column in self.columns.items()}
-        return StoredRows(columns, self.files, self.file[keep], self.place[keep])
+    def where(self, mask: Bool[Tensor, " rows"]) -> "StoredRows":
+        """Select the rows where a mask is true, in their order."""
+        columns = {name: column[mask] for name, column in self.columns.items()}
+        return StoredRows(columns, self.files, self.file[mask], self.place[mask])
 
     @staticmethod
     def cat(one: "StoredRows", other: "StoredRows") -> "StoredRows":
-        """Both, of one store."""
+        """Concatenate two indexes of one store."""
         columns = {name: torch.cat([one.columns[name], other.columns[name]]) for name in one.columns}
         files, places = (torch.cat([getattr(one, key), getattr(other, key)]) for key in ("file", "place"))
         return StoredRows(columns, one.files, files, places)
 
     def by_file(self) -> Iterator[tuple[ShardName, list[int], dict[str, Tensor]]]:
-        """For each file its name, the places of the rows in it, and their columns."""
+        """Yield each file's name, the positions of the rows in it, in rising order, and their columns."""
         for i in self.file.unique().tolist():
             (here,) = (self.file == i).nonzero(as_tuple=True)
             here = here[self.place[here].argsort()]
             yield self.files[i], self.place[here].tolist(), {name: c[here] for name, c in self.columns.items()}
 
 
-def shard_names(folder: Path) -> list[ShardName]:
-    """The files of rows below a folder, by attempt, rank and sequence.
-
-    Raises:
-        CorruptShard: if one has a name that no store gives.
-    """
-    return sorted(ShardName.of(path) for path in folder.rglob("*.safetensors"))
-
-
-def gaps(names: Iterable[ShardName]) -> list[ShardName]:
-    """Names that were given before later ones, and are not there."""
+def missing_files(names: Iterable[ShardName]) -> list[ShardName]:
+    """Return the names that their writers must have used before later ones, but that are not among `names`."""
     found = set(names)
     before = {replace(name, sequence=i) for name in found for i in range(name.sequence)}
     return sorted(before - found)
 
 
 def read_index(folder: Path, spec: StoreSpec) -> StoredRows:
-    """All rows below a folder, live or not, in the order of attempt, rank and time.
+    """Read the index of all rows below a folder, visible or not, ordered by run, rank and time.
 
     Raises:
-        CorruptShard: if a file is cut or foreign.
+        CorruptShard: if a file is truncated, foreign, or has a name that no store uses.
     """
-    names = shard_names(folder)
-    missing = gaps(names)
+    names = sorted(ShardName.of(path) for path in folder.rglob("*.safetensors"))
+    missing = missing_files(names)
     if missing:
         listed = ", ".join(str(folder / name.path) for name in missing)
-        warnings.warn(f"rows are missing, since later files of their writers are there: {listed}.", stacklevel=2)
-    parts, files, places = [_empty()], [], []
+        warnings.warn(f"rows are missing, since later files of their writers exist: {listed}.", stacklevel=2)
+    parts, files, places = [_no_columns()], [], []
     for i, name in enumerate(names):
         shard = Shard(folder, name, spec)
-        parts.append(shard.columns() | {"attempt": torch.full((len(shard),), name.attempt)})
+        parts.append(shard.columns() | {"attempt": torch.full((len(shard),), name.run)})
         files.append(torch.full((len(shard),), i))
         places.append(torch.arange(len(shard)))
     nothing = torch.zeros(0, dtype=torch.int64)
@@ -98,26 +89,33 @@ def read_index(folder: Path, spec: StoreSpec) -> StoredRows:
     )
 
 
-def live_rows(rows: StoredRows, attempts: Sequence[Run], line: Mapping[int, int]) -> StoredRows:
-    """The rows that count for a line of attempts, as `lineage_of` gives it; see `attempts`."""
-    stages = {attempt.number: attempt.stage for attempt in attempts}
+def visible_rows(rows: StoredRows, runs: Sequence[Run], lineage: Mapping[int, int]) -> StoredRows:
+    """Select the rows that are visible in a lineage, see the module `lineage`.
+
+    Args:
+        rows: All rows of a store.
+        runs: All runs of the store.
+        lineage: The runs of the lineage, each with its last visible step, as `lineage_of` returns it.
+    """
+    stages = {run.number: run.stage for run in runs}
     number, step, fingerprint = (rows.columns[name] for name in ("attempt", "step", "fingerprint"))
     keep = torch.zeros(len(rows), dtype=torch.bool)
     newest: dict[tuple[str, int], int] = {}
-    for attempt in number.unique().tolist():
-        own = number == attempt
-        if stages.get(attempt) == "fit":
-            keep |= own & (step <= line.get(attempt, -1))
+    for run in number.unique().tolist():
+        own = number == run
+        if stages.get(run) == "fit":
+            keep |= own & (step <= lineage.get(run, -1))
             continue
         keep |= own
-        for weights in set(fingerprint[own].tolist()) - {0}:  # 0 is not known to be equal to 0
-            key = (stages.get(attempt, ""), weights)
+        for weights in set(fingerprint[own].tolist()) - {0}:  # 0 is unknown, and not equal to another 0
+            key = (stages.get(run, ""), weights)
             if key in newest:
                 keep &= ~((number == newest[key]) & (fingerprint == weights))
-            newest[key] = attempt
-    return rows.chosen(keep)
+            newest[key] = run
+    return rows.where(keep)
 
 
-def _empty() -> dict[str, Tensor]:
+def _no_columns() -> dict[str, Tensor]:
+    """Return the columns of no rows."""
     columns = {name: torch.full((0,), value) for name, value in DEFAULTS.items()}
     return columns | {"attempt": torch.zeros(0, dtype=torch.int64)}

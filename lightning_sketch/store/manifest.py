@@ -1,7 +1,8 @@
-"""Where the rows of a store are: in a folder that compaction replaces as a whole.
+"""The current snapshot of a store: the folder of rows that compaction replaces as a whole.
 
-`generation.json` names the folder that counts; without it that is the first. A new one is filled, then named, then the
-old one removed: killed at any point, one whole folder counts. It also says up to which step each fit was kept.
+`generation.json` has the number of the current snapshot; without the file it is the first. Compaction fills a new
+snapshot, then names it there, then removes the old one: killed at any point, one complete snapshot is current. The file
+also has the last step of each fit that compaction has kept.
 """
 
 import json
@@ -12,34 +13,39 @@ from typing import Any
 
 from lightning_sketch._files import commit
 
-_POINTER = "generation.json"
+_MANIFEST = "generation.json"
 
 
 def rows_folder(path: Path) -> Path:
-    """The folder that counts."""
+    """Return the folder of the current snapshot."""
     return _folder(path, _current(path))
 
 
 def next_folder(path: Path) -> Path:
-    """An empty folder for the rows that will replace the present ones."""
+    """Make an empty folder for the next snapshot."""
     folder = _folder(path, _current(path) + 1)
-    shutil.rmtree(folder, ignore_errors=True)  # of a compaction that was interrupted
+    shutil.rmtree(folder, ignore_errors=True)  # left by a compaction that was interrupted
     folder.mkdir(parents=True)
     return folder
 
 
 def switch(path: Path, kept: Mapping[int, int]) -> None:
-    """Let the next folder count, with the last step that it has of each fit, and remove the others."""
+    """Make the next snapshot the current one and remove the others.
+
+    Args:
+        path: The folder of the store.
+        kept: The last step of each fit that the next snapshot has, by the number of the fit's run.
+    """
     number = _current(path) + 1
-    kept = {str(fit): min(step, kept_steps(path).get(fit, step)) for fit, step in kept.items()}
-    commit(path / _POINTER, json.dumps({"generation": number, "kept": kept}).encode())
+    steps = {str(fit): min(step, kept_steps(path).get(fit, step)) for fit, step in kept.items()}
+    commit(path / _MANIFEST, json.dumps({"generation": number, "kept": steps}).encode())
     for folder in path.glob("rows*"):
         if folder != _folder(path, number):
             shutil.rmtree(folder)
 
 
 def kept_steps(path: Path) -> dict[int, int]:
-    """The last step of each fit that no compaction has dropped; fits that began later are whole."""
+    """Return the last step of each fit that compaction has kept; fits that began later are complete and not listed."""
     return {int(fit): step for fit, step in _read(path).get("kept", {}).items()}
 
 
@@ -48,8 +54,8 @@ def _current(path: Path) -> int:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    pointer = path / _POINTER
-    return json.loads(pointer.read_text()) if pointer.exists() else {}
+    manifest = path / _MANIFEST
+    return json.loads(manifest.read_text()) if manifest.exists() else {}
 
 
 def _folder(path: Path, number: int) -> Path:

@@ -1,17 +1,17 @@
-"""Stored rows, read lazily."""
+"""A store of sketched gradients on disk, read lazily."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.store import maintenance
-from lightning_sketch.store.index import QUERIES, StoredRows, live_rows, read_index
-from lightning_sketch.store.lineage import Run, begin_run, lineage_of, read_runs
+from lightning_sketch.store.index import QUERIES, StoredRows, read_index, visible_rows
+from lightning_sketch.store.lineage import Run, RunStage, begin_run, lineage_of, read_runs
 from lightning_sketch.store.manifest import rows_folder
 from lightning_sketch.store.shards import Shard, ShardName
 from lightning_sketch.store.sketched_gradients import SketchedGradients, described, matching
@@ -23,16 +23,16 @@ Store = TypeVar("Store", bound="RowStore")
 
 @dataclass(frozen=True, eq=False)
 class RowStore:
-    """Sketched gradients on disk, one row per optimizer step or per example, as `GradientSketchWriter` left them.
+    """Sketched gradients on disk, one row per optimizer step or per example, as `GradientSketchWriter` writes them.
 
-    `len`, `metadata`, `where` and `blocks` see the rows that count: those of the latest fit and what it resumed from,
-    each step once, and those taken at checkpoints; not the `queries` kept beside them.
+    `len`, `metadata`, `where` and `blocks` see the visible rows: those of the latest fit and of the runs that it
+    resumed, each step once, and those taken at checkpoints; not the `queries`, which are stored beside them.
 
     Args:
-        path: its folder.
-        spec: what its rows are.
-        rows: index of the visible rows.
-        kept: index of the rows of stored queries.
+        path: The folder of the store.
+        spec: The sketch, parameters and number type of the rows.
+        rows: Index of the visible rows.
+        query_rows: Index of the visible rows of stored queries.
 
     Example::
 
@@ -44,47 +44,63 @@ class RowStore:
     path: Path
     spec: StoreSpec
     rows: StoredRows
-    kept: StoredRows
+    query_rows: StoredRows
 
     @classmethod
-    def open(cls: type[Store], path: str | Path, lineage: str | int = "latest") -> Store:
-        """A store as it is now; rows written later are seen by opening it again.
+    def open(cls: type[Store], path: str | Path, lineage: Literal["latest"] | int = "latest") -> Store:
+        """Open a store as it is now; open it again to see rows that are written later.
 
         Args:
-            path: the folder that was written.
-            lineage: "latest", or the number of the fit whose line of attempts counts.
+            path: The folder that was written, the writer's `dirpath`.
+            lineage: "latest", or the number of a fit: the rows of this fit and of the runs that it resumed are visible.
 
         Raises:
-            FileNotFoundError: if there is no store.
-            CorruptShard: if a file is cut or foreign; `RowStore.verify` lists all such files.
+            FileNotFoundError: if the folder has no store.
+            CorruptShard: if a file is truncated or foreign; `RowStore.verify` lists all such files.
             ValueError: if there is no such fit.
         """
         path = Path(path)
-        spec, attempts = StoreSpec.read(path), read_runs(path)
-        last = None if lineage == "latest" else int(lineage)
-        live = live_rows(read_index(rows_folder(path), spec), attempts, lineage_of(attempts, last))
-        queries = live.columns["stage"] == QUERIES
-        return cls(path, spec, live.chosen(~queries), live.chosen(queries))
+        spec, runs = StoreSpec.read(path), read_runs(path)
+        if lineage != "latest" and not isinstance(lineage, int):
+            raise ValueError(f"lineage={lineage!r} is not known; use 'latest', or the number of a fit as an int.")
+        last = None if lineage == "latest" else lineage
+        visible = visible_rows(read_index(rows_folder(path), spec), runs, lineage_of(runs, last))
+        queries = visible.columns["stage"] == QUERIES
+        return cls(path, spec, visible.where(~queries), visible.where(queries))
 
     @classmethod
     def create(cls: type[Store], path: str | Path, spec: StoreSpec) -> Store:
-        """A store of this spec in this folder, which may hold one already.
+        """Create a store in a folder, or open the store that the folder has, if its spec is equal.
+
+        Args:
+            path: The folder.
+            spec: The sketch, parameters and number type of the rows.
 
         Raises:
-            ValueError: if it holds one of another spec; both are shown.
+            ValueError: if the folder has a store of another spec; the message shows both.
         """
         spec.write(Path(path))
         return cls.open(path)
 
     def begin_run(
-        self, stage: str, parent: int | None = None, parent_step: int | None = None, world_size: int = 1
+        self, stage: RunStage, *, parent: int | None = None, parent_step: int | None = None, world_size: int = 1
     ) -> Run:
-        """Write down that rows will come: see `attempts`; one process does so for all."""
+        """Record a new run, before its rows are appended; one process does so for all.
+
+        Args:
+            stage: "fit", "validate", "test" or "predict".
+            parent: Number of the run that this one resumes, if any.
+            parent_step: Optimizer steps done at the checkpoint that this run resumes from.
+            world_size: Number of processes that will write.
+
+        Raises:
+            ValueError: if the stage or the parent is unknown, or compaction has dropped the parent's last steps.
+        """
         return begin_run(self.path, stage, parent, parent_step, world_size)
 
     @property
     def sketch(self) -> Sketch:
-        """The map that made the rows."""
+        """The sketch that made the rows."""
         return self.spec.operator
 
     def __len__(self) -> int:
@@ -92,19 +108,27 @@ class RowStore:
 
     def __repr__(self) -> str:
         rows = described(self.rows.columns, DTYPES[self.spec.dtype], self.sketch)
-        queries = f"\n    {len(self.kept)} rows of stored queries" if len(self.kept) else ""
+        queries = f"\n    {len(self.query_rows)} rows of stored queries" if len(self.query_rows) else ""
         return f"{type(self).__name__} in {self.path}: {rows}{queries}"
 
     def metadata(self) -> dict[str, Tensor]:
-        """What is known of each row; no sketch is read."""
+        """Return the columns of the visible rows by name, such as `step`, `example_id`, `loss`; no sketch is read."""
         return dict(self.rows.columns)
 
     def where(self: Store, mask: Tensor | None = None, **equal: Any) -> Store:
-        """The rows where the mask, of the store's length, is true and columns have these values; nothing is read."""
-        return replace(self, rows=self.rows.chosen(matching(self.rows.columns, len(self), mask, equal)))
+        """Select the rows where a mask is true and columns have given values; no sketch is read.
+
+        Args:
+            mask: Booleans, one per visible row.
+            **equal: Column names with the value that the rows must have; a stage is given by its name.
+
+        Raises:
+            ValueError: if a column or a stage is unknown.
+        """
+        return replace(self, rows=self.rows.where(matching(self.rows.columns, len(self), mask, equal)))
 
     def blocks(self, batch_rows: int = 4096) -> Iterator[SketchedGradients]:
-        """The rows in order, at most so many at a time; in bfloat16 and float32 straight from the files' pages."""
+        """Yield the rows in order, at most `batch_rows` at a time; bfloat16 and float32 are not copied in memory."""
         folder = rows_folder(self.path)
         for name, places, columns in self.rows.by_file():
             shard = Shard(folder, name, self.spec)
@@ -114,60 +138,98 @@ class RowStore:
                 yield SketchedGradients(shard.sketches(start, stop, scale), self.sketch, part)
 
     def read(self) -> SketchedGradients:
-        """All rows in memory."""
+        """Read all rows into memory."""
         blocks = list(self.blocks())
         if not blocks:
             return SketchedGradients(torch.zeros(0, self.sketch.dim), self.sketch, self.metadata())
         return SketchedGradients.cat(blocks)
 
     def queries(self) -> dict[int, SketchedGradients]:
-        """The validation examples' rows written while training, by the step of their checkpoint."""
-        steps = self.kept.columns["step"].unique().tolist()
-        return {step: replace(self, rows=self.kept).where(step=step).read() for step in steps}
+        """Read the validation examples' rows that were written during training, by the step of their checkpoint."""
+        steps = self.query_rows.columns["step"].unique().tolist()
+        return {step: replace(self, rows=self.query_rows).where(step=step).read() for step in steps}
 
-    def appender(self, attempt: Run, rank: int = 0, **options: Any) -> RowAppender:
-        """What one process writes the rows of an attempt with."""
-        return RowAppender(rows_folder(self.path), self.spec, rank, attempt.number, **options)
+    def appender(
+        self,
+        run: Run,
+        rank: int = 0,
+        *,
+        shard_bytes: int = 64 << 20,
+        flush_seconds: float = 60.0,
+        queue_bytes: int = 256 << 20,
+    ) -> RowAppender:
+        """Return the writer of one process's rows, a context manager.
+
+        Args:
+            run: The run, from `begin_run`.
+            rank: Rank of the process.
+            shard_bytes: Write a file when its rows have this many bytes,
+            flush_seconds: or when its first row is this old.
+            queue_bytes: Most bytes that wait for the disk.
+        """
+        return RowAppender(
+            rows_folder(self.path),
+            self.spec,
+            rank=rank,
+            run=run.number,
+            shard_bytes=shard_bytes,
+            flush_seconds=flush_seconds,
+            queue_bytes=queue_bytes,
+        )
 
     def verify(self) -> int:
-        """Read every file and compare its checksum; returns the number of rows, live or not.
+        """Read every file, compare its checksum, and return the number of rows, visible or not.
 
         Raises:
-            CorruptShard: naming every file that is cut, changed, foreign or missing.
+            CorruptShard: if files are truncated, changed, foreign or missing; the message names all.
         """
         return maintenance.verify(self.path, self.spec)
 
     def compact(self: Store, shard_bytes: int = 256 << 20) -> Store:
-        """Drop rows that no longer count and merge small files; all lines but the latest are gone then.
+        """Delete the rows that are not visible, merge small files, and return the store as it is then.
 
-        Killed at any point, the store is as before or as after. No run may be writing to it.
-        """
-        whole = self.open(self.path, "latest")
-        maintenance.compact(self.path, self.spec, StoredRows.cat(whole.rows, whole.kept), shard_bytes)
-        return self.open(self.path)
+        Only the latest lineage is left. Killed at any point, the store is as before or as after. No run may write to it
+        at the same time.
 
-    def export(self, kind: str, folder: str | Path) -> None:
-        """Copy the rows out: "npy" writes `sketches.npy` in float32 and a file per column.
+        Args:
+            shard_bytes: Bytes of rows in a file.
 
         Raises:
-            ValueError: for another kind.
+            CorruptShard: if a file has changed since it was written.
+        """
+        whole = self.open(self.path)
+        maintenance.compact(self.path, self.spec, StoredRows.cat(whole.rows, whole.query_rows), shard_bytes)
+        return self.open(self.path)
+
+    def export(self, kind: Literal["npy"], folder: str | Path) -> None:
+        """Export the rows to files of another format.
+
+        Args:
+            kind: "npy" writes `sketches.npy`, (rows, dim) in float32, and one file per column.
+            folder: Where to write them.
+
+        Raises:
+            ValueError: if the kind is unknown.
         """
         if kind != "npy":
             raise ValueError(f"export({kind!r}) is not known; use 'npy'.")
         maintenance.export_npy(self.blocks(), self.metadata(), self.sketch.dim, Path(folder))
 
     def shards(self) -> list[str]:
-        """The files that hold the rows, and where in them: for `read_shard`, on any machine that sees them."""
+        """Return one string per file of visible rows, which `read_shard` reads in any process that sees the file."""
         folder = rows_folder(self.path)
         parts = ((name, _runs(places, len(places))) for name, places, _ in self.rows.by_file())
         return [f"{folder / name.path}#{','.join(f'{a}-{b}' for a, b, _ in runs)}" for name, runs in parts]
 
 
 def read_shard(uri: str) -> SketchedGradients:
-    """The rows of a store that lie in one of its files: a plain function, to be sent to other processes.
+    """Read a store's visible rows in one of its files; a plain function, so that it can be sent to other processes.
 
     Args:
-        uri: one of `store.shards()`.
+        uri: One of the strings that `store.shards()` returns.
+
+    Raises:
+        CorruptShard: if the file is truncated or foreign.
     """
     file, _, runs = uri.rpartition("#")
     path = Path(file)
@@ -177,7 +239,7 @@ def read_shard(uri: str) -> SketchedGradients:
 
 
 def _runs(places: list[int], most: int) -> Iterator[tuple[int, int, int]]:
-    """Rising places in a file as ranges (start, stop), each with the index of its first."""
+    """Yield rising positions in a file as ranges (start, stop) of at most `most`, each with the index of its first."""
     begin = 0
     for i in range(1, len(places) + 1):
         if i == len(places) or places[i] != places[i - 1] + 1 or i - begin == most:

@@ -1,9 +1,9 @@
-"""One file of rows: columns of equal length in safetensors, with a checksum, written whole or not at all.
+"""A file of rows (a shard): columns of equal length in safetensors, with a checksum, written atomically.
 
-    rows/r00003/a00000001/00000017.safetensors        rank 3, attempt 1, the 17th file
+    rows/r00003/a00000001/00000017.safetensors        rank 3, run 1, the 18th file
 
-Rows in float16 carry a scale each, the largest magnitude in the row, so that no gradient is too large or too small
-for it. Rounding: 2^-9 of a number in bfloat16, 2^-11 of the row's largest in float16.
+Each row in float16 has a scale, its largest magnitude, so that gradients of any size fit. Rounding: 2^-9 of a number in
+bfloat16, 2^-11 of the largest number of the row in float16.
 """
 
 import json
@@ -20,53 +20,59 @@ from torch import Tensor
 
 from lightning_sketch._files import commit, make_folder
 from lightning_sketch.store.sketched_gradients import SketchedGradients
-from lightning_sketch.store.spec import DTYPES, StoreSpec
+from lightning_sketch.store.spec import DTYPES, Dtype, StoreSpec
 
-SKETCHES, SCALE = "sketches", "scale"
+_SKETCHES, _SCALE = "sketches", "scale"
 _NAME = re.compile(r"r(\d{5})/a(\d{8})/(\d{8})\.safetensors")
 
 
 class CorruptShard(ValueError):
-    """A file of a store that is not what was written."""
+    """Raised if a file of a store is not what was written."""
 
 
 @dataclass(frozen=True, order=True)
 class ShardName:
-    """Where a file of rows lies."""
+    """The name of a file of rows: which process of which run wrote it, and as which of its files.
 
-    attempt: int
+    Args:
+        run: Number of the run.
+        rank: Rank of the process.
+        sequence: 0, 1, ... in the order of writing.
+    """
+
+    run: int
     rank: int
     sequence: int
 
     @property
     def path(self) -> Path:
-        """Below the folder of the rows."""
-        return Path(f"r{self.rank:05d}", f"a{self.attempt:08d}", f"{self.sequence:08d}.safetensors")
+        """The path of the file, relative to the folder of the rows."""
+        return Path(f"r{self.rank:05d}", f"a{self.run:08d}", f"{self.sequence:08d}.safetensors")
 
     @classmethod
     def of(cls, path: Path) -> "ShardName":
-        """The inverse of `path`.
+        """Parse a path; the inverse of the property `path`.
 
         Raises:
-            CorruptShard: if a store has no file of that name.
+            CorruptShard: if no store names a file so.
         """
         found = _NAME.fullmatch("/".join(path.parts[-3:]))
         if found is None:
             raise CorruptShard(f"{path} is not a file of a store; move it away.")
-        rank, attempt, sequence = map(int, found.groups())
-        return cls(attempt, rank, sequence)
+        rank, run, sequence = map(int, found.groups())
+        return cls(run, rank, sequence)
 
 
 def write_shard(folder: Path, name: ShardName, spec: StoreSpec, rows: SketchedGradients) -> None:
-    """Commit rows, on the CPU and in the spec's type already, as one file.
+    """Write rows, which are on the CPU and in the spec's type, as one file, atomically.
 
     Raises:
-        OSError: if the disk is full or the folder cannot be written; nothing is there then.
+        OSError: if the disk is full or the folder cannot be written; no file is left then.
     """
-    tensors = {key: column.contiguous() for key, column in {SKETCHES: rows.sketches, **rows.columns}.items()}
+    tensors = {key: column.contiguous() for key, column in {_SKETCHES: rows.sketches, **rows.columns}.items()}
     header = {
         "spec": spec.id,
-        "attempt": str(name.attempt),
+        "attempt": str(name.run),
         "rank": str(name.rank),
         "sequence": str(name.sequence),
         "rows": str(len(rows)),
@@ -78,8 +84,8 @@ def write_shard(folder: Path, name: ShardName, spec: StoreSpec, rows: SketchedGr
     commit(path, save(tensors, header))
 
 
-def narrowed(rows: SketchedGradients, dtype: str) -> SketchedGradients:
-    """A copy of the rows on the CPU in a stored type; what is not finite is zero and marked.
+def narrowed(rows: SketchedGradients, dtype: Dtype) -> SketchedGradients:
+    """Copy rows to the CPU in a stored type; a row that is not finite becomes zero, with the column `finite` False.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> rows = narrowed(SketchedGradients(torch.tensor([[1e9, 5e8]]), BlockSRHT(9, 2)), "float16")
@@ -95,16 +101,21 @@ def narrowed(rows: SketchedGradients, dtype: str) -> SketchedGradients:
         columns["finite"] = columns["finite"] & finite
     if dtype == "float16":
         largest = sketches.abs().amax(1).float()
-        columns[SCALE] = largest.where(largest > 0, 1.0)
-        sketches = sketches / columns[SCALE][:, None]
+        columns[_SCALE] = largest.where(largest > 0, 1.0)
+        sketches = sketches / columns[_SCALE][:, None]
     return SketchedGradients(sketches.to(DTYPES[dtype]), rows.sketch, columns)
 
 
 class Shard:
-    """An open file of rows, read lazily: nothing but the header until it is asked for.
+    """An open file of rows, read lazily: opening it reads the header only.
+
+    Args:
+        folder: The folder of the rows.
+        name: The name of the file.
+        spec: The spec of the store.
 
     Raises:
-        CorruptShard: if it is cut, not safetensors, or belongs to another store or place.
+        CorruptShard: if the file is truncated, not safetensors, or belongs to another store or place.
     """
 
     def __init__(self, folder: Path, name: ShardName, spec: StoreSpec):
@@ -115,10 +126,10 @@ class Shard:
             shapes = {key: self._open.get_slice(key).get_shape() for key in sorted(self._open.keys())}
         except (SafetensorError, OSError) as error:
             raise CorruptShard(
-                f"{self.file} cannot be read: {error}. It may be cut; store.verify() lists all."
+                f"{self.file} cannot be read: {error}. It may be truncated; store.verify() lists all such files."
             ) from error
         self.keys = list(shapes)
-        expected = {"spec": spec.id, "attempt": name.attempt, "rank": name.rank, "sequence": name.sequence}
+        expected = {"spec": spec.id, "attempt": name.run, "rank": name.rank, "sequence": name.sequence}
         for key, value in expected.items():
             if self.header.get(key) != str(value):
                 raise CorruptShard(
@@ -136,26 +147,26 @@ class Shard:
         return int(self.header["rows"])
 
     def columns(self) -> dict[str, Tensor]:
-        """All columns but the sketches and their scale."""
-        return {key: self._open.get_tensor(key) for key in self.keys if key not in (SKETCHES, SCALE)}
+        """Read all columns but the sketches and their scale."""
+        return {key: self._open.get_tensor(key) for key in self.keys if key not in (_SKETCHES, _SCALE)}
 
     def scale(self) -> Tensor | None:
-        """Of each row, where they are float16."""
-        return self._open.get_tensor(SCALE) if SCALE in self.keys else None
+        """Read the scale of each row; None if the sketches are not float16."""
+        return self._open.get_tensor(_SCALE) if _SCALE in self.keys else None
 
     def sketches(self, start: int, stop: int, scale: Tensor | None = None) -> Tensor:
-        """Rows of numbers, from the file's pages as they are; float16 becomes float32 by its scale."""
-        stored = self._open.get_slice(SKETCHES)[start:stop]
+        """Read the sketches of rows `start` to `stop`: without a copy, or with a scale as float32 times the scale."""
+        stored = self._open.get_slice(_SKETCHES)[start:stop]
         return stored if scale is None else stored.float().mul_(scale[start:stop, None])
 
     def rows(self, places: Tensor) -> SketchedGradients:
-        """Some of the rows, in memory."""
+        """Read the rows at these positions of the file."""
         sketches = self.sketches(0, len(self), self.scale())
         columns = {key: column[places] for key, column in self.columns().items()}
         return SketchedGradients(sketches[places], self.spec.operator, columns)
 
     def verify(self) -> None:
-        """Read everything and compare with the checksum.
+        """Read the whole file and compare it with its checksum.
 
         Raises:
             CorruptShard: if a bit has changed.
@@ -163,7 +174,7 @@ class Shard:
         tensors = {key: self._open.get_tensor(key) for key in self.keys}
         if self.header.get("crc32") != _checksum(tensors):
             raise CorruptShard(
-                f"{self.file}: its contents do not fit its checksum; restore it from a copy, or delete it."
+                f"{self.file}: its contents do not match its checksum; restore it from a copy, or delete it."
             )
 
 
@@ -172,9 +183,9 @@ def _header_checksum(header: Mapping[str, str]) -> str:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types and bytes of all columns."""
+    """Return the checksum of the names, types and bytes of all columns."""
     crc = 0
     for key in sorted(tensors):
         crc = zlib.crc32(f"{key} {tensors[key].dtype}".encode(), crc)
-        crc = zlib.crc32(tensors[key].view(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensors[key].view(-1).view(torch.uint8).numpy().data, crc)
     return str(crc)

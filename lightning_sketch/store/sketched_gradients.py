@@ -1,8 +1,8 @@
-"""Sketched gradients with what is known of each: the rows that stores hold and questions are asked of."""
+"""In-memory table of sketched gradients: one row per gradient, with columns such as its step, example and loss."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -11,11 +11,26 @@ from torch.nn.functional import pad
 
 from lightning_sketch.operators.sketch import Sketch
 
-STAGES = ("fit", "validate", "test", "predict", "queries")
-"""Where a row comes from: an optimizer step; an example at a checkpoint; a validation example while training."""
+# Where a row comes from: "fit" from training; "validate", "test" and "predict" from an example at a checkpoint;
+# "queries" from a validation example during training.
+Stage = Literal["fit", "validate", "test", "predict", "queries"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
 UNKNOWN_ID = -1
 
+# The columns of every row, with the value that means "unknown":
+#
+#     example_id    the user's number of the example
+#     stage         index into STAGES
+#     step          optimizer steps done, counting the row's own step; or when the checkpoint was saved
+#     epoch
+#     lr            learning rate of the step; at a checkpoint, that of its last step
+#     loss          loss of the example, or mean loss of the step
+#     prob_true     probability that the model gives to the example's true label
+#     fingerprint   hash of the weights at which the gradient was taken; 0 if unknown
+#     rank          rank of the process that wrote the row
+#     padded        True for a duplicate that a distributed sampler added to even out the ranks
+#     finite        False if the gradient had an inf or NaN: the step was skipped and the sketch is zero
 DEFAULTS: dict[str, int | float | bool] = {
     "example_id": UNKNOWN_ID,
     "stage": STAGES.index("predict"),
@@ -29,33 +44,22 @@ DEFAULTS: dict[str, int | float | bool] = {
     "padded": False,
     "finite": True,
 }
-"""The columns that every row has, with what stands for "not known".
-
-example_id    the user's number of the example
-stage         index into STAGES
-step          optimizer steps done when the row's own step was done, or when the checkpoint was taken
-epoch
-lr            learning rate of the step; of the checkpoint, that of its last step
-loss          loss of the example, or mean loss of the step
-prob_true     probability that the model gives to the example's true label
-fingerprint   of the weights that the gradient was taken at; 0: not known
-rank          process that wrote it
-padded        a copy that a distributed sampler added to even out the ranks
-finite        False: the gradient had an inf or NaN, the step was skipped, the sketch is zero
-"""
 
 
 @dataclass(frozen=True, eq=False)
 class SketchedGradients:
-    """One sketched gradient per row, and columns of the same length.
+    """A table of sketched gradients: one row per gradient, and columns of the same length.
+
+    Each column is also an attribute: `rows.loss` is `rows.columns["loss"]`.
 
     Args:
-        sketches: (rows, dim), in any floating type.
-        sketch: the map that made them.
-        columns: tensors with a value per row; those of `DEFAULTS` that are missing are filled in.
+        sketches: The sketched gradients, (rows, dim), in any floating-point type.
+        sketch: The sketch that made them.
+        columns: Tensors with one value per row. Missing ones of `example_id`, `stage`, `step`, `epoch`, `lr`, `loss`,
+            `prob_true`, `fingerprint`, `rank`, `padded` and `finite` are filled with the value that means "unknown".
 
     Raises:
-        ValueError: if lengths disagree, or the sketches have another width than the sketch gives.
+        ValueError: if the lengths disagree, or the width of `sketches` is not `sketch.dim`.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> rows = SketchedGradients(torch.eye(4), BlockSRHT(100, 4), {"example_id": torch.arange(4)})
@@ -92,15 +96,15 @@ class SketchedGradients:
 
     @property
     def dim(self) -> int:
-        """Numbers in a row."""
+        """The number of entries in a row."""
         return self.sketch.dim
 
     @property
     def fingerprint(self) -> int:
-        """Of the weights that all rows were taken at.
+        """The fingerprint of the weights at which all rows were taken, 0 if unknown.
 
         Raises:
-            ValueError: if they were taken at different ones.
+            ValueError: if the rows were taken at different weights.
         """
         found = self.columns["fingerprint"].unique().tolist()
         if len(found) > 1:
@@ -110,31 +114,39 @@ class SketchedGradients:
         return found[0] if found else 0
 
     def metadata(self) -> dict[str, Tensor]:
-        """The columns."""
+        """Return the columns by name."""
         return dict(self.columns)
 
     def where(self, mask: Tensor | None = None, **equal: Any) -> "SketchedGradients":
-        """The rows where the mask is true and columns have these values; a stage goes by its name."""
+        """Select the rows where a mask is true and columns have given values.
+
+        Args:
+            mask: Booleans, one per row.
+            **equal: Column names with the value that the rows must have; a stage is given by its name.
+
+        Raises:
+            ValueError: if a column or a stage is unknown.
+        """
         keep = matching(self.columns, len(self), mask, equal)
         if keep.all():
             return self
         return SketchedGradients(self.sketches[keep], self.sketch, {k: v[keep] for k, v in self.columns.items()})
 
     def blocks(self, batch_rows: int = 4096) -> Iterator["SketchedGradients"]:
-        """The rows in order, at most so many at a time."""
+        """Yield the rows in order, at most `batch_rows` at a time."""
         for start in range(0, len(self), batch_rows):
             part = slice(start, start + batch_rows)
             yield SketchedGradients(self.sketches[part], self.sketch, {k: v[part] for k, v in self.columns.items()})
 
     @staticmethod
     def cat(parts: "list[SketchedGradients]") -> "SketchedGradients":
-        """All rows of the parts, in order; where a part lacks a column its values are unknown."""
+        """Concatenate tables of one sketch; where a table lacks a column, its values are unknown."""
         columns = cat_columns([part.columns for part in parts])
         return SketchedGradients(torch.cat([part.sketches for part in parts]), parts[0].sketch, columns)
 
 
 def described(columns: Mapping[str, Tensor], dtype: torch.dtype, sketch: Sketch) -> str:
-    """Return what rows are, in a line or two: how many, by which sketch, from which stages, with what known of them."""
+    """Describe a table of rows in a line or two: their number, sketch, stages, and the columns that have values."""
     stages = columns["stage"]
     counts = ", ".join(f"{STAGES[i]} {int((stages == i).sum())}" for i in stages.unique().tolist())
     known = [name for name, column in columns.items() if not _is_default(name, column)]
@@ -146,7 +158,7 @@ def described(columns: Mapping[str, Tensor], dtype: torch.dtype, sketch: Sketch)
 
 
 def _is_default(name: str, column: Tensor) -> bool:
-    """Whether a column says nothing of any row."""
+    """Return whether a column has no information: the default everywhere (for the stage: always)."""
     if name not in DEFAULTS or name == "stage":
         return name == "stage"
     default = DEFAULTS[name]
@@ -154,7 +166,7 @@ def _is_default(name: str, column: Tensor) -> bool:
 
 
 def cat_columns(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One below the other; what a part lacks is unknown there, and lists of ids are filled up to the longest."""
+    """Concatenate columns; a missing column is unknown there, and lists of ids are padded to the longest with -1."""
     columns = {}
     for name, like in {name: column for part in parts for name, column in part.items()}.items():
         tensors = [part[name] if name in part else _unknown(like, len(part["step"])) for part in parts]
@@ -166,16 +178,16 @@ def cat_columns(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _unknown(like: Tensor, count: int) -> Tensor:
-    """So many values of a column that say nothing: -1, NaN, False."""
+    """Return `count` unknown values of a column, by its type: -1, NaN or False."""
     value = torch.nan if like.is_floating_point() else False if like.dtype == torch.bool else UNKNOWN_ID
     return like.new_full((count, *like.shape[1:]), value)
 
 
 def matching(columns: Mapping[str, Tensor], count: int, mask: Tensor | None, equal: Mapping[str, Any]) -> Tensor:
-    """Which of `count` rows have these values, as booleans.
+    """Return booleans for `count` rows: whether the mask is true and the columns have the values in `equal`.
 
     Raises:
-        ValueError: if a column or a stage is not known.
+        ValueError: if a column or a stage is unknown.
     """
     keep = torch.ones(count, dtype=torch.bool) if mask is None else mask.clone()
     for name, value in equal.items():
@@ -191,20 +203,20 @@ def matching(columns: Mapping[str, Tensor], count: int, mask: Tensor | None, equ
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Sketched gradients, in memory or on disk."""
+    """Sketched gradients, in memory or on disk: what the functions of `attribution` read."""
 
     @property
     def sketch(self) -> Sketch:
-        """The map that made the rows."""
+        """The sketch that made the rows."""
 
     def __len__(self) -> int:
-        """How many rows there are."""
+        """Return the number of rows."""
 
     def metadata(self) -> dict[str, Tensor]:
-        """The columns, without touching the sketches."""
+        """Return the columns by name, without reading the sketches."""
 
     def where(self, mask: Tensor | None = None, **equal: Any) -> "RowSource":
-        """The rows where the mask is true and columns have these values, in their order."""
+        """Select the rows where the mask is true and columns have the values in `equal`, in their order."""
 
     def blocks(self, batch_rows: int = 4096) -> Iterator[SketchedGradients]:
-        """The rows in order, at most so many at a time."""
+        """Yield the rows in order, at most `batch_rows` at a time."""

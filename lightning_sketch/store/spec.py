@@ -1,12 +1,12 @@
-"""What the rows of a store are, written once and compared ever after."""
+"""The specification of a store: which sketch, parameters and number type its rows have; written once, then compared."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,42 +15,50 @@ from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators.kinds import make_sketch
 from lightning_sketch.operators.sketch import Sketch
 
-FORMAT = 1
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+Dtype = Literal["bfloat16", "float16", "float32"]
+DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_FORMAT = 1
 _VERSIONS = ("torch", "pytorch-lightning", "safetensors", "lightning-sketch")
 
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """The map, the parameters, and the form of the numbers; two stores fit together if these are equal.
+    """The sketch, the parameters and the number type of a store's rows; runs share a store only if these are equal.
 
     Args:
-        sketch: `sketch.spec()`.
+        sketch: What `sketch.spec()` returns.
         layout: [name, shape] of each parameter, in the order of the flat vector.
-        dtype: of the stored sketches: "bfloat16", "float16" (with a scale per row) or "float32".
-        normalization: in words, what a row is the gradient of.
-        left_out: trainable parameters that the rows do not cover, by name, with the reason.
-        contribution: whether batch statistics couple the examples, so that a row is an example's share in the gradient
-            of its batch, and not the gradient of a loss of its own.
+        dtype: Type of the stored sketches: "bfloat16", "float16" (with a scale per row) or "float32".
+        normalization: What a row is the gradient of, in words.
+        left_out: Trainable parameters that the rows do not cover: their names, each with the reason.
+        contribution: Whether batch statistics couple the examples, so that a row is the example's share of the
+            gradient of its batch rather than the gradient of the example's own loss.
+        format: Version of the file format.
 
     Raises:
-        ValueError: if the type is unknown, or sketch and layout disagree on the number of parameters.
+        ValueError: if `dtype` or `format` is unknown, or sketch and layout disagree about the number of parameters.
+
+    >>> from lightning_sketch.operators import BlockSRHT
+    >>> spec = StoreSpec(BlockSRHT(12, 4).spec(), [["weight", [3, 4]]], dtype="float32")
+    >>> spec.operator
+    BlockSRHT(n=12, dim=4, seed=0)
     """
 
     sketch: Mapping[str, Any]
     layout: list[list[Any]]
-    dtype: str = "bfloat16"
+    _: KW_ONLY
+    dtype: Dtype = "bfloat16"
     normalization: str = "gradient of the mean loss"
     left_out: Mapping[str, str] = field(default_factory=dict)
     contribution: bool = False
-    format: int = FORMAT
+    format: int = _FORMAT
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; use {', '.join(map(repr, DTYPES))}.")
-        if self.format != FORMAT:
+        if self.format != _FORMAT:
             raise ValueError(
-                f"the store has format {self.format}, this version of lightning_sketch reads {FORMAT}; install the "
+                f"the store has format {self.format}, this version of lightning_sketch reads {_FORMAT}; install the "
                 "version that wrote it."
             )
         n = sum(torch.Size(shape).numel() for _, shape in self.layout)
@@ -58,31 +66,59 @@ class StoreSpec:
             raise ValueError(f"the layout has {n} numbers, the sketch takes n={self.sketch['n']}.")
 
     @classmethod
-    def of(cls, sketch: Sketch, layout: Layout, **options: Any) -> "StoreSpec":
-        """The spec of rows that this sketch makes of this layout."""
-        pairs = zip(layout.names, layout.shapes, strict=True)
-        return cls(sketch.spec(), [[name, list(shape)] for name, shape in pairs], **options)
+    def of(
+        cls,
+        sketch: Sketch,
+        layout: Layout,
+        *,
+        dtype: Dtype = "bfloat16",
+        normalization: str = "gradient of the mean loss",
+        left_out: Mapping[str, str] | None = None,
+        contribution: bool = False,
+    ) -> "StoreSpec":
+        """Build the spec of the rows that a sketch makes of gradients in a layout.
+
+        Args:
+            sketch: The sketch of the rows.
+            layout: The parameters that the rows cover.
+            dtype: As in the class.
+            normalization: As in the class.
+            left_out: As in the class; empty if None.
+            contribution: As in the class.
+
+        Raises:
+            ValueError: if `dtype` is unknown, or sketch and layout disagree about the number of parameters.
+        """
+        pairs = [[name, list(shape)] for name, shape in zip(layout.names, layout.shapes, strict=True)]
+        return cls(
+            sketch.spec(),
+            pairs,
+            dtype=dtype,
+            normalization=normalization,
+            left_out=left_out or {},
+            contribution=contribution,
+        )
 
     @property
     def operator(self) -> Sketch:
-        """The sketch itself."""
+        """The sketch as an operator, built from its spec."""
         return make_sketch(**self.sketch)
 
     @property
     def parameters(self) -> Layout:
-        """The layout itself."""
+        """The layout of the parameters that the rows cover."""
         return Layout(*zip(*((name, torch.Size(shape)) for name, shape in self.layout), strict=True))
 
     @property
     def id(self) -> str:
-        """A hash of what is compared; each shard carries it."""
+        """The hash of the compared fields, which every file of rows carries."""
         return hashlib.sha256(json.dumps(self._compared(), sort_keys=True).encode()).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Write `spec.json` into the folder, with the versions of the libraries, unless there is one.
+        """Write `spec.json` into a folder, with the versions of the libraries, unless the file exists.
 
         Raises:
-            ValueError: if there is one that differs.
+            ValueError: if the file exists and has another spec.
         """
         text = json.dumps({**asdict(self), "versions": {name: _version(name) for name in _VERSIONS}}, indent=1)
         if not write_once(folder / "spec.json", text.encode()):
@@ -90,10 +126,10 @@ class StoreSpec:
 
     @classmethod
     def read(cls, folder: Path) -> "StoreSpec":
-        """From the folder's `spec.json`.
+        """Read the spec from a folder's `spec.json`.
 
         Raises:
-            FileNotFoundError: if the folder holds no store.
+            FileNotFoundError: if the folder has no store.
         """
         path = folder / "spec.json"
         if not path.exists():
@@ -103,10 +139,10 @@ class StoreSpec:
         return cls(**stored)
 
     def check_equal(self, other: "StoreSpec", folder: Path) -> None:
-        """Refuse another spec: mixing rows of two maps would give plausible, wrong numbers.
+        """Refuse a spec that differs: mixing rows of two sketches would give plausible but wrong scores.
 
         Raises:
-            ValueError: with both specs, where they differ.
+            ValueError: if they differ; the message shows both where they do.
         """
         mine, theirs = self._compared(), other._compared()
         differ = [name for name in mine if mine[name] != theirs[name]]
@@ -121,7 +157,7 @@ class StoreSpec:
             )
 
     def _compared(self) -> dict[str, Any]:
-        """All fields; of what is left out the names, since reasons may speak of a batch's size."""
+        """Return the fields to compare; of `left_out` only the names, since a reason may mention the batch size."""
         return {**asdict(self), "left_out": sorted(self.left_out)}
 
 
@@ -133,7 +169,7 @@ def _version(name: str) -> str | None:
 
 
 def _short(value: Any, other: Any) -> str:
-    """The value in words; of a long list only where it differs."""
+    """Return a value as text; of a long list only the items that are not in `other`."""
     if isinstance(value, list) and isinstance(other, list) and len(value) > 4:
         only = [item for item in value if item not in other]
         return f"{len(value)} parameters, of which not in the other: {only[:5]}"

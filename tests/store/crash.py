@@ -1,4 +1,4 @@
-"""Run as a program: append rows to a store until killed; prints the step of each flush when it is over.
+"""A program that appends rows to a store until it is killed; it prints the number of its run and each step flushed.
 
 python crash.py FOLDER PARENT PARENT_STEP [compact] [kill=K]
 
@@ -43,10 +43,11 @@ def main(folder: str, parent: str, parent_step: str, *options: str):
         store.compact()
         print("COMPACTED", flush=True)
         return
-    attempt = store.begin_run("fit", int(parent) or None, int(parent_step) if int(parent) else None)
-    print(f"ATTEMPT {attempt.number}", flush=True)
+    resumed = {"parent": int(parent), "parent_step": int(parent_step)} if int(parent) else {}
+    run = store.begin_run("fit", **resumed)
+    print(f"RUN {run.number}", flush=True)
     step = int(parent_step)
-    with store.appender(attempt, shard_bytes=300) as appender:
+    with store.appender(run, shard_bytes=300) as appender:
         while step < 100_000:
             step += 1
             appender.put(rows([step]))
