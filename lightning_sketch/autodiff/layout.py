@@ -1,27 +1,35 @@
-"""Named parameters <-> one flat vector, in a fixed order."""
+"""The map between named parameters and one flat vector, in a fixed order."""
 
 import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Size, Tensor, nn
 
 from lightning_sketch.operators.sketch import Sketch
+from lightning_sketch.operators.streaming import StreamingSketch
 
-_SLAB = 1 << 20
+# Numbers of the flat vector that are read or written at once.
+_BUFFER = 1 << 20
+
+# Prefixes that wrappers add to the names of parameters.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which parameters make up the flat vector, in which order and shape.
+    """The parameters that make up a flat vector, in a fixed order.
 
-    Made once, from what is trainable at that moment; a hook that freezes parameters later changes nothing.
+    It is built once, from the parameters that are trainable then; freezing some later does not change it.
+
+    Attributes:
+        names: The names of the parameters, in their order.
+        shapes: The shapes of the parameters.
 
     >>> layout = Layout.of(nn.Linear(3, 2))
     >>> layout.names, layout.n
@@ -33,17 +41,17 @@ class Layout:
 
     @classmethod
     def of(cls, module: nn.Module, pattern: str | Sequence[str] = "*") -> "Layout":
-        """Return the layout of the trainable parameters whose name matches, shared ones once, in the module's order.
+        """Return the layout of the trainable parameters whose names match, shared ones once, in the module's order.
 
         Args:
-            module: names are taken without the prefixes that torch.compile, FSDP, DDP and
-                activation checkpointing add.
-            pattern: shell-style, e.g. `"blocks.*.attn.*"`, or several; a shared parameter is found
-                under each of its names and listed under the first.
+            module: The module; names are taken without the prefixes that torch.compile, FSDP, DDP and activation
+                checkpointing add.
+            pattern: A shell-style pattern such as `"blocks.*.attn.*"`, or several; a shared parameter is found under
+                each of its names and listed under the first.
 
         Raises:
-            ValueError: if no parameter is trainable, or none that is matches.
-            TypeError: if one of them is complex.
+            ValueError: if no parameter is trainable, or no trainable one matches.
+            TypeError: if one of the parameters is complex.
         """
         found = _trainable(module)
         patterns = [pattern] if isinstance(pattern, str) else list(pattern)
@@ -59,16 +67,20 @@ class Layout:
             raise ValueError(f"no trainable parameter matches {pattern!r}; the names start with {known}.")
         for name, parameter in chosen.items():
             if parameter.is_complex():
-                raise TypeError(f"parameter {name} is {parameter.dtype}; hold it as two real parameters.")
+                raise TypeError(f"parameter {name} is {parameter.dtype}; replace it by two real parameters.")
         return cls(tuple(chosen), tuple(p.shape for p in chosen.values()))
 
     @property
     def n(self) -> int:
-        """Total number of scalars."""
+        """The number of scalars, the size of the flat vector."""
         return sum(shape.numel() for shape in self.shapes)
 
     def parameters(self, module: nn.Module) -> list[nn.Parameter]:
-        """Return the parameters of the module, in this order."""
+        """Return the parameters of a module, frozen ones too, in the order of the layout.
+
+        Raises:
+            ValueError: if a parameter is missing or has another shape.
+        """
         found = {names[0]: parameter for parameter, names in _trainable(module, frozen=True).values()}
         missing = [
             name
@@ -80,7 +92,12 @@ class Layout:
         return [found[name] for name in self.names]
 
     def flatten(self, tensors: Sequence[Tensor | None], like: Tensor) -> Float[Tensor, " n"]:
-        """Return one vector, of the type and on the device of `like`; None is zero."""
+        """Return one vector of tensors in the order of the layout.
+
+        Args:
+            tensors: The tensors; None is zero.
+            like: A tensor whose type and device the vector gets.
+        """
         vector, start = like.new_zeros(self.n), 0
         for size, tensor in zip(self._sizes, tensors, strict=True):
             if tensor is not None:
@@ -89,24 +106,27 @@ class Layout:
         return vector
 
     def unflatten(self, vector: Float[Tensor, " n"]) -> list[Tensor]:
-        """Return views into the vector, in the parameters' shapes."""
+        """Return views of a vector, in the shapes of the parameters."""
         return [part.view(shape) for part, shape in zip(vector.split(self._sizes), self.shapes, strict=True)]
 
     def sketch(self, sketch: Sketch, tensors: Mapping[str, Tensor | None]) -> Float[Tensor, " dim"]:
-        """Sketch the flat vector of these tensors, without making that vector if the sketch streams.
+        """Sketch the flat vector of these tensors, without forming that vector if the sketch streams.
 
         Args:
-            sketch: with n as here.
-            tensors: by name, e.g. gradients, on any device, in any floating type; one that is missing or
-                None is zero, a sparse one is coalesced. Of a DTensor each rank sketches its own shard, where it is,
-                and `dim` numbers are added up over the ranks that hold others: all ranks must call this.
+            sketch: The sketch, of vectors of size n.
+            tensors: The tensors by name, such as gradients, on any device, in any floating type; a missing name or
+                None is zero, a sparse tensor is coalesced. Each rank sketches its own shard of a DTensor, and `dim`
+                numbers are summed over the ranks that have the other shards: all ranks must call this.
+
+        Returns:
+            The sketch, (dim,), in float32, or float64 if a tensor is.
 
         Raises:
-            ValueError: if sizes disagree or a name is unknown, or a DTensor meets a sketch that does not stream.
-            TypeError: if a tensor is complex, or a DTensor in other parts than runs of rows.
+            ValueError: if sizes disagree, a name is unknown, or the sketch does not stream and a tensor is a DTensor.
+            TypeError: if a tensor is complex, or a DTensor whose shards are not runs of rows.
         """
         self._check(sketch, tensors)
-        sharded = {name: tensor for name, tensor in tensors.items() if hasattr(tensor, "placements")}
+        sharded: dict[str, Any] = {name: t for name, t in tensors.items() if hasattr(t, "placements")}
         if sharded:
             plain = {name: tensor for name, tensor in tensors.items() if name not in sharded}
             return self.sketch(sketch, plain) + self._sketch_sharded(sketch, sharded)
@@ -117,50 +137,50 @@ class Layout:
             vector = self.flatten([_dense(tensors.get(name)) for name in self.names], total)
             return sketch.matvec(vector)
         # Whole chunks, so that none is mapped twice; in memory that stays in cache.
-        slab = total.new_empty(max(1, _SLAB // sketch.chunk) * sketch.chunk)
-        for start, piece in self._slabs(tensors, slab):
-            total += sketch.columns(start, start + len(piece)).matvec(piece)
+        buffer = total.new_empty(_buffer_size(sketch))
+        for start, part in self._parts(tensors, buffer):
+            total += sketch.columns(start, start + len(part)).matvec(part)
         return total
 
-    def adjoint(self, sketch: Sketch, y: Float[Tensor, " dim"], like: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield Sᵀ y, the adjoint of `sketch`, cut into the parameters' shapes, one after the other.
+    def adjoint(self, sketch: Sketch, y: Float[Tensor, " dim"], *, like: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Yield Sᵀ y, the adjoint of `sketch`, split into tensors of the parameters' shapes, one after the other.
 
-        Scratch: the largest parameter and a slab, if the sketch streams; n numbers if not.
+        Scratch memory: the largest parameter and 2^20 numbers if the sketch streams, n numbers if not.
 
         Args:
-            sketch: with n as here.
-            y: what to lift.
-            like: the parameters; of a DTensor each rank gets its own shard.
+            sketch: The sketch, of vectors of size n.
+            y: The vector that Sᵀ is multiplied by, (dim,).
+            like: The parameters; of a DTensor each rank gets its own shard.
 
         Raises:
-            ValueError: if sizes disagree, or a DTensor meets a sketch that does not stream.
+            ValueError: if sizes disagree, or the sketch does not stream and a parameter is a DTensor.
         """
         self._check(sketch, dict(zip(self.names, like, strict=True)))
-        slab = max(1, _SLAB // sketch.chunk) * sketch.chunk if sketch.streams else self.n
-        begin, held = 0, y[:0]
+        size = _buffer_size(sketch) if sketch.streams else self.n
+        begin, buffer = 0, y[:0]
 
         def read(start: int, stop: int) -> Tensor:
-            nonlocal begin, held
+            nonlocal begin, buffer
             parts = []
             while start < stop:
-                if not begin <= start < begin + len(held):
-                    begin = start // slab * slab
-                    held = sketch.columns(begin, min(begin + slab, self.n)).rmatvec(y)
-                parts.append(held[start - begin : stop - begin])
+                if not begin <= start < begin + len(buffer):
+                    begin = start // size * size
+                    buffer = sketch.columns(begin, min(begin + size, self.n)).rmatvec(y)
+                parts.append(buffer[start - begin : stop - begin])
                 start += len(parts[-1])
             return parts[0] if len(parts) == 1 else torch.cat([y[:0], *parts])
 
         for start, tensor in zip(itertools.accumulate(self._sizes, initial=0), like, strict=False):
             if hasattr(tensor, "placements"):
-                local = tensor.to_local()
+                local = cast(Any, tensor).to_local()
                 first = start + _first_of_shard(tensor)
                 whole = sketch.columns(first, first + local.numel()).rmatvec(y) if local.numel() else y[:0]
                 yield whole.view(local.shape)
             else:
                 yield read(start, start + tensor.numel()).view(tensor.shape)
 
-    def _sketch_sharded(self, sketch: Sketch, tensors: Mapping[str, Tensor]) -> Float[Tensor, " dim"]:
-        """Return the sum over all shards of their sketches, each taken by the rank that holds it."""
+    def _sketch_sharded(self, sketch: Sketch, tensors: Mapping[str, Any]) -> Float[Tensor, " dim"]:
+        """Return the sum of the sketches of all shards of DTensors, each computed by the rank that has it."""
         starts = dict(zip(self.names, itertools.accumulate(self._sizes, initial=0), strict=False))
         partial: dict[tuple, Tensor] = {}
         for name, tensor in tensors.items():
@@ -172,7 +192,7 @@ class Layout:
             if len(local):
                 start = starts[name] + _first_of_shard(tensor)
                 partial[key] += sketch.columns(start, start + len(local)).matvec(local).to(partial[key])
-        return sum(_summed(part, *key) for key, part in partial.items())
+        return cast(Tensor, sum(_summed(part, *key) for key, part in partial.items()))
 
     @property
     def _sizes(self) -> list[int]:
@@ -196,8 +216,8 @@ class Layout:
             if hasattr(tensor, "placements"):
                 _check_sharded(name, tensor, sketch)
 
-    def _slabs(self, tensors: Mapping[str, Tensor | None], slab: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield pieces of the flat vector, one after the other in the same memory, but those without any tensor."""
+    def _parts(self, tensors: Mapping[str, Tensor | None], buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield parts of the flat vector and where they begin, in the same memory, except parts without a tensor."""
         begin, offset, given = 0, 0, False
         for name, size in zip(self.names, self._sizes, strict=True):
             tensor = _dense(tensors.get(name))
@@ -205,31 +225,37 @@ class Layout:
             done = 0
             while done < size:
                 low = offset + done - begin
-                part = min(size - done, len(slab) - low)
-                slab[low : low + part] = 0 if flat is None else flat[done : done + part]
+                part = min(size - done, len(buffer) - low)
+                buffer[low : low + part] = 0 if flat is None else flat[done : done + part]
                 given |= flat is not None
                 done += part
-                if low + part == len(slab):
+                if low + part == len(buffer):
                     if given:
-                        yield begin, slab
-                    begin, given = begin + len(slab), False
+                        yield begin, buffer
+                    begin, given = begin + len(buffer), False
             offset += size
         if given:
-            yield begin, slab[: offset - begin]
+            yield begin, buffer[: offset - begin]
 
 
-def _check_sharded(name: str, tensor: Tensor, sketch: Sketch) -> None:
+def _buffer_size(sketch: Sketch) -> int:
+    """Return the size of a buffer of whole chunks, for a sketch that streams."""
+    chunk = cast(StreamingSketch, sketch).chunk
+    return max(1, _BUFFER // chunk) * chunk
+
+
+def _check_sharded(name: str, tensor: Any, sketch: Sketch) -> None:
     strange = [
         str(placement) for placement in tensor.placements if not (placement.is_replicate() or placement.is_shard(0))
     ]
     if strange or sum(placement.is_shard(0) for placement in tensor.placements) > 1:
-        raise TypeError(f"{name} is laid out as {tensor.placements}, not in runs of rows; pass tensor.full_tensor().")
+        raise TypeError(f"{name} is sharded as {tensor.placements}, not by rows; pass tensor.full_tensor().")
     if not sketch.streams:
         raise ValueError(f"{type(sketch).__name__} needs the whole vector, {name} is sharded; use 'block_srht'.")
 
 
-def _first_of_shard(tensor: Tensor) -> int:
-    """Return the flat place of the first number of this rank's shard, a run of rows."""
+def _first_of_shard(tensor: Any) -> int:
+    """Return where this rank's shard of a DTensor, a run of rows, begins in the flat tensor."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # loaded with DTensor anyway
 
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tuple(tensor.placements))
@@ -237,7 +263,7 @@ def _first_of_shard(tensor: Tensor) -> int:
 
 
 def _summed(partial: Tensor, mesh: Any, placements: Sequence[Any]) -> Tensor:
-    """Add up over the axes of the mesh that shards lie along; along the others all ranks have the same."""
+    """Return the sum over the axes of the mesh that shards lie along; along the others all ranks have the same."""
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     parts = [Partial() if placement.is_shard() else Replicate() for placement in placements]
@@ -249,7 +275,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _trainable(module: nn.Module, frozen: bool = False) -> dict[int, tuple[nn.Parameter, list[str]]]:
-    """Return each parameter with all its names, by identity."""
+    """Return each trainable parameter, and each frozen one if `frozen`, with all its names, by its id."""
     while isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         module = module.module
     found: dict[int, tuple[nn.Parameter, list[str]]] = {}

@@ -1,4 +1,4 @@
-"""Measure a module without leaving a trace: what a forward pass changes is put back."""
+"""Measurement of a module without a trace: whatever a forward pass changes is restored."""
 
 import random
 import sys
@@ -6,6 +6,7 @@ import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -19,14 +20,17 @@ _PLAIN = (bool, int, float, str, type(None), tuple)
 _SMALL = 1 << 20
 _OF_TORCH = frozenset(vars(nn.Module()))
 
+# "eval", or "train" for the mode that every submodule is in.
+Mode = Literal["eval", "train"]
+
+# Locked during a measurement: the attention, checkpointing and compiler that torch uses are chosen for the process.
 _process = threading.RLock()
-"""Held during a measurement: which attention, checkpointing and compiler torch uses is one choice for the process."""
 
 
 class _Depths(threading.local):
-    """How many measurements are going on in this thread, one inside the other, on each module, by id."""
+    """The number of nested measurements that are running in this thread, by the id of the module."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.of: Counter[int] = Counter()
 
 
@@ -34,42 +38,46 @@ _depths = _Depths()
 
 
 def measurement_depth(module: nn.Module) -> int:
-    """Return how many measurements of this module are going on in this thread, one inside the other.
+    """Return the number of nested measurements of this module that are running in this thread.
 
-    Hooks that were made at another depth keep still: the forward pass is not theirs.
+    Hooks that were installed at another depth are inactive: the forward pass is not theirs.
     """
     return _depths.of[id(module)]
 
 
 @contextmanager
-def preserve_state(module: nn.Module, mode: str = "eval") -> Iterator[None]:
-    """Run the module inside, as a pure function of its parameters as far as that is possible.
+def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
+    """Run a module, inside this context, as a pure function of its parameters as far as that is possible.
 
-    Inside: evaluation mode, gradients on, autocast off, compiled parts run eagerly, attention by plain
-    operations (the fused kernels have no second derivative), and activation checkpointing of the non-reentrant
-    kind, for the same reason.
+    Inside: evaluation mode, gradients on, autocast off, compiled parts run eagerly, attention by plain operations (the
+    fused kernels have no second derivative), and activation checkpointing of the non-reentrant kind, for the same
+    reason. Hooks on gradients do not run, nor do those of `wandb.watch`: they would change the products, or record them
+    as training.
 
-    Inside, hooks on gradients do not fire, nor do those of `wandb.watch`: they would change the products, or
-    count them as training.
+    Restored afterwards, also after an error: the random state of Python, numpy and torch on every device, the mode of
+    every submodule, buffers, frozen parameters, states of metrics, and attributes of modules that are numbers, strings,
+    lists, dicts, sets, deques and small tensors, however deep. Costs a copy of these. Not restored: files, globals, the
+    contents of other objects, tensor attributes of more than 2^20 numbers, and frozen parameters where they outnumber
+    the trainable ones (a large frozen base is never copied).
 
-    Put back after, also after an error: the random state of Python, numpy and torch on every device, the
-    mode of every submodule, buffers, frozen parameters, states of metrics, and number, string, list, dict,
-    set, deque and small tensor attributes of modules, however deep. Costs a copy of these. Not put back:
-    files, globals, what is inside other objects, tensor attributes of more than 2^20 numbers, and frozen
-    parameters where they outnumber the trainable ones (a large frozen base is never copied).
-
-    Of several threads of a process one measures at a time, each its own module; the others wait for it. What another
-    thread draws meanwhile from the global random generators it may draw again, since their state is put back, and its
-    own attention runs by plain operations meanwhile.
+    One thread of a process measures at a time, each its own module; the others wait for it. Another thread may draw the
+    same numbers from the global random generators twice, since their state is restored, and its attention runs by plain
+    operations in the meantime.
 
     Args:
-        module: what is measured.
-        mode: "eval", or "train" to leave every submodule in the mode it is in.
+        module: The module to measure.
+        mode: "eval", or "train" to leave every submodule in the mode that it is in.
 
     Raises:
-        ValueError: for another mode.
+        ValueError: if the mode is neither.
+
+    >>> module = nn.Sequential(nn.BatchNorm1d(2), nn.Dropout())
+    >>> with preserve_state(module, mode="train"):
+    ...     _ = module(torch.randn(8, 2))
+    >>> int(module[0].num_batches_tracked)
+    0
     """
-    if mode not in ("eval", "train"):
+    if mode not in get_args(Mode):
         raise ValueError(f"mode is 'eval' or 'train', got {mode!r}.")
     with ExitStack() as stack:
         stack.enter_context(_process)
@@ -83,7 +91,7 @@ def preserve_state(module: nn.Module, mode: str = "eval") -> Iterator[None]:
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_checkpoints_by_hooks())
-        if any(isinstance(part, nn.RNNBase) for part in module.modules()):  # cuDNN's have no second derivative
+        if any(isinstance(part, nn.RNNBase) for part in module.modules()):  # cuDNN's RNNs have no second derivative
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second and 24 MB
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -108,33 +116,34 @@ def _one_deeper(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _checkpoints_by_hooks() -> Iterator[None]:
-    """Activation checkpointing of the reentrant kind as the other kind: only that can be differentiated twice."""
-    reentrant = checkpoint.CheckpointFunction
+    """Run reentrant activation checkpointing as the other kind, which can be differentiated twice."""
+    namespace: Any = checkpoint
+    reentrant = namespace.CheckpointFunction
 
     class ByHooks:
         @staticmethod
-        def apply(function: Callable, preserve_rng_state: bool, *args: object):
+        def apply(function: Callable, preserve_rng_state: bool, *args: Any) -> Any:
             return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
-    checkpoint.CheckpointFunction = ByHooks
+    namespace.CheckpointFunction = ByHooks
     try:
         yield
     finally:
-        checkpoint.CheckpointFunction = reentrant
+        namespace.CheckpointFunction = reentrant
 
 
 @contextmanager
 def _no_hooks(module: nn.Module) -> Iterator[None]:
-    """Take away hooks on gradients, and forward hooks that only watch; their handles stay valid."""
-    tables = [p._backward_hooks for p in module.parameters() if p._backward_hooks]
+    """Remove hooks on gradients, and forward hooks that only watch, for a time; their handles stay valid."""
+    tables: list[Any] = [p._backward_hooks for p in module.parameters() if p._backward_hooks]
     for part in module.modules():
         tables += [part._backward_hooks, part._backward_pre_hooks]
-    held = [(table, dict(table)) for table in tables if table]
+    removed: list[tuple[Any, dict]] = [(table, dict(table)) for table in tables if table]
     for part in module.modules():
         watching = {k: h for k, h in part._forward_hooks.items() if getattr(h, "__module__", "").startswith("wandb.")}
-        held += [(part._forward_hooks, watching)] if watching else []
-    before = [(table, dict(table)) for table, _ in held]
-    for table, hooks in held:
+        removed += [(part._forward_hooks, watching)] if watching else []
+    before = [(table, dict(table)) for table, _ in removed]
+    for table, hooks in removed:
         for key in hooks:
             del table[key]
     try:
@@ -161,27 +170,32 @@ def _random_state() -> Iterator[None]:
 
 
 def _snapshot(module: nn.Module) -> Callable[[], None]:
-    """Remember all parts of a module; what is returned puts them back."""
+    """Copy the state of a module, and return a function that restores it."""
     restore: list[Callable[[], None]] = []
     for part in module.modules():
         restore.append(_attributes(part))
-        states = required(part, "_defaults") if _is_metric(part) else {}
+        states: Any = required(part, "_defaults") if _is_metric(part) else {}
         tensors = [*part._buffers.values(), *(getattr(part, name, None) for name in states)]
         tensors += [t for t in vars(part).values() if isinstance(t, Tensor) and t.numel() <= _SMALL]
         restore += [_tensor(t) for t in tensors if isinstance(t, Tensor)]
     frozen = [p for p in module.parameters() if not p.requires_grad]
     if sum(p.numel() for p in frozen) <= sum(p.numel() for p in module.parameters() if p.requires_grad):
         restore += [_parameter(p) for p in frozen]
-    return lambda: [put_back() for put_back in restore] and None
+
+    def restore_all() -> None:
+        for put_back in restore:
+            put_back()
+
+    return restore_all
 
 
 def _is_metric(part: nn.Module) -> bool:
-    torchmetrics = sys.modules.get("torchmetrics")  # without it there are none
+    torchmetrics = sys.modules.get("torchmetrics")  # if it was never imported, there are no metrics
     return torchmetrics is not None and isinstance(part, torchmetrics.Metric)
 
 
 def _parameter(parameter: nn.Parameter) -> Callable[[], None]:
-    """Remember a frozen parameter, which may be changed in place or given another tensor, as a mean teacher's is."""
+    """Copy a frozen parameter, which a step may change in place or give other data, and return what restores it."""
     data, values = parameter.data, _tensor(parameter.data)
 
     def put_back() -> None:
@@ -192,14 +206,20 @@ def _parameter(parameter: nn.Parameter) -> Callable[[], None]:
 
 
 def _tensor(tensor: Tensor) -> Callable[[], None]:
+    """Copy a tensor, and return a function that restores its values."""
     copy = tensor.detach().clone()
     if tensor.layout != torch.strided:
         version = tensor._version
-        return lambda: tensor.copy_(copy) if tensor._version != version else None
+
+        def put_back_sparse() -> None:
+            if tensor._version != version:
+                tensor.copy_(copy)
+
+        return put_back_sparse
 
     def put_back() -> None:
-        # Versions say nothing here: batch norm changes its buffers without counting. And none is counted now,
-        # so that a graph which saved the buffer before can still run backward.
+        # The version does not help here: batch norm changes its buffers without a new version. Nor is there a new one
+        # now, so that a graph which saved the buffer before can still run backward.
         if not torch.equal(tensor, copy):
             with torch.inference_mode(tensor.is_inference()):
                 tensor.data.copy_(copy)
@@ -208,6 +228,7 @@ def _tensor(tensor: Tensor) -> Callable[[], None]:
 
 
 def _attributes(part: nn.Module) -> Callable[[], None]:
+    """Copy the attributes of a submodule, with their contents, and return a function that restores them."""
     before = {name: value for name, value in vars(part).items() if name not in _OF_TORCH}
     training, buffers = part.training, dict(part._buffers)
     seen: set[int] = set()
@@ -227,11 +248,13 @@ def _attributes(part: nn.Module) -> Callable[[], None]:
     return put_back
 
 
-def _contents(value: object, seen: set[int]) -> Callable[[], None]:
-    """Remember what is in a container, and in the containers in it."""
+def _contents(value: Any, seen: set[int]) -> Callable[[], None]:
+    """Copy the contents of a container, and of containers in it, and return a function that restores them."""
     if id(value) in seen:
         return lambda: None
     seen.add(id(value))
+    items: Any
+    inner: Any
     if type(value) in (list, deque):
         items, inner = list(value), value
     elif type(value) in (dict, defaultdict, OrderedDict, Counter):

@@ -208,7 +208,7 @@ def test_an_unknown_name_a_wrong_shape_and_a_wrong_size_are_refused():
 def test_complex_numbers_are_refused(untyped):
     module = network()
     module.phase = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    with pytest.raises(TypeError, match=r"parameter phase is torch.complex64; hold it as two real parameters"):
+    with pytest.raises(TypeError, match=r"parameter phase is torch.complex64; replace it by two real parameters"):
         Layout.of(module)
     layout = Layout.of(module, ["0.*", "2.*"])
     with pytest.raises(TypeError, match=r"0.bias is torch.complex64; sketch its real and imaginary parts apart"):
@@ -228,7 +228,7 @@ def test_shards_are_sketched_where_they_are(group):
 
 def test_shards_that_are_no_runs_of_rows_are_refused(group):
     shards = distribute_tensor(torch.zeros(3, 4), init_device_mesh("cpu", (1,)), [Shard(1)])
-    with pytest.raises(TypeError, match=r"2.weight is laid out as .*; pass tensor.full_tensor\(\)"):
+    with pytest.raises(TypeError, match=r"2.weight is sharded as .*; pass tensor.full_tensor\(\)"):
         Layout.of(network()).sketch(make_sketch("block_srht", n=39, dim=8), {"2.weight": shards})
     rows = distribute_tensor(torch.zeros(3, 4), init_device_mesh("cpu", (1,)), [Shard(0)])
     with pytest.raises(ValueError, match=r"AFFD needs the whole vector, 2.weight is sharded; use 'block_srht'"):

@@ -34,14 +34,17 @@ def test_inside_every_part_is_in_evaluation_mode():
 
 def test_train_leaves_every_part_in_the_mode_it_is_in():
     module = network()
-    with preserve_state(module, "train"):
+    with preserve_state(module, mode="train"):
         assert modes(module) == [True, True, False, True, True]
         module.eval()
     assert modes(module) == [True, True, False, True, True]
 
 
-def test_another_mode_is_refused():
-    with pytest.raises(ValueError, match="mode is 'eval' or 'train', got 'test'"), preserve_state(network(), "test"):
+def test_another_mode_is_refused(untyped):
+    with (
+        pytest.raises(ValueError, match="mode is 'eval' or 'train', got 'test'"),
+        preserve_state(network(), mode="test"),
+    ):
         pass
 
 
@@ -51,7 +54,7 @@ def test_running_statistics_are_put_back(error):
     module = nn.BatchNorm1d(3)
     module(torch.randn(5, 3))
     before = [b.clone() for b in module.buffers()]
-    with contextlib.suppress(KeyboardInterrupt), preserve_state(module, "train"):
+    with contextlib.suppress(KeyboardInterrupt), preserve_state(module, mode="train"):
         module(torch.randn(5, 3))
         assert not any(torch.equal(a, b) for a, b in zip(module.buffers(), before, strict=True))
         if error:
@@ -92,7 +95,7 @@ def test_a_graph_that_saved_a_buffer_before_can_run_backward_after():
     module = nn.BatchNorm1d(3)
     x = torch.randn(5, 3, requires_grad=True)
     loss = module(x).pow(3).sum()
-    with preserve_state(module, "train"):
+    with preserve_state(module, mode="train"):
         module(x + 1)
     loss.backward()
     assert x.grad.isfinite().all()

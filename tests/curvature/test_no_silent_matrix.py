@@ -52,7 +52,7 @@ def test_a_function_marked_once_differentiable_is_named(matrix):
 @pytest.mark.parametrize("way", ["forward_over_reverse", "finite_differences"])
 @pytest.mark.parametrize("hidden", ["tuple", "dict", "closure"])
 def test_a_parameter_that_is_reached_past_its_module(way, hidden):
-    """Its value cannot be changed there, so its derivative would be zero."""
+    """The value of such a copy cannot be changed, so the derivative would be zero."""
     module = linear()
     held = {"tuple": (module.weight,), "dict": {"w": module.weight}, "closure": [module.weight]}[hidden]
     module.held = None if hidden == "closure" else held
@@ -63,12 +63,12 @@ def test_a_parameter_that_is_reached_past_its_module(way, hidden):
 
     v = torch.ones(15, dtype=torch.float64)
     assert Hessian(loss, module, [X]).matvec(v).abs().max() > 0
-    with pytest.raises(ValueError, match="reaches a parameter past its module"):
+    with pytest.raises(ValueError, match="uses a parameter without its module"):
         Hessian(loss, module, [X], hvp=way).matvec(v)
 
 
 def test_two_operators_at_once_on_one_module_in_half_precision():
-    """The copies in float32 that stand in for the module's parameters serve both."""
+    """Both use the same float32 copies of the module's parameters."""
     module = linear().bfloat16()
     first, second = (Hessian(cross_entropy, module, [(X.bfloat16(), Y)]) for _ in range(2))
     v = torch.ones(15)
@@ -144,7 +144,7 @@ def test_a_projected_spectrum_knows_that_it_is_one():
 
 
 def test_copies_of_an_eigenvalue_have_orthonormal_eigenvectors(dense_operator):
-    """So that they can be deflated, although each start vector shows another direction in their space."""
+    """They can then be deflated, although each start vector finds another direction in their space."""
     values = torch.linspace(-1, 1, 300, dtype=torch.float64)
     values[:3] = 5
     q, _ = torch.linalg.qr(torch.randn(300, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
@@ -166,6 +166,6 @@ def test_the_trace_is_exact_where_all_eigenvalues_are_known(dense_operator):
 
 
 def test_the_trace_of_copies_is_not_that_of_those_that_were_seen(dense_operator):
-    """Twenty copies of two, of which the run brings out a few."""
+    """There are twenty copies of the eigenvalue 2, of which the run finds a few."""
     sp = spectrum(dense_operator(2 * torch.eye(50, dtype=torch.float64)), top_k=1, bottom_k=0)
     assert sp.trace == pytest.approx(100)
