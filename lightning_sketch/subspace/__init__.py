@@ -1,4 +1,4 @@
-"""Training in a random subspace of the weights, and the search for the smallest that is large enough."""
+"""Training in a random subspace of the weights, and the search for the smallest dimension that suffices."""
 
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
 from lightning_sketch.subspace.result import IntrinsicDimensionResult

@@ -1,8 +1,9 @@
-"""Growth of w: in blocks with step counts of their own, and what an optimizer remembers carried over a doubling.
+"""How w grows during a search: the sizes of its blocks, and the optimizer's state at a doubling.
 
-At a doubling D shrinks by √½ and w grows by √2, so that θ stays. The gradient of w shrinks as D does; so must what is
-made of gradients, by the power of the gradient that it is. New coordinates start from nothing, with a step count of
-their own: with the old count Adam would take its first averages for settled ones, and step too far.
+At a doubling D shrinks by √½ and w grows by √2, so that θ stays the same. The gradient of w shrinks as D does, and each
+entry of the optimizer's state must shrink by the power of the gradient that it holds. New coordinates start without
+state and with a step count of zero: with the old count Adam would omit the bias correction of its first averages, and
+step too far. Therefore each doubling adds a block, a parameter with a state of its own.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+# The power of the gradient in each entry of the state of torch.optim's Adam, AdamW, NAdam, RAdam, Adamax, SGD, RMSprop
+# and Adagrad.
 _POWERS = {
     "exp_avg": 1,
     "exp_avg_sq": 2,
@@ -21,12 +24,11 @@ _POWERS = {
     "square_avg": 2,
     "sum": 2,
 }
-"""Of the gradient, in what torch.optim's Adam, AdamW, NAdam, RAdam, Adamax, SGD, RMSprop and Adagrad remember."""
 _COUNTS = ("step", "mu_product")
 
 
 def block_sizes(dim: int, max_dim: int | None) -> list[int]:
-    """dim, and then as many as there are already, up to max_dim in all."""
+    """Return the sizes of the blocks of w: `dim`, then one block for each doubling, `max_dim` in all."""
     sizes, largest = [dim], max_dim or dim
     while sum(sizes) < largest:
         sizes.append(min(sum(sizes), largest - sum(sizes)))
@@ -34,10 +36,17 @@ def block_sizes(dim: int, max_dim: int | None) -> list[int]:
 
 
 @torch.no_grad()
-def carry_over(optimizer: Optimizer, old: Sequence[Tensor], new: Sequence[Tensor], shrunk: float) -> None:
-    """Rescale the state of the old blocks of w, whose gradients shrank by a factor; forget that of the new ones.
+def carry_over(optimizer: Optimizer, old: Sequence[Tensor], new: Sequence[Tensor], factor: float) -> None:
+    """Rescale the optimizer's state of the old blocks of w, and delete that of the new ones.
 
-    A state of another kind is forgotten as a whole: the optimizer then starts anew from the present weights.
+    The whole state of an old block is deleted if it has entries of an unknown kind; the optimizer then restarts from
+    the current weights.
+
+    Args:
+        optimizer: The optimizer of w; its state is changed in place.
+        old: The blocks that were in use before the doubling.
+        new: The other blocks.
+        factor: What the gradients of the old blocks are multiplied by from now on.
     """
     for block in new:
         optimizer.state.pop(block, None)
@@ -46,6 +55,6 @@ def carry_over(optimizer: Optimizer, old: Sequence[Tensor], new: Sequence[Tensor
         tensors = {name for name, value in state.items() if isinstance(value, Tensor) and value.shape == block.shape}
         if tensors <= _POWERS.keys() and state.keys() <= {*_POWERS, *_COUNTS}:
             for name in tensors - ({"momentum_buffer"} if "square_avg" in state else set()):  # RMSprop's is of g / √v
-                state[name] *= shrunk ** _POWERS[name]
+                state[name] *= factor ** _POWERS[name]
         else:
             optimizer.state.pop(block, None)

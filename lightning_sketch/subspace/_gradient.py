@@ -1,10 +1,12 @@
-"""The two ways from a loss to the gradient of w: the same number, by the chain rule.
+"""The explicit gradient of w, by a backward pass of the network and a sketch, and helpers for losses.
 
-    explicit    g = ∇L(θ) as ever, by its own backward pass, then D g
-    implicit    ∇_w L(θ₀ + Dᵀ w), through the graph
+There are two ways from a loss to the gradient of w, equal by the chain rule:
+
+    explicit    g = ∇L(θ), by the network's own backward pass, then D g
+    implicit    ∇_w L(θ₀ + Dᵀ w), by autograd through θ
 
 Source: Schioppa (2024), "Efficient sketches for training data attribution and studying the loss landscape",
-NeurIPS 2024, arXiv:2402.03994; the names are from there.
+NeurIPS 2024, arXiv:2402.03994, which introduces both names.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,34 +18,40 @@ from torch import Tensor, nn
 
 
 class ExplicitGradient(torch.autograd.Function):
-    """The loss as a function of w alone; its backward runs the backward pass of the network, whole, and sketches."""
+    """Make a loss a function of w alone; backward runs the network's own backward pass and sketches its gradients."""
 
     @staticmethod
-    def forward(ctx, loss: "Held", sketched: Callable[[], list[Tensor]], *w: Tensor) -> Tensor:
-        """The value of the loss, away from its graph."""
+    def forward(ctx, loss: "OpaqueLoss", sketched: Callable[[], list[Tensor]], *w: Tensor) -> Tensor:
+        """Return the value of the loss, detached from its graph."""
         ctx.loss, ctx.sketched = loss, sketched
         return loss.tensor.detach().clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """D g, cut as w is.
+        """Return D g, split into the blocks of w.
 
-        By `backward` and not by `autograd.grad`: activation checkpointing of the reentrant kind allows no other.
+        The network's pass is run by `backward`, since reentrant activation checkpointing does not support
+        `autograd.grad`.
         """
         with torch.enable_grad():
             ctx.loss.backward(grad)
         return None, None, *ctx.sketched()
 
 
-class Held:
-    """A loss with its graph and the parameters that it is to be differentiated by, hidden from autograd."""
+class OpaqueLoss:
+    """A loss with its graph, wrapped in an object so that `ExplicitGradient` does not differentiate through it.
+
+    Args:
+        tensor: The loss, a scalar with its graph.
+        parameters: The parameters whose gradients are sketched.
+    """
 
     def __init__(self, tensor: Tensor, parameters: Sequence[nn.Parameter]):
         self.tensor, self.parameters = tensor, parameters
 
     def backward(self, grad: Tensor) -> None:
-        """Fill `.grad` of the parameters, and of whatever else of the network is trained."""
+        """Set `.grad` of the parameters, and accumulate it in other trainable parameters of the network."""
         for parameter in self.parameters:
             parameter.grad = None
         with trainable(self.parameters):
@@ -52,7 +60,7 @@ class Held:
 
 @contextmanager
 def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """With gradients for them; as they were after that."""
+    """Set `requires_grad` of the parameters within the context, and restore it afterwards."""
     before = [parameter.requires_grad for parameter in parameters]
     try:
         for parameter in parameters:
@@ -64,10 +72,10 @@ def trainable(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a `training_step` returns."""
+    """Return the loss in the output of a `training_step`; None if the step is skipped."""
     return output.get("loss") if isinstance(output, dict) else output
 
 
 def with_loss(output: Any, loss: Tensor) -> Any:
-    """The same with another loss."""
+    """Return the output of a `training_step` with its loss replaced."""
     return {**output, "loss": loss} if isinstance(output, dict) else loss

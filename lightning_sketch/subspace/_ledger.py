@@ -1,7 +1,6 @@
-"""The runs of a search that are done, in a small JSON file beside the logs, so that a restart goes on where it was.
+"""The finished runs of a search, in a small JSON file beside the logs, so that a restarted search skips them.
 
-A run counts as done for whoever asks with the same settings: the same initial weights, directions, rates, metric and
-length.
+A run is found again by its settings: initial weights, directions, learning rate, metric and length of training.
 """
 
 import json
@@ -10,15 +9,15 @@ from typing import Any
 
 from lightning_sketch._files import commit
 
+# What is recorded of a run: kind, dim (n for full training), seed, value of the metric, optimizer steps, and status.
 Run = dict[str, Any]
-"""Of one run: dim (n for full training), seed, value of the metric, optimizer steps, and status."""
 
 
 class Ledger:
-    """Runner under their settings.
+    """The finished runs in a file, looked up by their settings.
 
     Args:
-        path: of the file.
+        path: The JSON file, which need not exist yet.
     """
 
     def __init__(self, path: Path):
@@ -26,12 +25,18 @@ class Ledger:
         self.entries = self._read()
 
     def find(self, settings: dict[str, Any]) -> Run | None:
-        """The run with these settings, if it is done."""
+        """Return the finished run with these settings, or None."""
         asked = json.loads(json.dumps(settings))
         return next((entry["run"] for entry in self.entries if entry["settings"] == asked), None)
 
     def add(self, settings: dict[str, Any], run: Run, write: bool) -> None:
-        """Note a run that is done; `write` on one rank only. What another search has noted meanwhile stays."""
+        """Record a finished run, after reading again what other searches have written since.
+
+        Args:
+            settings: What the run is found by, serializable as JSON.
+            run: The run.
+            write: Whether to write the file; True on one rank only.
+        """
         self.entries = self._read()
         self.entries.append({"settings": json.loads(json.dumps(settings)), "run": run})
         if write:

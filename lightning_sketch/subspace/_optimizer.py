@@ -1,8 +1,8 @@
-"""The user's own optimizer and schedulers, put to work on w in place of the parameters that w moves.
+"""The module's own optimizer and schedulers, applied to w in place of the parameters that w determines.
 
-What `configure_optimizers` returns is kept, objects and all, so that any scheduler goes on as it is; only the contents
-of the optimizer's groups are exchanged. The rate of w is multiplied while the optimizer itself is at work, and at no
-other time, not in the closure that it is given either: schedulers and modules that set absolute rates would undo it.
+The objects that `configure_optimizers` returns are kept, so that every scheduler keeps working; only the contents of
+the optimizer's param groups are exchanged. The learning rate of w is multiplied by `lr_scale` during the optimizer's
+step alone, and not while its closure runs: schedulers and modules that set absolute rates would overwrite it.
 """
 
 import functools
@@ -15,31 +15,31 @@ from pytorch_lightning.utilities.rank_zero import WarningCache
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-SAID = WarningCache()
-_USUAL = 3e-3
-_OWN = ("params", "param_names", "weight_decay")
-_INSTEAD = "SubspaceModule(optimizer_fn=lambda params: torch.optim.Adam(params, lr=0.03))"
+INFO_CACHE = WarningCache()  # what has been logged once; tests clear it
+_USUAL_RATE = 3e-3
+_MAY_DIFFER = ("params", "param_names", "weight_decay")  # keys in which param groups may differ
+_ADVICE = "SubspaceModule(optimizer_fn=lambda params: torch.optim.Adam(params, lr=0.03))"
 
 
 class OptimizerProxy:
-    """An optimizer on w.
+    """Make an optimizer that was configured for the weights train w.
 
     Args:
-        configured: what `configure_optimizers` returned; changed in place.
-        moved: the parameters that w moves, by name.
-        w: what is trained for them.
-        lr_scale: factor for the rate of w.
-        weight_decay: of w; None is none at all.
+        configured: The return value of `configure_optimizers`; changed in place.
+        weights: The parameters that w determines, by name.
+        w: The blocks of w, which are trained instead.
+        lr_scale: The factor for the learning rate of w.
+        weight_decay: The weight decay of w; None is 0, whatever the optimizer's is.
 
     Raises:
-        MisconfigurationException: if there are several optimizers, groups with different options, or no learning rate;
-            if it leaves out parameters that w moves.
+        MisconfigurationException: If there are several optimizers, param groups with different options, or no learning
+            rate; if the optimizer omits some of the weights.
     """
 
     def __init__(
         self,
         configured: Any,
-        moved: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
         w: Sequence[Tensor],
         lr_scale: float,
         weight_decay: float | int | None,
@@ -47,94 +47,105 @@ class OptimizerProxy:
         self.w, self.lr_scale = list(w), lr_scale
         self.decay = 0.0 if weight_decay is None else weight_decay
         self.optimizer = _only(optimizers_in(configured))
-        homes = _homes(self.optimizer, moved, self.w)
-        if weight_decay is None and any(group.get("weight_decay") for group in homes):
-            SAID.info(
-                "weight decay on w would pull the weights back to where they started: off, unless "
-                "weight_decay=... is given."
+        chosen = _groups_of(self.optimizer, weights, self.w)
+        if weight_decay is None and any(group.get("weight_decay") for group in chosen):
+            INFO_CACHE.info(
+                "weight decay on w would pull the weights back to their initial values, so it is off; pass "
+                "weight_decay=... to switch it on."
             )
-        _warn_if_slow(self.optimizer, homes[0], lr_scale)
-        self.home = [id(group) for group in self.optimizer.param_groups].index(id(homes[0]))
-        taken = {id(parameter) for parameter in [*moved.values(), *self.w]}
-        for group in homes:
+        _warn_if_slow(self.optimizer, chosen[0], lr_scale)
+        self._index = [id(group) for group in self.optimizer.param_groups].index(id(chosen[0]))
+        taken = {id(parameter) for parameter in [*weights.values(), *self.w]}
+        for group in chosen:
             kept = [parameter for parameter in group["params"] if id(parameter) not in taken]
             if kept and isinstance(self.optimizer, LBFGS):
                 raise MisconfigurationException(
-                    "LBFGS has one rate for all, w and the others need two; use others='frozen', or another optimizer."
+                    "LBFGS has one learning rate, but w and the other parameters need two; use others='frozen', or "
+                    "another optimizer."
                 )
-            group["params"][:] = [*(self.w if group is homes[0] else ()), *kept]  # in place: LBFGS holds this very list
+            # in place, since LBFGS keeps a reference to this list
+            group["params"][:] = [*(self.w if group is chosen[0] else ()), *kept]
             group.pop("param_names", None)
         self._depth = 0
         self._groups: list[dict[str, Any]] = []
-        self._parts: list[_Part] = []
+        self._step_groups: list[_StepGroup] = []
         self.optimizer.register_step_pre_hook(self._before_step)
         self.optimizer.register_step_post_hook(self._after_step)
 
     def groups(self) -> list[dict[str, Any]]:
-        """Replicas of the optimizer's groups as a step has them: w in one of its own, at its rate and decay."""
-        return [part.now for part in self._parts or self._divided()]
+        """Return the param groups that a step uses: w in a group of its own, with its own rate and weight decay."""
+        return [group.now for group in self._step_groups or self._divided()]
 
-    def _divided(self) -> "list[_Part]":
+    def _divided(self) -> "list[_StepGroup]":
+        """Copy the optimizer's param groups, and move w to a group of its own."""
         own = {id(tensor) for tensor in self.w}
         groups = self.optimizer.param_groups
-        home = groups[self.home]
-        with_w = {**home, "params": self.w, "lr": home["lr"] * self.lr_scale}
+        source = groups[self._index]
+        with_w = {**source, "params": self.w, "lr": source["lr"] * self.lr_scale}
         if "weight_decay" in with_w:
             with_w["weight_decay"] = self.decay
         others = [({**g, "params": [p for p in g["params"] if id(p) not in own]}, g) for g in groups]
-        parts = [(with_w, home), *((now, {} if group is home else group) for now, group in others if now["params"])]
-        return [_Part(now, dict(now), group) for now, group in parts]  # of their group what is written of w counts
+        # what is written to the rest of the source group is dropped: the group keeps what is written for w
+        rest = [(now, {} if group is source else group) for now, group in others if now["params"]]
+        return [_StepGroup(now, dict(now), group) for now, group in [(with_w, source), *rest]]
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         self._depth += 1
-        if self._depth > 1:  # the step of a class within that of one made from it
+        if self._depth > 1:  # a subclass that calls the step of its base class
             return None
         self._open()
         if len(args) > 1:
-            return (args[0], self._outside(args[1]), *args[2:]), kwargs
-        return args, {**kwargs, "closure": self._outside(kwargs["closure"])} if "closure" in kwargs else kwargs
+            return (args[0], self._with_own_groups(args[1]), *args[2:]), kwargs
+        return args, {**kwargs, "closure": self._with_own_groups(kwargs["closure"])} if "closure" in kwargs else kwargs
 
     def _after_step(self, *_: Any) -> None:
         self._depth -= 1
         if self._depth == 0:
             self.close()
 
-    def _outside(self, closure: Any) -> Any:
-        """One that sees the groups as they are outside."""
+    def _with_own_groups(self, closure: Any) -> Any:
+        """Wrap a closure so that it runs with the optimizer's own param groups."""
         if not callable(closure):
             return closure
 
         @functools.wraps(closure, updated=())
-        def outside(*args: Any, **kwargs: Any) -> Any:
-            depth, parts = self._depth, self._parts
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            depth, step_groups = self._depth, self._step_groups
             self.close()
             value = closure(*args, **kwargs)
-            self._open(parts)
+            self._open(step_groups)
             self._depth = depth
             return value
 
-        return outside
+        return wrapped
 
-    def _open(self, earlier: "Sequence[_Part]" = ()) -> None:
-        self._groups, self._parts = list(self.optimizer.param_groups), self._divided()
-        for number, (old, part) in enumerate(zip(earlier, self._parts, strict=False)):
-            old.now.clear()  # the same object: an optimizer may hold on to what it had before its closure
-            old.now.update(part.now)
-            self._parts[number] = part._replace(now=old.now)
-        self.optimizer.param_groups[:] = self.groups()  # in place: Lightning's own wrapper holds this list
+    def _open(self, earlier: "Sequence[_StepGroup]" = ()) -> None:
+        """Replace the optimizer's param groups by those of a step, which reuse the dicts of `earlier`."""
+        self._groups, self._step_groups = list(self.optimizer.param_groups), self._divided()
+        for number, (old, group) in enumerate(zip(earlier, self._step_groups, strict=False)):
+            old.now.clear()  # the same dict, since an optimizer may keep a reference to it while its closure runs
+            old.now.update(group.now)
+            self._step_groups[number] = group._replace(now=old.now)
+        self.optimizer.param_groups[:] = self.groups()  # in place, since Lightning's wrapper refers to this list
 
     def close(self) -> None:
-        """The groups as they were, with what the optimizer wrote into them; nothing if no step is on."""
-        for part in self._parts:
-            for key, value in part.now.items():
-                if value is not part.before.get(key):
-                    part.group[key] = value / self.lr_scale if key == "lr" and part.now["params"] is self.w else value
+        """Restore the optimizer's param groups, with what its step wrote into them; do nothing between steps."""
+        for now, before, group in self._step_groups:
+            for key, value in now.items():
+                if value is not before.get(key):
+                    group[key] = value / self.lr_scale if key == "lr" and now["params"] is self.w else value
         self.optimizer.param_groups[:] = self._groups or self.optimizer.param_groups
-        self._groups, self._parts, self._depth = [], [], 0
+        self._groups, self._step_groups, self._depth = [], [], 0
 
 
-class _Part(NamedTuple):
-    """What a step has for a group, what it was at first, and the group itself."""
+class _StepGroup(NamedTuple):
+    """A param group during a step.
+
+    Attributes:
+        now: The group that the step sees.
+        before: A copy of its entries at the start of the step.
+        group: The optimizer's own group, which gets what the step changes.
+    """
 
     now: dict[str, Any]
     before: dict[str, Any]
@@ -142,15 +153,18 @@ class _Part(NamedTuple):
 
 
 def refuse_late(trainable: Mapping[str, Tensor]) -> None:
-    """Of what the wrapper froze nothing may be trainable now.
+    """Check that no parameter became trainable after the module was wrapped.
+
+    Args:
+        trainable: The trainable parameters outside w, by name.
 
     Raises:
-        MisconfigurationException: if something is.
+        MisconfigurationException: If there are any.
     """
     if trainable:
         raise MisconfigurationException(
-            f"{_some(list(trainable))} became trainable after the module was wrapped, in setup() or by unfreeze() "
-            "perhaps; make layers in __init__ or configure_model, or pass others='full'."
+            f"{_some(list(trainable))} became trainable after the module was wrapped, perhaps in setup() or by "
+            "unfreeze(); make layers in __init__ or configure_model, or pass others='full'."
         )
 
 
@@ -161,46 +175,46 @@ def _some(names: Sequence[str]) -> str:
 def _only(found: Sequence[Optimizer]) -> Optimizer:
     if len(found) != 1:
         raise MisconfigurationException(
-            f"configure_optimizers made {len(found)} optimizers, w can be trained by one; pass {_INSTEAD}."
+            f"configure_optimizers made {len(found)} optimizers, but w is trained by one; pass {_ADVICE}."
         )
     return found[0]
 
 
-def _homes(optimizer: Optimizer, moved: Mapping[str, Tensor], w: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """The groups of what moves; they must agree, and hold all of it."""
+def _groups_of(optimizer: Optimizer, weights: Mapping[str, Tensor], w: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Return the param groups that contain weights; check that they contain all of them and have the same options."""
     kind = type(optimizer).__name__
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if id(w[0]) in trained and not trained & {id(parameter) for parameter in moved.values()}:
+    if id(w[0]) in trained and not trained & {id(parameter) for parameter in weights.values()}:
         raise MisconfigurationException(
-            f"configure_optimizers gave the {kind} that it gave before, which is at work on w already; make a new one "
-            "each time."
+            f"configure_optimizers returned the same {kind} as before, which trains w already; make a new one each "
+            "time."
         )
-    left = [name for name, parameter in moved.items() if id(parameter) not in trained]
+    left = [name for name, parameter in weights.items() if id(parameter) not in trained]
     if left:
         raise MisconfigurationException(
-            f"w moves {len(left)} parameters that {kind} of configure_optimizers does not train: {_some(left)}; choose "
-            f"those that it trains with parameters='...', or pass {_INSTEAD}."
+            f"w moves {len(left)} parameters that the {kind} of configure_optimizers does not train: {_some(left)}; "
+            f"choose those that it trains with parameters='...', or pass {_ADVICE}."
         )
-    taken = {id(parameter) for parameter in moved.values()}
-    homes = [group for group in optimizer.param_groups if any(id(parameter) in taken for parameter in group["params"])]
-    options = [{k: v for k, v in group.items() if k not in _OWN} for group in homes]
+    taken = {id(parameter) for parameter in weights.values()}
+    chosen = [group for group in optimizer.param_groups if any(id(parameter) in taken for parameter in group["params"])]
+    options = [{k: v for k, v in group.items() if k not in _MAY_DIFFER} for group in chosen]
     different = {k for k in options[0] if any(other.get(k) != options[0][k] for other in options)}
     if different:
         raise MisconfigurationException(
-            f"the groups of parameters in configure_optimizers differ in {', '.join(sorted(different))}, and w "
-            f"belongs to all of them at once; pass {_INSTEAD}, or choose parameters of one group with parameters='...'."
+            f"the param groups in configure_optimizers differ in {', '.join(sorted(different))}, and w belongs to all "
+            f"of them at once; pass {_ADVICE}, or choose parameters of one group with parameters='...'."
         )
     if options[0].get("lr") is None:
         raise MisconfigurationException(
-            f"{kind} of configure_optimizers has no learning rate that lr_scale could multiply; pass {_INSTEAD}."
+            f"the {kind} of configure_optimizers has no learning rate for lr_scale to multiply; pass {_ADVICE}."
         )
-    return homes
+    return chosen
 
 
 def _warn_if_slow(optimizer: Optimizer, group: Mapping[str, Any], lr_scale: float) -> None:
-    """Adam moves θ by lr √n a step, which in a subspace has to be some ten times longer than usual."""
+    """Warn of a small learning rate of Adam: a step has length lr √n in θ, and in a subspace it has to be longer."""
     lr = max(float(group.get(key, 0)) for key in ("lr", "initial_lr", "max_lr")) * lr_scale
-    if "adam" in type(optimizer).__name__.lower() and lr < _USUAL:
+    if "adam" in type(optimizer).__name__.lower() and lr < _USUAL_RATE:
         warnings.warn(
             f"w is trained at a learning rate of {lr:g}; in a subspace rates of 0.01 to 0.1 are usual, about ten times "
             f"those of full training. Pass SubspaceModule(lr_scale={10 * lr_scale:g}).",
@@ -209,7 +223,7 @@ def _warn_if_slow(optimizer: Optimizer, group: Mapping[str, Any], lr_scale: floa
 
 
 def optimizers_in(configured: Any) -> list[Optimizer]:
-    """All optimizers in whatever `configure_optimizers` may return, each once."""
+    """Return all optimizers, each once, in any return value that `configure_optimizers` may have."""
     if isinstance(configured, Optimizer):
         return [configured]
     parts = [configured.get("optimizer")] if isinstance(configured, dict) else configured

@@ -1,4 +1,4 @@
-"""Modules that start from the same weights."""
+"""Replicas of a model: modules that start from the same weights."""
 
 import copy
 import re
@@ -14,50 +14,52 @@ from lightning_sketch.autodiff.fingerprint import fingerprint
 
 
 class Replicas:
-    """Of a model.
+    """Make identically initialized replicas of a model.
 
     Args:
-        model: a module; or a function that makes one, which may be compiled.
+        model: A module, or a function that makes one, which may be compiled.
+
+    Attributes:
+        first: The reference model, which is never trained.
+        fingerprint: A fingerprint of its parameters.
 
     Raises:
-        TypeError: if it is neither, or a module that is compiled.
+        TypeError: If `model` is neither, or is a compiled module.
     """
 
     def __init__(self, model: LightningModule | Callable[[], LightningModule]):
         if hasattr(model, "_orig_mod") or (isinstance(model, LightningModule) and required(model, "_compiler_ctx")):
             raise TypeError("a compiled module cannot be copied; pass a function: lambda: torch.compile(Module()).")
-        self.make = None if isinstance(model, LightningModule) else model
-        self.first = self._made() if self.make else _with_parameters(model)
+        self._model = model
+        self.first = _with_parameters(model) if isinstance(model, LightningModule) else _made_by(model)
         self.fingerprint = fingerprint(list(self.first.parameters()))
 
     @property
     def name(self) -> str:
-        """Class and hyper-parameters, the same in each process: functions have an address in theirs."""
+        """Class and hyper-parameters of the model, without the memory addresses in the names of functions."""
         return re.sub(r" at 0x[0-9a-f]+", "", f"{type(self.first).__name__} {dict(self.first.hparams)}")
 
-    def one(self) -> LightningModule:
-        """With the weights of the first."""
-        if self.make is None:
+    def new(self) -> LightningModule:
+        """Return a new replica with the weights and buffers of the reference model."""
+        if isinstance(self._model, LightningModule):
             return copy.deepcopy(self.first)
-        made = self._made()
-        with torch.no_grad():  # not by a state dict, which a module may make of a part of itself
+        made = _made_by(self._model)
+        with torch.no_grad():  # without state dicts, since a module may save only a part of itself
             for tensors in (nn.Module.parameters, nn.Module.buffers):
                 for mine, theirs in zip(tensors(made), tensors(self.first), strict=True):
                     mine.copy_(theirs)
         return made
 
-    def _made(self) -> LightningModule:
-        module = unwrapped(self.make())
-        if not isinstance(module, LightningModule):
-            raise TypeError(f"model must be a LightningModule or a function that makes one, it gave {type(module)}.")
-        return _with_parameters(module)
-
 
 def refuse_different_starts(trainer: Trainer, mine: int) -> None:
-    """By fingerprints of the weights.
+    """Check that all ranks start from the same weights.
+
+    Args:
+        trainer: The Trainer, whose processes are running.
+        mine: The fingerprint of this rank's weights.
 
     Raises:
-        MisconfigurationException: if that of a rank is another.
+        MisconfigurationException: If another rank has another fingerprint.
     """
     prints = trainer.strategy.all_gather(torch.tensor([mine], device=trainer.strategy.root_device)).flatten()
     if (prints != mine).any():
@@ -67,8 +69,15 @@ def refuse_different_starts(trainer: Trainer, mine: int) -> None:
         )
 
 
+def _made_by(make: Callable[[], LightningModule]) -> LightningModule:
+    module = unwrapped(make())
+    if not isinstance(module, LightningModule):
+        raise TypeError(f"model must be a LightningModule or a function that makes one, it gave {type(module)}.")
+    return _with_parameters(module)
+
+
 def _with_parameters(module: LightningModule) -> LightningModule:
-    """Lightning asks of `configure_model` that it can be called again."""
+    """Call `configure_model` of a module without parameters; Lightning requires that it can be called again."""
     if not any(True for _ in module.parameters()):
         module.configure_model()
     return module

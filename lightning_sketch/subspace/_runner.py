@@ -1,4 +1,4 @@
-"""One training run after the other: in full, in a subspace, or searching; each from the same weights, each once."""
+"""The training runs of a search, one after the other, all from the same weights, each done once."""
 
 import math
 import random
@@ -31,7 +31,7 @@ from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
 from lightning_sketch.subspace.subspace_module import SubspaceModule
 
 FILE = "intrinsic_dimension.json"
-_LENGTH_AND_STEP = (
+_TRAINER_SETTINGS = (
     "max_steps",
     "max_epochs",
     "limit_train_batches",
@@ -44,17 +44,17 @@ _LENGTH_AND_STEP = (
 
 
 class Runner:
-    """Trains copies of a model.
+    """Train replicas of a model: in full, in a subspace, or during a doubling search.
 
     Args:
-        trainer_fn: as of `IntrinsicDimensionTuner`.
-        options: of `SubspaceModule`: sketch, parameters, others, lr_scale, optimizer_fn.
-        model: a module, or a function that makes one, which may be compiled.
-        data: train and validation loaders, and data module, each or None.
-        monitor: the metric that a run is worth.
+        trainer_fn: The argument of `IntrinsicDimensionTuner`.
+        options: Arguments of `SubspaceModule`: sketch, parameters, others, lr_scale, optimizer_fn.
+        model: A module, or a function that makes one, which may be compiled.
+        data: The train loaders, the validation loaders, and the data module, each or None.
+        monitor: The metric whose last value is the value of a run.
 
     Raises:
-        TypeError: if `model` is neither, or a module that is compiled.
+        TypeError: If `model` is neither, or is a compiled module.
     """
 
     def __init__(
@@ -66,22 +66,26 @@ class Runner:
         monitor: str,
     ):
         self.options, self.data, self.monitor = options, data, monitor
-        self.copies = Replicas(model)
-        self.n = Layout.of(self.copies.first, options["parameters"]).n
-        self.trainers = Trainers(trainer_fn, self.copies.first)
+        self.replicas = Replicas(model)
+        self.n = Layout.of(self.replicas.first, options["parameters"]).n
+        self.trainers = Trainers(trainer_fn, self.replicas.first)
 
     def begin(self, dim: int) -> float:
-        """Make the first two Trainers and read what is noted; the metric before training.
+        """Make the first two Trainers, read the recorded runs, and return the metric before training.
+
+        Args:
+            dim: The dimension of the first run in a subspace.
 
         Raises:
-            MisconfigurationException: if the Trainers cannot be used, the metric is not logged, or ranks differ.
+            MisconfigurationException: If the Trainers cannot be used, the metric is not logged, or the ranks start from
+                different weights.
         """
-        self.trainers.check([self.n, dim])
+        self.trainers.make([self.n, dim])
         self.ledger = Ledger(self.trainers.folder(self.n) / FILE)
         trainer = self.trainers.peek(self.n)
         with isolate_rng():
-            self._validate(trainer, self.copies.one())
-        refuse_different_starts(trainer, self.copies.fingerprint)
+            self._validate(trainer, self.replicas.new())
+        refuse_different_starts(trainer, self.replicas.fingerprint)
         if self.monitor not in trainer.callback_metrics:
             raise MisconfigurationException(
                 f"monitor={self.monitor!r} is not logged in validation, which logs "
@@ -91,57 +95,60 @@ class Runner:
         return self._value(trainer)
 
     def length(self) -> int:
-        """Optimizer steps of a run, as far as the Trainer says so.
+        """Return the number of optimizer steps of a run, as the Trainer's `max_steps` gives it.
 
         Raises:
-            MisconfigurationException: if it does not.
+            MisconfigurationException: If the Trainer has none.
         """
         steps = self.trainers.peek(self.n).max_steps
         if steps < 1:
             raise MisconfigurationException(
-                "method='doubling' takes up to twice the steps of full training, which is not run where baseline is "
-                "given; say how many those are: Trainer(max_steps=...)."
+                "method='doubling' takes up to twice the steps of full training, which is not run if baseline is "
+                "given; set their number: Trainer(max_steps=...)."
             )
         return steps
 
-    def full(self) -> Run:
-        """Of the parameters that subspaces are of, and of the others if these are trained there too."""
-        told = {"full": True, "parameters": self.options["parameters"], "others": self.options["others"]}
-        return self._once(self.n, 0, told, self._whole)
+    def fit_full(self) -> Run:
+        """Train the baseline: the parameters that subspaces are of, and the other ones too if others='full'."""
+        settings = {"full": True, "parameters": self.options["parameters"], "others": self.options["others"]}
+        return self._once(self.n, 0, settings, self._whole)
 
-    def at(self, dim: int, seed: int) -> Run:
-        """As many directions."""
+    def fit_subspace(self, dim: int, seed: int) -> Run:
+        """Train in a `dim`-dimensional subspace."""
         return self._once(
-            dim, seed, self._told(), lambda: SubspaceModule(self.copies.one(), dim, seed=seed, **self.options)
+            dim,
+            seed,
+            self._option_settings(),
+            lambda: SubspaceModule(self.replicas.new(), dim, seed=seed, **self.options),
         )
 
     def search(self, finder: IntrinsicDimensionFinder, dim: int, max_dim: int, seed: int) -> Run:
-        """From so many directions to so many, at a constant rate."""
+        """Run a doubling search from `dim` to `max_dim` at a constant learning rate."""
         return self._once(
             max_dim,
             seed,
             {
-                **self._told(),
+                **self._option_settings(),
                 "from": dim,
                 "rule": [finder.target, finder.delta, finder.every_n_train_steps, finder.max_steps],
             },
-            lambda: ConstantRate(self.copies.one(), dim, seed=seed, max_dim=max_dim, **self.options),
+            lambda: _ConstantRate(self.replicas.new(), dim, seed=seed, max_dim=max_dim, **self.options),
             finder,
         )
 
     def _whole(self) -> LightningModule:
-        """The model; frozen where subspaces are."""
-        model = self.copies.one()
-        moving = {id(p) for p in Layout.of(model, self.options["parameters"]).parameters(model)}
+        """Make a replica to be trained in full, in which the same parameters are frozen as in subspaces."""
+        model = self.replicas.new()
+        trainable = {id(p) for p in Layout.of(model, self.options["parameters"]).parameters(model)}
         for parameter in model.parameters():
-            if self.options["others"] == "frozen" and id(parameter) not in moving:
+            if self.options["others"] == "frozen" and id(parameter) not in trainable:
                 parameter.requires_grad_(False)
         return model
 
-    def _validate(self, trainer: Trainer, module: LightningModule) -> None:
-        """With nobody looking on, unless it is a callback that logs the metric.
+    def _validate(self, trainer: Any, module: LightningModule) -> None:
+        """Validate without callbacks; if the metric is then missing, retry with all but checkpoint callbacks.
 
-        Never with one that saves checkpoints, which would settle for a folder.
+        Checkpoint callbacks are left out since they would determine their folder in this validation.
         """
         _, val, datamodule = self.data
         callbacks, saving = trainer.callbacks, trainer.checkpoint_callbacks
@@ -156,38 +163,49 @@ class Runner:
             trainer.callbacks = callbacks
 
     def _shape_of_data(self) -> str:
-        """Numbers of batches and of examples in one, of loaders that are given; what a data module has is not known."""
+        """Return the number of batches and the batch size of each loader; those of a data module are not known."""
         loaders = [loader for loader in self.data[:2] if loader is not None]
         return repr([(sized_len(loader), getattr(loader, "batch_size", None)) for loader in loaders])
 
-    def _told(self) -> dict[str, Any]:
-        """The options, without functions."""
+    def _option_settings(self) -> dict[str, Any]:
+        """Return the options that identify a run: all but the function."""
         return {key: value for key, value in self.options.items() if key != "optimizer_fn"}
 
     def _once(
         self,
         dim: int,
         seed: int,
-        told: dict[str, Any],
+        more: dict[str, Any],
         make: Callable[[], LightningModule],
         finder: IntrinsicDimensionFinder | None = None,
     ) -> Run:
-        """A fit, or what is noted of one with the same settings."""
-        trainer = self.trainers.peek(dim)
+        """Return the recorded run with these settings; if there is none, train, and record it.
+
+        Args:
+            dim: The dimension for which a Trainer is made.
+            seed: The seed of the run.
+            more: Further settings that identify the run.
+            make: Makes the module to be trained.
+            finder: The callback of a doubling search.
+
+        Raises:
+            RuntimeError: If one of several ranks runs out of memory.
+        """
+        trainer: Any = self.trainers.peek(dim)  # Any: Lightning's annotations lack `fast_dev_run`
         settings = {
-            "module": self.copies.name,
-            "theta0": self.copies.fingerprint,
+            "module": self.replicas.name,
+            "theta0": self.replicas.fingerprint,
             "monitor": self.monitor,
-            **{name: repr(getattr(trainer, name)) for name in _LENGTH_AND_STEP},
+            **{name: repr(getattr(trainer, name)) for name in _TRAINER_SETTINGS},
             "data": self._shape_of_data(),
             "dim": dim,
             "seed": seed,
-            **told,
+            **more,
         }
         found = None if trainer.fast_dev_run else self.ledger.find(settings)
-        run, noted = trainer.strategy.broadcast(found), ", as noted before"
+        run, source = trainer.strategy.broadcast(found), ", recorded before"
         if run is None:
-            trainer, noted = self.trainers.take(dim), ""
+            trainer, source = self.trainers.take(dim), ""
             run = self._fit(trainer, make(), dim, seed, finder)
             failed = run["status"] == "out of memory"
             if not trainer.fast_dev_run:
@@ -195,40 +213,41 @@ class Runner:
             if failed and trainer.world_size > 1:
                 raise RuntimeError(
                     f"rank {trainer.global_rank} of {trainer.world_size} ran out of memory at dim {dim}, and the "
-                    "others may wait for it for ever; the run is noted, and left out when the search is started again."
+                    "others may wait for it forever; the run is recorded, and skipped when the search is started again."
                 )
-        what = "full training" if told.get("full") else f"dim {run['dim']}"
+        name = "full training" if more.get("full") else f"dim {run['dim']}"
         rank_zero_info(
-            f"{what}, seed {seed}: {self.monitor} {run['value']:.4g}, {run['steps']} steps, {run['status']}{noted}"
+            f"{name}, seed {seed}: {self.monitor} {run['value']:.4g}, {run['steps']} steps, {run['status']}{source}"
         )
         return run
 
     def _fit(
-        self, trainer: Trainer, module: LightningModule, dim: int, seed: int, finder: IntrinsicDimensionFinder | None
+        self, trainer: Any, module: LightningModule, dim: int, seed: int, finder: IntrinsicDimensionFinder | None
     ) -> Run:
+        """Train a module with this seed, and return what is recorded of the run."""
         train, val, datamodule = self.data
-        validated = LastValidation()
-        trainer.callbacks.append(validated)
+        last = _LastValidation()
+        trainer.callbacks.append(last)
         if finder is not None:
             trainer.callbacks.insert(0, finder)
             if finder.max_steps is not None:
                 train_for(trainer, finder.max_steps)
-        name_run(trainer, f"dim {dim}", f"intrinsic dimension {self.copies.fingerprint % (1 << 32):08x}")
+        name_run(trainer, f"dim {dim}", f"intrinsic dimension {self.replicas.fingerprint % (1 << 32):08x}")
         status = "done"
-        with isolate_rng():  # puts nothing back if an error goes through it
-            for seeded in (random.seed, np.random.seed, torch.manual_seed):
-                seeded(seed)
+        with isolate_rng():  # does not restore the state if an error passes through, so errors are caught inside
+            for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+                set_seed(seed)
             try:
                 trainer.fit(module, train, val, datamodule=datamodule)
-                if validated.step != trainer.global_step:
+                if last.step != trainer.global_step:
                     self._validate(trainer, module)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 status = "out of memory"
         value = self._value(trainer) if status == "done" else math.nan
-        if finder is not None and finder.history:  # of the mean of w, at the dimension that it was taken at
-            dim, value = finder.history[-1]["dim"], finder.history[-1]["value"]
+        if finder is not None and finder.history:  # the value at the mean of w, and the dim that it was measured at
+            dim, value = int(finder.history[-1]["dim"]), finder.history[-1]["value"]
             status = "not reached" if finder.found is None and status == "done" else status
         status = "nan" if math.isnan(value) and status != "out of memory" else status
         close_run(trainer, {"subspace/dim": float(dim), self.monitor: value})
@@ -242,27 +261,27 @@ class Runner:
         }
 
     def _value(self, trainer: Trainer) -> float:
-        """The mean over ranks, which log what they see: by it the Finder decides too."""
+        """Return the mean of the metric over ranks, each of which logs its own; the finder uses the same mean."""
         metric, strategy = trainer.callback_metrics[self.monitor], trainer.strategy
         return float(strategy.reduce(metric.clone().to(strategy.root_device), reduce_op="mean"))
 
 
-class LastValidation(CallbackBase):
-    """Remembers the optimizer step at which validation ran."""
+class _LastValidation(CallbackBase):
+    """Remember the optimizer step at which validation ran last."""
 
     step: int | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of training, not of the sanity check."""
+        """Remember the step, unless this is Lightning's sanity check."""
         if not trainer.sanity_checking:
             self.step = trainer.global_step
 
 
-class ConstantRate(SubspaceModule):
-    """Without the module's schedulers, at the rate that they start from or rise to."""
+class _ConstantRate(SubspaceModule):
+    """Train without the module's schedulers, at the highest rate that they start from or rise to."""
 
     def configure_optimizers(self) -> Any:
-        """The optimizer alone."""
+        """Return the optimizers without their schedulers."""
         found = optimizers_in(super().configure_optimizers())
         for group in (group for optimizer in found for group in optimizer.param_groups):
             group["lr"] = max(group.get(key, 0.0) for key in ("lr", "initial_lr", "max_lr"))

@@ -1,9 +1,10 @@
-"""What a checkpoint of a `SubspaceModule` holds, and when it is refused.
+"""What the state dict of a `SubspaceModule` contains, and the checks when one is loaded.
 
     w, the buffers of the module, parameters trained in full, and frozen ones that the module itself has changed
-    _extra_state: what the directions are made from, and a fingerprint of θ₀
+    _extra_state: the recipe of the directions, the number in use, and a fingerprint of θ₀
 
-Neither D nor a second copy of the weights. With `save_theta0`, θ₀ and all frozen parameters too.
+It contains neither D nor a second copy of the weights. With `save_theta0` it also contains θ₀ and all frozen
+parameters.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,28 +12,30 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_sketch.subspace.subspace_module import SubspaceModule
 
-THETA0 = "theta0."
+_THETA0 = "theta0."
 
 
-def kept(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
-    """Take out of a state dict what need not be saved; put in θ₀ if it is asked for."""
-    for name in sub.frozen.moving | (set() if sub.save_theta0 else sub.frozen.unchanged()):
+def trim_state(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
+    """Remove from a state dict what can be recomputed, and add θ₀ if `save_theta0` is set."""
+    for name in sub.frozen.trainable | (set() if sub.save_theta0 else sub.frozen.unchanged()):
         state.pop(f"{prefix}module.{name}", None)
     if sub.save_theta0:
-        state.update({f"{prefix}{THETA0}{name}": tensor for name, tensor in sub.theta0().items()})
+        state.update({f"{prefix}{_THETA0}{name}": tensor for name, tensor in sub.theta0().items()})
 
 
-def complete(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
-    """Put into a state dict all that the module expects; if θ₀ was saved, take it from there.
+def complete_state(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
+    """Add to a state dict the entries that `trim_state` removed, and restore θ₀ if it was saved.
 
     Raises:
-        ValueError: if it was made with other directions or from other weights.
+        ValueError: If the state dict is not of a `SubspaceModule`, or is of other directions or other initial weights.
     """
-    start = f"{prefix}{THETA0}"
+    start = f"{prefix}{_THETA0}"
     theta0 = {name[len(start) :]: state.pop(name) for name in list(state) if name.startswith(start)}
     there, here = state.get(f"{prefix}_extra_state"), sub.get_extra_state()
     if there is None:
-        raise ValueError("this is no checkpoint of a SubspaceModule; load it into the module inside, then wrap that.")
+        raise ValueError(
+            "this is not a checkpoint of a SubspaceModule; load it into the plain module, then wrap that module."
+        )
     if there["directions"] != here["directions"]:
         raise ValueError(
             f"the checkpoint was trained along other directions:\n  checkpoint: {there['directions']}\n  module:     "
@@ -47,8 +50,8 @@ def complete(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
     absent = [name for name in sub.frozen.start if f"{prefix}module.{name}" not in state]
     if absent and not sub.frozen.unchanged().issuperset(absent):
         raise ValueError(
-            "the checkpoint is of a time when frozen parameters were as at the start, and here they no longer are; "
-            "load it into a module that is made anew."
+            "the checkpoint was saved while the frozen parameters had their initial values, and this module has since "
+            "changed them; load it into a new module."
         )
     for name, tensor in theta0.items():
         sub.theta0()[name].copy_(tensor)

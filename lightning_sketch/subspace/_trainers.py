@@ -1,4 +1,4 @@
-"""A new Trainer for each run: one that has fitted would do no step more."""
+"""Trainers for the runs of a search, each used for one fit."""
 
 import copy
 import weakref
@@ -14,63 +14,66 @@ _COPIED = ("callbacks", "strategy", "plugins", "profiler")
 
 
 class Trainers:
-    """Gives a Trainer for each dimension.
+    """Make a new Trainer for each run, and check that Trainers and loggers are not shared.
 
     Args:
-        trainer_fn: dim -> Trainer, or a dict of arguments.
-        module: tells which of Lightning's namespaces a Trainer of arguments is from.
+        trainer_fn: A function from dim to a Trainer, or a dict of the Trainer's arguments.
+        module: The module to train, which determines the Lightning namespace of Trainers made from arguments.
     """
 
     def __init__(self, trainer_fn: Callable[[int], Trainer] | dict[str, Any], module: LightningModule):
-        self.trainer_fn, self.kind = trainer_fn, trainer_class(module)
-        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()  # none is kept alive for this
+        self.trainer_fn, self.trainer_class = trainer_fn, trainer_class(module)
+        self.seen: weakref.WeakSet[Any] = weakref.WeakSet()  # weak, so that finished Trainers are freed
         self.waiting: dict[int, list[Trainer]] = {}
 
-    def check(self, dims: list[int]) -> None:
-        """Make one for each of these, to be taken later.
+    def make(self, dims: list[int]) -> None:
+        """Make a Trainer for each of these dims, to be taken later.
 
         Raises:
-            MisconfigurationException: if two are the same, or share a logger.
+            MisconfigurationException: If `trainer_fn` does not make new Trainers, or two of them share a logger.
         """
         for dim in dims:
             self.waiting.setdefault(dim, []).append(self._make(dim))
 
     def peek(self, dim: int) -> Trainer:
-        """The one that `take` will give."""
+        """Return the Trainer that `take` will return next."""
         if not self.waiting.get(dim):
-            self.check([dim])
+            self.make([dim])
         return self.waiting[dim][0]
 
     def take(self, dim: int) -> Trainer:
-        """One that has not been taken."""
+        """Return a Trainer that has not been taken before."""
         self.peek(dim)
         return self.waiting[dim].pop(0)
 
     def folder(self, dim: int) -> Path:
-        """Where the loggers of a Trainer write, or it itself."""
+        """Return the folder of the first logger that writes files, or the Trainer's default folder."""
         trainer = self.peek(dim)
         saved = next((logger.save_dir for logger in trainer.loggers if logger.save_dir), None)
         return Path(saved or trainer.default_root_dir)
 
     def _make(self, dim: int) -> Trainer:
-        trainer = self._of_arguments(dim) if isinstance(self.trainer_fn, dict) else self.trainer_fn(dim)
+        given = self.trainer_fn
+        trainer = self._from_arguments(given, dim) if isinstance(given, dict) else given(dim)
         if not isinstance(trainer, Trainer):
             raise MisconfigurationException(
-                f"trainer_fn({dim}) gave {type(trainer).__name__}, no Trainer; use lambda dim: Trainer(...)."
+                f"trainer_fn({dim}) returned {type(trainer).__name__}, not a Trainer; use lambda dim: Trainer(...)."
             )
         if trainer.state.fn is not None or trainer in self.seen:
             raise MisconfigurationException(
-                f"trainer_fn({dim}) gave a Trainer that is in use; make a new one each time: lambda dim: Trainer(...)."
+                f"trainer_fn({dim}) returned a Trainer that is already in use; make a new one each time: "
+                "lambda dim: Trainer(...)."
             )
         if any(logger in self.seen for logger in trainer.loggers):
             raise MisconfigurationException(
-                "trainer_fn gave two Trainers one logger, which holds one run; make the logger in trainer_fn too."
+                "trainer_fn gave two Trainers the same logger, which can log one run only; make the logger in "
+                "trainer_fn too."
             )
         self.seen.update([trainer, *trainer.loggers])
         return trainer
 
-    def _of_arguments(self, dim: int) -> Trainer:
-        arguments = dict(self.trainer_fn)
+    def _from_arguments(self, given: dict[str, Any], dim: int) -> Trainer:
+        arguments = dict(given)
         if callable(arguments.get("logger")):
             arguments["logger"] = arguments["logger"](dim)
-        return self.kind(**{name: copy.deepcopy(x) if name in _COPIED else x for name, x in arguments.items()})
+        return self.trainer_class(**{name: copy.deepcopy(x) if name in _COPIED else x for name, x in arguments.items()})

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lightning_sketch.autodiff.fingerprint import fingerprint
 from lightning_sketch.autodiff.layout import Layout
@@ -40,7 +40,7 @@ class TrainableWeights:
     def assign(self, directions: Directions, w: Float[Tensor, " dim"]) -> None:
         """Set the parameters to θ₀ + Dᵀ w, one after the other, so that no vector of length n is formed."""
         theta = self.parameters()
-        steps = self.layout.adjoint(directions.sketch, directions.expand(_at_least_float32(w)), theta)
+        steps = self.layout.adjoint(directions.sketch, directions.expand(_at_least_float32(w)), like=theta)
         for parameter, start, step in zip(theta, self.start, steps, strict=True):
             _local(parameter).copy_(start + step)
 
@@ -106,4 +106,4 @@ def _at_least_float32(w: Tensor) -> Tensor:
 
 def _local(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a DTensor, and any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor).to_local() if hasattr(tensor, "placements") else tensor

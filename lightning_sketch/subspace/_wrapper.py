@@ -1,4 +1,4 @@
-"""A LightningModule around another: the inner one's own steps, hooks, logging and hyper-parameters go on working."""
+"""A LightningModule around another one, whose steps, hooks, logging and hyper-parameters keep working."""
 
 import functools
 from collections.abc import MutableMapping
@@ -11,17 +11,19 @@ from lightning_sketch.autodiff.losses import call_step
 
 _STEPS = ("validation_step", "test_step", "predict_step")
 _LOGGING = ("log", "log_dict")
-_TOLD = ("trainer", "_device_mesh", "_current_fx_name", "_metric_attributes")
+# What Lightning sets on the module that it fits, and the inner module needs too.
+_FORWARDED = ("trainer", "_device_mesh", "_current_fx_name", "_metric_attributes")
 
 
 class Wrapper(ModuleBase):
-    """Hands everything that it does not do itself to `module`.
+    """Delegate to an inner module everything that the wrapper does not do itself.
 
-    Lightning asks a module which hooks it has. So the wrapper has, as an object and not as a class, those of the module
-    inside: they are that one's own bound methods. What the module logs goes under its own names.
+    Lightning inspects which hooks a module overrides. The wrapper therefore gets those of the inner module as
+    attributes of the object, bound to the inner module; its class overrides none of them. The inner module logs under
+    its own names.
 
     Args:
-        module: a LightningModule of either namespace.
+        module: A LightningModule of either namespace.
     """
 
     def __init__(self, module: LightningModule):
@@ -38,7 +40,7 @@ class Wrapper(ModuleBase):
 
     @property
     def strict_loading(self) -> bool:
-        """As the module says."""
+        """Whether a checkpoint must match all keys, as the inner module says."""
         return self.module.strict_loading
 
     @strict_loading.setter
@@ -47,29 +49,29 @@ class Wrapper(ModuleBase):
 
     @property
     def hparams(self) -> MutableMapping[str, Any]:
-        """The module's hyper-parameters and the wrapper's own, which win where names are equal; set where they are."""
+        """The hyper-parameters of both modules; the wrapper's win if names are equal, and writes go to their owner."""
         own = super().hparams
-        return _Both(self.module.hparams, own) if self.__dict__.get("_begun") else own
+        return _MergedHparams(self.module.hparams, own) if self.__dict__.get("_initialized") else own
 
     @property
-    def hparams_initial(self) -> dict[str, Any]:
-        """What is logged: the module's hyper-parameters, and the wrapper's own as `subspace/dim` and so on.
+    def hparams_initial(self) -> dict[str, Any]:  # type: ignore[override]  # loggers need a dict, not Lightning's class
+        """The hyper-parameters that are logged: the inner module's, and the wrapper's with the prefix `subspace/`.
 
-        Loggers refuse a name that both a module and its data have, `seed` for instance.
+        The prefix is there since loggers refuse a name that both a module and its data have, for instance `seed`.
         """
         own = {f"subspace/{name}": value for name, value in super().hparams_initial.items()}
         return {**self.module.hparams_initial, **own}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """The module's own; of hyper-parameters the wrapper's alone, which `load_from_checkpoint` makes it from."""
+        """Save the wrapper's hyper-parameters, the arguments of `load_from_checkpoint`; then run the module's hook."""
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(super().hparams)
         self.module.on_save_checkpoint(checkpoint)
 
     def ready(self) -> None:
-        """Bring the inner module up to date; called before each of its steps."""
+        """Update the inner module; called before each of its steps."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module gives."""
+        """Return the output of the inner module."""
         self.ready()
         return self.module(*args, **kwargs)
 
@@ -78,41 +80,47 @@ class Wrapper(ModuleBase):
         return call_step(getattr(self.module, name), *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else is asked for, the module may have."""
+        """Return an attribute of the inner module if the wrapper has none of this name."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or not self.__dict__.get("_begun"):  # names that are not taken yet
+            if name.startswith("_") or not self.__dict__.get("_initialized"):  # the wrapper sets its own names first
                 raise
             return getattr(self.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """What Lightning tells the module that it fits is passed on, across namespaces too.
+        """Set an attribute on the module that has it, and forward to the inner module what Lightning sets.
 
-        What only the module has is set there: a learning rate that `Tuner.lr_find` found, say. So is an optimizer that
-        LightningCLI was asked for, which is then reused as the module's own would be.
+        An attribute that only the inner module has is set there, such as a learning rate found by `Tuner.lr_find`. So
+        is `configure_optimizers`, which LightningCLI replaces for an optimizer of the command line; the wrapper then
+        uses it as it would use the module's own.
         """
-        theirs = not self._has(name) and hasattr(self.module, name) if self.__dict__.get("_begun") else False
+        theirs = not self._has(name) and hasattr(self.module, name) if self.__dict__.get("_initialized") else False
         if theirs or name == "configure_optimizers":
             setattr(self.module, name, value)
             return
         super().__setattr__(name, value)
-        if name in _TOLD and "module" in self.__dict__.get("_modules", {}):
+        if name in _FORWARDED and "module" in self.__dict__.get("_modules", {}):
             setattr(self.module, name, value)
 
     def _has(self, name: str) -> bool:
         return name in self.__dict__ or name in self._parameters or name in self._modules or hasattr(type(self), name)
 
 
-class _Both(AttributeDict):
-    """Two sets of hyper-parameters as one; of equal names the second's."""
+class _MergedHparams(AttributeDict):
+    """Two sets of hyper-parameters as one; the second wins if names are equal.
+
+    Args:
+        first: The hyper-parameters of the inner module.
+        second: Those of the wrapper, which also get new names.
+    """
 
     def __init__(self, first: MutableMapping[str, Any], second: MutableMapping[str, Any]):
         super().__init__({**first, **second})
         self.__dict__.update(sources=(second, first))
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        """One by one."""
+        """Update each entry through `__setitem__`."""
         for name, value in dict(*args, **kwargs).items():
             self[name] = value
 

@@ -1,13 +1,13 @@
-"""The directions that the weights may move along, nested so that their number can be doubled.
+"""The random directions along which the weights move, nested so that their number can be doubled.
 
     θ = θ₀ + Dᵀ w          D = √(max_dim / dim) · (the first dim rows of Π S)
 
-S     a sketch R^n -> R^max_dim, E[SᵀS] = I
-Π     a random permutation of its outputs; left out where dim = max_dim from the start, as S is where that is n
+S     a sketch R^n -> R^max_dim, E[SᵀS] = I; the identity if dim = n and no max_dim is given
+Π     a random permutation of its outputs; the identity if no max_dim is given, which then is dim
 D     R^n -> R^dim, E[DᵀD] = I for every dim: a step of Adam on w has length lr √n in θ, whatever dim is
 
 Without Π a prefix would not be random enough: the first dim rows of a Hadamard matrix repeat with period dim, so
-that a vector with two entries at that distance would vanish in half of the draws.
+that a vector with two entries at that distance would be mapped to zero in half of the draws.
 """
 
 import functools
@@ -26,12 +26,13 @@ from lightning_sketch.operators.sketch import Sketch
 
 @dataclass(frozen=True)
 class Directions(LinearOperator):
-    """D: R^n -> R^dim.
+    """The matrix D: R^n -> R^dim, whose rows are the directions.
 
     Args:
-        sketch: S, of max_dim outputs.
-        dim: how many of them are used.
-        nested: whether a random choice is used, so that there can be more later; else all are, in their own order.
+        sketch: S, with max_dim outputs.
+        dim: The number of outputs in use.
+        nested: Whether the outputs in use are chosen at random, so that dim can be doubled; otherwise all are in use,
+            in the sketch's order.
     """
 
     sketch: Sketch
@@ -40,10 +41,17 @@ class Directions(LinearOperator):
 
     @classmethod
     def of(cls, kind: str, n: int, dim: int, seed: int, max_dim: int | None = None) -> "Directions":
-        """Directions of a kind of sketch; for dim = n without max_dim the n coordinates themselves.
+        """Make the directions of a kind of sketch; for dim = n without max_dim, the n coordinate axes.
+
+        Args:
+            kind: The kind of sketch.
+            n: The number of weights.
+            dim: The number of directions in use.
+            seed: The seed of the sketch and of Π.
+            max_dim: The number up to which `dim` can be doubled; None if it stays.
 
         Raises:
-            ValueError: unless 0 < dim <= max_dim <= n; if the kind is unknown.
+            ValueError: Unless 0 < dim <= max_dim <= n; if the kind is unknown.
         """
         largest = dim if max_dim is None else max_dim
         if not 0 < dim <= largest <= n:
@@ -54,44 +62,48 @@ class Directions(LinearOperator):
             )
         nested = max_dim is not None
         sketch = make_sketch(kind, n=n, dim=largest, seed=seed)
-        return cls(Identity(n, n, seed) if dim == n and not nested else sketch, dim, nested)
+        return cls(Identity(n, n, seed=seed) if dim == n and not nested else sketch, dim, nested)
 
     def doubled(self) -> "Directions":
-        """Twice as many, at most all; the former are among them."""
+        """Return directions with twice the dim, at most max_dim; the first ones are these, up to their scale."""
         return replace(self, dim=min(2 * self.dim, self.sketch.dim))
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(dim, n)."""
+        """The pair (dim, n)."""
         return self.dim, self.sketch.n
 
     def spec(self) -> dict[str, int | str | bool]:
-        """All there is to know of them but how many are used, in JSON."""
+        """Return all that determines the directions, except the number in use, as values that JSON has."""
         return {**self.sketch.spec(), "nested": self.nested}
 
     def restrict(self, y: Float[Tensor, "... max_dim"]) -> Float[Tensor, "... dim"]:
-        """D x from y = S x."""
+        """Return D x for y = S x."""
         return y[..., self._order(y.device)] * self._scale if self.nested else y
 
     def expand(self, w: Float[Tensor, "... dim"]) -> Float[Tensor, "... max_dim"]:
-        """The y with Sᵀ y = Dᵀ w."""
+        """Return the vector y with Sᵀ y = Dᵀ w."""
         if not self.nested:
             return w
         y = w.new_zeros(*w.shape[:-1], self.sketch.dim)
         return y.index_copy(-1, self._order(w.device), w * self._scale)
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... dim"]:
-        """D x."""
+        """Compute D x."""
         return self.restrict(self.sketch.matvec(x))
 
     def rmatvec(self, y: Float[Tensor, "... dim"]) -> Float[Tensor, "... n"]:
-        """Dᵀ y."""
+        """Compute Dᵀ y."""
         return self.sketch.rmatvec(self.expand(y))
 
     def condition(self, products: int = 30) -> float:
-        """√(λ_max / λ_min) of D Dᵀ, at least: how differently long the steps are that θ takes for equal ones of w.
+        """Estimate the condition number of D from below: √(λ_max / λ_min) of D Dᵀ.
 
-        By the extreme Ritz values of a Krylov space, in float64; exact where dim <= products.
+        It says how much the length of a step in θ depends on the direction of a step in w. The estimate is from the
+        extreme Ritz values of a Krylov space, in float64.
+
+        Args:
+            products: The largest number of products with D Dᵀ; the estimate is exact if dim <= products.
         """
         low, high = extreme_ritz_values(self @ self.T, products, dtype=torch.float64)
         return float((high / max(low, 1e-300)) ** 0.5)
@@ -106,13 +118,18 @@ class Directions(LinearOperator):
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, size: int, device: torch.device) -> Int[Tensor, " size"]:
-    """The order of independent random words, of which no two are equal."""
+    """Return the order that sorts independent random words, no two of which are equal."""
     return words(Key(seed, "subspace/order"), 0, size, device).argsort()
 
 
 @dataclass(frozen=True)
 class Identity(Sketch, register=False):
-    """S = I, as a sketch with dim = n.
+    """The identity matrix S = I, as a sketch with dim = n.
+
+    Args:
+        n: The size of the vectors.
+        dim: The same number.
+        seed: Not used, but part of the description of the directions.
 
     >>> Identity(n=3, dim=3).matvec(torch.tensor([1.0, 2.0, 3.0]))
     tensor([1., 2., 3.])
@@ -127,11 +144,11 @@ class Identity(Sketch, register=False):
             raise ValueError(f"Identity needs dim = n, got dim={self.dim}, n={self.n}.")
 
     def forward(self, x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
-        """x, with zeros around it."""
+        """Return x at the columns from `start` on, and zeros elsewhere."""
         out = x.new_zeros(len(x), self.dim, dtype=torch.promote_types(x.dtype, torch.float32))
         out[:, start : start + x.shape[1]] = x
         return out
 
     def adjoint(self, y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
-        """A part of y."""
+        """Return the columns of y from `start` to `stop`."""
         return y[:, start:stop].to(torch.promote_types(y.dtype, torch.float32), copy=True)

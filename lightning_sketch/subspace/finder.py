@@ -1,18 +1,18 @@
-"""The intrinsic dimension from one training run: double the directions whenever training no longer gets better.
+"""The callback that finds the intrinsic dimension in one training run, by doubling the dimension at each plateau.
 
-    every c steps, with the mean of w over the last c / 2:
-        metric >= target               found: at most `dim`
+    every c steps, at the mean of w over the last c / 2 steps:
+        metric >= target               found: the intrinsic dimension is at most dim
         better by less than delta      dim <- 2 dim
-        else                           train on
+        otherwise                      continue
 
 Source: Schioppa (2024), "Efficient sketches for training data attribution and studying the loss landscape",
-NeurIPS 2024, arXiv:2402.03994, listing 9. Its rule looks at the present w; the mean of some is less noisy, and so is
-the answer.
+NeurIPS 2024, arXiv:2402.03994, listing 9. Its rule uses the current w; the mean of several w is less noisy, and so is
+the result.
 """
 
 import itertools
 import math
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -30,41 +30,47 @@ from lightning_sketch._lightning import (
     state_key,
 )
 from lightning_sketch.subspace._doubling import carry_over
+from lightning_sketch.subspace.result import Mode
 from lightning_sketch.subspace.subspace_module import SubspaceModule
 
 
 class IntrinsicDimensionFinder(CallbackBase):
-    """Doubles the `dim` of a `SubspaceModule(max_dim=...)` while it trains, until a metric reaches its target.
+    """Double the `dim` of a `SubspaceModule(max_dim=...)` while it trains, until a metric reaches its target.
 
-    Validation runs every `every_n_train_steps` steps, in place of the Trainer's own rhythm, on the mean of w over the
-    last half of that time, which is also what the module is left with where the target is reached. A checkpoint of a
-    validation before that holds w itself, and is scored by its mean.
+    Validation runs every `every_n_train_steps` steps, in place of the Trainer's own schedule, at the mean of w over the
+    last half of these steps. If it reaches the target, the module keeps this mean. A checkpoint of an earlier
+    validation contains w itself, although its metric was measured at the mean.
 
-    What is found is an upper bound, typically twice the smallest dimension: verify it by a run at half of it, as
+    The dimension found is an upper bound, typically twice the smallest one: verify it by a run at half of it, as
     `IntrinsicDimensionTuner(...).find(method="doubling")` does. Use a constant learning rate.
 
     Logged at each validation: `subspace/dim`.
 
     Args:
-        monitor: name of the metric that `validation_step` logs.
-        target: the value to reach.
-        mode: "max" if larger is better, "min" if smaller is.
-        delta: smallest improvement between two validations that training goes on for, in units of the metric; larger
-            than the noise of the metric.
-        every_n_train_steps: optimizer steps between two validations.
-        max_steps: optimizer steps after which the search is given up; None leaves that to the Trainer.
+        monitor: The name of a metric that `validation_step` logs.
+        target: The value to reach, in units of the metric.
+        mode: "max" if larger values are better, "min" if smaller ones are.
+        delta: The smallest improvement between two validations, in units of the metric, for which training continues
+            at the same dim; choose it larger than the noise of the metric.
+        every_n_train_steps: The number of optimizer steps between two validations.
+        max_steps: The number of optimizer steps after which the search ends without a result; None for no limit but
+            the Trainer's.
+
+    Attributes:
+        history: A dict for each validation: step (optimizer steps), dim, and value of the metric.
+        found: The dim at which the target was reached, or None.
 
     Raises:
-        ValueError: if an argument is out of its range.
-        MisconfigurationException: at setup, if the module is no `SubspaceModule` with `max_dim`, there is no
-            validation, there are two finders, accumulation is scheduled, weights are averaged, or the strategy is
-            `ddp_spawn` or alike; at the first validation, if `monitor` is not logged.
+        ValueError: If an argument is out of its range.
+        MisconfigurationException: At setup, if the module is not a `SubspaceModule` with `max_dim`, there is no
+            validation, there are two finders, gradient accumulation is scheduled, weights are averaged, or fit runs in
+            spawned processes (`ddp_spawn` and similar); at the first validation, if `monitor` is not logged.
 
     Example::
 
-        finder = IntrinsicDimensionFinder(monitor="val_acc", target=0.89)
+        finder = IntrinsicDimensionFinder("val_acc", 0.89)
         trainer = Trainer(max_steps=2000, callbacks=[finder])
-        trainer.fit(SubspaceModule(module, dim=8, max_dim=4096, lr_scale=10), datamodule=data)
+        trainer.fit(SubspaceModule(module, 8, max_dim=4096, lr_scale=10), datamodule=data)
         finder.suggestion()
     """
 
@@ -72,13 +78,14 @@ class IntrinsicDimensionFinder(CallbackBase):
         self,
         monitor: str,
         target: float | int,
-        mode: str = "max",
+        *,
+        mode: Mode = "max",
         delta: float | int = 0.05,
         every_n_train_steps: int = 100,
         max_steps: int | None = None,
     ):
         super().__init__()
-        if mode not in ("max", "min"):
+        if mode not in get_args(Mode):
             raise ValueError(f"mode={mode!r} is not known; use 'max' or 'min'.")
         if not math.isfinite(target):
             raise ValueError(f"need a finite target, got {target}.")
@@ -90,95 +97,96 @@ class IntrinsicDimensionFinder(CallbackBase):
         self.monitor, self.target, self.mode, self.delta = monitor, target, mode, delta
         self.every_n_train_steps, self.max_steps = every_n_train_steps, max_steps
         self.history: list[dict[str, float]] = []
-        """Step, dim and value of each validation."""
         self.found: int | None = None
-        self._window: list[Any] = [0, 0.0, 0]  # number and sum of the w in it, and the step of the last
-        self._rhythm: tuple[Any, ...] | None = None
-        self._present: list[Tensor] = []
+        self._window: list[Any] = [0, 0.0, 0]  # number and sum of the w in the mean, and the step of the last one
+        self._schedule: tuple[Any, ...] | None = None  # the Trainer's own
+        self._current: list[Tensor] = []  # the blocks of w, while validation runs at their mean
 
     @property
     def state_key(self) -> str:
-        """A search for another metric does not go on from this one's checkpoint."""
+        """The key of this callback in a checkpoint, which contains the metric: each search has its own state."""
         return state_key(self, monitor=self.monitor)
 
     def suggestion(self) -> int | None:
-        """The dimension at which the target was reached: the smallest is at most this. None if it was not reached."""
+        """Return the dimension at which the target was reached, an upper bound of the smallest; None if it was not."""
         return self.found
 
     def state_dict(self) -> dict[str, Any]:
-        """The history, and the sum of w in the present window."""
+        """Return the history, the result, and the sum of w since the last validation."""
         return {"history": self.history, "found": self.found, "window": self._window}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as if nothing had happened."""
+        """Restore the search from a checkpoint."""
         self.history, self.found, self._window = list(state["history"]), state["found"], list(state["window"])
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; validate in this rhythm."""
+        """Check that the search is possible, and set the Trainer's validation schedule."""
         if stage != "fit":
             return
         if not isinstance(pl_module, SubspaceModule) or not pl_module.directions.nested:
             raise MisconfigurationException(
                 f"IntrinsicDimensionFinder needs a SubspaceModule with max_dim, got {type(pl_module).__name__}; fit "
-                "SubspaceModule(module, dim=8, max_dim=4096)."
+                "SubspaceModule(module, 8, max_dim=4096)."
             )
-        refuse_forgetful(trainer)
+        refuse_spawning(trainer)
         if not trainer.enable_validation:
             raise MisconfigurationException(f"{self.monitor} comes from validation; pass val_dataloaders to fit.")
-        if sum(isinstance(callback, IntrinsicDimensionFinder) for callback in trainer.callbacks) > 1:
+        state: Any = trainer  # Any: Lightning's annotations lack `callbacks` and `fast_dev_run`
+        if sum(isinstance(callback, IntrinsicDimensionFinder) for callback in state.callbacks) > 1:
             raise MisconfigurationException(
-                "two searches in one run would each put back the w of the other; fit twice, with one "
-                "IntrinsicDimensionFinder each."
+                "two searches in one run would overwrite each other's w; fit twice, with one IntrinsicDimensionFinder "
+                "each."
             )
-        names = {base.__name__ for callback in trainer.callbacks for base in type(callback).__mro__}
+        names = {base.__name__ for callback in state.callbacks for base in type(callback).__mro__}
         if "GradientAccumulationScheduler" in names:
             raise MisconfigurationException(
-                "IntrinsicDimensionFinder validates by batches, and GradientAccumulationScheduler changes how many "
-                "make a step; use Trainer(accumulate_grad_batches=...)."
+                "IntrinsicDimensionFinder schedules validation by batches, but GradientAccumulationScheduler changes "
+                "the number of batches in a step; use Trainer(accumulate_grad_batches=...)."
             )
         if names & {"WeightAveraging", "StochasticWeightAveraging"}:
             raise MisconfigurationException(
-                "an average of weights from before and after a doubling is one of other numbers; leave out the "
-                "callback that averages, IntrinsicDimensionFinder judges the mean of w by itself."
+                "w has another scale after each doubling, so it cannot be averaged over the run; leave out the "
+                "callback that averages, IntrinsicDimensionFinder validates a mean of w by itself."
             )
-        if not trainer.fast_dev_run:
-            self._rhythm = rhythm(trainer)
+        if not state.fast_dev_run:
+            self._schedule = rhythm(trainer)
             set_rhythm(trainer, self.every_n_train_steps * trainer.accumulate_grad_batches)
         if trainer.global_step == 0:
             self.history, self.found, self._window = [], None, [0, 0.0, 0]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The Trainer's own rhythm again."""
-        if self._rhythm is not None:
-            set_rhythm(trainer, *self._rhythm)
-            self._rhythm = None
+        """Restore the Trainer's own validation schedule."""
+        if self._schedule is not None:
+            set_rhythm(trainer, *self._schedule)
+            self._schedule = None
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add w to the mean, in the second half of the time between validations."""
+        """Add w to the mean, in the second half of the steps between two validations."""
         step = trainer.global_step
         since = step - (self.history[-1]["step"] if self.history else 0)
         count, total, last = self._window
         if step != last and 2 * since > self.every_n_train_steps:
-            w = pl_module.coordinates().detach()
+            w = cast(SubspaceModule, pl_module).coordinates().detach()
             self._window = [count + 1, torch.as_tensor(total, device=w.device) + w, step]
         if self.max_steps is not None and step >= self.max_steps:
             trainer.should_stop = True
 
     @torch.no_grad()
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Validate the mean."""
+        """Set w to its mean."""
         count, total, _ = self._window
         if self._searches(trainer) and count:
-            self._present = [block.clone() for block in pl_module.blocks]
-            for block, mean in zip(pl_module.blocks, pl_module.cut(total / count), strict=True):
+            sub = cast(SubspaceModule, pl_module)
+            self._current = [block.clone() for block in sub.blocks]
+            for block, mean in zip(sub.blocks, sub.cut(total / count), strict=True):
                 block.copy_(mean)
 
     @torch.no_grad()
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop at the mean; or back to the present w, and double or go on."""
+        """Stop at the mean of w if it reaches the target; otherwise restore w, and double dim or continue."""
         if not self._searches(trainer):
             return
         self._window = [0, 0.0, trainer.global_step]
@@ -187,60 +195,63 @@ class IntrinsicDimensionFinder(CallbackBase):
                 f"{self.monitor!r} was not logged in validation; there are "
                 f"{', '.join(map(repr, trainer.callback_metrics)) or 'no metrics'}."
             )
+        sub = cast(SubspaceModule, pl_module)
         value = float(trainer.strategy.reduce(trainer.callback_metrics[self.monitor].clone(), reduce_op="mean"))
-        dim = pl_module.directions.dim
+        dim = sub.directions.dim
         last = self.history[-1]["value"] if self.history else math.nan
         self.history.append({"step": trainer.global_step, "dim": dim, "value": value})
         for logger in trainer.loggers:
             logger.log_metrics({"subspace/dim": float(dim)}, step=batches_done(trainer))
         better = 1 if self.mode == "max" else -1
         if better * (value - self.target) >= 0:
-            self._present = []
+            self._current = []
             self.found, trainer.should_stop = dim, True
             say(trainer, f"{self.monitor} {value:.4g} at dim {dim}: the intrinsic dimension is at most {dim}")
             return
-        self._return(pl_module)
+        self._restore(sub)
         if math.isnan(value):
             trainer.should_stop = True
-            say(trainer, f"{self.monitor} is not a number at dim {dim}: the search ends; lower the learning rate")
+            say(trainer, f"{self.monitor} is NaN at dim {dim}: the search ends; lower the learning rate")
         elif better * (value - last) < self.delta:
-            self._double(trainer, pl_module, value)
+            self._double(trainer, sub, value)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A validation that fails leaves w as it was."""
-        if self._present:
-            self._return(pl_module)
+        """Restore w if a validation at its mean fails."""
+        if self._current:
+            self._restore(cast(SubspaceModule, pl_module))
 
     @torch.no_grad()
-    def _return(self, sub: SubspaceModule) -> None:
-        """To the present w, from its mean."""
-        for block, present in zip(sub.blocks, self._present, strict=False):
-            block.copy_(present)
-        self._present = []
+    def _restore(self, sub: SubspaceModule) -> None:
+        """Set w back from its mean to its current value."""
+        for block, current in zip(sub.blocks, self._current, strict=False):
+            block.copy_(current)
+        self._current = []
 
     def _double(self, trainer: Trainer, sub: SubspaceModule, value: float) -> None:
+        """Double the dim of the module, and rescale the optimizers' state; do nothing if all directions are in use."""
         before = sub.directions.dim
         if before == sub.directions.sketch.dim:
-            return  # more time is all that can help
+            return
         sub.double_dim()
         used = 1 + list(itertools.accumulate(map(len, sub.blocks))).index(before)
         for optimizer in trainer.optimizers:
             carry_over(optimizer, sub.blocks[:used], sub.blocks[used:], (before / sub.directions.dim) ** 0.5)
         sub.ready()
-        say(trainer, f"{self.monitor} {value:.4g} at dim {before}: on with {sub.directions.dim}")
+        say(trainer, f"{self.monitor} {value:.4g} at dim {before}: continuing with dim {sub.directions.dim}")
 
     def _searches(self, trainer: Trainer) -> bool:
+        """Return whether a validation belongs to the search: it is part of fit, and not Lightning's sanity check."""
         return trainer.state.fn == "fit" and not trainer.sanity_checking
 
 
-def refuse_forgetful(trainer: Trainer) -> None:
-    """An answer that would be lost is not asked for.
+def refuse_spawning(trainer: Trainer) -> None:
+    """Check that fit runs in this process, since the callback state of spawned processes is lost.
 
     Raises:
-        MisconfigurationException: if the Trainer fits in processes that end with the fit.
+        MisconfigurationException: If the Trainer fits in processes that it spawns.
     """
     if forgets(trainer):
         raise MisconfigurationException(
-            "IntrinsicDimensionFinder would be lost with the processes that are made for one fit; use strategy='ddp' "
-            "in place of 'ddp_spawn', 'ddp_fork' or 'ddp_notebook'."
+            "the result of IntrinsicDimensionFinder would be lost with the processes that are spawned for a fit; use "
+            "strategy='ddp' in place of 'ddp_spawn', 'ddp_fork' or 'ddp_notebook'."
         )

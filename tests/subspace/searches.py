@@ -123,7 +123,7 @@ def searched(
 
 
 def start(folder, *launcher, **options):
-    """The program in a process, and a session, of its own."""
+    """Start the program in a process and a session of its own."""
     command = [
         sys.executable,
         *launcher,
@@ -142,14 +142,14 @@ def start(folder, *launcher, **options):
     )
 
 
-def ended(process, timeout=60):
-    """Its return code, the lines that it printed, split at the first blank, and its errors; none of it is left over."""
+def ended(process, timeout=3600):
+    """Wait for a process; return its code, the lines that it printed, split at the first blank, and its errors."""
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun ends its processes by itself, which are in sessions of their own
         try:
-            process.communicate(timeout=40)
+            process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
         raise
@@ -165,21 +165,21 @@ def found(lines):
     return [json.loads(rest) for word, rest in lines if word == "FOUND"]
 
 
-def told(rename, dies):
-    def told_rename(*args):
+def logged(rename, dies):
+    def logged_rename(*args):
         if dies == "replace":
             os.kill(os.getpid(), signal.SIGKILL)
         os.write(1, f"\nWRITES {os.environ.get('LOCAL_RANK', 0)}\n".encode())
         return rename(*args)
 
-    return told_rename
+    return logged_rename
 
 
 def main(folder, *options):
     torch.set_num_threads(1)
     asked = {name: json.loads(value) for name, value in (option.split("=", 1) for option in options)}
     largest = asked.pop("largest", None)
-    os.replace = told(os.replace, asked.get("dies"))
+    os.replace = logged(os.replace, asked.get("dies"))
     if largest is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

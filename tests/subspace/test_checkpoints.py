@@ -5,8 +5,9 @@ import copy
 import pytest
 import pytorch_lightning as pl
 import torch
-from nets import Classifier, Convolutional, train_loader, trainer, val_loader
+from nets import Classifier, Convolutional, Tied, train_loader, trainer, val_loader
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from small_searches import made, nested, searched
 from torch import nn
 
 from lightning_sketch.subspace import IntrinsicDimensionFinder, SubspaceModule
@@ -47,6 +48,30 @@ def test_what_is_in_it(tmp_path):
     assert largest == 32
 
 
+def test_a_checkpoint_holds_no_function(tmp_path):
+    sub = SubspaceModule(made(), 8, optimizer_fn=lambda params: torch.optim.SGD(params, lr=0.1))
+    run = trainer(max_steps=1)
+    run.fit(sub, train_loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert "optimizer_fn" not in torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]
+
+
+def test_what_the_module_saves_in_a_checkpoint_it_finds_there(tmp_path):
+    class Model(Classifier):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["own"] = 5
+
+        def on_load_checkpoint(self, checkpoint):
+            self.own = checkpoint["own"]
+
+    run = trainer(max_steps=1)
+    run.fit(SubspaceModule(made(Model), 16, lr_scale=10), train_loader())
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    sub = SubspaceModule(made(Model), 16, lr_scale=10)
+    trainer(max_steps=1).fit(sub, train_loader(), ckpt_path=tmp_path / "a.ckpt")
+    assert sub.module.own == 5
+
+
 class Settled(Convolutional):
     """Without dropout, whose random state no checkpoint holds."""
 
@@ -78,7 +103,7 @@ def test_resume_is_exact(tmp_path, options):
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_resume_of_a_search_is_exact(tmp_path):
-    """In the middle of a window, after doublings: history, mean of w, moments, counts."""
+    """After doublings: the history, the mean of w, and the optimizer's averages and step counts."""
 
     def run(callbacks=(), path=None):
         finder = IntrinsicDimensionFinder("val_acc", 0.99, every_n_train_steps=6)
@@ -95,6 +120,34 @@ def test_resume_of_a_search_is_exact(tmp_path):
     assert len(found.history) == 6
     assert whole.directions == resumed.directions
     assert torch.equal(whole.coordinates(), resumed.coordinates())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_a_search_resumes_in_the_middle_of_a_window(tmp_path):
+    """At step 16 of a window that ends at 18: the w of that step is in the mean that is validated."""
+
+    def run(callbacks=(), path=None):
+        finder = IntrinsicDimensionFinder("val_loss", 0.0, mode="min", every_n_train_steps=6)
+        sub = nested()
+        options = {"max_epochs": 3, "max_steps": -1, "enable_checkpointing": bool(callbacks)}
+        trainer(finder, *callbacks, **options).fit(sub, train_loader(), val_loader(), ckpt_path=path)
+        return finder
+
+    whole = run([ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)])
+    assert run(path=tmp_path / "epoch=1-step=16.ckpt").history == whole.history
+    assert [line["step"] for line in whole.history] == [6, 12, 18, 24]
+
+
+def test_a_search_that_is_over_is_over_when_it_is_resumed(tmp_path):
+    """By way of a checkpoint: the answer is kept."""
+    finder, sub, run = searched([0.1, 0.95])
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = IntrinsicDimensionFinder("value", 0.9, every_n_train_steps=4)
+    trainer(again, max_steps=8).fit(
+        nested(type(sub.module)), train_loader(), val_loader(), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert again.suggestion() == finder.suggestion() == 8
+    assert again.history == finder.history
 
 
 def test_load_from_checkpoint(tmp_path):
@@ -127,7 +180,7 @@ def test_it_goes_into_no_other_module(tmp_path, options, said):
 
 
 def test_a_plain_checkpoint_is_refused():
-    with pytest.raises(ValueError, match="no checkpoint of a SubspaceModule"):
+    with pytest.raises(ValueError, match="not a checkpoint of a SubspaceModule"):
         wrapped().load_state_dict(Convolutional().state_dict())
 
 
@@ -141,12 +194,62 @@ def test_with_theta0_it_is_whole(tmp_path):
     assert other.get_extra_state() == sub.get_extra_state()
 
 
+def test_theta0_that_is_loaded_is_where_the_weights_are_though_w_is_the_same():
+    """Of two that have not been trained w is zero."""
+    sub, other = (SubspaceModule(made(seed=seed), 16, save_theta0=True) for seed in (0, 1))
+    other.load_state_dict(sub.state_dict())
+    assert all(torch.equal(one, same) for one, same in zip(sub.parameters(), other.parameters(), strict=True))
+
+
 def test_weights_trained_in_full_are_kept(tmp_path):
     sub = wrapped(parameters="net.1.*", others="full")
     path = saved(sub, tmp_path)
     other = wrapped(parameters="net.1.*", others="full")
     other.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
     assert torch.equal(sub.module.net[6].weight, other.module.net[6].weight)
+
+
+def test_what_is_trained_in_full_is_saved_though_it_is_as_at_the_start():
+    options = {"parameters": "net.0.*", "others": "full"}
+    sub = SubspaceModule(made(), 8, **options)
+    module = made()
+    nn.init.zeros_(module.net[2].weight)
+    (other := SubspaceModule(module, 8, **options)).load_state_dict(sub.state_dict())
+    assert torch.equal(other.net[2].weight, sub.net[2].weight)
+
+
+def test_frozen_weights_that_are_not_saved_must_be_the_same():
+    options = {"parameters": "net.0.*", "lr_scale": 10}
+    sub = SubspaceModule(made(), 8, **options)
+    trainer(max_steps=2).fit(sub, train_loader())
+    module = made()
+    nn.init.zeros_(module.net[2].weight)
+    with pytest.raises(ValueError, match="other initial weights"):
+        SubspaceModule(module, 8, **options).load_state_dict(sub.state_dict())
+
+
+class Compiled(Classifier):
+    """In part: what is compiled has names of its own."""
+
+    def network(self, width):
+        return torch.compile(super().network(width), backend="eager")
+
+
+@pytest.mark.parametrize("save_theta0", [False, True])
+@pytest.mark.parametrize("kind", [Tied, Compiled])
+def test_a_weight_that_moves_is_saved_under_none_of_its_names(kind, save_theta0):
+    options = {"lr_scale": 10, "save_theta0": save_theta0}
+    sub, other = SubspaceModule(made(kind), 16, **options), SubspaceModule(made(kind), 16, **options)
+    before = copy.deepcopy(sub.state_dict())
+    trainer(max_steps=2).fit(sub, train_loader())
+    assert {name for name in sub.state_dict() if not name.startswith("theta0.")} == {"w", "_extra_state"}
+    for state, expected in ((sub.state_dict(), sub), (before, SubspaceModule(made(kind), 16))):
+        other.load_state_dict(state)
+        assert all(torch.equal(one, same) for one, same in zip(expected.parameters(), other.parameters(), strict=True))
+
+
+def test_a_frozen_weight_of_two_names_is_saved_under_neither():
+    assert SubspaceModule(made(Tied), 16, parameters="net.0.*").state_dict().keys() == {"w", "_extra_state"}
 
 
 def test_model_checkpoint_and_best(tmp_path):
@@ -200,7 +303,7 @@ def test_a_checkpoint_from_before_they_moved_goes_into_a_new_module_only():
     sub = wrapped(MeanTeacher)
     state = copy.deepcopy(sub.state_dict())
     trainer().fit(sub, train_loader())
-    with pytest.raises(ValueError, match="a module that is made anew"):
+    with pytest.raises(ValueError, match="into a new module"):
         sub.load_state_dict(state)
     wrapped(MeanTeacher).load_state_dict(state)
 
@@ -213,6 +316,18 @@ def test_what_holds_the_wrapper_can_load_it(tmp_path):
     assert torch.equal(whole.module.net[1].weight, resumed.module.net[1].weight)
     with pytest.raises(ValueError, match="other initial weights"):
         nn.ModuleList([wrapped(seed=1)]).load_state_dict(nn.ModuleList([whole]).state_dict())
+
+
+@pytest.mark.parametrize("save_theta0", [False, True])
+def test_what_holds_a_subspace_saves_and_loads_what_it_would_by_itself(save_theta0):
+    options = {"parameters": "net.0.*", "save_theta0": save_theta0, "lr_scale": 10}
+    sub, other = SubspaceModule(made(), 16, **options), SubspaceModule(made(seed=int(save_theta0)), 16, **options)
+    trainer(max_steps=2).fit(sub, train_loader())
+    state = nn.ModuleDict({"a": sub}).state_dict()
+    assert state.keys() == {f"a.{name}" for name in sub.state_dict()}
+    assert any("theta0" in name for name in state) == save_theta0
+    nn.ModuleDict({"a": other}).load_state_dict(state)
+    assert all(torch.equal(one, same) for one, same in zip(sub.parameters(), other.parameters(), strict=True))
 
 
 class Backbone(Classifier):

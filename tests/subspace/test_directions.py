@@ -73,6 +73,10 @@ def test_nested_directions_are_random_up_to_the_last():
     assert few.doubled().doubled().doubled().shape == (64, 64)
 
 
+def test_nested_directions_are_random_where_all_are_in_use_from_the_start():
+    assert Directions.of("block_srht", 64, 64, 0, 64).as_matrix().count_nonzero() == 64 * 64
+
+
 @pytest.mark.parametrize("kind", ["block_srht", "gaussian"])
 def test_condition(kind):
     """Exact with as many products as directions; with fewer a lower bound."""
@@ -81,6 +85,14 @@ def test_condition(kind):
     exact = float(singular[0] / singular[-1])
     assert directions.condition(40) == pytest.approx(exact, rel=1e-3)
     assert 1 <= directions.condition(5) <= exact * 1.001
+
+
+@pytest.mark.parametrize(("n", "dim"), [(60, 40), (300, 160)])
+def test_condition_is_close_by_default(n, dim):
+    """Of few values of D Dᵀ the Krylov space is small: what rounding adds to it must not be taken for directions."""
+    directions = Directions.of("block_srht", n, dim, 1)
+    singular = torch.linalg.svdvals(directions.as_matrix(dtype=torch.float64))
+    assert directions.condition() == pytest.approx(float(singular[0] / singular[-1]), rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -104,3 +116,10 @@ def test_the_order_is_pinned():
     """The row of D that output i of S went to: a checkpoint relies on it."""
     directions = Directions.of("block_srht", 8, 8, 0, 8)
     assert directions.expand(torch.arange(8.0)).argsort().tolist() == [7, 5, 0, 6, 2, 1, 3, 4]
+
+
+def test_the_order_is_of_the_seed():
+    orders = {
+        tuple(Directions.of("block_srht", 64, 8, seed, 32)._order(torch.device("cpu")).tolist()) for seed in (0, 1)
+    }
+    assert len(orders) == 2

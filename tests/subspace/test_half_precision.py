@@ -1,10 +1,11 @@
-"""Autocast to float16 with a scaled loss, autocast to bfloat16, bfloat16 throughout: w takes the steps of float32."""
+"""In half precision, with autocast or throughout, with a scaled loss or without, w takes the steps of float32."""
 
 import pytest
 import pytorch_lightning as pl
 import torch
 from nets import Classifier, train_loader, trainer, val_loader
 from pytorch_lightning.plugins.precision import MixedPrecision
+from small_searches import made
 
 from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
 
@@ -181,3 +182,32 @@ def test_w_keeps_small_steps_in_half_precision(tmp_path):
     assert (ends["bf16-true"] - ends["32-true"]).norm() <= 0.02 * ends["32-true"].norm()
     sub.bfloat16()
     assert torch.equal(sub.w, ends["bf16-true"])
+
+
+def test_w_is_of_32_bits_for_weights_of_16():
+    sub = SubspaceModule(made().bfloat16(), 16)
+    assert (sub.w.dtype, sub.theta0()["net.0.weight"].dtype) == (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_weights_in_half_precision_are_rounded_once(implicit):
+    """θ₀ + Dᵀ w in float32, for a w in bfloat16, however it is scaled."""
+    sub = SubspaceModule(made(), 8, max_dim=50).to(torch.bfloat16)
+    for block in sub.blocks:
+        block.data.normal_()
+    w = sub.coordinates().detach()
+    steps = sub.weights.layout.unflatten(sub.directions.rmatvec(w.float()))
+    expected = [(start + step).bfloat16() for start, step in zip(sub.theta0().values(), steps, strict=True)]
+    sub.ready()
+    found = sub.weights.values_at(sub.directions, w) if implicit else sub.weights.parameters()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_module_learns_in_half_precision(precision):
+    """Gradients of 8 bits; θ follows w to the rounding of its own type."""
+    sub = SubspaceModule(made(), 64, lr_scale=10)
+    run = trainer(precision=precision, max_steps=80)
+    run.fit(sub, train_loader(), val_loader())
+    assert run.callback_metrics["val_acc"] > 0.4
+    assert sub.module.net[0].weight.dtype == (torch.float32 if precision == "bf16-mixed" else torch.bfloat16)

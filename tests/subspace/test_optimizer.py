@@ -1,4 +1,4 @@
-"""The module's own optimizer on w: every form that configure_optimizers may have, and every scheduler."""
+"""The module's own optimizer on w: every return value of configure_optimizers, schedulers, decay, and refusals."""
 
 import pytest
 import pytorch_lightning as pl
@@ -6,11 +6,12 @@ import torch
 from nets import Classifier, train_loader, trainer, val_loader
 from pytorch_lightning.callbacks import LearningRateMonitor
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from small_searches import made
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from lightning_sketch.subspace import SubspaceModule
-from lightning_sketch.subspace._optimizer import SAID
+from lightning_sketch.subspace._optimizer import INFO_CACHE
 
 
 def fitted(recipe, steps=8, callbacks=(), **options):
@@ -72,6 +73,17 @@ def test_any_form_is_reused(of_module, of_w):
     assert torch.equal(fitted(of_module)[0].w.detach(), expected(of_w))
 
 
+def test_groups_of_named_parameters_differ_in_names_alone():
+    class Model(Classifier):
+        def configure_optimizers(self):
+            layers = self.net[0], self.net[2]
+            return torch.optim.Adam([{"params": list(layer.named_parameters(str(layer)))} for layer in layers], lr=3e-3)
+
+    sub = SubspaceModule(made(Model), 16, lr_scale=10)
+    trainer(max_steps=1).fit(sub, train_loader())
+    assert sub.w.count_nonzero() == 16
+
+
 def test_lbfgs():
     sub, _ = fitted(lambda self: torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3), steps=3, lr_scale=1)
     assert sub.w.norm() > 0
@@ -100,6 +112,22 @@ def test_schedulers_go_on(of_module, of_w):
 
     found, _ = fitted(lambda self: recipe(3e-3, of_module)(self))
     assert torch.allclose(found.w.detach(), expected(recipe(3e-2, of_w)), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+def test_an_optimizer_of_named_parameters_resumes(tmp_path):
+    class Model(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.named_parameters(), lr=3e-3)
+
+    path = tmp_path / "a.ckpt"
+    first, again = SubspaceModule(made(Model), 16, lr_scale=10), SubspaceModule(made(Model), 16, lr_scale=10)
+    run = trainer(max_epochs=1, max_steps=-1)
+    run.fit(first, train_loader())
+    assert "param_names" not in run.optimizers[0].param_groups[0]
+    run.save_checkpoint(path)
+    trainer(max_epochs=1, max_steps=-1).fit(again, train_loader(), ckpt_path=path)
+    assert torch.equal(first.w, again.w)
 
 
 class Counting(SGD):
@@ -140,22 +168,6 @@ def test_a_warm_up_in_the_modules_own_step():
     assert torch.allclose(sub.w.detach(), expected(of_w), rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_that_fails_leaves_the_groups_as_they_were():
-    class Fails(Adam):
-        def step(self, closure=None):
-            raise RuntimeError("no step")
-
-    class Model(Classifier):
-        def configure_optimizers(self):
-            self.optimizer = Fails(self.parameters(), lr=3e-3)
-            return self.optimizer
-
-    model = Model()
-    with pytest.raises(RuntimeError, match="no step"):
-        trainer().fit(SubspaceModule(model, 16, lr_scale=10), train_loader(), val_loader())
-    assert [group["lr"] for group in model.optimizer.param_groups] == [3e-3]
-
-
 class RateFree(Adam):
     """Makes its own rate."""
 
@@ -178,7 +190,7 @@ def test_decay_of_w_is_off_unless_it_is_given(caplog):
     def recipe(self):
         return SGD(self.parameters(), lr=0.1, weight_decay=0.5)
 
-    SAID.clear()
+    INFO_CACHE.clear()
     with caplog.at_level("INFO"):
         plain, _ = fitted(recipe, lr_scale=1)
         fitted(recipe, lr_scale=1)
@@ -216,6 +228,20 @@ def test_a_rate_far_below_the_usual_is_warned_of():
         fitted(lambda self: Adam(self.parameters(), lr=3e-4), lr_scale=1)
 
 
+@pytest.mark.parametrize(("decay", "given"), [(0.0, None), (0.1, 0.1)])
+def test_nothing_is_said_of_decay_or_rate_where_there_is_nothing_to_say(caplog, decay, given):
+    """No decay to leave out, or one that is given; a small rate of an optimizer that is not Adam."""
+
+    class Model(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-4, weight_decay=decay)
+
+    INFO_CACHE.clear()
+    with caplog.at_level("INFO"):
+        trainer(max_steps=1).fit(SubspaceModule(made(Model), 16, weight_decay=given), train_loader())
+    assert "decay" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
@@ -250,37 +276,6 @@ def test_learning_rate_monitor(tmp_path):
     assert "lr-Adam" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
 
 
-def test_a_rate_that_the_module_writes_while_it_trains_is_multiplied_too():
-    """In `training_step` and in hooks, both within the optimizer's step. After one |w| is ten times the rate."""
-
-    class InStep(Classifier):
-        def training_step(self, batch, batch_idx):
-            self.seen = [group["lr"] for group in self.optimizers().param_groups]
-            for group in self.optimizers().param_groups:
-                group["lr"] = 2e-3
-            return super().training_step(batch, batch_idx)
-
-        def configure_optimizers(self):
-            matrices, vectors = (
-                [p for p in self.parameters() if p.ndim > 1],
-                [p for p in self.parameters() if p.ndim < 2],
-            )
-            return AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-3)
-
-    class InHook(Classifier):
-        def on_before_optimizer_step(self, optimizer):
-            self.seen = [group["lr"] for group in optimizer.param_groups]
-            for group in optimizer.param_groups:
-                group["lr"] = 2e-3
-
-    for kind in (InStep, InHook):
-        sub, run = SubspaceModule(kind(), 16, lr_scale=10), trainer(max_steps=1)
-        run.fit(sub, train_loader())
-        assert torch.allclose(sub.w.detach().abs(), torch.full((16,), 2e-2), rtol=1e-3)
-        assert sub.module.seen == ([1e-3, 1e-3] if kind is InStep else [3e-3])
-        assert {group["lr"] for group in run.optimizers[0].param_groups} == {2e-3}
-
-
 def test_what_a_step_has_can_be_asked_for():
     sub, run = fitted(constant, steps=1, weight_decay=0.5)
     (group,) = sub.groups(run.optimizers)
@@ -308,25 +303,7 @@ def test_an_optimizer_may_hold_on_to_its_group_over_the_closure():
     assert torch.allclose(found.w.detach(), expected(lambda params: SGD(params, lr=1.0), steps=3), rtol=1e-4, atol=1e-6)
 
 
-def test_a_step_may_take_other_functions():
-    class Asks(SGD):
-        def step(self, closure=None, twice=None):
-            assert twice(2) == 4
-            return super().step(closure)
-
-    class Model(Classifier):
-        def configure_optimizers(self):
-            return Asks(self.parameters(), lr=0.1)
-
-        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
-            optimizer.step(closure=optimizer_closure, twice=lambda x: 2 * x)
-
-    sub = SubspaceModule(Model(), 16, lr_scale=10)
-    trainer().fit(sub, train_loader())
-    assert sub.w.norm() > 0
-
-
-def test_optimizers_that_cannot_be_reused_are_told_why():
+def test_an_optimizer_made_twice_and_lbfgs_with_two_rates_are_refused():
     class Same(Classifier):
         def __init__(self):
             super().__init__()
@@ -339,5 +316,5 @@ def test_optimizers_that_cannot_be_reused_are_told_why():
     trainer().fit(sub, train_loader())
     with pytest.raises(MisconfigurationException, match="make a new one each time"):
         trainer().fit(sub, train_loader())
-    with pytest.raises(MisconfigurationException, match="LBFGS has one rate for all"):
+    with pytest.raises(MisconfigurationException, match="LBFGS has one learning rate"):
         fitted(lambda self: torch.optim.LBFGS(self.parameters()), parameters="net.0.*", others="full")

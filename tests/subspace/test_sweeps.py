@@ -72,7 +72,7 @@ def test_fit_from_yaml(tmp_path, namespace):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=300,
+        timeout=3600,
         env={**os.environ, "PYTHONPATH": path},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]

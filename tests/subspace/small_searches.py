@@ -1,0 +1,114 @@
+"""Modules whose validation metric is scripted, and the fits and searches with them that several files share."""
+
+import json
+
+import pytorch_lightning as pl
+import torch
+from nets import Classifier, train_loader, trainer, val_loader
+
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
+from lightning_sketch.subspace._runner import FILE
+
+
+def made(kind=Classifier, seed=0, **options):
+    pl.seed_everything(seed, verbose=False)
+    return kind(**options)
+
+
+def nested(kind=Classifier):
+    return SubspaceModule(made(kind), 8, max_dim=50, lr_scale=10)
+
+
+def descending(**options):
+    """A module in a subspace trained by SGD, whose steps, unlike Adam's, depend on the length of the gradient."""
+
+    class Model(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    return SubspaceModule(made(Model), 16, **options)
+
+
+class Scripted(Classifier):
+    """Validation logs the values of a list, one after the other, and the last one from there on."""
+
+    values = (0.1,)
+
+    def __init__(self):
+        super().__init__()
+        self.left = list(self.values)
+        self.seen = []
+
+    def validation_step(self, batch, batch_idx):
+        if batch_idx == 0 and not self.trainer.sanity_checking:
+            self.seen.append(torch.cat([p.detach().flatten() for p in self.net.parameters()]))
+            self.log("value", self.left.pop(0) if len(self.left) > 1 else self.left[0])
+
+
+def searched(values, *callbacks, sub=None, steps=16, target=0.9, mode="max", delta=0.05, max_steps=None, **options):
+    """Search by a finder that validates every four steps; return the finder, the module and the Trainer."""
+    sub = nested(type("Model", (Scripted,), {"values": tuple(values)})) if sub is None else sub
+    finder = IntrinsicDimensionFinder(
+        "value", target, mode=mode, delta=delta, every_n_train_steps=4, max_steps=max_steps
+    )
+    run = trainer(finder, *callbacks, max_steps=steps, **options)
+    run.fit(sub, train_loader(), val_loader())
+    return finder, sub, run
+
+
+class ByDimension(Classifier):
+    """Validation logs 0.1 before training, and after it the value of the dimension, and of the seed, or 1."""
+
+    values: dict[int, float | tuple[float, ...]] = {}  # noqa: RUF012
+
+    def validation_step(self, batch, batch_idx):
+        whole = self.trainer.lightning_module
+        dim = whole.directions.sketch.dim if isinstance(whole, SubspaceModule) else Layout.of(self).n
+        value = self.values.get(dim, 1.0)
+        value = value[torch.initial_seed()] if isinstance(value, tuple) else value
+        self.log("val_acc", value if self.trainer.global_step else 0.1)
+
+
+def by_dimension(**values):
+    """Make a module whose metric is given for each dimension, as in dim8=0.2."""
+    values = {int(name.removeprefix("dim")): value for name, value in values.items()}
+    return made(type("Model", (ByDimension,), {"values": values}))
+
+
+def search(model, folder, steps=4, callbacks=lambda: (), trainers=None, tuner=None, **options):
+    """Search with a few steps a run; options of Trainers, of the tuner, and of `find`."""
+
+    def trainer_fn(dim):
+        return trainer(*callbacks(), **{"max_steps": steps, "default_root_dir": folder, **(trainers or {})})
+
+    searcher = IntrinsicDimensionTuner(trainer_fn, **(tuner or {}))
+    given = {"dims": [4, 8], "monitor": "val_acc", **options}
+    if "datamodule" not in given:
+        given = {"train_dataloaders": train_loader(), "val_dataloaders": val_loader(), **given}
+    return searcher.find(model, **given)
+
+
+def recorded(folder):
+    """The entries of the file in which a search records its runs."""
+    return json.loads((folder / FILE).read_text())
+
+
+LADDER = [4, 32, 128, 512]
+
+
+def tuner(folder, steps=100, **options):
+    """Make a tuner of runs that are long enough to learn, and the list of dims that it makes Trainers for."""
+
+    def trainer_fn(dim):
+        made_for.append(dim)
+        return trainer(max_steps=steps, default_root_dir=folder, check_val_every_n_epoch=1)
+
+    made_for: list[int] = []
+    return IntrinsicDimensionTuner(trainer_fn, **options), made_for
+
+
+def find(searcher, model, **options):
+    """Search among the dims of the ladder, on shuffled digits, for 70 % of full training."""
+    options = {"dims": LADDER, "monitor": "val_acc", "threshold": 0.7, **options}
+    return searcher.find(model, train_loader(shuffle=True), val_loader(), **options)
