@@ -1,23 +1,31 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := -m pytest -n auto --dist loadfile
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test test-all test-lowest lint bench clean
 
 quickstart: .venv/run  ## install what the main job needs, then run it
 	$(BIN)/python examples/quickstart.py
 
-test: .venv/dev  ## tests, doctests and examples
-	$(BIN)/python -m pytest -n auto --dist loadfile
+test: .venv/dev  ## theorems of every room and the doctests: three minutes on two quiet cores
+	$(BIN)/python $(PYTEST) -m "not slow"
+
+test-all: test  ## and what is slow: examples, several processes, crashes, whole trainings, all kinds times all shapes
+	$(BIN)/python $(PYTEST) -m slow
+
+test-lowest: .venv-lowest/dev  ## `make test` with the lowest versions that pyproject.toml promises
+	.venv-lowest/bin/python $(PYTEST) -m "not slow" -W default
 
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: .venv/dev  ## the benchmarks that need no peer; minutes
 	$(BIN)/python benchmarks/sketch_speed.py
 
-.venv/bin/python:
-	$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's venv module is missing: apt install python3-venv"; exit 1; }
+%/bin/python:
+	$(PYTHON) -m venv $* || { rm -rf $*; echo "Python's venv module is missing: apt install python3-venv"; exit 1; }
 
 .venv/run: pyproject.toml constraints.txt | .venv/bin/python
 	$(BIN)/pip install -c constraints.txt -e '.[wandb,plots]' scikit-learn
@@ -27,5 +35,9 @@ bench: .venv/dev  ## the benchmarks that need no peer; minutes
 	$(BIN)/pip install -r requirements-dev.txt
 	touch $@
 
+.venv-lowest/dev: requirements-dev.txt pyproject.toml constraints-lowest.txt | .venv-lowest/bin/python
+	.venv-lowest/bin/pip install -r requirements-dev.txt -c constraints-lowest.txt
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-lowest runs
