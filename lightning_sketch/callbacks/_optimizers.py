@@ -1,4 +1,4 @@
-"""What the Trainer's optimizers say of their rates, and of stability."""
+"""Learning rates of the Trainer's optimizers, and the curvature up to which they are stable."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,45 +11,51 @@ from lightning_sketch.subspace import SubspaceModule
 
 
 class Stability(NamedTuple):
-    """At the last training step."""
+    """Learning rate and edge of stability at a training step.
+
+    Attributes:
+        lr: The learning rate if all parameters have the same; otherwise NaN.
+        below: The eigenvalue up to which gradient descent is stable, in loss per squared parameter; NaN for optimizers
+            other than SGD.
+    """
 
     lr: float
-    """The learning rate, where all parameters have the same; else NaN."""
     below: float
-    """Eigenvalues up to which gradient descent is stable; NaN for other optimizers."""
 
 
 UNKNOWN = Stability(math.nan, math.nan)
 
 
 def stability(trainer: Trainer) -> Stability:
-    """Of the Trainer's optimizers as they are now."""
-    return Stability(one_rate(groups_of_step(trainer, trainer.optimizers)), _stable_below(trainer))
+    """Return the learning rate and the edge of stability of the Trainer's optimizers as they are now."""
+    return Stability(common_lr(param_groups(trainer, trainer.optimizers)), _stable_below(trainer))
 
 
-def groups_of_step(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> list[Mapping[str, Any]]:
-    """The groups of optimizers as a step has them."""
+def param_groups(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> Sequence[Mapping[str, Any]]:
+    """Return the param groups of optimizers with the options that their steps use."""
     module = trainer.lightning_module
     if isinstance(module, SubspaceModule):
         return module.groups(optimizers)
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
-def one_rate(groups: Sequence[Mapping[str, Any]]) -> float:
-    """The learning rate of groups, where all have the same; else NaN."""
+def common_lr(groups: Sequence[Mapping[str, Any]]) -> float:
+    """Return the learning rate of param groups if all have the same; otherwise NaN."""
     rates = {float(group["lr"]) for group in groups}
     return rates.pop() if len(rates) == 1 else math.nan
 
 
 def _stable_below(trainer: Trainer) -> float:
-    """Along an eigenvector above 2 (1 + β) / lr gradient descent with momentum β grows; NaN for other optimizers.
+    """Return the eigenvalue above which SGD diverges along the eigenvector; NaN for other optimizers.
 
-    With Nesterov's momentum, 2 (1 + β) / (lr (1 + 2 β)); with dampening d, which scales the steps, over 1 - d.
+    It is 2 (1 + β) / lr with momentum β, and 2 (1 + β) / (lr (1 + 2 β)) with Nesterov's momentum. Dampening d scales
+    the steps of momentum, hence 2 (1 + β) / (lr (1 - d)).
+
     Source: Cohen et al. (2021), "Gradient descent on neural networks typically occurs at the edge of stability",
     ICLR 2021, arXiv:2103.00065, eqs. (1), (2) and appendix B.
     """
-    found = groups_of_step(trainer, trainer.optimizers)
-    lr = one_rate(found)
+    found = param_groups(trainer, trainer.optimizers)
+    lr = common_lr(found)
     if not lr > 0 or not all(type(optimizer) is torch.optim.SGD for optimizer in trainer.optimizers):
         return math.nan
     options = {tuple(group[name] for name in ("momentum", "nesterov", "dampening", "maximize")) for group in found}

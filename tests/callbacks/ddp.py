@@ -1,6 +1,6 @@
-"""Run as a program: one fit on `devices` processes over the same data, whose history is printed as JSON by each rank.
+"""Program that runs one fit on DEVICES processes over the same data; each rank prints its history as JSON.
 
-python ddp.py FOLDER DEVICES [fail]
+python ddp.py FOLDER DEVICES [RANK THAT FAILS]
 """
 
 import json
@@ -30,7 +30,7 @@ class Model(Digits):
 
 
 class Data(DataLoader):
-    """The first 128 examples; rank r of R takes r, r + R, ...: batch by batch, all ranks together see the same."""
+    """The first 128 examples, of which rank r of R takes r, r + R, ...: each batch is the same over all ranks."""
 
     def __init__(self, devices: int):
         rows = dataset(128)

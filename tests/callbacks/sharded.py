@@ -1,8 +1,9 @@
-"""Run as a program: five steps on parameters that are sharded over two processes, or on one whole.
+"""Program that trains for five steps on parameters that are sharded over two processes, or whole on one.
 
-python sharded.py FOLDER DEVICES [look] [ddp] [example]
+python sharded.py FOLDER DEVICES [validate] [ddp] [example] [uneven]
 
-ddp: whole on each. example: rows of the examples, of which there are 155, that is 156 on two processes.
+ddp: parameters are whole on each process. example: rows of the examples, of which there are 155, that is 156 on two
+processes. uneven: without a fallback, and only on rank 1 hooks do not support the last weight.
 """
 
 import sys
@@ -22,7 +23,7 @@ from lightning_sketch.attribution import IndexedDataset
 
 
 class Model(LightningModule):
-    """Seven rows on two ranks: four and three."""
+    """A network whose weights of seven rows are split over two ranks as four and three."""
 
     rows = dataset(160)
 
@@ -53,7 +54,7 @@ class Model(LightningModule):
 
 
 class Examples(Model):
-    """Hooks see one use of the last weight, of two."""
+    """A module that uses its last weight twice, of which hooks see one use."""
 
     rows = IndexedDataset(dataset(155))
 
@@ -62,7 +63,16 @@ class Examples(Model):
         return F.cross_entropy(self.net[3](x) + F.linear(x.square(), self.net[3].weight), batch[1])
 
 
-def main(folder: Path, devices: int, look: bool, ddp: bool, example: bool):
+class Uneven(Examples):
+    """A module that uses its last weight twice on rank 1, and once on rank 0."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1:
+            return super().training_step(batch, batch_idx)
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+
+def main(folder: Path, devices: int, *, validate: bool, ddp: bool, example: bool, uneven: bool):
     torch.set_num_threads(1)
     seed_everything(3, verbose=False)
     strategy = "auto"
@@ -70,15 +80,16 @@ def main(folder: Path, devices: int, look: bool, ddp: bool, example: bool):
         strategy = "ddp"
     elif devices > 1:
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
-    per = {"per": "example", "fallback": "loop"} if example else {}
+    per = {"per": "example", "fallback": None if uneven else "loop"} if example else {}
     writer = GradientSketchWriter(folder / "store", dim=64, dtype="float32", **per)
-    options = {"strategy": strategy, "use_distributed_sampler": False, "limit_val_batches": 1.0 if look else 0}
+    options = {"strategy": strategy, "use_distributed_sampler": False, "limit_val_batches": 1.0 if validate else 0}
     run = trainer(folder, writer, devices=devices, max_steps=5, max_epochs=-1, **options)
-    if look:
+    if validate:
         run.validate(Model())
     else:
-        run.fit(Examples() if example else Model())
+        run.fit((Uneven if uneven else Examples if example else Model)())
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), "look" in sys.argv, "ddp" in sys.argv, "example" in sys.argv)
+    words = ("validate", "ddp", "example", "uneven")
+    main(Path(sys.argv[1]), int(sys.argv[2]), **{word: word in sys.argv[3:] for word in words})

@@ -55,7 +55,7 @@ def test_fit_from_yaml(tmp_path, namespace):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        timeout=300,
+        timeout=3600,
         env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
     )
     assert ran.returncode == 0, ran.stderr[-3000:]

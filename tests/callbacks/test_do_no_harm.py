@@ -1,4 +1,4 @@
-"""With the monitor attached training is the same, bit for bit: weights, buffers, optimizer, logs, lists, randomness."""
+"""With the monitor training is the same, bit for bit: weights, buffers, optimizer, logs, lists, random numbers."""
 
 import copy
 import csv
@@ -13,7 +13,7 @@ from lightning_sketch import SpectrumMonitor
 
 
 def outcome(model):
-    """Everything that a run leaves behind."""
+    """Return everything that a fit changes."""
     optimizer = model.trainer.optimizers[0].state_dict()
     return {
         "weights": model.state_dict(),
@@ -22,7 +22,7 @@ def outcome(model):
         "calls": model.calls,
         "modes": {name: part.training for name, part in model.named_modules()},
         "metrics": {k: v for k, v in model.trainer.callback_metrics.items() if not k.startswith("hessian")},
-        # not Python's own generator: the type checks of the test run draw from it
+        # not Python's own generator, which the type checks of the test run use
         "random": (torch.get_rng_state(), np.random.get_state()[1].tolist()),
         "gradients": [p.grad for p in model.parameters()],
     }
@@ -73,7 +73,7 @@ def test_an_offline_wandb_run_in_both_arms(tmp_path, monkeypatch):
 
 
 def test_what_the_user_logs_is_logged_as_before(tmp_path):
-    """A second call of training_step would overwrite `train_loss` if its logging were not silenced."""
+    """A further call of training_step would overwrite `train_loss` if its logging were not disabled."""
 
     def rows(name, *callbacks):
         logger = CSVLogger(tmp_path, name=name)
@@ -89,7 +89,7 @@ def test_what_the_user_logs_is_logged_as_before(tmp_path):
 
 
 def test_a_frozen_batchnorm_stays_frozen(tmp_path):
-    """Modes are put back part by part: `module.train()` would thaw what the user froze."""
+    """The mode of each submodule is restored: `module.train()` would undo the user's `eval()`."""
 
     class Frozen(Digits):
         def on_train_batch_start(self, batch, batch_idx):
@@ -99,7 +99,7 @@ def test_a_frozen_batchnorm_stays_frozen(tmp_path):
 
 
 def test_a_step_that_draws_random_numbers(tmp_path):
-    """Torch's and numpy's generators go on as if nobody had looked."""
+    """The generators of torch and numpy continue as without the monitor."""
 
     class Drawing(Digits):
         def training_step(self, batch, batch_idx):
@@ -109,7 +109,7 @@ def test_a_step_that_draws_random_numbers(tmp_path):
 
 
 def test_a_step_that_changes_its_batch_in_place(tmp_path):
-    """The monitor's copies are its own, in both directions."""
+    """The monitor's copies are independent of the batches of training, in both directions."""
 
     class InPlace(Digits):
         def training_step(self, batch, batch_idx):
@@ -119,13 +119,13 @@ def test_a_step_that_changes_its_batch_in_place(tmp_path):
     watch = monitor()
     watched = fit(tmp_path, watch, model=InPlace)
     assert_same(outcome(watched), outcome(fit(tmp_path, model=InPlace)))
-    kept = copy.deepcopy(watch._kept.batches)
+    before = copy.deepcopy(watch._probes.batches)
     watch.measure(watched)
-    assert_same(watch._kept.batches, kept)
+    assert_same(watch._probes.batches, before)
 
 
 def test_a_teacher_that_follows_in_the_step(tmp_path):
-    """Frozen parameters that training_step itself updates, in place or by a new tensor."""
+    """The training_step itself updates frozen parameters, in place or by a new tensor."""
 
     class Teacher(Digits):
         def __init__(self):
@@ -142,7 +142,7 @@ def test_a_teacher_that_follows_in_the_step(tmp_path):
 
 
 def test_a_module_that_wandb_watches(tmp_path, monkeypatch):
-    """Its hooks would count our products as training: the same histograms at the same steps, in both arms."""
+    """Hooks of W&B do not count the monitor's products: the histograms are logged at the same steps without it."""
     monkeypatch.setenv("WANDB_SILENT", "true")
 
     class Counting(Digits):
@@ -190,8 +190,8 @@ def test_a_step_that_logs_to_the_logger_itself(tmp_path):
     assert set(seen) == set(range(8))
 
 
-def test_hooks_on_gradients_stay_out_of_the_products(tmp_path):
-    """A hook that scales gradients would scale the eigenvalues by its square."""
+def test_hooks_on_gradients_do_not_change_the_products(tmp_path):
+    """A hook that scales gradients would also scale the eigenvalues."""
 
     class Hooked(Digits):
         def on_train_start(self):

@@ -1,4 +1,4 @@
-"""A row for each optimizer step: S times the gradient that the step is made from, with what belongs to the step."""
+"""A row of an optimizer step is S times the gradient that the step uses, with its step, loss, rate and examples."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,7 +22,7 @@ from lightning_sketch.autodiff.layout import Layout
 
 
 class Spy(Callback):
-    """Keeps what a row should say, taken by Lightning's own means."""
+    """Record what the rows should contain, by means of Lightning alone."""
 
     def __init__(self):
         self.gradients, self.losses, self.rates, self.marks = [], [], [], []
@@ -46,14 +46,14 @@ def rows_of(tmp_path):
 
 
 def assert_sketched(rows, gradients):
-    """float32 sums in another order."""
+    """Compare up to the rounding of float32 sums in another order."""
     expected = rows.sketch.matvec(torch.stack(gradients))
     assert (rows.sketches - expected).norm(dim=1).max() <= 1e-5 * expected.norm(dim=1).max()
 
 
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 3}, {"gradient_clip_val": 0.01}], ids=str)
 def test_rows_are_the_gradients_of_the_steps(tmp_path, arguments):
-    """Accumulated and not yet clipped: eight batches an epoch, the last window of three has two."""
+    """Gradients are accumulated and not yet clipped; of eight batches per epoch the last window of three has two."""
     spy = Spy()
     model = fit(tmp_path, writer(tmp_path), spy, **arguments)
     rows = rows_of(tmp_path)
@@ -80,8 +80,8 @@ def test_training_is_the_same_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_steps_know_their_examples(tmp_path, workers):
-    """Each batch's ids, under shuffling and accumulation: the loss at the step is that of these examples."""
+def test_rows_have_the_ids_of_their_examples(tmp_path, workers):
+    """The ids of a row are those of its step's examples, under shuffling and accumulation."""
 
     class Seen(Digits):
         def training_step(self, batch, batch_idx):
@@ -186,7 +186,7 @@ def test_a_gradient_that_is_not_finite_is_marked(tmp_path):
     assert not rows.sketches[2].any()
 
 
-def test_queries_are_kept_at_every_look_at_the_validation_examples(tmp_path):
+def test_queries_are_stored_at_every_validation(tmp_path):
     """At each epoch's weights, one row per example, by the training loss; the sanity check writes nothing."""
 
     class Checked(Digits):
@@ -243,7 +243,7 @@ def test_rows_of_examples_at_a_checkpoint(tmp_path, stage):
     assert float(rows.loss[7]) == pytest.approx(loss.item(), rel=1e-4)
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # ModelCheckpoint is not needed to look
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # validation needs no ModelCheckpoint
 def test_a_checkpoint_file_tells_its_step_and_rate(tmp_path):
     save = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, filename="{epoch}")
 
@@ -263,7 +263,7 @@ def test_a_checkpoint_file_tells_its_step_and_rate(tmp_path):
 
 @pytest.mark.parametrize("key", [None, "hash"])
 def test_several_data_loaders_are_told_apart(tmp_path, key):
-    """Both have an example of number 0; rows of the same contents may be added up, those of the same place may not."""
+    """Both have an example of index 0; scores may add up rows of equal contents, but not those of equal indices."""
 
     class Every(Digits):
         def validation_step(self, batch, batch_idx, dataloader_idx=0):
@@ -281,7 +281,7 @@ def test_several_data_loaders_are_told_apart(tmp_path, key):
 
 
 def test_two_writers_at_once(tmp_path):
-    """Both see which examples a batch is of; the module sees neither."""
+    """Both get the ids of the examples, and the module gets batches without ids."""
     writers = [GradientSketchWriter(tmp_path / per, dim=64, name=per, per=per) for per in ("step", "example")]
     data = DataLoader(IndexedDataset(dataset()), batch_size=32, shuffle=True)
     model = fit(tmp_path, *writers, data=data, max_epochs=1)
@@ -314,17 +314,13 @@ def test_a_small_model_gets_as_many_numbers_as_it_has(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "rows"), [({}, "8"), ({"per": "example", "every_n_train_steps": 2}, "up to 256")], ids=str
 )
-def test_what_is_said_at_the_start(tmp_path, monkeypatch, arguments, rows):
-    """Of the examples: four steps of two batches of 32."""
-    said = []
-    monkeypatch.setattr(
-        "lightning_sketch.callbacks.gradient_sketch_writer._store_session.say", lambda trainer, text: said.append(text)
-    )
+def test_the_size_is_printed_at_the_start(tmp_path, caplog, arguments, rows):
+    """A row per example: for four steps of two batches of 32."""
     data = DataLoader(IndexedDataset(dataset()), batch_size=32)
     accumulate = 2 if arguments else 1
     fit(tmp_path, writer(tmp_path, **arguments), data=data, max_epochs=accumulate, accumulate_grad_batches=accumulate)
     size = "0.1 MB" if arguments else "0.0 MB"
-    assert said == [f"sketches: {rows} rows of 0.5 kB, {size}, to {tmp_path}/store"]
+    assert f"sketches: {rows} rows of 0.5 kB, {size}, to {tmp_path}/store" in caplog.messages
     assert len(rows_of(tmp_path)) == int(rows.split()[-1])
 
 
@@ -333,8 +329,8 @@ def test_fast_dev_run_writes_nothing(tmp_path, per):
     run = trainer(tmp_path, writer(tmp_path, per=per, queries="val"), fast_dev_run=True)
     model, data = Every(), DataLoader(IndexedDataset(dataset(40)), batch_size=16)
     run.fit(model, data, data)
-    for look in (run.validate, run.test, run.predict):
-        look(model, data)
+    for evaluate in (run.validate, run.test, run.predict):
+        evaluate(model, data)
     assert not (tmp_path / "store").exists()
 
 
@@ -359,6 +355,6 @@ def test_a_second_fit_into_the_same_folder_is_refused(tmp_path):
         ({"every_n_train_steps": 0}, "got 128 and 0"),
     ],
 )
-def test_bad_arguments(tmp_path, arguments, words):
+def test_bad_arguments(tmp_path, arguments, words, untyped):
     with pytest.raises(ValueError, match=words):
         writer(tmp_path, **arguments)

@@ -1,4 +1,4 @@
-"""What people see of a measurement in each logger, read back from disk."""
+"""What each logger shows of a measurement, read back from disk."""
 
 import json
 import subprocess
@@ -22,15 +22,15 @@ def monitor(**arguments):
 
 
 def on_disk(folder):
-    """Everything in an offline W&B run's history, row by row."""
+    """Return the history of an offline W&B run, row by row."""
     (run,) = folder.glob("wandb/offline-run-*/*.wandb")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
-    lines = subprocess.run(inspect, check=True, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(inspect, check=True, capture_output=True, text=True, timeout=3600).stdout.splitlines()
     return [r["history"]["item"] for r in map(json.loads, lines) if r.get("type") == "history"]
 
 
 def test_wandb(tmp_path, monkeypatch):
-    """A histogram and a picture at the step of each measurement, a table at the end."""
+    """W&B gets a histogram and a figure at the step of each measurement, and a table at the end."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     watch = monitor()
@@ -72,8 +72,8 @@ def test_tensorboard(tmp_path):
         assert event.histogram_value.max == pytest.approx(float(nodes.max()))
 
 
-def test_beside_a_csv_file_lies_everything(tmp_path):
-    """With the sketched Krylov vectors, so that eigenvectors can still be had from it."""
+def test_everything_is_saved_beside_a_csv_file(tmp_path):
+    """The files include the sketched Krylov vectors, from which eigenvectors can be computed."""
     logger = CSVLogger(tmp_path)
     watch = monitor()
     fit(tmp_path, watch, logger=logger)
@@ -106,7 +106,7 @@ def test_any_other_logger_gets_the_scalars(tmp_path):
 
 
 def test_a_histogram_of_nodes():
-    """Weights end in the bin of their node, those beyond the edges in the outermost, zero in the middle."""
+    """Weights are counted in the bin of their node: beyond the edges in the outermost, at zero in the middle."""
     nodes = torch.tensor([-1e9, -2.0, 0.0, 1e-9, 3.0, 1e7], dtype=torch.float64)
     shares, overflow = Histogram.of(Quadrature(nodes, torch.tensor([1.0, 2, 3, 4, 5, 6]).double() / 21))
     shares = (shares * 21).round().int()

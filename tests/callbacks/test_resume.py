@@ -1,4 +1,4 @@
-"""A history survives its process: checkpoints hold it, load safely, and hold nothing of the parameters' size."""
+"""The history of a monitor is in checkpoints, which load safely and contain nothing more of the parameters' size."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from lightning_sketch import SpectrumMonitor
 
-# The checkpoints are made by a ModelCheckpoint that the resuming Trainers do without, and Lightning says so.
+# Lightning warns that the resuming Trainers lack the ModelCheckpoint that made the checkpoints.
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning")
 
 RESUME = """
@@ -34,24 +34,24 @@ def saved_run(tmp_path, **arguments):
     return watch, sorted((tmp_path / "checkpoints").iterdir())
 
 
-def test_a_new_process_goes_on_with_the_history(tmp_path):
+def test_a_new_process_continues_the_history(tmp_path):
     watch, files = saved_run(tmp_path)
     assert len(files) == 2
     script = RESUME.replace("resume=sys.argv[3]", "ckpt_path=sys.argv[3]")
     arguments = [str(Path(__file__).parent), str(tmp_path), str(files[-1])]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().endswith(f"[8, 16, 24, 32] {watch.history[0].lambda_max!r}")
 
 
-def test_from_an_older_checkpoint_later_measurements_are_taken_anew(tmp_path):
+def test_measurements_after_an_older_checkpoint_are_repeated(tmp_path):
     watch, files = saved_run(tmp_path, max_epochs=3)
     run = trainer(tmp_path, watch, max_epochs=2)
     run.fit(Digits(), loader(shuffle=False), ckpt_path=files[0])
     assert [m.step for m in watch.history] == [8, 16]
 
 
-def test_checkpoints_hold_nothing_of_the_parameters_size(tmp_path):
+def test_checkpoints_contain_nothing_of_the_parameters_size(tmp_path):
     _, files = saved_run(tmp_path)
     state = torch.load(files[-1], weights_only=True)
     (key,) = (key for key in state["callbacks"] if "SpectrumMonitor" in key)
@@ -61,7 +61,7 @@ def test_checkpoints_hold_nothing_of_the_parameters_size(tmp_path):
     assert max(sizes) <= 96 < sum(p.numel() for p in Digits().parameters())
 
 
-def test_other_batches_after_resuming_are_said(tmp_path):
+def test_other_batches_after_resuming_warn(tmp_path):
     _, files = saved_run(tmp_path)
     watch = SpectrumMonitor(num_batches=2)
     run = trainer(tmp_path, watch, max_epochs=3)

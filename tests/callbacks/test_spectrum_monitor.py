@@ -1,4 +1,4 @@
-"""SpectrumMonitor: the numbers are right, come when they should, and go where people look."""
+"""SpectrumMonitor measures the right numbers, at the right steps, and logs them to every logger."""
 
 import csv
 import math
@@ -22,7 +22,7 @@ def monitor(**arguments):
 
 
 def dense_hessian(model, images, labels):
-    """By autodiff, one row at a time, independent of the package."""
+    """Return the Hessian by autodiff, row by row, independently of the package."""
     model.eval()
     parameters = list(model.parameters())
     loss = F.cross_entropy(model.net(images), labels)
@@ -43,7 +43,7 @@ def test_the_eigenvalues_are_those_of_the_dense_hessian_on_the_first_batches(tmp
 
 
 def test_the_start_is_measured_at_the_initial_weights(tmp_path):
-    """Although it is measured two batches later, when the data are known."""
+    """The measurement takes place two batches later, when all probe batches are there."""
     initial = {}
 
     class Remember(Digits):
@@ -58,8 +58,8 @@ def test_the_start_is_measured_at_the_initial_weights(tmp_path):
     torch.testing.assert_close(watch.history[0].top(3), truth.flip(0)[:3], rtol=1e-3, atol=0)
 
 
-def test_a_loss_of_ones_own_and_a_choice_of_parameters(tmp_path):
-    """Half the squared logits: quadratic in the last layer, whose Hessian is then the Gram matrix of its inputs."""
+def test_a_loss_fn_and_a_pattern_of_parameters(tmp_path):
+    """Half the squared logits are quadratic in the last layer; the Hessian is the Gram matrix of its inputs."""
 
     def loss_fn(module, batch):
         return module.net(batch[0]).square().sum(1).mean() / 2
@@ -84,7 +84,7 @@ def test_a_loss_of_ones_own_and_a_choice_of_parameters(tmp_path):
     ],
 )
 def test_it_measures_when_it_should(tmp_path, arguments, trainer_arguments, steps):
-    """In optimizer steps, also under accumulation; not before all batches to measure on are known."""
+    """Intervals count optimizer steps, also under accumulation; the first waits for all probe batches."""
     logger = CSVLogger(tmp_path)
     watch = monitor(**{"num_matvecs": 4, "top_k": 1, "bottom_k": 0, **arguments})
     fit(tmp_path, watch, logger=logger, log_every_n_steps=1000, **trainer_arguments)
@@ -125,7 +125,7 @@ def test_csv(tmp_path):
     fit(tmp_path, watch, logger=logger)
     with open(f"{logger.log_dir}/metrics.csv") as file:
         rows = [row for row in csv.DictReader(file) if row["hessian/lambda_max"]]
-    assert [int(row["step"]) for row in rows] == [7, 15]  # the step that Lightning logs the epoch's own means at
+    assert [int(row["step"]) for row in rows] == [7, 15]  # the step at which Lightning logs the means of the epoch
     assert [float(row["hessian/lambda_max"]) for row in rows] == pytest.approx([m.lambda_max for m in watch.history])
     assert {f"hessian/{key}" for key in SCALARS} <= rows[0].keys()
 
@@ -154,8 +154,8 @@ def test_tensorboard(tmp_path):
 
 
 @pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
-def test_the_progress_bar_tells_how_far_a_measurement_is_and_what_it_cost(tmp_path, capsys, bar, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws no bar where there is no terminal
+def test_the_progress_bar_shows_the_progress_and_the_cost_of_a_measurement(tmp_path, capsys, bar, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # without a terminal rich draws no bar
     run = Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -171,7 +171,7 @@ def test_the_progress_bar_tells_how_far_a_measurement_is_and_what_it_cost(tmp_pa
     assert "hessian 7/32:" in text
     assert "products" in text
     assert "every_n_epochs=" in text
-    assert "Epoch 0" in text[text.rindex("hessian ") :]  # the bar has its own words back
+    assert "Epoch 0" in text[text.rindex("hessian ") :]  # the bar's own text is back
 
 
 def test_what_has_not_converged_is_nan_in_scalars_and_marked_in_the_history(tmp_path):
@@ -186,7 +186,7 @@ def test_what_has_not_converged_is_nan_in_scalars_and_marked_in_the_history(tmp_
 
 
 def test_rneg_is_judged_by_its_own_error():
-    """Known to 0.5 %, although the smallest eigenvalue itself is known only to half its size."""
+    """The ratio is accurate to 0.5 %, although the smallest eigenvalue is accurate only to half its size."""
     values = torch.tensor([10.0, 5.0, -0.1], dtype=torch.float64)
     residuals = torch.tensor([1e-6, 1e-6, 0.05], dtype=torch.float64)
     rest = {
@@ -206,7 +206,7 @@ def test_rneg_is_judged_by_its_own_error():
     assert math.isnan(Measurement(values, residuals, **rest).scalars(Keys("hessian", 2, 1))["hessian/rneg"])
 
 
-def test_after_a_failure_no_value_of_an_earlier_look_remains(tmp_path):
+def test_after_a_failure_no_value_of_an_earlier_measurement_remains(tmp_path):
     class Diverging(Digits):
         def on_train_epoch_end(self):
             with torch.no_grad():
@@ -227,7 +227,7 @@ def test_two_monitors_with_two_names(tmp_path):
 
 def test_plot_draws_every_measurement(tmp_path):
     watch = monitor()
-    with pytest.raises(ValueError, match="no measurement was taken yet"):
+    with pytest.raises(ValueError, match="nothing to plot"):
         watch.plot()
     fit(tmp_path, watch, max_epochs=3)
     figure = watch.plot()

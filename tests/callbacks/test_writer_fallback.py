@@ -1,9 +1,9 @@
-"""What hooks cannot split gets its part of the rows from a pass for each example; training does not notice."""
+"""A second pass per example covers the parameters that hooks do not support, and leaves training unchanged."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Digits, dataset, fit, trainer
+from models import Digits, dataset, fit
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_do_no_harm import assert_same, outcome
@@ -12,14 +12,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_sketch import GradientStore
-from lightning_sketch.autodiff.batches import BatchStructure, num_labels
+from lightning_sketch.autodiff.batches import num_labels
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.preserve_state import preserve_state
-from lightning_sketch.callbacks.gradient_sketch_writer._fallback import left_by_hooks
 
 
 def alone(model, sketch, examples):
-    """Of one example after the other, by autograd, all parameters."""
+    """Return the sketched gradients of single examples, by autograd."""
     layout, rows = Layout.of(model), []
     with preserve_state(model):
         for example in examples:
@@ -33,7 +32,7 @@ def digits(count=128):
 
 
 class Gated(Still):
-    """A weight in two places, of which hooks see one."""
+    """A weight that is used in two places, of which hooks see one."""
 
     def __init__(self):
         super().__init__()
@@ -48,13 +47,11 @@ class Gated(Still):
 
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 3}], ids=str)
 @pytest.mark.parametrize(
-    ("model", "left", "fallback"), [(Recurrent, 4, "loop"), (Gated, 1, "loop"), (Gated, 1, "vmap")]
+    ("model", "unsupported", "fallback"), [(Recurrent, 4, "loop"), (Gated, 1, "loop"), (Gated, 1, "vmap")]
 )
-def test_rows_are_whole(tmp_path, model, left, arguments, fallback):
+def test_rows_cover_all_parameters(tmp_path, model, unsupported, arguments, fallback):
     """Six batches an epoch, the last smaller; windows of three."""
-    words = (
-        rf"fallback='{fallback}' serves {left} of \d parameters, .* pass .*more for every batch.*, in evaluation mode"
-    )
+    words = rf"fallback='{fallback}' covers {unsupported} of \d parameters, .* pass .*more for every batch"
     with pytest.warns(UserWarning, match=words):
         fitted = fit(tmp_path, writer(tmp_path, fallback=fallback), model=model, data=data(), **arguments)
     store = GradientStore.open(tmp_path / "store")
@@ -66,7 +63,7 @@ def test_rows_are_whole(tmp_path, model, left, arguments, fallback):
     assert len(rows) == 256
 
 
-@pytest.mark.filterwarnings("ignore:fallback='loop' serves")
+@pytest.mark.filterwarnings("ignore:fallback='loop' covers")
 def test_a_scaled_loss_scales_the_shares_only(tmp_path):
     """In float16 by hooks, under a scale that grows from 2^10, and by the second pass, without either.
 
@@ -83,7 +80,7 @@ def test_a_scaled_loss_scales_the_shares_only(tmp_path):
 
 
 def test_a_mean_over_tokens_with_an_example_that_has_none(tmp_path):
-    """The mean over no labels is NaN, its gradient too: such an example has no part in the step, its row is zero."""
+    """The mean over no labels is NaN, and so is its gradient: the example has no part in the step, and its row is 0."""
     rows = sentences()
     for empty in (0, 3, 23):
         rows[empty]["labels"].fill_(-100)
@@ -97,7 +94,7 @@ def test_a_mean_over_tokens_with_an_example_that_has_none(tmp_path):
             return (each * counts).sum() / counts.sum()
 
     options = {"index_key": "number", "dim": 64, "fallback": "loop", "weight_fn": num_labels}
-    with pytest.warns(UserWarning, match="serves 1 of 3 parameters.*\n  table.weight"):
+    with pytest.warns(UserWarning, match="covers 1 of 3 parameters.*\n  table.weight"):
         model = fit(tmp_path, writer(tmp_path, **options), model=Half, data=loader, max_epochs=1)
     store = GradientStore.open(tmp_path / "store")
     examples = [{k: v[None] for k, v in row.items() if k != "number"} for row in rows]
@@ -108,7 +105,7 @@ def test_a_mean_over_tokens_with_an_example_that_has_none(tmp_path):
 
 
 @pytest.mark.parametrize("fallback", ["loop", "vmap"])
-@pytest.mark.filterwarnings("ignore:fallback='.*' serves")
+@pytest.mark.filterwarnings("ignore:fallback='.*' covers")
 def test_a_compiled_module_goes_through_the_second_pass_alone(tmp_path, fallback):
     class Compiled(Still):
         def __init__(self):
@@ -135,7 +132,7 @@ class Disturbed(Digits):
         return super().training_step([images, batch[1]], batch_idx)
 
 
-@pytest.mark.filterwarnings("ignore:fallback='loop' serves 4 of 10")
+@pytest.mark.filterwarnings("ignore:fallback='loop' covers 4 of 10")
 def test_training_is_the_same_bit_for_bit(tmp_path):
     plain = DataLoader(dataset(128), batch_size=24, shuffle=True)
     options = {"fallback": "loop", "every_n_train_steps": 2}
@@ -147,14 +144,23 @@ def test_training_is_the_same_bit_for_bit(tmp_path):
     assert not any(part._forward_hooks for part in watched.modules())
 
 
-def test_nothing_to_serve_says_nothing_and_costs_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_sketch.callbacks.gradient_sketch_writer._example_rows.SecondPass", None)
-    fit(tmp_path, writer(tmp_path, fallback="loop"), model=Still, data=data(), max_epochs=1)
-    assert len(GradientStore.open(tmp_path / "store")) == 128
+def test_a_fallback_without_work_warns_of_nothing_and_takes_no_pass(tmp_path):
+    calls = {None: 0, "loop": 0}
+
+    class Counting(Still):
+        def training_step(self, batch, batch_idx):
+            calls[fallback] += 1
+            return super().training_step(batch, batch_idx)
+
+    for fallback in calls:
+        folder = tmp_path / str(fallback)
+        fit(folder, writer(folder, fallback=fallback), model=Counting, data=data(), max_epochs=1)
+        assert len(GradientStore.open(folder / "store")) == 128
+    assert calls["loop"] == calls[None]
 
 
 def test_without_a_fallback_both_messages_name_it(tmp_path):
-    with pytest.warns(UserWarning, match="leave out 1 of 4 parameters; fallback='loop' would serve them"):
+    with pytest.warns(UserWarning, match="leave out 1 of 4 parameters; fallback='loop' would cover them"):
         fit(tmp_path / "a", writer(tmp_path / "a"), model=Gated, data=data(), max_epochs=1)
 
     class Every(Still):
@@ -164,16 +170,3 @@ def test_without_a_fallback_both_messages_name_it(tmp_path):
 
     with pytest.raises(MisconfigurationException, match="fallback='loop'"):
         fit(tmp_path / "b", writer(tmp_path / "b"), model=Every, data=data(), max_epochs=1)
-
-
-def test_what_another_rank_cannot_split_is_left_out_on_all(tmp_path, monkeypatch):
-    """Its first batch may take a way through the module that this one's does not."""
-    run, model = trainer(tmp_path), Still()
-    monkeypatch.setattr(type(run), "world_size", 2)
-    elsewhere = {"net.4.bias": "seen elsewhere"}
-    monkeypatch.setattr(run.strategy, "broadcast", lambda own, rank: elsewhere if rank else own)
-    with pytest.warns(UserWarning, match=r"leave out 1 of 6 .*\n  net.4.bias: seen elsewhere"):
-        assert (
-            left_by_hooks(run, model, Layout.of(model), dataset(8)[:], None, "mean", BatchStructure(), None)
-            == elsewhere
-        )

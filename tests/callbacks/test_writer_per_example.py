@@ -166,7 +166,7 @@ def test_refused_on_the_first_batch(tmp_path):
             super().__init__()
             self.automatic_optimization = False
 
-    with pytest.raises(MisconfigurationException, match="optimizes by hand"):
+    with pytest.raises(MisconfigurationException, match="manual optimization"):
         fit(tmp_path, writer(tmp_path / "c"), model=ByHand, data=plain)
 
 

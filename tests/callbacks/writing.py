@@ -1,9 +1,9 @@
-"""Run as a program: train with a writer and checkpoints, to be killed from outside and resumed.
+"""Program that trains with a writer and checkpoints, to be killed and resumed by tests.
 
-python writing.py FOLDER DEVICES STEPS [look]
+python writing.py FOLDER DEVICES STEPS [validate]
 
-Goes on from the newest checkpoint in FOLDER/saved, if there is one; these are taken at the ends of epochs, of 8 steps,
-since a sampler begins anew on resuming. Prints STEP k after each step. look: only rows of 125 examples.
+It resumes from the newest checkpoint in FOLDER/saved, if there is one. Checkpoints are made at the ends of epochs, of 8
+steps, since samplers restart on resuming. It prints STEP k after each step. validate: only write rows of 125 examples.
 """
 
 import sys
@@ -21,7 +21,7 @@ from lightning_sketch.attribution import IndexedDataset
 
 
 class Model(Digits):
-    """Without dropout and batch statistics: what one process computes on a batch, two do on its halves."""
+    """A network without dropout and batch statistics, so that two processes compute on half batches what one does."""
 
     def __init__(self):
         super().__init__(dropout=0.0)
@@ -38,7 +38,7 @@ class Slow(Callback):
         time.sleep(0.02)
 
 
-def main(folder: Path, devices: int, steps: int, look: bool):
+def main(folder: Path, devices: int, steps: int, validate: bool):
     torch.set_num_threads(1)
     seed_everything(3, verbose=False)
     saved = sorted((folder / "saved").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
@@ -46,22 +46,22 @@ def main(folder: Path, devices: int, steps: int, look: bool):
     writer = GradientSketchWriter(folder / "store", dim=64, dtype="float32")
     run = trainer(
         folder,
-        *([] if look else [save, Slow()]),
+        *([] if validate else [save, Slow()]),
         writer,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
         max_epochs=-1,
         max_steps=steps,
-        enable_checkpointing=not look,
+        enable_checkpointing=not validate,
     )
-    rows = IndexedDataset(dataset(125 if look else 128))
+    rows = IndexedDataset(dataset(125 if validate else 128))
     data = DataLoader(rows, batch_size=16 // devices)
     model = Model()
-    if look:
+    if validate:
         run.validate(model, data)
     else:
         run.fit(model, data, ckpt_path=saved[-1] if saved else None)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "look" in sys.argv)
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "validate" in sys.argv)

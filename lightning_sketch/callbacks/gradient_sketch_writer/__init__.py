@@ -1,4 +1,4 @@
-"""The callback that stores sketched gradients while training, and at checkpoints."""
+"""The callback that stores sketched gradients during training and at checkpoints."""
 
 from lightning_sketch.callbacks.gradient_sketch_writer.writer import GradientSketchWriter
 

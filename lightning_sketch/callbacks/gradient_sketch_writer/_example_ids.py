@@ -1,4 +1,4 @@
-"""The numbers of a batch's examples, from the batch itself or from the data set that it was drawn from."""
+"""The ids of a batch's examples, from the batch itself or from the `IndexedDataset` that it was drawn from."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -12,52 +12,58 @@ from lightning_sketch.attribution.indexed_dataset import HASH, Indexed, without_
 from lightning_sketch.autodiff.batches import BatchStructure
 
 
-class BatchNumbers:
-    """A function: batch -> the numbers of its examples, see `batch_ids`.
+class ExampleIds:
+    """A function: batch -> the ids of its examples, see `batch_ids`.
 
     Args:
-        index_key: where a batch keeps them, or "hash".
-        structure: makes what says how many examples a batch has.
+        index_key: The key or position of the ids in a batch, or "hash" for hashes of the examples' contents.
+        structure: Returns a new `BatchStructure`, which counts the examples of a batch; called once per data loader.
     """
 
     def __init__(self, index_key: str | int | None, structure: Callable[[], BatchStructure] = BatchStructure):
         self.index_key, self.new_structure = index_key, structure
         self.structures: dict[Any, BatchStructure] = {}
-        self.handed_along: Tensor | None = None
+        self.from_dataset: Tensor | None = None
         self.attached = ExitStack()
 
     def __call__(self, batch: Any, loader: Any = None) -> Tensor:
-        """Return those of the batch that the Trainer works on, from this loader; None for that of training."""
-        if self.handed_along is not None:
-            return self.handed_along
+        """Return the ids of the batch that the Trainer works on.
+
+        Args:
+            batch: The batch.
+            loader: The index of its data loader; None for the one of training.
+        """
+        if self.from_dataset is not None:
+            return self.from_dataset
         structure = self.structures.setdefault(loader, self.new_structure())
-        return batch_ids(batch, self.index_key, structure)
+        return batch_ids(batch, self.index_key, structure=structure)
 
     @property
     def known(self) -> bool:
-        """Whether there is a way to them."""
-        return self.index_key is not None or self.handed_along is not None
+        """Whether the examples have ids."""
+        return self.index_key is not None or self.from_dataset is not None
 
     @property
     def hashed(self) -> bool:
-        """Whether they are made of contents, so that equal ones are of equal examples."""
-        return self.index_key == HASH and self.handed_along is None
+        """Whether ids are hashes of contents, so that equal ids mean equal examples."""
+        return self.index_key == HASH and self.from_dataset is None
 
     def attach(self, module: LightningModule) -> None:
-        """From here on take the index off the batches of an `IndexedDataset`, before the module gets them."""
+        """Start to remove the ids from the batches of an `IndexedDataset` before the module gets them."""
         self.detach()
         self.structures.clear()
         self.attached.enter_context(changed_batches(module, self._note, without_index))
 
     def detach(self) -> None:
-        """The module gets its batches as they are."""
+        """Stop to change the module's batches."""
         self.attached.close()
 
     def _note(self, batch: Any) -> None:
+        """Remember the ids in a batch of an `IndexedDataset`."""
         items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
         if not isinstance(batch, Indexed) and any(isinstance(item, Indexed) for item in items):
             raise ValueError(
-                "batches of an IndexedDataset come inside other batches, as of several data loaders at once, whose "
-                "examples have no common number; use the data sets without IndexedDataset, and per='step'."
+                "batches of an IndexedDataset are inside other batches, as with several data loaders at once, so that "
+                "an example has no single id; use the data sets without IndexedDataset, and per='step'."
             )
-        self.handed_along = batch_ids(batch, None) if isinstance(batch, Indexed) else None
+        self.from_dataset = batch_ids(batch, None) if isinstance(batch, Indexed) else None

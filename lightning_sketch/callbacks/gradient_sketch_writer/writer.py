@@ -1,87 +1,90 @@
-"""Store sketched gradients while training, and at checkpoints."""
+"""The callback that stores sketched gradients during training and at checkpoints."""
 
 import math
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_sketch._lightning import CallbackBase, LightningModule, Trainer, batches_done, state_key
+from lightning_sketch._lightning import CallbackBase, LightningModule, Trainer, batches_done, is_dev_run, state_key
 from lightning_sketch.attribution.sketch_gradients import ExampleRows, RowFn
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import training_step_loss
-from lightning_sketch.callbacks._optimizers import one_rate
-from lightning_sketch.callbacks._validate import check_rows
+from lightning_sketch.callbacks._optimizers import common_lr
+from lightning_sketch.callbacks._validate import Granularity, check_rows
 from lightning_sketch.callbacks.gradient_sketch_writer._checkpoint_rows import CheckpointRows
-from lightning_sketch.callbacks.gradient_sketch_writer._example_ids import BatchNumbers
+from lightning_sketch.callbacks.gradient_sketch_writer._example_ids import ExampleIds
 from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import TrainingExamples
-from lightning_sketch.callbacks.gradient_sketch_writer._fallback import left_by_hooks, without
+from lightning_sketch.callbacks.gradient_sketch_writer._fallback import Fallback, unsupported_by_hooks, without
 from lightning_sketch.callbacks.gradient_sketch_writer._step_rows import StepRows
-from lightning_sketch.callbacks.gradient_sketch_writer._store_session import ROWS, StoreRun, StoreSession
+from lightning_sketch.callbacks.gradient_sketch_writer._store_session import StoreRun, StoreSession
 from lightning_sketch.callbacks.spectrum_monitor._logging import log_scalars
 from lightning_sketch.operators.kinds import KINDS
-from lightning_sketch.per_example.example_sketches import ENGINES, ONE_BY_ONE, ExampleSketches
-from lightning_sketch.per_example.reduction import REDUCTIONS
+from lightning_sketch.per_example.example_sketches import ENGINES, Engine, ExampleSketches
+from lightning_sketch.per_example.reduction import REDUCTIONS, Reduction
 from lightning_sketch.per_example.rules.normalization import couples
-from lightning_sketch.store.sketched_gradients import UNKNOWN_ID
-from lightning_sketch.store.spec import DTYPES
+from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Stage
+from lightning_sketch.store.spec import DTYPES, Dtype
 from lightning_sketch.subspace import SubspaceModule
 
 
 class GradientSketchWriter(CallbackBase):
-    """Store one sketched gradient per optimizer step, and one per example at a checkpoint, for questions asked later.
+    """Store one sketched gradient per optimizer step, or per training example, and one per example at a checkpoint.
 
-    While training, a row is S times the gradient that the step is made from: of the accumulated batches, averaged over
-    the ranks, unscaled, before clipping; with its step, epoch, learning rate, loss, and the ids of its examples. Under
+    During training, a row is S times the gradient that the step uses: averaged over the accumulated batches and the
+    ranks, unscaled, before clipping; with its step, epoch, learning rate, loss, and the ids of its examples. Under
     `trainer.validate`, `test` or `predict` with a data loader it is S times the gradient of each example's own training
     loss, in evaluation mode, with the example's id. `GradientStore.open(writer.dirpath)` reads them.
 
-    Rows are written by a thread, in files that are whole or not there; `kill -9` loses at most what was not flushed, a
-    minute's rows, and nothing that a checkpoint counts on. `trainer.fit(ckpt_path=...)` goes on in the same store, and
-    each step has its row once, whatever was interrupted.
+    A thread writes the rows to files that are complete or absent; `kill -9` loses at most the rows of the last minute,
+    and none that a checkpoint relies on. `trainer.fit(ckpt_path=...)` resumes in the same store, and each step has
+    exactly one row however often the fit was interrupted.
 
-    Training is not touched: final weights are the same, bit for bit, with and without the writer.
+    Training is unaffected: the final weights are the same, bit for bit, with and without the writer. The row of a step
+    costs one sketch of the gradient; what the rows of examples cost is said in README.md.
 
     Args:
-        dirpath: folder of the store; beside ModelCheckpoint's if None, and on resuming that of the checkpoint.
-        dim: numbers in a row; at most the number of parameters, to which it is cut.
-        sketch: kind of the map, as in `make_sketch`.
+        dirpath: The folder of the store. If None it is beside that of ModelCheckpoint, or, when a fit resumes, the one
+            that the checkpoint names.
+        dim: The numbers in a row; reduced to the number of parameters if there are fewer.
+        sketch: The kind of the sketch S, as in `make_sketch`.
         per: "step" for a row per optimizer step; "example" for a row per training example, from the same backward pass,
-            in the mode and precision of training, for every batch of a recorded step. Needs the examples' numbers. What
-            hooks cannot split, as a recurrent layer, is served by `fallback`, or left out by name, in a warning and in
-            the store's spec; in batch norm's training mode a row is a share of a batch in which examples are coupled,
-            and marked so.
-        every_n_train_steps: optimizer steps between two rows while training.
-        parameters: which parameters, as a shell pattern on their names.
-        index_key: where a batch keeps the numbers of its examples: a key or a place in it, or "hash" for numbers made
-            of their contents, which are others wherever these are drawn anew. An `IndexedDataset` needs none.
-        queries: "val" to write the validation examples' rows too, each time that they are looked at while training, so
-            that TracIn needs no saved checkpoints.
-        dtype: of the stored numbers: "bfloat16", "float16" or "float32".
+            in the mode and precision of training, for every batch of a recorded step. Needs ids of the examples.
+            Parameters that hooks do not support, such as those of a recurrent layer, are covered by `fallback`, or
+            named in a warning and in the store's spec. In batch norm's training mode a row is a share of a batch whose
+            examples are coupled, and marked so.
+        every_n_train_steps: The number of optimizer steps between two rows during training.
+        parameters: Which parameters to include, as a shell pattern on their names.
+        index_key: The key or position of the ids in a batch, or "hash" for ids that are hashes of the examples'
+            contents, which differ each time where augmentation is random. An `IndexedDataset` needs none.
+        queries: "val" to write rows of the validation examples too, at each validation during training, so that TracIn
+            needs no saved checkpoints.
+        dtype: The type of the stored numbers: "bfloat16", "float16" or "float32".
         loss_fn: (module, batch) -> mean loss, or one loss per example, for rows of examples at a checkpoint; the
-            module's own `training_step` if None, its logging silenced.
-        name: of the folder and of the log keys, and part of the checkpoint key; "sketches" if None.
-        seed: of the sketch.
-        row_fn: (module, batch) -> losses, probabilities of the true labels, one each, at a checkpoint.
+            module's own `training_step` if None, without its logging.
+        name: The name of the folder, the prefix of the log keys and a part of the checkpoint key; "sketches" if None.
+        seed: The seed of the sketch.
+        row_fn: (module, batch) -> (losses, probabilities of the true labels), each (examples,), stored at a checkpoint.
         weight_fn: batch -> its weight in a mean over batches, see `sketch_gradients`.
-        reduction: "mean", or "sum" if the loss adds up examples.
-        engine: for rows of examples at a checkpoint, see `sketch_gradients`.
-        fallback: for what hooks cannot split with per="example": "loop", a pass more for each example, before its batch
-            is trained on; "vmap", many at once, where the loss can be vectorized; None to leave it out. These passes
-            are in evaluation mode and float32, hence without dropout and batch statistics.
-        num_examples: how many examples a batch has, or batch -> how many, see `sketch_gradients`.
-        batch_dim: the axis of the examples, see `sketch_gradients`.
+        reduction: "mean" or "sum", what the loss does over the examples of a batch.
+        engine: How rows of examples at a checkpoint are computed, see `sketch_gradients`.
+        fallback: What per="example" does for parameters that hooks do not support: "loop" takes one more pass per
+            example, before its batch is trained on; "vmap" vectorizes these passes, if the loss supports it; None omits
+            the parameters. These passes are in evaluation mode and float32, without dropout and batch statistics.
+        num_examples: The number of examples in a batch, or batch -> this number, see `sketch_gradients`.
+        batch_dim: The axis of the examples, see `sketch_gradients`.
         split_fn: batch -> batches of one example, see `sketch_gradients`.
 
     Raises:
-        ValueError: if an argument is out of its range.
-        MisconfigurationException: before training, if the Trainer or the module does not fit, or a fit is there.
-        RuntimeError: at the next hook, if a file could not be written; rows committed before are intact.
+        ValueError: If an argument is out of its range.
+        MisconfigurationException: Before training, if the Trainer or the module is not supported, or the store contains
+            another fit.
+        RuntimeError: At the next hook, if a file could not be written; rows that were committed before are intact.
 
     Example::
 
@@ -95,22 +98,23 @@ class GradientSketchWriter(CallbackBase):
     def __init__(
         self,
         dirpath: str | Path | None = None,
+        *,
         dim: int = 4096,
         sketch: str = "block_srht",
-        per: str = "step",
+        per: Granularity = "step",
         every_n_train_steps: int = 1,
         parameters: str = "*",
         index_key: str | int | None = None,
-        queries: str | None = None,
-        dtype: str = "bfloat16",
+        queries: Literal["val"] | None = None,
+        dtype: Dtype = "bfloat16",
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         name: str | None = None,
         seed: int = 0,
         row_fn: RowFn | None = None,
         weight_fn: Callable[[Any], float] | None = None,
-        reduction: str = "mean",
-        engine: str = "auto",
-        fallback: str | None = None,
+        reduction: Reduction = "mean",
+        engine: Engine = "auto",
+        fallback: Fallback | None = None,
         num_examples: int | Callable[[Any], int] | None = None,
         batch_dim: int = 0,
         split_fn: Callable[[Any], Iterable[Any]] | None = None,
@@ -118,12 +122,12 @@ class GradientSketchWriter(CallbackBase):
         super().__init__()
         for argument, value, known in (
             ("sketch", sketch, KINDS),
-            ("per", per, ROWS),
+            ("per", per, get_args(Granularity)),
             ("queries", queries, ("val", None)),
             ("dtype", dtype, DTYPES),
             ("reduction", reduction, REDUCTIONS),
             ("engine", engine, ENGINES),
-            ("fallback", fallback, (*ONE_BY_ONE, None)),
+            ("fallback", fallback, (*get_args(Fallback), None)),
         ):
             if value not in known:
                 raise ValueError(
@@ -135,11 +139,11 @@ class GradientSketchWriter(CallbackBase):
         self.loss_fn, self.row_fn, self.weight_fn, self.reduction = loss_fn, row_fn, weight_fn, reduction
         self.engine, self.fallback, self.queries, self.name = engine, fallback, queries, name or "sketches"
 
-        self._store = StoreSession(dirpath, self.name, per, dtype, kind=sketch, dim=dim, seed=seed)
+        self._session = StoreSession(dirpath, name=self.name, per=per, dtype=dtype, kind=sketch, dim=dim, seed=seed)
         self._structure = partial(BatchStructure, num_examples, batch_dim, split_fn)
-        self._structure()  # refuses what is out of range
-        self._numbers = BatchNumbers(index_key, self._structure)
-        self._moment: dict[str, Any] = {}
+        self._structure()  # raises if an argument is out of its range
+        self._example_ids = ExampleIds(index_key, self._structure)
+        self._position: dict[str, Any] = {}
         self._run: StoreRun | None = None
         self._steps: StepRows | None = None
         self._training: TrainingExamples | None = None
@@ -147,42 +151,42 @@ class GradientSketchWriter(CallbackBase):
 
     @property
     def dirpath(self) -> str | None:
-        """Folder of the store; None until it is known."""
-        return self._store.dirpath
+        """The folder of the store; None until it is known."""
+        return self._session.dirpath
 
     @property
     def state_key(self) -> str:
-        """Two writers with two names have two keys."""
+        """The key of the state in a checkpoint; writers with different names have different keys."""
         return state_key(self, name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which attempt was writing where; nothing else: rank 0's state is what every rank gets back."""
-        return self._store.resumed or {}
+        """Return the run that writes and its folder; nothing else, since every rank gets rank 0's state back."""
+        return self._session.resumed or {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from the attempt of a checkpoint."""
-        self._store.resumed = dict(state) or None
+        """Remember the run that a checkpoint belongs to, for a fit that resumes."""
+        self._session.resumed = dict(state) or None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Remember the moment of a checkpoint that is looked at."""
+        """Remember the step, epoch and learning rate of a checkpoint, for the rows at its weights."""
         groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
-        rate = math.nan if isinstance(pl_module, SubspaceModule) else one_rate(groups)  # there they are not those of w
-        self._moment = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"], "lr": rate}
+        lr = math.nan if isinstance(pl_module, SubspaceModule) else common_lr(groups)  # those are not the rates of w
+        self._position = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"], "lr": lr}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; from here on take the index off the batches of an `IndexedDataset`."""
+        """Check the Trainer and the module, and start to remove the ids from the batches of an `IndexedDataset`."""
         check_rows(trainer, pl_module, stage, self.per, self.loss_fn is not None)
         if stage == "fit" and trainer.global_step == 0:
-            self._store.resumed = None  # a checkpoint is loaded after this
-        self._moment = {}
-        self._numbers.attach(pl_module)
+            self._session.resumed = None  # the checkpoint is loaded after this hook
+        self._position = {}
+        self._example_ids.attach(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Commit what is there."""
+        """Commit all rows and close the store."""
         self._close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Commit the rows of the steps that were done; the error that stopped training is the one to see."""
+        """Commit the rows of the steps that were done; an error of the writer itself becomes a warning."""
         try:
             self._close()
         except RuntimeError as error:
@@ -190,17 +194,18 @@ class GradientSketchWriter(CallbackBase):
                 warnings.warn(str(error), stacklevel=2)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the store."""
-        if self.per == "step" and not trainer.fast_dev_run:
+        """Open the store for rows of steps."""
+        if self.per == "step" and not is_dev_run(trainer):
             layout = Layout.of(pl_module, self.parameters)
-            self._run = self._store.fit(trainer, layout, self.every_n_train_steps)
+            self._run = self._session.open_fit(trainer, layout, self.every_n_train_steps)
             self._steps = StepRows(pl_module, layout, self._run.spec.operator)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Note whose turn it is."""
-        if trainer.fast_dev_run:
+        """Collect the ids of the examples, and attach hooks if rows of examples are recorded in this step."""
+        if is_dev_run(trainer):
             return
-        ids = self._numbers(batch) if self.per == "example" or self._numbers.known else torch.tensor([UNKNOWN_ID])
+        has_ids = self.per == "example" or self._example_ids.known
+        ids = self._example_ids(batch) if has_ids else torch.tensor([UNKNOWN_ID])
         if batch_idx == 0 and self._run is not None:
             self._run.check_covers(Layout.of(pl_module, self.parameters))
         if self._steps is not None:
@@ -208,35 +213,35 @@ class GradientSketchWriter(CallbackBase):
             return
         if self._training is None:
             self._training = self._begin_examples(trainer, pl_module, batch)
-        self._training.begin_batch(trainer, batch, ids, self._is_turn(trainer))
+        self._training.begin_batch(trainer, batch, ids, self._is_recorded(trainer))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Note the loss."""
+        """Collect the loss."""
         if self._steps is not None:
             self._steps.add_loss(trainer, loss)
         if self._training is not None:
             self._training.before_backward(loss)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The rows of the batch's examples."""
-        rows = self._training.done(trainer) if self._training is not None else None
-        if rows is not None:
+        """Store the rows of the batch's examples."""
+        rows = self._training.take_rows(trainer) if self._training is not None else None
+        if rows is not None and self._run is not None:
             self._run.put(rows)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Sketch the gradient."""
+        """Sketch the gradient of the step."""
         if self._steps is not None:
-            self._steps.add_step(trainer, optimizer, self._is_turn(trainer))
+            self._steps.add_step(trainer, optimizer, self._is_recorded(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Hand over the rows of the steps that are done; rank 0 writes them, the others have the same."""
-        if self._steps is None:
+        """Store the rows of the steps that are done; rank 0 writes them, since all ranks have the same ones."""
+        if self._steps is None or self._run is None:
             return
-        for row in self._steps.done(trainer):
+        for row in self._steps.take_rows(trainer):
             if trainer.is_global_zero:
                 self._run.put(row)
 
@@ -248,58 +253,64 @@ class GradientSketchWriter(CallbackBase):
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """What the checkpoint counts on is on the disk, on every rank, before it is written."""
+        """Commit, on every rank, the rows that the checkpoint relies on, before it is written."""
         if self._run is not None:
             self._run.appender.flush()
             trainer.strategy.barrier()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the store, or prepare for the queries."""
+        """Open the store under `trainer.validate`, or prepare to store queries."""
         if trainer.state.fn == "validate":
             self.on_test_start(trainer, pl_module)
         elif self._run is not None and self.queries and not trainer.sanity_checking:
-            self._checkpoint = self._rows_at(pl_module, self._run, "queries")
+            self._checkpoint = self._checkpoint_rows(pl_module, self._run, "queries")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Done with these weights."""
+        """Drop what was prepared for the present weights."""
         self._checkpoint = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Open the store."""
-        if not trainer.fast_dev_run:
-            self._run = self._store.look(trainer, Layout.of(pl_module, self.parameters))
-            self._checkpoint = self._rows_at(pl_module, self._run, self._run.stage)
+        """Open the store for rows at a checkpoint."""
+        if not is_dev_run(trainer):
+            self._run = self._session.open_checkpoint(trainer, Layout.of(pl_module, self.parameters))
+            self._checkpoint = self._checkpoint_rows(pl_module, self._run, self._run.stage)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """A row for each example."""
+        """Store a row for each example of the batch."""
         if self._checkpoint is not None:
-            self._checkpoint.write(trainer, batch, self._numbers(batch, dataloader_idx), dataloader_idx)
+            self._checkpoint.write(trainer, batch, self._example_ids(batch, dataloader_idx), dataloader_idx)
 
     on_predict_start = on_test_start
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 
-    def _is_turn(self, trainer: Trainer) -> bool:
+    def _is_recorded(self, trainer: Trainer) -> bool:
+        """Return whether the step under way gets a row."""
         return (trainer.global_step + 1) % self.every_n_train_steps == 0
 
     def _begin_examples(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> TrainingExamples:
-        """On the first batch: see what hooks serve, and open the store for that."""
+        """Find on the first batch which parameters hooks support, and open the store for those."""
         layout, structure = Layout.of(pl_module, self.parameters), self._structure()
         weights = self.weight_fn, self.reduction, structure
-        left = left_by_hooks(trainer, pl_module, layout, batch, *weights, self.fallback)
-        told: dict[str, Any] = {"contribution": bool(couples(pl_module))}
-        if self.fallback is None:
-            layout, told["left_out"] = without(layout, left), left
-        examples = structure.count(batch) * trainer.accumulate_grad_batches * trainer.world_size
-        self._run = self._store.fit(trainer, layout, self.every_n_train_steps, examples, **told)
+        unsupported = unsupported_by_hooks(trainer, pl_module, layout, batch, *weights, self.fallback)
+        left_out = unsupported if self.fallback is None else {}
+        layout = without(layout, left_out) if self.fallback is None else layout
+        self._run = self._session.open_fit(
+            trainer,
+            layout,
+            self.every_n_train_steps,
+            rows_per_step=structure.count(batch) * trainer.accumulate_grad_batches * trainer.world_size,
+            left_out=left_out,
+            contribution=bool(couples(pl_module)),
+        )
         sketch = self._run.spec.operator
-        return TrainingExamples(trainer, pl_module, layout, sketch, *weights, self.fallback, left)
+        return TrainingExamples(trainer, pl_module, layout, sketch, *weights, self.fallback, unsupported)
 
-    def _rows_at(self, pl_module: LightningModule, run: StoreRun, stage: str) -> CheckpointRows:
-        """Rows of examples at the module's present weights."""
+    def _checkpoint_rows(self, pl_module: LightningModule, run: StoreRun, stage: Stage) -> CheckpointRows:
+        """Return the writer of rows of examples at the module's present weights."""
         layout, sketch, loss_fn = run.spec.parameters, run.spec.operator, self.loss_fn or training_step_loss
-        own = ExampleSketches(
+        sketches = ExampleSketches(
             pl_module,
             layout,
             sketch=sketch,
@@ -309,10 +320,11 @@ class GradientSketchWriter(CallbackBase):
             reduction=self.reduction,
             structure=self._structure(),
         )
-        return CheckpointRows(ExampleRows(own, self.row_fn), run, stage, self._moment, self._numbers.hashed)
+        return CheckpointRows(ExampleRows(sketches, self.row_fn), run, stage, self._position, self._example_ids.hashed)
 
     def _close(self) -> None:
-        self._numbers.detach()
+        """Remove all hooks, and commit the rows."""
+        self._example_ids.detach()
         if self._training is not None:
             self._training.stop()
         run, self._run, self._steps, self._training, self._checkpoint = self._run, None, None, None, None

@@ -1,11 +1,11 @@
-"""What a monitor looks through: a curvature matrix made from a LightningModule and batches, and its spectrum."""
+"""Construction of the curvature matrix of a LightningModule on probe batches, and estimation of its spectrum."""
 
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -15,26 +15,29 @@ from lightning_sketch.autodiff.losses import training_step_loss
 from lightning_sketch.callbacks.spectrum_monitor._measurement import LayerCurvature, Measurement
 from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatch
 from lightning_sketch.curvature import GGN, EmpiricalFisher, Hessian, spectrum
-from lightning_sketch.curvature.hessian import check_hvp
+from lightning_sketch.curvature.hessian import HVP, check_hvp
 from lightning_sketch.curvature.operator import CurvatureOperator
+from lightning_sketch.curvature.result import Method
 from lightning_sketch.curvature.spectrum import check_arguments
 from lightning_sketch.linalg.lanczos import start_vector
 from lightning_sketch.linalg.linearity import checked_defect
 from lightning_sketch.operators import LinearOperator
 
-_KINDS = ("hessian", "ggn", "fisher")
+Curvature = Literal["hessian", "ggn", "fisher"]
+_KINDS: tuple[Curvature, ...] = get_args(Curvature)
+_MATVECS = 32  # most products of one layer's spectrum, before those that measure its linearity and its trace
 
 
 @dataclass
 class SpectrumEstimator:
-    """Arguments as in `SpectrumMonitor`.
+    """Estimate the spectrum of a module's curvature; its fields are the arguments of `SpectrumMonitor`.
 
     Raises:
-        ValueError: if one is out of its range.
+        ValueError: If an argument is out of its range.
     """
 
-    curvature: str
-    method: str
+    curvature: Curvature
+    method: Method
     top_k: int
     bottom_k: int
     num_matvecs: int
@@ -51,14 +54,14 @@ class SpectrumEstimator:
     num_examples: int | Callable[[Any], int] | None
     batch_dim: int
     micro_batch_size: int | None
-    hvp: str
+    hvp: HVP
 
     def __post_init__(self):
         if self.curvature not in _KINDS:
             raise ValueError(f"curvature={self.curvature!r} is not known; use {' or '.join(map(repr, _KINDS))}.")
         if self.curvature != "ggn" and (self.model_fn or self.output_loss_fn):
             raise ValueError(
-                f"model_fn and output_loss_fn make a Gauss-Newton matrix, got curvature={self.curvature!r}; use "
+                f"model_fn and output_loss_fn define a Gauss-Newton matrix, got curvature={self.curvature!r}; use "
                 "curvature='ggn', or loss_fn."
             )
         for name in ("top_k", "micro_batch_size"):
@@ -67,7 +70,9 @@ class SpectrumEstimator:
                 raise ValueError(f"need {name} >= 1, got {value}.")
         check_hvp(self.hvp)
         if self.curvature != "hessian" and self.hvp != "auto":
-            raise ValueError(f"hvp={self.hvp!r} makes products of a Hessian, got curvature={self.curvature!r}.")
+            raise ValueError(
+                f"hvp={self.hvp!r} applies to a Hessian only, got curvature={self.curvature!r}; leave hvp out."
+            )
         if isinstance(self.per_layer, str):
             raise ValueError(
                 f"per_layer is True or a list of patterns, got {self.per_layer!r}; use [{self.per_layer!r}]."
@@ -75,26 +80,33 @@ class SpectrumEstimator:
         check_arguments(
             self.num_matvecs, self.dim, self.top_k, self.bottom_k, self.tol, self.density_probes, method=self.method
         )
-        if self.curvature != "hessian":  # never negative: the smallest are zeros, and no run finds their number
+        if (
+            self.curvature != "hessian"
+        ):  # never negative: the smallest eigenvalues are zeros, whose number stays unknown
             self.bottom_k = 0
 
     def check(self, module: nn.Module, batches: Sequence[ProbeBatch], distributed: bool) -> None:
-        """Take three products, so that what cannot work fails now, in seconds.
+        """Take three products as a sanity check, so that a setup that cannot work fails within seconds.
+
+        Args:
+            module: The module that is trained.
+            batches: The probe batches that are there so far.
+            distributed: Whether products are averaged over ranks.
 
         Raises:
-            ValueError: what the matrix or its products say; if no parameter is in one of the layers; if a
-                Gauss-Newton matrix is not that of the loss that is trained.
+            ValueError: If the matrix cannot be built or multiplied, if a pattern of `per_layer` matches no parameter,
+                or if a Gauss-Newton matrix is of another loss than the one that is trained.
         """
         matrix = self.matrix(module, batches, distributed)
-        for names in groups(matrix.layout, self.per_layer).values():
+        for names in _layer_groups(matrix.layout, self.per_layer).values():
             Layout.of(module, names)
-        matrix.loss()  # a Gauss-Newton matrix of another loss than the one that is trained is refused
+        matrix.loss()  # raises for a Gauss-Newton matrix of another loss than the one that is trained
         with matrix.hold():
-            starts = (start_vector(matrix, self.seed, name) for name in ("0", "defect"))
-            checked_defect(matrix, *starts, random=True)
+            u, v = (start_vector(matrix, self.seed, name=name) for name in ("0", "defect"))
+            checked_defect(matrix, u, v, random=True)
 
     def check_weights(self, module: nn.Module, batches: Sequence[ProbeBatch], distributed: bool) -> None:
-        """Refuse batches whose weights in the mean are not known, as soon as all of them are there."""
+        """Raise ValueError if the weight of a batch in the mean is unknown; to be called once all batches are there."""
         self.matrix(module, batches, distributed).batches.check_weights()
 
     def measure(
@@ -106,7 +118,16 @@ class SpectrumEstimator:
         distributed: bool,
         on_product: Callable[[int, int], None] | None,
     ) -> Measurement:
-        """The spectrum of the module as it is now."""
+        """Estimate the spectrum of a module with its present weights.
+
+        Args:
+            module: The module that is measured.
+            batches: The probe batches, on the module's device.
+            epoch: The epoch that is recorded.
+            step: The optimizer step that is recorded.
+            distributed: Whether products are averaged over ranks.
+            on_product: Called with the number of products done and their maximum, after each product.
+        """
         start = time.perf_counter()
         matrix = self.matrix(module, batches, distributed)
         loss = matrix.loss()
@@ -124,10 +145,10 @@ class SpectrumEstimator:
                 gradient=matrix.gradient(),
                 on_product=on_product,
             )
-        self.micro_batch_size = matrix.batches.micro_batch_size  # what fits in memory
-        layers = measure_layers(
+        self.micro_batch_size = matrix.batches.micro_batch_size  # that fits in memory
+        layers = _measure_layers(
             lambda names: self.matrix(module, batches, distributed, parameters=names),
-            groups(matrix.layout, self.per_layer),
+            _layer_groups(matrix.layout, self.per_layer),
             self.seed,
             self.tol,
         )
@@ -141,7 +162,14 @@ class SpectrumEstimator:
         distributed: bool = False,
         parameters: str | Sequence[str] | None = None,
     ) -> CurvatureOperator:
-        """The matrix of the loss, by the module's own `training_step` unless there is a `loss_fn`."""
+        """Return the curvature matrix of the mean loss over batches.
+
+        Args:
+            module: The module; its `training_step` gives the loss unless there is a `loss_fn`.
+            batches: The probe batches.
+            distributed: Whether products are averaged over ranks.
+            parameters: A pattern, or names; the estimator's own pattern if None.
+        """
         options: dict[str, Any] = {
             "parameters": self.parameters if parameters is None else parameters,
             "batch_dim": self.batch_dim,
@@ -151,34 +179,41 @@ class SpectrumEstimator:
         if self.curvature == "ggn":
             options |= {"weight_fn": self.weight_fn, "num_examples": self.num_examples, "loss_fn": self.loss_fn}
             return GGN(module, [probe.batch for probe in batches], self.model_fn, self.output_loss_fn, **options)
-        weight_fn = (lambda probe: self.weight_fn(probe.batch)) if self.weight_fn else None
-        options |= {"weight_fn": weight_fn, "num_examples": _ProbeStructure(self.num_examples, self.batch_dim)}
+        options |= {
+            "weight_fn": self._probe_weight if self.weight_fn else None,
+            "num_examples": _ProbeStructure(self.num_examples, self.batch_dim),
+        }
         if self.curvature == "fisher":
             return EmpiricalFisher(self._loss, module, batches, **options)
         return Hessian(self._loss, module, batches, hvp=self.hvp, **options)
 
+    def _probe_weight(self, probe: ProbeBatch) -> float:
+        """Return the weight of a probe batch in the mean, by the user's `weight_fn`."""
+        assert self.weight_fn is not None
+        return self.weight_fn(probe.batch)
+
     def _loss(self, module: nn.Module, probe: ProbeBatch) -> Tensor:
-        batch = copy.deepcopy(probe.batch)  # a step may change its batch in place
+        """Return the mean loss of a probe batch."""
+        batch = copy.deepcopy(probe.batch)  # a training_step may change its batch in place
         return self.loss_fn(module, batch) if self.loss_fn else training_step_loss(module, batch, batch_idx=probe.index)
 
 
 class _ProbeStructure(BatchStructure):
-    """How many examples the batch of a probe has; its parts are probes too."""
+    """Count the examples of a probe batch, and split it into probe batches."""
 
     def count(self, batch: ProbeBatch) -> int:
+        """Return the number of examples."""
         return super().count(batch.batch)
 
     def parts(self, batch: ProbeBatch, size: int, examples: int | None = None) -> Iterator[tuple[ProbeBatch, int]]:
+        """Yield parts of at most `size` examples, with their numbers of examples."""
         examples = self.count(batch) if examples is None else examples
         for part, number in super().parts(batch.batch, size, examples):
             yield replace(batch, batch=part), number
 
 
-_MATVECS = 32
-
-
-def groups(layout: Layout, per_layer: bool | Sequence[str]) -> dict[str, list[str]]:
-    """Names of parameters by group: those of each pattern, or of each module that holds some itself."""
+def _layer_groups(layout: Layout, per_layer: bool | Sequence[str]) -> dict[str, list[str]]:
+    """Return the names or patterns of the parameters of each layer: one group per pattern, or per module with any."""
     if isinstance(per_layer, bool):
         found: dict[str, list[str]] = {}
         for name in layout.names if per_layer else ():
@@ -187,12 +222,19 @@ def groups(layout: Layout, per_layer: bool | Sequence[str]) -> dict[str, list[st
     return {pattern: [pattern] for pattern in per_layer}
 
 
-def measure_layers(
-    block: Callable[[list[str]], LinearOperator], names: Mapping[str, list[str]], seed: int, tol: float
+def _measure_layers(
+    block: Callable[[list[str]], LinearOperator], groups: Mapping[str, list[str]], seed: int, tol: float
 ) -> dict[str, LayerCurvature]:
-    """The top eigenvalue and the trace of each group's block; at most 46 products a group."""
+    """Measure the top eigenvalue and the trace of each layer's block, with at most 46 products each.
+
+    Args:
+        block: Names of parameters -> the curvature matrix of these parameters alone.
+        groups: The names of the parameters of each layer.
+        seed: The seed of the start vectors.
+        tol: The relative residual up to which an eigenvalue counts as converged.
+    """
     found = {}
-    for group, parameters in names.items():
+    for group, parameters in groups.items():
         sp = spectrum(block(parameters), num_matvecs=_MATVECS, dim=1024, seed=seed, top_k=1, bottom_k=0, tol=tol)
         found[group] = LayerCurvature(
             sp.lambda_max, float(sp.residuals[0]), bool(sp.converged[0]), sp.trace, sp.trace_sem, sp.num_products
@@ -201,15 +243,19 @@ def measure_layers(
 
 
 class InitialWeights:
-    """A copy of a module's parameters and buffers."""
+    """A copy of a module's parameters and buffers.
+
+    Args:
+        module: The module whose present values are copied.
+    """
 
     def __init__(self, module: nn.Module):
         self.values = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
 
     @contextmanager
-    def in_place(self, module: nn.Module) -> Iterator[None]:
-        """The module with these weights; after that with its own, the very same tensors."""
-        state = _state(module)  # a buffer made since then stays as it is
+    def loaded_into(self, module: nn.Module) -> Iterator[None]:
+        """Give a module the copied values for as long as the context lasts, then its own tensors again."""
+        state = _state(module)  # a buffer that was registered later is unaffected
         now = {name: tensor.data for name, tensor in state.items() if name in self.values}
         try:
             for name in now:
@@ -221,4 +267,5 @@ class InitialWeights:
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a module by name, also buffers that its state dict leaves out."""
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}

@@ -1,11 +1,11 @@
-"""Send a measurement to the Trainer's loggers: scalars to all, more to those that can show it.
+"""Functions that send measurements to the Trainer's loggers, and that draw figures of a history.
 
-Loggers are told apart by the names of their classes, so that none is imported, and both namespaces serve.
+Loggers are recognized by class name, so that none is imported and those of both namespaces work.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.imports import RequirementCache
 
@@ -14,11 +14,14 @@ from lightning_sketch.callbacks.spectrum_monitor._estimator import SpectrumEstim
 from lightning_sketch.callbacks.spectrum_monitor._measurement import EDGES, Histogram, Measurement
 from lightning_sketch.curvature import save_spectrum
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 _HAS_MATPLOTLIB = RequirementCache("matplotlib")
 
 
 def log_scalars(loggers: Sequence[Any], scalars: Mapping[str, float], step: int) -> None:
-    """To every logger."""
+    """Log scalars to every logger."""
     for logger in loggers:
         logger.log_metrics(dict(scalars), step=step)
 
@@ -26,9 +29,16 @@ def log_scalars(loggers: Sequence[Any], scalars: Mapping[str, float], step: int)
 def log_figures(
     loggers: Sequence[Any], name: str, measurement: Measurement, step: int, density: bool, unique: bool
 ) -> None:
-    """To W&B a histogram and a picture, to TensorBoard a histogram, beside a CSV file everything in safetensors.
+    """Log a histogram and a figure to W&B, a histogram to TensorBoard, and safetensors files beside a CSV file.
 
-    A file of the same step is replaced, as when a fit is resumed from an earlier step; not if `unique`.
+    Args:
+        loggers: The Trainer's loggers.
+        name: The prefix of the keys, and the name of the folder.
+        measurement: What is logged.
+        step: The step at which it is logged.
+        density: Whether the measurement has a density.
+        unique: Whether a file of the same step is kept, and the new one gets another name; else it is replaced, as when
+            a fit resumes from an earlier step.
     """
     for logger in loggers:
         if _is(logger, "WandbLogger"):
@@ -36,17 +46,17 @@ def log_figures(
         elif _is(logger, "TensorBoardLogger") and density:
             _to_tensorboard(logger, name, measurement, step)
         elif _is(logger, "CSVLogger"):
-            save_spectrum(measurement, _free(Path(logger.log_dir) / f"{name}_spectra", measurement, unique))
+            save_spectrum(measurement, _file_path(Path(logger.log_dir) / f"{name}_spectra", measurement, unique))
 
 
 def log_table(loggers: Sequence[Any], name: str, history: Sequence[Measurement]) -> None:
-    """To W&B, once: all Ritz values with their residuals, and the density's nodes with their weights."""
+    """Log a table to W&B of all Ritz values with their residuals, and of the density's nodes with their weights."""
     rows = []
     for m in history:
-        for value, residual, known in zip(
+        for value, residual, converged in zip(
             m.eigenvalues.tolist(), m.residuals.tolist(), m.converged.tolist(), strict=True
         ):
-            rows.append([m.epoch, m.step, "Ritz value", value, residual, known, None])
+            rows.append([m.epoch, m.step, "Ritz value", value, residual, converged, None])
         if m.quadrature is not None:
             for node, weight in zip(*(part.tolist() for part in m.quadrature), strict=True):
                 rows.append([m.epoch, m.step, "density node", node, None, None, weight])
@@ -57,19 +67,23 @@ def log_table(loggers: Sequence[Any], name: str, history: Sequence[Measurement])
 
 
 def _to_wandb(logger: Any, name: str, measurement: Measurement, step: int, density: bool) -> None:
+    """Log the histogram and the figure of a measurement to W&B."""
     import wandb
 
     shown: dict[str, Any] = {}
-    if density:
+    if density and measurement.quadrature is not None:
         shares = Histogram.of(measurement.quadrature).shares
-        shown[_prefixed(logger, f"{name}/density")] = wandb.Histogram(np_histogram=(shares.tolist(), EDGES.tolist()))
+        shown[_prefixed(logger, f"{name}/density")] = wandb.Histogram(np_histogram=(shares.numpy(), EDGES.numpy()))
     if _HAS_MATPLOTLIB:
         shown[_prefixed(logger, f"{name}/spectrum")] = wandb.Image(measurement.plot())
-    if shown:  # without step=, which is W&B's own count; Lightning's step is a metric of its own there
+    if shown:  # not step=, which W&B counts itself; Lightning logs its step as this metric
         logger.experiment.log({**shown, "trainer/global_step": step})
 
 
 def _to_tensorboard(logger: Any, name: str, measurement: Measurement, step: int) -> None:
+    """Log the histogram of a measurement to TensorBoard."""
+    if measurement.quadrature is None:
+        return
     nodes, weights = measurement.quadrature
     logger.experiment.add_histogram_raw(
         _prefixed(logger, f"{name}/density"),
@@ -84,8 +98,8 @@ def _to_tensorboard(logger: Any, name: str, measurement: Measurement, step: int)
     )
 
 
-def _free(folder: Path, measurement: Measurement, unique: bool) -> Path:
-    """Where to write; under a new name if nothing may be replaced."""
+def _file_path(folder: Path, measurement: Measurement, unique: bool) -> Path:
+    """Return the path of a measurement's file; if `unique`, a name that is not taken."""
     stem = f"epoch={measurement.epoch}-step={measurement.step}"
     path, version = folder / f"{stem}.safetensors", 0
     while unique and path.exists():
@@ -95,33 +109,37 @@ def _free(folder: Path, measurement: Measurement, unique: bool) -> Path:
 
 
 def _prefixed(logger: Any, key: str) -> str:
-    """The key as the logger itself names its scalars."""
+    """Return the key with the prefix that the logger gives its scalars."""
     prefix = getattr(logger, "_prefix", "")
     return f"{prefix}{logger.LOGGER_JOIN_CHAR}{key}" if prefix else key
 
 
 def _is(logger: Any, name: str) -> bool:
+    """Return whether a logger is of the class of this name, or of a subclass."""
     return any(kind.__name__ == name for kind in type(logger).__mro__)
 
 
-def over_time(history: Sequence[Measurement], instrument: SpectrumEstimator, name: str):
-    """Both ends at each measurement, the edge of stability, and the density if it was asked for."""
-    density = [tuple(part.tolist() for part in m.quadrature) for m in history] if instrument.density_probes else None
+def over_time(history: Sequence[Measurement], estimator: SpectrumEstimator, name: str) -> "Figure":
+    """Draw the largest and smallest eigenvalues of each measurement, the edge of stability, and the density, if any."""
+    density = None
+    if estimator.density_probes:
+        quadratures = [m.quadrature for m in history if m.quadrature is not None]
+        density = [(q.nodes.tolist(), q.weights.tolist()) for q in quadratures]
     return plots.spectrum_over_time(
         time=[m.step for m in history],
         values=[m.eigenvalues.tolist() for m in history],
         errors=[m.residuals.tolist() for m in history],
         converged=[m.converged.tolist() for m in history],
-        top_k=instrument.top_k,
-        bottom_k=instrument.bottom_k,
+        top_k=estimator.top_k,
+        bottom_k=estimator.bottom_k,
         title=f"{name}: eigenvalues while training",
         stable_below=[m.stable_below for m in history],
         density=density,
     )
 
 
-def by_layer(measurement: Measurement, name: str):
-    """The top eigenvalue and the trace of each layer's own block."""
+def by_layer(measurement: Measurement, name: str) -> "Figure":
+    """Draw the top eigenvalue and the trace of each layer's own block."""
     layers = measurement.layers.values()
     return plots.layers(
         names=list(measurement.layers),

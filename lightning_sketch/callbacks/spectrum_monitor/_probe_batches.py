@@ -1,4 +1,4 @@
-"""The first batches of training, kept so that every measurement is on the same data."""
+"""Copies of the first batches of training, so that every measurement uses the same data."""
 
 import copy
 import functools
@@ -13,16 +13,29 @@ from lightning_sketch.autodiff.content_hash import content_digest
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """A batch, and which one of the epoch it was."""
+    """A batch with its position in the epoch.
+
+    Attributes:
+        index: The position of the batch in the epoch, from 0.
+        batch: The batch, as the data loader returned it.
+    """
 
     index: int
     batch: Any
 
 
 class ProbeBatches:
-    """DuplicateFinder of the first `num_batches` batches, on the CPU.
+    """Copies of the first batches of an epoch, on the CPU.
 
-    The loader is never read for this, so that its sampler, workers and random state stay untouched.
+    They are taken from the batches that the Trainer loads anyway, so that the sampler, the workers and the random state
+    of the data loader are unaffected.
+
+    Args:
+        num_batches: The number of batches to collect.
+
+    Attributes:
+        batches: The copies that were made so far.
+        complete: Whether no more batches are collected.
     """
 
     def __init__(self, num_batches: int):
@@ -31,21 +44,21 @@ class ProbeBatches:
         self.complete = False
 
     def offer(self, batch: Any) -> None:
-        """Keep a copy of the batch if there is room, before a training step can change it in place."""
+        """Add a copy of the batch unless complete; to be called before a training step can change it in place."""
         if not self.complete:
-            with torch.inference_mode(False):  # a copy made inside could not be differentiated
+            with torch.inference_mode(False):  # tensors made in inference mode cannot be differentiated
                 self.batches.append(copy.deepcopy(move_data_to_device(batch, torch.device("cpu"))))
             self.complete = len(self.batches) == self.num_batches
 
     def close(self) -> None:
-        """Take what is there for all there will be: the epoch had no more."""
+        """Stop collecting because the epoch has no more batches."""
         self.complete = bool(self.batches)
 
-    def on_device(self, device: torch.device) -> list["ProbeBatch"]:
-        """The batches on this device, each with its index."""
+    def on_device(self, device: torch.device) -> list[ProbeBatch]:
+        """Return the batches on a device, each with its index."""
         return [ProbeBatch(i, move_data_to_device(batch, device)) for i, batch in enumerate(self.batches)]
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of everything in them, once they are complete."""
+        """A hash of the contents of all batches; only to be read once they are complete."""
         return content_digest(self.batches).hex()

@@ -1,10 +1,10 @@
-"""Log the spectrum of a loss's curvature while training."""
+"""The callback that logs the spectrum of the loss's curvature during training."""
 
 import math
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from lightning_sketch._lightning import (
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.callbacks._optimizers import UNKNOWN, Stability, stability
 from lightning_sketch.callbacks._validate import check_trainer
-from lightning_sketch.callbacks.spectrum_monitor._estimator import InitialWeights, SpectrumEstimator
+from lightning_sketch.callbacks.spectrum_monitor._estimator import Curvature, InitialWeights, SpectrumEstimator
 from lightning_sketch.callbacks.spectrum_monitor._logging import (
     by_layer,
     log_figures,
@@ -32,67 +32,74 @@ from lightning_sketch.callbacks.spectrum_monitor._logging import (
 )
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Keys, Measurement
 from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatches
+from lightning_sketch.curvature.hessian import HVP
+from lightning_sketch.curvature.result import Method
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class SpectrumMonitor(CallbackBase):
-    """Log the eigenvalues of the loss's curvature, per epoch or every so many steps.
+    """Log the eigenvalues of the loss's curvature, every epoch or every given number of steps.
 
-    The Hessian is that of the mean training loss over a few fixed batches, in evaluation mode and float32,
-    with respect to the parameters that are trainable at that moment. Units: loss per squared parameter.
-    `trainer.validate(model, dataloader)` takes the spectrum of a checkpoint, on the first batches of that loader.
+    The matrix is the Hessian of the mean training loss over a few fixed batches, in evaluation mode and float32, with
+    respect to the parameters that are trainable at the time. Eigenvalues are in units of loss per squared parameter.
+    `trainer.validate(model, dataloader)` measures a checkpoint on the first batches of that loader.
 
-    Logs to every logger of the Trainer, and to `trainer.callback_metrics`, under `hessian/`: `lambda_max`,
+    It logs to every logger of the Trainer, and to `trainer.callback_metrics`, under `hessian/`: `lambda_max`,
     `lambda_min`, `rneg` (|most negative| / largest), `rneg_error`, `num_outliers` (eigenvalues above 20 % of the
     largest), `trace`, `trace_sem` (its standard error), `gradient_in_top_k` and `gradient_in_outliers` (shares of the
     gradient in these eigenvectors; `gradient_chance` is that of a random direction), `overlap` (of the top
-    eigenvectors with the last ones), `sharpness_lr` (lambda_max times the learning rate), `loss`, `seconds`; and the
-    ranks, `hessian_eigenvalues/top_01` ..., `hessian_eigenvalues/bottom_01` .... With `density_probes` also
-    `negative_mass`, `effective_rank`, and the density as a histogram in W&B and TensorBoard. W&B also gets a picture
-    per measurement and a table at the end; beside a CSV file everything lies in safetensors. A number that has not
-    converged is logged as NaN. `monitor.history` holds all of it, with residuals; `monitor.plot()` draws it.
+    eigenvectors with those of the last measurement), `sharpness_lr` (lambda_max times the learning rate), `loss`,
+    `seconds`; and the single eigenvalues, `hessian_eigenvalues/top_01` ..., `hessian_eigenvalues/bottom_01` .... With
+    `density_probes` also `negative_mass`, `effective_rank`, and the density as a histogram in W&B and TensorBoard. W&B
+    also gets a figure per measurement and a table at the end; beside the file of a CSVLogger each measurement is saved
+    in safetensors. An eigenvalue that has not converged is logged as NaN. `monitor.history` contains all measurements,
+    with residuals; `monitor.plot()` draws them.
 
-    Training is not touched: final weights are the same, bit for bit, with and without the monitor.
+    Training is unaffected: the final weights are the same, bit for bit, with and without the monitor.
     A measurement costs at most 1.25 `num_matvecs` + 32 `density_probes` + 6 products over `num_batches` batches, each
-    about three gradients, and memory for about six vectors of the parameters' size. What it took is printed.
+    about three gradients, and memory for about six vectors of the parameters' size. Its actual cost is printed.
 
-    Under DDP each rank keeps its own batches, and products are averaged over the ranks.
+    Under DDP each rank has its own batches, and products are averaged over the ranks.
 
     Args:
         curvature: "hessian"; "ggn", the Gauss-Newton matrix, which is never negative; or "fisher", the empirical
             Fisher matrix, which is slow unless `loss_fn` returns one loss per example.
-        method: "lanczos": on the full matrix, with sketched Krylov vectors; or "projected", the paper's own, on its
+        method: "lanczos" for the full matrix, with sketched Krylov vectors; or "projected", the paper's own, for its
             sketch: off by 8 to 18 % at dim 512, by 4 to 7 % at 2048, and logged under `hessian_projected/`.
-        top_k: how many of the largest eigenvalues are wanted.
-        bottom_k: how many of the smallest; none for "ggn" and "fisher", whose smallest are zeros.
-        num_matvecs: most products of one measurement; it stops early when the wanted ones are known.
-        dim: size of the sketches, at least 2 (`num_matvecs` + 32 `density_probes`).
-        tol: largest relative residual of an eigenvalue that counts as converged.
-        density_probes: further starts, for the density of all eigenvalues; 3 is usual.
-        data: "train": the first batches of the first epoch, kept.
-        num_batches: how many of them; nothing is measured before all are known.
-        parameters: which parameters, as a shell pattern on their names, e.g. "blocks.*.attn.*".
-        every_n_epochs: epochs between two measurements; 1 if neither cadence is set.
-        every_n_train_steps: optimizer steps between two measurements, instead of epochs.
-        at_start: measure the initial weights too, logged at step 0; until `num_batches` batches are known, a
-            copy of them is kept.
-        loss_fn: (module, batch) -> mean loss; the module's own `training_step` if None, its logging silenced.
-        name: prefix of the log keys and part of the checkpoint key; the curvature if None.
-        on_error: what to do if a measurement fails later than on the first batch: "warn" logs NaN and
-            lets training go on, "raise" stops it.
-        seed: of the start vectors and the sketches.
-        per_layer: also log the top eigenvalue and the trace of each layer's own block, under `hessian_layers/`: True
-            for every module that holds parameters, or a list of patterns. Costs up to 46 products a layer.
-        model_fn: (module, batch) -> output, and
-        output_loss_fn: (output, batch) -> mean loss: for "ggn"; see `GGN` for what is taken by default, and checked.
-        weight_fn: batch -> its weight; its number of examples if None. For a mean over tokens `num_labels`.
-        num_examples: how many examples a batch has, or batch -> how many, where its tensors do not agree on that.
-        batch_dim: the axis of the examples, 1 for (time, batch, ...).
-        micro_batch_size: most examples differentiated at once; halved by itself when memory runs out.
-        hvp: how Hessian products are made, see `Hessian`.
+        top_k: The number of largest eigenvalues to compute.
+        bottom_k: The number of smallest eigenvalues to compute; 0 for "ggn" and "fisher", whose smallest are zeros.
+        num_matvecs: The maximal number of products of one measurement; it stops early when the eigenvalues converge.
+        dim: The size of the sketches, at least 2 (`num_matvecs` + 32 `density_probes`).
+        tol: The largest relative residual of an eigenvalue that counts as converged.
+        density_probes: The number of further random starts, for the density of all eigenvalues; 3 is usual.
+        data: "train" measures on the first batches of the first epoch, of which copies are made.
+        num_batches: The number of these batches; the first measurement waits until all have been seen.
+        parameters: Which parameters to include, as a shell pattern on their names, e.g. "blocks.*.attn.*".
+        every_n_epochs: The number of epochs between measurements; 1 if neither interval is set.
+        every_n_train_steps: The number of optimizer steps between measurements, instead of epochs.
+        at_start: Whether to measure the initial weights too, logged at step 0; a copy of them is stored until all
+            `num_batches` batches have been seen.
+        loss_fn: (module, batch) -> mean loss; the module's own `training_step` if None, without its logging.
+        name: The prefix of the log keys and a part of the checkpoint key; the curvature if None.
+        on_error: What to do if a measurement fails after the sanity check on the first batch: "warn" logs NaN and
+            continues training, "raise" stops it.
+        seed: The seed of the start vectors and the sketches.
+        per_layer: Whether to log the top eigenvalue and the trace of each layer's own block too, under
+            `hessian_layers/`: True for every module with parameters of its own, or a list of patterns. Costs up to 46
+            products per layer.
+        model_fn: (module, batch) -> output, for "ggn"; see `GGN` for its default.
+        output_loss_fn: (output, batch) -> mean loss, for "ggn"; see `GGN` for its default.
+        weight_fn: batch -> its weight in the mean; its number of examples if None. For a mean over tokens `num_labels`.
+        micro_batch_size: The maximal number of examples to differentiate at once; halved when memory runs out.
+        hvp: How Hessian products are computed, see `Hessian`.
+        num_examples: The number of examples in a batch, or batch -> this number, if its tensors have different lengths.
+        batch_dim: The axis of the examples, 1 for (time, batch, ...).
 
     Raises:
-        ValueError: if an argument is out of its range.
-        MisconfigurationException: before training, if the Trainer or the module does not fit.
+        ValueError: If an argument is out of its range.
+        MisconfigurationException: Before training, if the Trainer or the module is not supported.
 
     Example::
 
@@ -102,15 +109,16 @@ class SpectrumMonitor(CallbackBase):
 
     def __init__(
         self,
-        curvature: str = "hessian",
-        method: str = "lanczos",
+        curvature: Curvature = "hessian",
+        *,
+        method: Method = "lanczos",
         top_k: int = 10,
         bottom_k: int = 3,
         num_matvecs: int = 96,
         dim: int = 1024,
         tol: float = 1e-2,
         density_probes: int = 0,
-        data: str = "train",
+        data: Literal["train"] = "train",
         num_batches: int = 4,
         parameters: str = "*",
         every_n_epochs: int | None = None,
@@ -118,14 +126,14 @@ class SpectrumMonitor(CallbackBase):
         at_start: bool = False,
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         name: str | None = None,
-        on_error: str = "warn",
+        on_error: Literal["warn", "raise"] = "warn",
         seed: int = 0,
         per_layer: bool | list[str] = False,
         model_fn: Callable[[Any, Any], Any] | None = None,
         output_loss_fn: Callable[[Tensor, Any], Tensor] | None = None,
         weight_fn: Callable[[Any], float] | None = None,
         micro_batch_size: int | None = None,
-        hvp: str = "auto",
+        hvp: HVP = "auto",
         num_examples: int | Callable[[Any], int] | None = None,
         batch_dim: int = 0,
     ):
@@ -134,8 +142,7 @@ class SpectrumMonitor(CallbackBase):
             raise ValueError(f"SpectrumMonitor(on_error={on_error!r}) is not known; use 'warn' or 'raise'.")
         if data != "train":
             raise ValueError(
-                f"SpectrumMonitor(data={data!r}) is not known; use 'train', or trainer.validate(model, dataloader) for "
-                "other data."
+                f"SpectrumMonitor(data={data!r}) is not known; use 'train', or trainer.validate(model, dataloader)."
             )
         if every_n_epochs is not None and every_n_train_steps is not None:
             raise ValueError(
@@ -149,7 +156,7 @@ class SpectrumMonitor(CallbackBase):
         ):
             if value is not None and value < 1:
                 raise ValueError(f"need {argument} >= 1, got {value}.")
-        self.instrument = SpectrumEstimator(
+        self.estimator = SpectrumEstimator(
             curvature=curvature,
             method=method,
             top_k=top_k,
@@ -176,7 +183,7 @@ class SpectrumMonitor(CallbackBase):
         self.at_start, self.on_error = at_start, on_error
 
         self.history: list[Measurement] = []
-        self._kept = ProbeBatches(num_batches)  # made anew at each fit
+        self._probes = ProbeBatches(num_batches)  # replaced at each fit
         self._last_step = -1
         self._initial: tuple[InitialWeights, Stability] | None = None
         self._stability = UNKNOWN
@@ -185,143 +192,157 @@ class SpectrumMonitor(CallbackBase):
 
     @property
     def state_key(self) -> str:
-        """Two monitors with two names have two keys."""
+        """The key of the state in a checkpoint; monitors with different names have different keys."""
         return state_key(self, name=self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The history and a fingerprint of the batches; nothing of the parameters' size."""
-        batches = self._kept.fingerprint if self._kept.complete else self._resumed_from
+        """Return the history and a fingerprint of the probe batches; nothing of the parameters' size."""
+        batches = self._probes.fingerprint if self._probes.complete else self._resumed_from
         return {"history": [m.state() for m in self.history], "batches": batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the history of a checkpoint."""
+        """Restore the history from a checkpoint."""
         self.history = [Measurement.of_state(m) for m in state["history"]]
         self._resumed_from = state["batches"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse what cannot work; forget an earlier fit."""
+        """Check the Trainer and the module, and discard the state of an earlier fit."""
         if stage not in ("fit", "validate"):
             return
-        goes_on = stage == "fit" and trainer.global_step > 0  # a checkpoint is loaded after this
-        self._resumed_from = self._kept.fingerprint if goes_on and self._kept.complete else None
-        self._kept, self._initial = ProbeBatches(self._kept.num_batches), None
-        if not goes_on:
+        resumes = stage == "fit" and trainer.global_step > 0  # the checkpoint is loaded after this hook
+        self._resumed_from = self._probes.fingerprint if resumes and self._probes.complete else None
+        self._probes, self._initial = ProbeBatches(self._probes.num_batches), None
+        if not resumes:
             self.history = []
-        check_trainer(trainer, pl_module, self.name, self.instrument.loss_fn is not None)
+        check_trainer(trainer, pl_module, self.name, self.estimator.loss_fn is not None)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse a module without trainable parameters, or none of that name."""
-        Layout.of(pl_module, self.instrument.parameters)
+        """Check that the pattern matches trainable parameters."""
+        Layout.of(pl_module, self.estimator.parameters)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Steps before this one are done."""
+        """Start to count steps and time."""
         self._last_step = trainer.global_step
         self._clock = time.perf_counter()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the first batches; on the very first, take three products, so that what cannot work fails now."""
-        self._stability = stability(trainer)  # schedulers move on before the epoch ends
-        if self._kept.complete:
+        """Copy the first batches; on the very first, take three products as a sanity check."""
+        self._stability = stability(trainer)  # schedulers change the rate before the epoch ends
+        if self._probes.complete:
             return
-        self._kept.offer(batch)
-        if len(self._kept.batches) == 1:
-            self._first_look(trainer, pl_module)
+        self._probes.offer(batch)
+        if len(self._probes.batches) == 1:
+            self._sanity_check(trainer, pl_module)
             if self.at_start and trainer.global_step == 0:
                 self._initial = InitialWeights(pl_module), stability(trainer)
-        if self._kept.complete:
-            self._data_known(trainer, pl_module)
+        if self._probes.complete:
+            self._on_probes_complete(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure if it is time; before all batches are known there is nothing to measure on."""
+        """Measure if it is due, unless some of the probe batches are still missing."""
         step = trainer.global_step
         if not self.every_n_train_steps or step % self.every_n_train_steps or step == self._last_step:
             return
         self._last_step = step  # under gradient accumulation a step has several batches
-        if self._kept.complete:
+        if self._probes.complete:
             self._measure_and_log(trainer, pl_module, batches_done(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure if it is time."""
-        if not self._kept.complete:
-            self._kept.close()
-            self._data_known(trainer, pl_module)
+        """Measure if it is due."""
+        if not self._probes.complete:
+            self._probes.close()
+            self._on_probes_complete(trainer, pl_module)
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            # one less, as Lightning does where it logs the means of the epoch
+            # one less, as where Lightning logs the means of the epoch
             self._measure_and_log(trainer, pl_module, batches_done(trainer) - 1)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All numbers as one table, for loggers that have tables."""
+        """Log all measurements as one table, to loggers that have tables."""
         if trainer.is_global_zero:
             log_table(trainer.loggers, self.name, self.history)
 
     def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Under `trainer.validate`: keep the first batches."""
-        if self._validates(trainer) and dataloader_idx == 0 and not self._kept.complete:
-            self._kept.offer(batch)
+        """Copy the first batches under `trainer.validate`."""
+        if self._validates(trainer) and dataloader_idx == 0 and not self._probes.complete:
+            self._probes.offer(batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Under `trainer.validate`: measure the module as it is."""
+        """Measure the module under `trainer.validate`."""
         if self._validates(trainer):
-            self._kept.close()
+            self._probes.close()
             self._stability = UNKNOWN
-            self._measure_and_log(trainer, pl_module, trainer.global_step, look=True)
+            self._measure_and_log(trainer, pl_module, trainer.global_step, validating=True)
 
     def measure(
-        self, pl_module: LightningModule, epoch: int = 0, step: int = 0, distributed: bool = False, on_product=None
+        self,
+        pl_module: LightningModule,
+        *,
+        epoch: int = 0,
+        step: int = 0,
+        distributed: bool = False,
+        on_product: Callable[[int, int], None] | None = None,
     ) -> Measurement:
-        """The spectrum of the module as it is now, on the kept batches."""
-        batches = self._kept.on_device(pl_module.device)
-        return self.instrument.measure(pl_module, batches, epoch, step, distributed, on_product)
+        """Measure the spectrum of a module with its present weights, on the probe batches of the last fit.
 
-    def plot(self):
-        """The eigenvalues over all measurements, as a matplotlib figure.
+        Args:
+            pl_module: The module to measure.
+            epoch: The epoch that is recorded.
+            step: The optimizer step that is recorded.
+            distributed: Whether to average products over ranks, which must all call this.
+            on_product: Called with the number of products done and their maximum, after each product.
 
         Raises:
-            ValueError: if nothing was measured yet.
-            ImportError: if matplotlib is missing.
+            ValueError: If there are no probe batches, or the matrix cannot be multiplied.
+        """
+        batches = self._probes.on_device(pl_module.device)
+        return self.estimator.measure(pl_module, batches, epoch, step, distributed, on_product)
+
+    def plot(self) -> "Figure":
+        """Draw the eigenvalues over all measurements, as a matplotlib figure.
+
+        Raises:
+            ValueError: If there is no measurement yet.
+            ImportError: If matplotlib is missing.
         """
         if not self.history:
-            raise ValueError("nothing to plot: no measurement was taken yet; run trainer.fit first.")
-        return over_time(self.history, self.instrument, self.name)
+            raise ValueError("nothing to plot: there is no measurement yet; run trainer.fit first.")
+        return over_time(self.history, self.estimator, self.name)
 
-    def plot_layers(self):
-        """The top eigenvalue and the trace of each layer at the last measurement, as a matplotlib figure.
+    def plot_layers(self) -> "Figure":
+        """Draw the top eigenvalue and the trace of each layer at the last measurement, as a matplotlib figure.
 
         Raises:
-            ValueError: if no layers were measured.
-            ImportError: if matplotlib is missing.
+            ValueError: If no layers were measured.
+            ImportError: If matplotlib is missing.
         """
         if not self.history or not self.history[-1].layers:
             raise ValueError("no layers to plot; use SpectrumMonitor(per_layer=True), then trainer.fit.")
         return by_layer(self.history[-1], self.name)
 
-    def _first_look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _sanity_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take three products on the batches that are there, and let their errors pass."""
         with muted_loggers(trainer):
-            self.instrument.check(pl_module, self._kept.on_device(pl_module.device), trainer.world_size > 1)
+            self.estimator.check(pl_module, self._probes.on_device(pl_module.device), trainer.world_size > 1)
 
-    def _data_known(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = self._kept.on_device(pl_module.device)
-        self.instrument.check_weights(pl_module, batches, trainer.world_size > 1)
-        # under DDP a checkpoint holds what rank zero knows
-        if trainer.is_global_zero and self._resumed_from not in (None, self._kept.fingerprint):
+    def _on_probes_complete(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check all probe batches, and measure the initial weights if that was asked for."""
+        batches = self._probes.on_device(pl_module.device)
+        self.estimator.check_weights(pl_module, batches, trainer.world_size > 1)
+        # under DDP a checkpoint contains the state of rank zero only
+        if trainer.is_global_zero and self._resumed_from not in (None, self._probes.fingerprint):
             warnings.warn(
-                f"{self.name}: the first batches differ from those before the checkpoint, so that the curve is not on "
-                "the same data throughout; keep the loader's order (seed_everything, or no shuffling).",
+                f"{self.name}: the first batches differ from those before the checkpoint, so the curve changes its "
+                "data here; use the same order of examples in every run (seed_everything, or no shuffling).",
                 stacklevel=2,
             )
         if self._initial is not None:
-            (initial, then), self._initial = self._initial, None
-            now, self._stability = self._stability, then
-            with initial.in_place(pl_module):
+            (initial, stability_then), self._initial = self._initial, None
+            now, self._stability = self._stability, stability_then
+            with initial.loaded_into(pl_module):
                 self._measure_and_log(trainer, pl_module, 0, step=0)
             self._stability = now
 
@@ -329,45 +350,51 @@ class SpectrumMonitor(CallbackBase):
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        logged: int,
+        log_step: int,
         step: int | None = None,
-        look: bool = False,
+        validating: bool = False,
     ) -> None:
+        """Measure, and log the result under `log_step`, or NaN where it fails.
+
+        `step` is the optimizer step that is recorded, by default the Trainer's. `validating` means `trainer.validate`:
+        errors are raised and no file is replaced.
+        """
         step = trainer.global_step if step is None else step
         since = time.perf_counter() - self._clock
-        scalars, measured = self._keys.nothing_known(), None
+        scalars, measured = self._keys.all_nan(), None
         scalars |= {key: math.nan for key in trainer.callback_metrics if key.startswith(f"{self.name}_layers/")}
         try:
-            if look:
-                self._first_look(trainer, pl_module)
+            if validating:
+                self._sanity_check(trainer, pl_module)
             with muted_loggers(trainer), BarText(trainer) as bar:
                 measured = self.measure(
                     pl_module,
-                    trainer.current_epoch,
-                    step,
-                    trainer.world_size > 1,
-                    lambda done, of: bar.show(f"{self.name} {done}/{of}: "),
+                    epoch=trainer.current_epoch,
+                    step=step,
+                    distributed=trainer.world_size > 1,
+                    on_product=lambda done, total: bar.show(f"{self.name} {done}/{total}: "),
                 )
         except Exception as error:
-            if self.on_error == "raise" or look:
+            if self.on_error == "raise" or validating:
                 raise
             warnings.warn(f"{self.name}: no measurement at step {step}: {error}", stacklevel=2)
         else:
             earlier = [m for m in self.history if m.step < step]
-            measured = measured.after(earlier, self._stability, self.instrument.top_k)
-            self.history = [m.kept(0) for m in earlier] + [measured.kept(self.instrument.top_k)]
+            measured = measured.after(earlier, self._stability, self.estimator.top_k)
+            self.history = [m.for_history(0) for m in earlier] + [measured.for_history(self.estimator.top_k)]
             scalars = measured.scalars(self._keys)
             cadence = "every_n_train_steps" if self.every_n_train_steps else "every_n_epochs"
-            say(trainer, measured.cost(self.name, math.inf if look else since, cadence, getattr(self, cadence)))
-        log_scalars(trainer.loggers, scalars, logged)
+            say(trainer, measured.cost(self.name, math.inf if validating else since, cadence, getattr(self, cadence)))
+        log_scalars(trainer.loggers, scalars, log_step)
         if measured is not None and trainer.is_global_zero:
-            self._log_figures(trainer, measured, logged, unique=look)
+            self._log_figures(trainer, measured, log_step, unique=validating)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
         self._clock = time.perf_counter()
 
-    def _log_figures(self, trainer: Trainer, measured: Measurement, logged: int, unique: bool) -> None:
+    def _log_figures(self, trainer: Trainer, measured: Measurement, log_step: int, unique: bool) -> None:
+        """Log figures, histograms and files; a failure is a warning unless `on_error` is "raise"."""
         try:
-            log_figures(trainer.loggers, self.name, measured, logged, self._keys.density, unique)
+            log_figures(trainer.loggers, self.name, measured, log_step, self._keys.density, unique)
         except Exception as error:  # a full disk, or a logger of another version
             if self.on_error == "raise":
                 raise
@@ -375,7 +402,9 @@ class SpectrumMonitor(CallbackBase):
 
     @property
     def _keys(self) -> Keys:
-        return Keys(self.name, self.instrument.top_k, self.instrument.bottom_k, self.instrument.density_probes > 0)
+        """The log keys."""
+        return Keys(self.name, self.estimator.top_k, self.estimator.bottom_k, self.estimator.density_probes > 0)
 
     def _validates(self, trainer: Trainer) -> bool:
+        """Return whether this is `trainer.validate`, not the validation of a fit."""
         return trainer.state.fn == "validate"
