@@ -1,39 +1,52 @@
-"""What is in a batch: how many examples, along which axis, its labels, its tensors."""
+"""The structure of a batch: the number of its examples, the axis that they lie along, its parts and its labels."""
 
-import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-HALF = (torch.float16, torch.bfloat16)
+from lightning_sketch.autodiff._nested import (
+    Array,
+    items_of,
+    kind_of,
+    leaves_of,
+    like_images,
+    lists_in,
+    path_of,
+    tensors_of,
+    with_items,
+    with_tensors,
+)
 
-Array = Tensor | np.ndarray
+HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass
 class BatchStructure:
-    """How many examples a batch has and where they are: one rule for weights, rows and micro-batches.
+    """The number of examples in a batch and their place in it: one rule for weights, rows and micro-batches.
 
-    Without arguments the examples lie along the first axis of every tensor and array with an axis; where there is none,
-    in every list of strings. A first axis of one, of a tensor that is an entry of the batch itself, belongs to every
-    example. Where tensors disagree the batch is refused by name; so is one whose lists are longer or shorter than those
-    of the batch before, or look like lists of images, since a list may hold an example an item.
+    Without arguments the examples lie along the first axis of every tensor and array that has an axis, or, in a batch
+    without any, in every list of strings. If the first axis of a direct entry of the batch has size one, that entry
+    belongs to every example. A batch is refused if its tensors disagree, if its lists are longer or shorter than those
+    of the batch before, or if a list looks like one of images, since the items of a list may be the examples.
+
+    The axis of a tensor, or whether a list consists of examples, may be ambiguous; then an earlier batch that was not
+    decides. So use one object for the batches of one loader.
 
     Args:
-        num_examples: how many there are, or a function batch -> how many. What then has this length along its axis is
-            cut into examples, lists of this length too; anything else belongs to every example. `len` itself says that
-            a batch is a list of examples.
-        batch_dim: the axis of the examples, 1 for (time, batch, ...). A tensor with fewer axes than others may have
-            them along its first one, such as a label for each sequence.
-        split_fn: batch -> batches of one example each, for graphs and packed sequences.
+        num_examples: The number of examples, or a function (batch) -> number of examples. Tensors and lists of this
+            length are then split into examples; anything else belongs to every example. `len` itself means that a
+            batch is a list of examples.
+        batch_dim: The axis of the examples, 1 for (time, batch, ...). A tensor with fewer axes than others may have the
+            examples along its first axis, such as a label for each sequence.
+        split_fn: (batch) -> batches of one example each, for graphs and packed sequences.
 
-    What an earlier batch showed, of the axis of a tensor or whether a list holds examples, decides where a later one
-    may be read in two ways; so one object serves the batches of one loader.
+    Raises:
+        ValueError: if `num_examples` is below 1 or `batch_dim` below 0.
 
     >>> time_first = torch.zeros(10, 8, 3), torch.zeros(8)
     >>> BatchStructure(batch_dim=1).count(time_first)
@@ -48,9 +61,9 @@ class BatchStructure:
     split_fn: Callable[[Any], Iterable[Any]] | None = None
     _lists: dict[str, int] = field(default_factory=dict, init=False, repr=False)
     _axes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
-    _hold: dict[str, bool] = field(default_factory=dict, init=False, repr=False)
+    _of_examples: dict[str, bool] = field(default_factory=dict, init=False, repr=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.num_examples, int) and self.num_examples < 1:
             raise ValueError(f"need num_examples >= 1, got {self.num_examples}.")
         if self.batch_dim < 0:
@@ -58,14 +71,14 @@ class BatchStructure:
 
     @property
     def along_first_axis(self) -> bool:
-        """Whether examples are rows of tensors, as hooks and vmap need."""
+        """True if the examples are rows of tensors, as hooks and vmap need."""
         return self.batch_dim == 0 and self.split_fn is None
 
     def count(self, batch: Any) -> int:
         """Return the number of examples of a batch.
 
         Raises:
-            ValueError: if it is not known or not clear.
+            ValueError: if the number is unknown or ambiguous.
         """
         if self.num_examples is len:
             _check_alike(batch)
@@ -96,15 +109,15 @@ class BatchStructure:
         return examples
 
     def parts(self, batch: Any, size: int, examples: int | None = None) -> Iterator[tuple[Any, int]]:
-        """Yield the batch in parts of at most `size` examples, each with its number of them.
+        """Yield the batch in parts of at most `size` examples, each with its number of examples.
 
         Args:
-            batch: to be cut.
-            size: most examples in a part; with `split_fn` each part is one example.
-            examples: how many the batch has, where that is known.
+            batch: The batch to split.
+            size: The most examples in a part; with `split_fn` each part is one example.
+            examples: The number of examples in the batch, if it is known.
 
         Raises:
-            ValueError: if nothing in it has the length that it is said to have, or it may be cut in two ways.
+            ValueError: if nothing in the batch has this length, or the batch can be split in two ways.
         """
         if self.split_fn is not None:
             yield from ((example, 1) for example in self.split_fn(batch))
@@ -125,38 +138,38 @@ class BatchStructure:
             if start == 0 and callable(self.num_examples) and int(self.num_examples(part)) != stop:
                 got = int(self.num_examples(part))
                 raise ValueError(
-                    f"num_examples gives {got} for a part of {stop} of the {examples} examples of a batch, so "
-                    "that they lie elsewhere than where it was cut; pass batch_dim=1 if the first axis is time, or "
-                    "split_fn=lambda batch: [...], which makes batches of one example."
+                    f"num_examples gives {got} for a part of {stop} of the {examples} examples of a batch, so that "
+                    "the batch was split along another axis than that of the examples; pass batch_dim=1 if the first "
+                    "axis is time, or split_fn=lambda batch: [...], which makes batches of one example."
                 )
             yield part, stop - start
 
     def each(self, batch: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-        """Return the tensors of a batch with its examples along their first axis, and what makes a batch of one.
+        """Return the tensors that have the examples along their first axis, and a function that makes a batch of one.
 
-        The second takes one slice for each tensor, without that axis; other tensors go to every batch.
+        The function takes one slice of each tensor, without that axis; other tensors go to every batch.
 
         Raises:
-            ValueError: if examples are not along the first axis, or in something else than tensors too.
+            ValueError: if the examples are not along the first axis, or if arrays or lists have them too.
         """
         if not self.along_first_axis:
             raise ValueError("vmap needs the examples along the first axis of tensors; use engine='loop'.")
         examples = self.count(batch)
         for name, _, value in leaves_of(batch):
             if not isinstance(value, Tensor) and np.shape(value)[:1] == (examples,):
-                raise ValueError(f"vmap needs the examples in tensors, and {name} is none; use engine='loop'.")
+                raise ValueError(f"vmap needs the examples in tensors, but {name} is not one; use engine='loop'.")
 
         def has_axis(tensor: Tensor) -> bool:
             return tensor.ndim > 0 and len(tensor) == examples
 
         def batch_of_one(slices: Sequence[Tensor]) -> Any:
             following = iter(slices)
-            return _changed(batch, lambda t: next(following).unsqueeze(0) if has_axis(t) else t)
+            return with_tensors(batch, lambda t: next(following).unsqueeze(0) if has_axis(t) else t)
 
         return [tensor for tensor in tensors_of(batch) if has_axis(tensor)], batch_of_one
 
     def _sizes(self, leaves: Sequence[tuple[str, int, Any]]) -> dict[str, int]:
-        """How many examples each tensor and array seems to have; without any of them, each list of strings."""
+        """Return the likely number of examples of each tensor and array, or, without any, of each list of strings."""
         arrays = [(name, depth, value) for name, depth, value in leaves if isinstance(value, Array) and value.ndim]
         if not arrays:
             return {name: len(value) for name, _, value in leaves if not isinstance(value, Array)}
@@ -171,9 +184,9 @@ class BatchStructure:
         return {n: size for n, (size, depth) in found.items() if not (size == 1 and depth == 1 and larger)}
 
     def _check_lists(self, batch: Any, examples: int) -> None:
-        """Refuse a list of tensors that may be the examples, though each has an axis that seems to be theirs."""
+        """Refuse a list of tensors if its items may be the examples, though each has an axis that may be theirs."""
         leaves = leaves_of(batch)
-        for path, value in _lists_in(batch):
+        for path, value in lists_in(batch):
             within = {name for name, _, _ in leaves_of(value, path)}
             inside = [v for name, _, v in leaves if isinstance(v, Array) and name in within]
             beside = [v for name, _, v in leaves if isinstance(v, Array) and v.ndim and name not in within]
@@ -182,13 +195,13 @@ class BatchStructure:
             before = self._lists.setdefault(path, len(value))
             if before != len(value):
                 raise ValueError(
-                    f"a batch holds a list of {len(value)} tensors, where the one before it had {before}, so that a "
-                    "list may hold one example an item; pass num_examples=len (or weight_fn=len where only the weight "
-                    "of a batch is asked for), or collate examples into one tensor."
+                    f"a batch has a list of {len(value)} tensors, where the one before it had {before}, so that the "
+                    "items may be the examples; pass num_examples=len (or weight_fn=len where only the weight of a "
+                    "batch is asked for), or collate examples into one tensor."
                 )
             if examples not in (1, 3, 4):
-                self._hold[path] = False
-            elif path not in self._hold and _like_images(value):
+                self._of_examples[path] = False
+            elif path not in self._of_examples and like_images(value):
                 shapes = f"{tuple(value[0].shape)}, {tuple(value[1].shape)}, ..."
                 raise ValueError(
                     f"a list of {len(value)} tensors of shapes {shapes} may be one of images; pass num_examples=len if "
@@ -196,20 +209,22 @@ class BatchStructure:
                 )
 
     def _has_length(self, batch: Any, examples: int) -> bool:
-        """Whether a tensor, or else a list, of a batch has this length."""
+        """Return whether a tensor, or else a list, of a batch has this length."""
         arrays = [value for _, _, value in leaves_of(batch) if isinstance(value, Array) and value.ndim]
         axes = (self.batch_dim, 0)
         if any(axis < array.ndim and array.shape[axis] == examples for array in arrays for axis in axes):
             return True
-        return (callable(self.num_examples) or not arrays) and any(len(v) == examples for _, v in _lists_in(batch))
+        return (callable(self.num_examples) or not arrays) and any(len(v) == examples for _, v in lists_in(batch))
 
     def _part(self, batch: Any, examples: int, part: slice) -> Any:
+        """Return some of the examples of a batch."""
         if self.num_examples is len and isinstance(batch, list | tuple):
             return type(batch)(batch[part])
         most = max((v.ndim for _, _, v in leaves_of(batch) if isinstance(v, Array)), default=0)
         return self._cut(batch, examples, part, "", most)
 
     def _cut(self, value: Any, examples: int, part: slice, path: str, most: int) -> Any:
+        """Return some of the examples of the entry of a batch at this path; `most` is the most axes of an array."""
         if isinstance(value, Array):
             axis = self._axis(value, examples, path, most)
             if axis is None:
@@ -219,10 +234,10 @@ class BatchStructure:
             return value[(slice(None),) * axis + (part,)]
         if isinstance(value, list | tuple) and self._holds_examples(value, examples, path):
             return type(value)(value[part])
-        return _mapped(value, lambda item, key: self._cut(item, examples, part, _path(value, path, key), most))
+        return with_items(value, lambda item, key: self._cut(item, examples, part, path_of(value, path, key), most))
 
     def _axis(self, array: Array, examples: int, path: str, most: int) -> int | None:
-        """Along which axis an array has the examples, if it has them."""
+        """Return the axis along which an array has the examples, or None."""
         axes = [axis for axis in dict.fromkeys((self.batch_dim, 0)) if array.shape[axis : axis + 1] == (examples,)]
         if len(axes) == 2 and path not in self._axes and array.ndim < most:
             raise ValueError(
@@ -235,9 +250,9 @@ class BatchStructure:
         return self._axes.get(path, axes[0]) if axes else None
 
     def _holds_examples(self, value: Sequence[Any], examples: int, path: str) -> bool:
-        """Whether a list has one example an item, and is not a tuple of collated tensors that happens to be as long.
+        """Return whether the items of a list are examples, and not collated tensors that happen to be as many.
 
-        What an earlier batch showed of the list at this place decides where this one does not.
+        Where this batch is ambiguous, an earlier one decides by the list at the same place.
         """
         if hasattr(value, "_fields"):
             return False
@@ -245,39 +260,39 @@ class BatchStructure:
         along = [examples in array.shape[:1] + array.shape[self.batch_dim :][:1] for array in arrays]
         if len(value) != examples:
             if any(along) or (value and all(isinstance(item, int | float) for item in value)):
-                self._hold[path] = False
+                self._of_examples[path] = False
             return False
         if arrays and len(arrays) < examples:
             return not any(along)
         if arrays:
             alike = len({(array.ndim, str(array.dtype)) for array in arrays}) == 1
             if self.num_examples is None or not alike or not all(along):
-                return self._hold.setdefault(path, not any(along) or (alike and not all(along)))
+                return self._of_examples.setdefault(path, not any(along) or (alike and not all(along)))
             return self._known(path, f"a list of {examples} tensors, each with an axis of {examples},")
         if all(isinstance(item, Mapping) for item in value):
             return True
         if all(isinstance(item, int | float) for item in value):
-            if path not in self._hold and (self.num_examples is not None or examples > 4):
-                self._hold[path] = True
+            if path not in self._of_examples and (self.num_examples is not None or examples > 4):
+                self._of_examples[path] = True
             return self._known(path, f"a list of {examples} numbers, in a batch of {examples} examples,")
         inner = [(i, item) for i, item in enumerate(value) if isinstance(item, list | tuple)]
-        return not any(self._holds_examples(item, examples, _path(value, path, i)) for i, item in inner)
+        return not any(self._holds_examples(item, examples, path_of(value, path, i)) for i, item in inner)
 
     def _known(self, path: str, what: str) -> bool:
-        """Return what an earlier batch showed of this list."""
-        if path not in self._hold:
+        """Return whether the items of the list at this place were examples in an earlier batch."""
+        if path not in self._of_examples:
             raise ValueError(
-                f"{what} may hold an example an item, or belong to all of them; pass num_examples=len if the batch is "
-                "a list of examples, else split_fn=lambda batch: [...], which makes batches of one example."
+                f"{what} may consist of examples, or belong to all examples; pass num_examples=len if the batch is a "
+                "list of examples, else split_fn=lambda batch: [...], which makes batches of one example."
             )
-        return self._hold[path]
+        return self._of_examples[path]
 
 
 def num_examples(batch: Any) -> int:
-    """Return how many examples a batch has: the length of the first axis that all its tensors share.
+    """Return the number of examples in a batch: the length of the first axis that all its tensors share.
 
     Raises:
-        ValueError: if there is no tensor, or tensors disagree; `BatchStructure` says what overrides that.
+        ValueError: if there is no tensor, or tensors disagree; `BatchStructure` takes arguments for such batches.
 
     >>> num_examples({"x": (torch.zeros(8, 3), torch.zeros(8))})
     8
@@ -285,13 +300,16 @@ def num_examples(batch: Any) -> int:
     return BatchStructure().count(batch)
 
 
-def num_labels(batch: Any, ignore_index: int = -100, shift: bool = False) -> int:
-    """How many labels a batch has that are not ignored: its weight where a loss is a mean over tokens.
+def num_labels(batch: Any, *, ignore_index: int = -100, shift: bool = False) -> int:
+    """Count the labels of a batch that are not ignored: its weight where a loss is a mean over tokens.
 
     Args:
-        batch: labels are its "labels", or its last tensor.
-        ignore_index: of the labels that do not count.
-        shift: the first label of each row is predicted from nothing, as in a causal language model.
+        batch: The batch; its labels are the entry "labels", or the last item of a pair.
+        ignore_index: The value of labels to ignore.
+        shift: Whether to ignore the first label of each row, which a causal language model does not predict.
+
+    Raises:
+        ValueError: if the batch has no labels.
 
     >>> num_labels({"labels": torch.tensor([[5, 7, -100], [1, 2, 3]])}, shift=True)
     3
@@ -309,7 +327,7 @@ def labels_of(batch: Any) -> Tensor:
     """Return the tensor under "labels", or the last item of a pair.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no such tensor.
     """
     found = _labels(batch)
     if not isinstance(found, Tensor):
@@ -326,23 +344,18 @@ def _labels(batch: Any) -> Any:
     return batch.get("labels") if isinstance(batch, Mapping) else None
 
 
-def tensors_of(batch: Any) -> Iterator[Tensor]:
-    """Return the tensors in a batch, in its order, however deep."""
-    return (value for _, _, value in leaves_of(batch) if isinstance(value, Tensor))
-
-
 def on_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on this device."""
-    return _changed(batch, lambda tensor: tensor.to(device))
+    return with_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def copied(batch: Any) -> Any:
     """Return a copy of the batch, for a step that changes its batch in place; vmap allows it."""
-    return _changed(batch, Tensor.clone)
+    return with_tensors(batch, Tensor.clone)
 
 
 def differentiable(batch: Any, widen: bool = False) -> Any:
-    """Return the batch as autograd can use it: without tensors of inference mode, nor half precision if `widen`."""
+    """Return the batch without tensors of inference mode, which autograd refuses; without half precision if `widen`."""
 
     def needs(tensor: Tensor) -> bool:
         return tensor.is_inference() or (widen and tensor.dtype in HALF)
@@ -351,7 +364,7 @@ def differentiable(batch: Any, widen: bool = False) -> Any:
         tensor = tensor.clone() if tensor.is_inference() else tensor
         return tensor.float() if widen and tensor.dtype in HALF else tensor
 
-    return _changed(batch, change) if any(map(needs, tensors_of(batch))) else batch
+    return with_tensors(batch, change) if any(map(needs, tensors_of(batch))) else batch
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:
@@ -362,54 +375,11 @@ def shapes_of(batch: Any) -> tuple[Any, ...]:
         return (type(batch).__name__,)
     if isinstance(batch, Mapping | list | tuple) or dataclasses.is_dataclass(batch):
         return type(batch).__name__, *(shapes_of(item) for item in items_of(batch))
-    return (id(batch),)  # of which nothing is known
-
-
-def leaves_of(value: Any, name: str = "", depth: int = 0) -> list[tuple[str, int, Any]]:
-    """Return the tensors, arrays and lists of strings in a batch, each with its name and how deep it lies."""
-    if isinstance(value, Array) or _is_text(value):
-        return [(name, depth, value)]
-    return [leaf for path, item in _named_items(value, name) for leaf in leaves_of(item, path, depth + 1)]
-
-
-def _lists_in(value: Any, name: str = "") -> Iterator[tuple[str, Sequence[Any]]]:
-    """Yield lists and plain tuples in a batch, however deep, each with its name."""
-    if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
-        yield name, value
-    for path, item in _named_items(value, name):
-        yield from _lists_in(item, path)
-
-
-def items_of(value: Any) -> list[Any]:
-    """Return the items of a list, the values of a mapping, or the fields of a dataclass; of all else nothing."""
-    return [item for _, item in _named_items(value, "")]
-
-
-def _named_items(value: Any, name: str) -> list[tuple[str, Any]]:
-    """Return what a collection of this name holds, each with its own name in Python: `.field` or `[key]`."""
-    if dataclasses.is_dataclass(value):
-        items = [(f.name, getattr(value, f.name)) for f in fields(value)]
-    elif isinstance(value, Mapping):
-        items = list(value.items())
-    else:
-        items = list(enumerate(value)) if isinstance(value, list | tuple) else []
-    return [(_path(value, name, key), item) for key, item in items]
-
-
-def _path(value: Any, name: str, key: Any) -> str:
-    """Return the name of an item of a collection of this name."""
-    return f"{name}.{key}".lstrip(".") if dataclasses.is_dataclass(value) else f"{name}[{key!r}]"
-
-
-def _like_images(value: Sequence[Any]) -> bool:
-    """Whether a list looks like one of images, (channels, height, width), rather than of collated tensors."""
-    if len(value) < 2 or not all(isinstance(item, Array) and item.ndim == 3 for item in value):
-        return False
-    return len(value) > 3 or len({item.shape[1] for item in value}) > 1
+    return (id(batch),)  # an object of an unknown class
 
 
 def _check_alike(batch: Any) -> None:
-    """Refuse a list of examples whose items are no examples of one data set, but collated apart; and a mapping."""
+    """Refuse a mapping, and a list whose items are not examples of one data set but collated separately."""
     if isinstance(batch, Mapping):
         raise ValueError(
             f"num_examples=len counts the {len(batch)} keys of a mapping ({type(batch).__name__}), not examples; pass "
@@ -417,47 +387,9 @@ def _check_alike(batch: Any) -> None:
         )
     if not isinstance(batch, list | tuple):
         return
-    kinds = list(dict.fromkeys(map(_kind_of, batch)))
+    kinds = list(dict.fromkeys(map(kind_of, batch)))
     if len(kinds) > 1:
         raise ValueError(
             f"num_examples=len counts the {len(batch)} items of a batch, but these are {' and '.join(kinds)}, not "
-            "examples alike; pass num_examples=lambda batch: len(batch[0]), or split_fn."
+            "examples of one kind; pass num_examples=lambda batch: len(batch[0]), or split_fn."
         )
-
-
-def _kind_of(item: Any) -> str:
-    """Return what an item of a list is: examples of one data set are of one kind."""
-    if isinstance(item, Array):
-        return f"a tensor with {item.ndim} axes"
-    if isinstance(item, list | tuple) and not hasattr(item, "_fields"):
-        return f"a {type(item).__name__} of {', '.join(dict.fromkeys(type(part).__name__ for part in item))}"
-    return f"a {type(item).__name__}"
-
-
-def _changed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return the batch with its tensors changed, in the same collections."""
-    return change(value) if isinstance(value, Tensor) else _mapped(value, lambda item, _: _changed(item, change))
-
-
-def _mapped(value: Any, function: Callable[[Any, Any], Any]) -> Any:
-    """Return a collection of what the function makes of each item and its key, of the same kind; all else as it is."""
-    if dataclasses.is_dataclass(value):
-        new = copy.copy(value)
-        for f in fields(value):
-            object.__setattr__(new, f.name, function(getattr(value, f.name), f.name))
-        return new
-    if isinstance(value, MutableMapping):
-        new = copy.copy(value)  # of a defaultdict, or of what a tokenizer returns
-        for key, item in value.items():
-            new[key] = function(item, key)
-        return new
-    if isinstance(value, Mapping):
-        return type(value)({key: function(item, key) for key, item in value.items()})
-    if isinstance(value, list | tuple):
-        items = [function(item, i) for i, item in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, str) for item in value)

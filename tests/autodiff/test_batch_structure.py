@@ -274,7 +274,7 @@ def test_numbers_of_the_examples_are_cut_with_them_and_sizes_are_not():
     ]
     small = {"x": torch.arange(2.0), "w": [0, 1], "size": [32, 32]}
     assert [(part["w"], part["size"]) for part, _ in structure.parts(small, 1)] == [([0], [32, 32]), ([1], [32, 32])]
-    with pytest.raises(ValueError, match=r"a list of 2 numbers, in a batch of 2 examples, may hold an example an item"):
+    with pytest.raises(ValueError, match=r"a list of 2 numbers, in a batch of 2 examples, may consist of examples"):
         list(BatchStructure().parts(small, 1))
 
 
@@ -321,7 +321,7 @@ def test_len_of_a_mapping_is_no_number_of_examples():
 
 
 def test_vmap_takes_tensors_alone():
-    said = r"needs the examples in tensors, and \['t'\] is none; use engine='loop'"
+    said = r"needs the examples in tensors, but \['t'\] is not one; use engine='loop'"
     for other in (np.zeros(4), list("abcd")):
         with pytest.raises(ValueError, match=said):
             BatchStructure().each({"x": torch.zeros(4, 2), "t": other})
