@@ -84,7 +84,7 @@ class Sketched:
             module = copy.deepcopy(module)  # unused zeros up to dim: one chunk, where the sketch is orthogonal
             module.register_parameter("padding", nn.Parameter(torch.zeros(missing)))
         layout = Layout.of(module)
-        sketch = BlockSRHT(layout.n, dim, seed)
+        sketch = BlockSRHT(layout.n, dim, seed=seed)
         self.given, self.module, self.layout, self.sketch = given, module, layout, sketch
         self.rows = self._rows(given.x, given.y)
         self.queries = self._rows(given.x_test, given.y_test)
@@ -99,7 +99,7 @@ class Sketched:
             output = module(batch[0])
             return given.loss(output, batch[1]), output.softmax(1).gather(1, batch[1][:, None])[:, 0]
 
-        return sketch_gradients(self.module, [(x, y)], self.sketch, loss, None if y.is_floating_point() else row)
+        return sketch_gradients(self.module, [(x, y)], self.sketch, loss, row_fn=None if y.is_floating_point() else row)
 
     def curvature(self, kind: str) -> Curvature:
         if kind == "ggn":
@@ -107,7 +107,7 @@ class Sketched:
         return row_curvature(self.rows, kind)
 
     def influence(self, kind: str, damping="auto") -> Tensor:
-        return scores(self.queries, self.rows, "influence", self.curvature(kind), damping)
+        return scores(self.queries, self.rows, method="influence", curvature=self.curvature(kind), damping=damping)
 
 
 def line(name: str, found: dict[str, Tensor], seconds: float, asked: float | None = None) -> None:
@@ -193,9 +193,15 @@ def share(bench: Bench, kind: str) -> tuple[float, float, float, float]:
         own = Sketched(bench.given, module, 256, seed)
         curvature = own.curvature(kind)
         e = curvature.trace_of_square / curvature.trace
-        sweep = scores(own.queries, own.rows, "influence", curvature, [e * 10**exponent for exponent in exponents])
+        sweep = scores(
+            own.queries,
+            own.rows,
+            method="influence",
+            curvature=curvature,
+            damping=[e * 10**exponent for exponent in exponents],
+        )
         sweeps.append([bench.lds(found) for found in sweep])
-        automatic.append(bench.lds(scores(own.queries, own.rows, "influence", curvature)))
+        automatic.append(bench.lds(scores(own.queries, own.rows, method="influence", curvature=curvature)))
         noise.append(curvature.half_noise / curvature.trace_of_square)
     means = [statistics.mean(pair) for pair in zip(*sweeps, strict=True)]
     best = max(means)
@@ -213,7 +219,7 @@ def calibrated(name: str, dim: int, asked: float) -> None:
             return given.test_losses(given.train(ids[None], [77], start, steps)[-1])[0]
 
         begin = time.perf_counter()
-        found = calibrate(trained, own.queries, own.rows, curvature, seed=99)
+        found = calibrate(trained, own.queries, own.rows, curvature=curvature, seed=99)
         judged = bench.judge(own.influence("ggn", found.damping))
         goal = asked if what == "retrained" else None
         line(f"{name}, ggn, dim {dim}, 8 halves {what}", judged, time.perf_counter() - begin, goal)
@@ -232,7 +238,7 @@ def mislabeled(name: str, dim: int = 64) -> None:
     wrong = (torch.arange(count) < int(0.1 * count)).long()
     found = {"loss": parts[-1].loss, "tracin": self_influence(SketchedGradients.cat(parts)).scores}
     for kind in ("ggn", "margin", "fisher", "trak"):
-        found[kind] = self_influence(own.rows, "influence", own.curvature(kind)).scores
+        found[kind] = self_influence(own.rows, method="influence", curvature=own.curvature(kind)).scores
     numbers = "  ".join(f"{method} {float(binary_auroc(values, wrong)):.3f}" for method, values in found.items())
     print(f"  {name:16} {numbers}")
 

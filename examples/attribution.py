@@ -92,7 +92,7 @@ def main():
     # From here on only the store is asked. What an example does to itself:
     store = GradientStore.open(writer.dirpath)
     rows = store.where(stage="validate")
-    suspicion, ids = rows.self_influence("influence", curvature="margin")
+    suspicion, ids = rows.self_influence(method="influence", curvature="margin")
     ranked = ids[suspicion.argsort(descending=True)]
     print(f"\n{len(store.where(stage='fit')):,} rows of steps and {len(rows):,} of training images in {writer.dirpath}")
     for k in (50, 100, WRONG):
@@ -111,10 +111,11 @@ def main():
     }
     figure = contact_sheet(
         images[asked].numpy(),
-        images[best[True].example_ids].numpy(),
-        images[best[False].example_ids].numpy(),
-        [f"a {label}" for label in truth[asked].tolist()],
-        *[[[f"“{labels[i]}”" for i in row] for row in found.example_ids.tolist()] for found in best.values()],
+        helped=images[best[True].example_ids].numpy(),
+        hurt=images[best[False].example_ids].numpy(),
+        query_titles=[f"a {label}" for label in truth[asked].tolist()],
+        helped_titles=[[f"“{labels[i]}”" for i in row] for row in best[True].example_ids.tolist()],
+        hurt_titles=[[f"“{labels[i]}”" for i in row] for row in best[False].example_ids.tolist()],
     )
     figure.savefig(OUT / "attribution.png", dpi=150)
     print(f"\npicture: {OUT / 'attribution.png'}")

@@ -1,4 +1,4 @@
-"""What a notebook shows of a result fits on a screen, and says what it is."""
+"""The repr of each result fits on a screen and says what the result is."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ class Validated(Digits):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Of a fit with both callbacks, and of questions to its store."""
+    """Return the results of a fit with both callbacks, and of queries to its store."""
     folder = tmp_path_factory.mktemp("reprs")
     writer, monitor = GradientSketchWriter(folder / "store", dim=32, index_key="hash"), SpectrumMonitor(top_k=3)
     model = fit(folder, writer, monitor, model=Validated, data=loader(batch_size=64))
@@ -29,7 +29,7 @@ def results(tmp_path_factory):
         "rows": rows,
         "queries": queries,
         "top": rows.top_k(queries, 10),
-        "self": rows.self_influence("dot"),
+        "self": rows.self_influence(method="dot"),
         "measurement": monitor.history[-1],
         "spectrum": spectrum(s.T @ s, top_k=2, bottom_k=0),
     }
@@ -55,7 +55,7 @@ def test_it_says_what_it_is_in_ten_lines(results, name):
     assert max(map(len, lines)) <= 200
 
 
-def test_what_is_empty_has_one_too():
+def test_empty_results_have_one_too():
     nothing = torch.zeros(0, dtype=torch.int64)
     rows = SketchedGradients(torch.zeros(0, 4), BlockSRHT(9, 4))
     assert repr(rows) == "SketchedGradients: 0 rows of 4 numbers (float32) by BlockSRHT(n=9, dim=4, seed=0)"

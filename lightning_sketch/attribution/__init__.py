@@ -1,4 +1,4 @@
-"""Which examples taught what: sketched gradients of examples, curvature in sketch space, scores and top-k."""
+"""Training-data attribution: sketched gradients of examples, curvature in sketch space, influence scores and top-k."""
 
 from lightning_sketch.attribution.calibrate import Calibration, calibrate
 from lightning_sketch.attribution.curvature import Curvature

@@ -1,15 +1,16 @@
-"""Which rows a question is asked of: those that were taken at the weights of the queries.
+"""Selects the rows that queries are compared with: those that were taken at the weights of the queries.
 
     dot, cosine, influence   rows of validate, test and predict: those with the queries' fingerprint
-                             rows of fit, where there are no others: all of them must have it
+                             rows of fit, if there are no others: all of them must have it
     tracin                   rows of validate, test and predict: those at a step that has queries
                              rows of fit: all of them, each with the latest queries at or before its weights
 
-Copies that a sampler added (padded) and rows that are not finite take no part, nor do stored queries.
+Duplicates that a sampler added (padded), rows that are not finite, and stored queries are never scored.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,20 +18,24 @@ from torch import Tensor
 
 from lightning_sketch.store.sketched_gradients import STAGES, UNKNOWN_ID, RowSource, SketchedGradients
 
+# Queries by the optimizer step of the weights at which they were taken.
 AtCheckpoints = Mapping[int, SketchedGradients]
-"""Queries by the optimizer step of the weights that they were taken at."""
+
+# The column by which scores are summed.
+Group = Literal["example_id"]
 
 _FIT, _QUERIES = STAGES.index("fit"), STAGES.index("queries")
 
 
 @dataclass(frozen=True, eq=False)
 class Selected:
-    """The rows that take part, and where they stood.
+    """The rows that are scored.
 
-    source     the rows
-    positions  their numbers in the source that was asked
-    weights    for tracin the learning rate of each row, else ones
-    partners   for tracin the step of the queries that each row meets, else zeros
+    Args:
+        source: The rows themselves.
+        positions: The position of each row in the source that was passed.
+        weights: The learning rate of each row for tracin, else ones.
+        partners: The step of the queries that each row is compared with for tracin, else zeros.
     """
 
     source: RowSource
@@ -42,8 +47,8 @@ class Selected:
         return len(self.positions)
 
 
-def participating(columns: Mapping[str, Tensor]) -> Bool[Tensor, " rows"]:
-    """Rows that are finite, no copies, and no stored queries.
+def scorable(columns: Mapping[str, Tensor]) -> Bool[Tensor, " rows"]:
+    """Return a mask of the rows that are finite, no duplicates, and no stored queries.
 
     Raises:
         ValueError: if there are none.
@@ -51,16 +56,17 @@ def participating(columns: Mapping[str, Tensor]) -> Bool[Tensor, " rows"]:
     keep = columns["finite"] & ~columns["padded"] & (columns["stage"] != _QUERIES)
     if not keep.any():
         raise ValueError(
-            f"none of the {len(keep)} rows can be asked: those left out are not finite, copies, or stored queries."
+            f"none of the {len(keep)} rows can be scored: all are non-finite, duplicates or stored queries; check the "
+            "columns 'finite', 'padded' and 'stage' of .metadata()."
         )
     return keep
 
 
 def select(queries: SketchedGradients | AtCheckpoints, train: RowSource) -> Selected:
-    """The rows that these queries can be compared with; queries at checkpoints ask for tracin.
+    """Select the rows that the queries can be compared with; for queries by checkpoint those of tracin.
 
     Raises:
-        ValueError: if there are none, sketches differ, weights differ, or it is not clear which rows are meant.
+        ValueError: if there are none, if sketches or weights differ, or if it is not clear which rows are meant.
     """
     if isinstance(queries, Mapping):
         return _select_by_step(queries, train)
@@ -69,13 +75,13 @@ def select(queries: SketchedGradients | AtCheckpoints, train: RowSource) -> Sele
 
 
 def select_all(train: RowSource, rates: bool) -> Selected:
-    """All rows that take part, at whatever weights; with their learning rates, or ones.
+    """Select all rows that can be scored, at any weights, with their learning rates if `rates`, else with ones.
 
     Raises:
-        ValueError: if there are none, or a rate is not known.
+        ValueError: if there are none, or a learning rate is unknown.
     """
     columns = train.metadata()
-    keep = participating(columns)
+    keep = scorable(columns)
     if not rates:
         return _selected(train, keep)
     _check_one_kind(columns["stage"][keep])
@@ -84,22 +90,22 @@ def select_all(train: RowSource, rates: bool) -> Selected:
 
 
 def one_fingerprint(columns: Mapping[str, Tensor]) -> int:
-    """The weights that all rows were taken at.
+    """Return the fingerprint of the weights at which all rows were taken.
 
     Raises:
-        ValueError: if they were taken at different ones.
+        ValueError: if they were taken at different weights.
     """
-    found = columns["fingerprint"][participating(columns)].unique().tolist()
+    found = columns["fingerprint"][scorable(columns)].unique().tolist()
     if len(found) != 1:
         raise ValueError(f"the rows were taken at {len(found)} different weights; choose with .where(fingerprint=...).")
     return int(found[0])
 
 
 def check_queries(queries: SketchedGradients, train: RowSource) -> None:
-    """Refuse queries of another sketch, and queries that are not finite.
+    """Refuse queries of another sketch, queries that are not finite, and an empty table of queries.
 
     Raises:
-        ValueError: saying which.
+        ValueError: if they are one of these.
     """
     if queries.sketch != train.sketch:
         raise ValueError(
@@ -108,39 +114,41 @@ def check_queries(queries: SketchedGradients, train: RowSource) -> None:
         )
     bad = int((~queries.finite).sum())
     if bad:
-        raise ValueError(f"{bad} of {len(queries)} queries are not finite; leave them out: queries.where(finite=True).")
+        raise ValueError(f"{bad} of {len(queries)} queries are not finite; drop them: queries.where(finite=True).")
     if not len(queries):
         raise ValueError("there are no queries; pass at least one row.")
 
 
 def _at_weights(fingerprint: int, columns: Mapping[str, Tensor]) -> Bool[Tensor, " rows"]:
-    there = participating(columns)
+    """Return a mask of the scorable rows at the queries' weights: of checkpoints, or else of training steps."""
+    there = scorable(columns)
     fit = columns["stage"] == _FIT
     at_checkpoint, equal = there & ~fit, columns["fingerprint"] == fingerprint
     if fingerprint == 0 and (columns["fingerprint"][there] != 0).any():
         raise ValueError(
-            "it is not known at which weights the queries were taken (fingerprint 0), but it is for the rows; make the "
-            "queries with sketch_gradients, which records it."
+            "the weights at which the queries were taken are unknown (fingerprint 0), those of the rows are known; "
+            "make the queries with sketch_gradients, which records them."
         )
     if at_checkpoint.any():
         if not (at_checkpoint & equal).any():
             found = columns["fingerprint"][at_checkpoint].unique()
             raise ValueError(
                 f"the queries were taken at weights {fingerprint}, the rows at {_few(found)}; load the checkpoint that "
-                "the rows were taken at, or take the rows anew with trainer.validate(model, train_loader)."
+                "the rows were taken at, or write rows at these weights with trainer.validate(model, train_loader)."
             )
         return at_checkpoint & equal
     if not equal[there].all():
         found = columns["fingerprint"][there & ~equal].unique()
         raise ValueError(
             f"the queries were taken at weights {fingerprint}, the rows of training steps each at their own "
-            f"({_few(found)}): use method='tracin' with queries at checkpoints, or take rows at one checkpoint with "
+            f"({_few(found)}): use method='tracin' with queries at checkpoints, or write rows at one checkpoint with "
             "trainer.validate(model, train_loader)."
         )
     return there
 
 
 def _select_by_step(queries: AtCheckpoints, train: RowSource) -> Selected:
+    """Select the rows of tracin and the step of the queries that each is compared with."""
     if not queries:
         raise ValueError("there are no queries; tracin takes {step of the checkpoint: queries}.")
     for at in queries.values():
@@ -149,7 +157,7 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource) -> Selected:
     if len(set(counts.values())) > 1:
         raise ValueError(f"every checkpoint needs the same queries in the same order; got {counts} by step.")
     columns = train.metadata()
-    keep = participating(columns)
+    keep = scorable(columns)
     _check_one_kind(columns["stage"][keep])
     steps = torch.tensor(sorted(queries))
     if (columns["stage"][keep] == _FIT).any():
@@ -157,10 +165,11 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource) -> Selected:
         partners = steps[before.clamp(min=0)]
     else:
         partners = columns["step"].long()
-        unmet = steps[~torch.isin(steps, partners[keep])]
-        if len(unmet):
+        missing = steps[~torch.isin(steps, partners[keep])]
+        if len(missing):
             raise ValueError(
-                f"queries at step {_few(unmet)} meet no row; there are rows at step {_few(partners[keep].unique())}."
+                f"there are no rows at step {_few(missing)}, where there are queries; rows are at step "
+                f"{_few(partners[keep].unique())}: pass the queries of these steps only."
             )
         keep = keep & torch.isin(partners, steps)
         for step, at in queries.items():
@@ -171,35 +180,38 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource) -> Selected:
 
 
 def _check_same_weights(queries: SketchedGradients, found: Tensor, step: int) -> None:
-    """At one step there are one run's weights; known ones must agree."""
+    """Refuse rows at a step whose known weights differ from those of the queries at this step."""
     other = found[(found != queries.fingerprint) & (found != 0)].unique()
     if queries.fingerprint and len(other):
         raise ValueError(
-            f"at step {step} the queries were taken at weights {queries.fingerprint}, rows at {_few(other)}; rows and "
-            "queries of one run are needed."
+            f"at step {step} the queries were taken at weights {queries.fingerprint}, rows at {_few(other)}; use rows "
+            "and queries of one run."
         )
 
 
 def _check_one_kind(stages: Tensor) -> None:
+    """Refuse rows of training steps together with rows at checkpoints."""
     if (stages == _FIT).any() and (stages != _FIT).any():
         raise ValueError(
-            "there are rows of training steps and of checkpoints; tracin sums over one kind: choose with "
-            ".where(stage='fit'), or .where(stage='validate') and the like."
+            "there are rows of training steps and of checkpoints; tracin sums over one kind: select them with "
+            ".where(stage='fit'), or with another stage."
         )
 
 
 def _check_lr(lr: Tensor) -> None:
+    """Refuse learning rates that are unknown."""
     unknown = int(lr.isnan().sum())
     if unknown:
         raise ValueError(
             f"tracin weights rows by their learning rate, which is not known for {unknown} of {len(lr)} rows; rows "
-            "that a GradientSketchWriter takes have it, others need a column 'lr'."
+            "that a GradientSketchWriter writes have it, others need a column 'lr'."
         )
 
 
 def _selected(
     train: RowSource, keep: Tensor, weights: Tensor | None = None, partners: Tensor | None = None
 ) -> Selected:
+    """Return the rows of a mask with their weights, ones if None, and partners, zeros if None."""
     count = int(keep.sum())
     return Selected(
         train if keep.all() else train.where(keep),
@@ -210,15 +222,13 @@ def _selected(
 
 
 def _few(values: Tensor) -> str:
+    """Return the first five values as text."""
     listed = ", ".join(map(str, values[:5].tolist()))
     return listed + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 
 
-GROUPS = ("example_id", None)
-
-
 def example_ids(columns: Mapping[str, Tensor], positions: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """The ids of the rows at these positions. Without ids: of a training step its number, else the position.
+    """Return the ids of the rows at these positions; of rows without, the step of a training step, else the position.
 
     Raises:
         ValueError: if some rows have ids and others do not.
@@ -229,8 +239,8 @@ def example_ids(columns: Mapping[str, Tensor], positions: Int[Tensor, " rows"]) 
         return ids
     if not unknown.all():
         raise ValueError(
-            f"{int(unknown.sum())} of {len(ids)} rows have no example_id, the others have one; choose with "
-            ".where(mask), or take the rows anew with an index_key."
+            f"{int(unknown.sum())} of {len(ids)} rows have no example_id, the others have one; select rows "
+            "with .where(mask), or write them with an index_key."
         )
     steps = (columns["stage"][positions] == STAGES.index("fit")).all()
     return columns["step"][positions].long() if steps else positions
@@ -239,7 +249,7 @@ def example_ids(columns: Mapping[str, Tensor], positions: Int[Tensor, " rows"]) 
 def sum_by_id(
     values: Float[Tensor, "*leading rows"], ids: Int[Tensor, " rows"]
 ) -> tuple[Float[Tensor, "*leading ids"], Int[Tensor, " ids"]]:
-    """Sums over the last axis of what has one id; ids in rising order.
+    """Sum values of equal id along the last axis; return the sums and the ids, in rising order.
 
     >>> import torch
     >>> sum_by_id(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([7, 5, 7]))
@@ -249,7 +259,7 @@ def sum_by_id(
     return values.new_zeros(*values.shape[:-1], len(unique)).index_add_(-1, inverse, values), unique
 
 
-def check_group(group: str | None) -> None:
+def check_group(group: Group | None) -> None:
     """Refuse an unknown group."""
-    if group not in GROUPS:
+    if group not in (None, *get_args(Group)):
         raise ValueError(f"group={group!r} is not known; 'example_id' sums over rows of one example, None does not.")

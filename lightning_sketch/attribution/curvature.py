@@ -1,4 +1,4 @@
-"""Curvature of the loss in sketch space, averaged over examples, and how noisy that average is.
+"""The curvature matrix of the loss in sketch space, a mean over examples, and how noisy this mean is.
 
     A = (1/n) sum_i B_i,    B_i = sum_r r rᵀ over the rows r of example i
 
@@ -9,11 +9,11 @@ fisher    g                                                            one
 trak      g / (1 - p)                                                  one
 
 g, p      sketched gradient of the example's loss; probability that the model gives to its true label
-b²        (mean |B_i|² - |A|²) / n, Frobenius norms: what A of a random half of the examples is expected to be off by
+b²        (mean |B_i|² - |A|²) / n, Frobenius norms: expected squared error of A from a random half of the examples
 t_i       tr B_i; (sum t_i)² / sum t_i² is the effective number of examples that carry A
 
 For two classes margin is ggn: the gradients of both logits lie on one line. All in float64. Memory: dim x dim, or
-rows x dim while there are fewer rows than dim.
+rows x dim as long as there are fewer rows than dim.
 
 Source: Park et al. (2023), "TRAK", arXiv:2303.14186, for trak; Ledoit and Wolf (2004), "A well-conditioned estimator
 for large-dimensional covariance matrices", doi:10.1016/S0047-259X(03)00096-4, for b².
@@ -21,6 +21,7 @@ for large-dimensional covariance matrices", doi:10.1016/S0047-259X(03)00096-4, f
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -30,25 +31,33 @@ from torch import Tensor
 
 from lightning_sketch._files import commit
 
-FROM_ROWS = ("margin", "fisher", "trak")
-KINDS = ("ggn", *FROM_ROWS)
+# Curvatures that are made from the rows alone, and all.
+RowKind = Literal["margin", "fisher", "trak"]
+Kind = Literal["ggn", "margin", "fisher", "trak"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Curvature:
-    """A, as itself or by its root: A = rootᵀ root.
+    """The curvature matrix A, stored as itself, or as its root where that is smaller: A = rootᵀ root.
 
-    Args:
-        kind: see the module.
-        fingerprint: of the weights that it was taken at; 0 if not known.
-        examples: n.
-        matrix: A, if it was formed.
-        root: rows / sqrt(n), where there are fewer rows than dim.
-        mean_square: mean |B_i|².
-        effective_samples: how many examples carry A, at most n.
+    Attributes:
+        kind: "ggn", "margin", "fisher" or "trak", see the module `attribution.curvature`.
+        fingerprint: Fingerprint of the weights at which it was taken; 0 if unknown.
+        examples: The number of examples, n.
+        mean_square: The mean over examples of the squared Frobenius norm, mean |B_i|².
+        effective_samples: The effective number of examples that carry A, at most n.
+        matrix: A, (dim, dim) in float64; None if the root is stored.
+        root: The rows / sqrt(n), (rows, dim) in float64, if there are fewer rows than dim; else None.
+        trace: The trace of A.
+        trace_of_square: The trace of A², its squared Frobenius norm.
+
+    Example::
+
+        curvature = fit_ggn(module, batches, sketch, layout)
+        curvature.save("curvature")
     """
 
-    kind: str
+    kind: Kind
     fingerprint: int
     examples: int
     mean_square: float
@@ -59,38 +68,52 @@ class Curvature:
     trace_of_square: float = field(init=False)
 
     def __post_init__(self):
-        small = self.root @ self.root.T if self.matrix is None else self.matrix  # same trace, same trace of square
+        small = self._stored if self.root is None else self.root @ self.root.T  # same trace, same trace of square
         object.__setattr__(self, "trace", float(small.trace()))
         object.__setattr__(self, "trace_of_square", float(small.square().sum()))
 
     @property
     def dim(self) -> int:
-        """Numbers in a sketch."""
-        return (self.root if self.matrix is None else self.matrix).shape[1]
+        """The dimension of the sketches."""
+        return self._stored.shape[1]
 
     @property
     def half_noise(self) -> float:
-        """b²."""
+        """The expected squared error of A from a random half of the examples, b²."""
         return max(0.0, self.mean_square - self.trace_of_square) / self.examples
 
     def dense(self) -> Float[Tensor, "dim dim"]:
-        """A as a matrix."""
-        return self.root.T @ self.root if self.matrix is None else self.matrix
+        """Return A as a matrix."""
+        return self._stored if self.root is None else self.root.T @ self.root
+
+    @property
+    def _stored(self) -> Tensor:
+        """The matrix, or else the root."""
+        return cast(Tensor, self.root if self.matrix is None else self.matrix)
 
     def save(self, folder: str | Path) -> Path:
-        """Write it into a folder, named by kind and fingerprint; whole or not at all."""
+        """Write the curvature into a folder, atomically, and return the file, named by kind and fingerprint.
+
+        Raises:
+            OSError: if the disk is full or the folder cannot be written.
+        """
         path = _path(Path(folder), self.kind, self.fingerprint)
         path.parent.mkdir(parents=True, exist_ok=True)
         name = "root" if self.matrix is None else "matrix"
         numbers = {"examples": self.examples, "mean_square": self.mean_square}
         numbers |= {"effective_samples": self.effective_samples}
-        told = {"kind": self.kind, "fingerprint": str(self.fingerprint), **{k: repr(v) for k, v in numbers.items()}}
-        commit(path, save({name: getattr(self, name).contiguous()}, told))
+        metadata = {"kind": self.kind, "fingerprint": str(self.fingerprint), **{k: repr(v) for k, v in numbers.items()}}
+        commit(path, save({name: getattr(self, name).contiguous()}, metadata))
         return path
 
     @classmethod
-    def load(cls, folder: str | Path, kind: str, fingerprint: int) -> "Curvature":
-        """Read what `save` wrote.
+    def load(cls, folder: str | Path, kind: Kind, *, fingerprint: int) -> "Curvature":
+        """Read a curvature that `save` wrote.
+
+        Args:
+            folder: The folder that was given to `save`.
+            kind: The kind of the curvature.
+            fingerprint: Fingerprint of the weights at which it was taken.
 
         Raises:
             FileNotFoundError: if there is none of this kind at these weights.
@@ -99,15 +122,22 @@ class Curvature:
         if not path.exists():
             raise FileNotFoundError(f"no curvature {kind!r} at weights {fingerprint} in {folder}; fit it first.")
         with safe_open(path, "pt") as file:
-            told, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
         return cls(
-            kind, fingerprint, int(told["examples"]), *map(float, (told["mean_square"], told["effective_samples"])),
+            kind=kind,
+            fingerprint=fingerprint,
+            examples=int(metadata["examples"]),
+            mean_square=float(metadata["mean_square"]),
+            effective_samples=float(metadata["effective_samples"]),
             **tensors,
-        )  # fmt: skip
+        )
 
 
 class CurvatureSum:
-    """Collects the rows of examples; gives their `Curvature` at the end.
+    """Accumulates the rows of examples into a `Curvature`.
+
+    Args:
+        dim: The dimension of the rows.
 
     >>> total = CurvatureSum(2)
     >>> total.add(torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]]))  # two examples of one row
@@ -117,12 +147,12 @@ class CurvatureSum:
 
     def __init__(self, dim: int):
         self.dim, self.examples = dim, 0
-        self._kept: list[Tensor] = []
+        self._rows: list[Tensor] = []
         self._matrix: Tensor | None = None
         self._mean_square = self._traces = self._squared_traces = 0.0
 
     def add(self, rows: Float[Tensor, "examples rows dim"]) -> None:
-        """Add examples, with as many rows for each; rows of zeros count nothing. O(examples rows dim²)."""
+        """Add examples, each with the same number of rows; rows of zeros add nothing to A. O(examples rows dim²)."""
         rows = rows.detach().double()
         grams = torch.linalg.matmul(rows, rows.mT)
         traces = grams.diagonal(dim1=1, dim2=2).sum(1)
@@ -130,31 +160,39 @@ class CurvatureSum:
         self._mean_square += float(grams.square().sum())
         self._traces += float(traces.sum())
         self._squared_traces += float(traces.square().sum())
-        self._take(rows.flatten(0, 1))
+        self._accumulate(rows.flatten(0, 1))
 
-    def curvature(self, kind: str, fingerprint: int = 0) -> Curvature:
-        """What was collected.
+    def curvature(self, kind: Kind, fingerprint: int = 0) -> Curvature:
+        """Return the curvature of the examples that were added.
 
         Raises:
-            ValueError: if that is nothing, or not finite.
+            ValueError: if it is zero or not finite.
         """
         if not self._traces < float("inf") or self._traces == 0:
             what = "zero" if self._traces == 0 else "not finite"
-            raise ValueError(f"the curvature of {self.examples} examples is {what}; look at their gradients.")
+            raise ValueError(f"the curvature of {self.examples} examples is {what}; check their gradients.")
         n, matrix = self.examples, self._matrix
-        form = {"root": torch.cat(self._kept) / n**0.5} if matrix is None else {"matrix": matrix / n}
+        form = {"root": torch.cat(self._rows) / n**0.5} if matrix is None else {"matrix": matrix / n}
         effective = self._traces**2 / self._squared_traces
-        return Curvature(kind, fingerprint, n, self._mean_square / n, effective, **form)
+        return Curvature(
+            kind=kind,
+            fingerprint=fingerprint,
+            examples=n,
+            mean_square=self._mean_square / n,
+            effective_samples=effective,
+            **form,
+        )
 
-    def _take(self, rows: Float[Tensor, "rows dim"]) -> None:
+    def _accumulate(self, rows: Float[Tensor, "rows dim"]) -> None:
+        """Keep the rows while they are fewer than dim, then add their outer products to the matrix."""
         if self._matrix is None:
-            self._kept.append(rows)
-            if sum(map(len, self._kept)) < self.dim:
+            self._rows.append(rows)
+            if sum(map(len, self._rows)) < self.dim:
                 return
-            rows, self._kept = torch.cat(self._kept), []
+            rows, self._rows = torch.cat(self._rows), []
             self._matrix = rows.new_zeros(self.dim, self.dim)
         self._matrix.addmm_(rows.T, rows)
 
 
-def _path(folder: Path, kind: str, fingerprint: int) -> Path:
+def _path(folder: Path, kind: Kind, fingerprint: int) -> Path:
     return folder / f"{kind}_{fingerprint % (1 << 64):016x}.safetensors"

@@ -1,12 +1,12 @@
-"""The Gauss-Newton matrix of the loss in sketch space: the curvature of choice where logits are to be had.
+"""Computes the Gauss-Newton matrix of the loss in sketch space, the best curvature if the model has logits.
 
     A = (1/n) sum_i S J_iᵀ H_i J_i Sᵀ = (1/n) sum_i sum_v r rᵀ,     r = S grad_theta <v, z_i(theta)>
 
 z_i, J_i   the model's output for example i, and its Jacobian
 H_i        Hessian of the example's loss with respect to its output, sum_v v vᵀ; see `autodiff.output_roots`
 
-For cross-entropy the rows are sqrt(p_c) S (J_c - sum_k p_k J_k). It costs as many sketched gradients per example as
-there are classes, or `draws` of them.
+For cross-entropy the rows are sqrt(p_c) S (J_c - sum_k p_k J_k). Each example costs as many sketched gradients as there
+are classes, or `draws` of them.
 
 Source: Schraudolph (2002), doi:10.1162/08997660260028683; for its use in sketch space our own measurements in
 `benchmarks/lds.py`.
@@ -14,7 +14,7 @@ Source: Schraudolph (2002), doi:10.1162/08997660260028683; for its use in sketch
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputModel, us
 from lightning_sketch.autodiff.output_roots import Draws
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.per_example.example_sketches import ExampleSketches
+from lightning_sketch.per_example.example_sketches import Engine, ExampleSketches
 
 
 def fit_ggn(
@@ -36,51 +36,53 @@ def fit_ggn(
     batches: Iterable[Any],
     sketch: Sketch,
     layout: Layout,
+    *,
     model_fn: Callable[[nn.Module, Any], Any] | None = None,
     output_loss_fn: str | OutputLoss | None = None,
     max_classes: int = 32,
     draws: int = 8,
     seed: int = 0,
-    engine: str = "auto",
+    engine: Engine = "auto",
     counted: Callable[[Any], Tensor] | None = None,
     loss_fn: LossFn | None = None,
     num_examples: int | Callable[[Any], int] | None = None,
     batch_dim: int = 0,
     split_fn: Callable[[Any], Iterable[Any]] | None = None,
-    output_loss: str | None = None,
 ) -> Curvature:
-    """Sum up the Gauss-Newton matrix over all examples of the batches, at the module's present parameters.
+    """Compute the Gauss-Newton matrix over all examples of the batches, at the module's current weights.
 
     Args:
-        module: in evaluation mode while it is measured, and left as it was.
-        batches: read once.
-        sketch: as of the rows that the curvature is for.
-        layout: the parameters; as of these rows.
-        model_fn: (module, batch) -> output (examples, classes), or (examples, tokens, classes) where an example's loss
-            is a mean over tokens; by default as of `GGN`.
-        output_loss_fn: "cross_entropy", "binary_cross_entropy" or "squared_error", means over an example's outputs, or
-            an object with a method `roots` such as `CrossEntropy(shift=True)`. By default the one that has the value of
-            the loss that is trained; where that is not known, cross-entropy for whole-number labels, squared error for
-            real ones.
-        max_classes: above it, `draws` labels are drawn for each example; for tokens always.
-        draws: how many.
-        seed: of the draws.
-        engine: what makes the sketched gradients, as in `sketch_gradients`.
-        counted: batch -> (examples, tokens), which tokens have a loss, where the labels do not say it by -100: the loss
-            is then taken for cross-entropy without being compared.
-        loss_fn: the loss that is trained, (module, batch) -> mean loss, by which a default output loss is checked on
-            every batch; the module's own `training_step` if None, and nothing where it has none.
-        num_examples: how many examples a batch has, or batch -> how many, as in `sketch_gradients`; the output has one
-            row for each, whatever the batch looks like.
-        batch_dim: the axis of the examples in a batch, as in `sketch_gradients`.
+        module: The module, in evaluation mode during the computation and then left as it was.
+        batches: Batches of the training examples, read once.
+        sketch: The sketch of the rows that the curvature is for.
+        layout: The parameters that these rows cover.
+        model_fn: (module, batch) -> the output, (examples, classes), or (examples, tokens, classes) if the loss of an
+            example is a mean over tokens. If None, the module is called as in `GGN`.
+        output_loss_fn: The loss of the output: "cross_entropy", "binary_cross_entropy" or "squared_error", means over
+            an example's outputs, or an object with a method `roots`, such as `CrossEntropy(shift=True)`. If None, the
+            one whose value is that of the trained loss; if that is unknown, cross-entropy for whole-number labels and
+            squared error for real ones.
+        max_classes: With more classes, and for tokens always, `draws` labels are drawn for each example.
+        draws: The number of labels to draw.
+        seed: Seed of the draws.
+        engine: How the sketched gradients are computed, as in `sketch_gradients`.
+        counted: batch -> booleans (examples, tokens), which tokens have a loss, if the labels do not say so by -100.
+            The loss is then cross-entropy, and is not compared with the trained loss.
+        loss_fn: The trained loss, (module, batch) -> mean loss, with which a default output loss is compared on every
+            batch. If None, the module's own `training_step`, if it has one.
+        num_examples: The number of examples of a batch, or batch -> this number, as in `sketch_gradients`; the output
+            has one row for each.
+        batch_dim: The axis of the examples in a batch, as in `sketch_gradients`.
         split_fn: batch -> batches of one example, as in `sketch_gradients`.
-        output_loss: former name of `output_loss_fn`.
+
+    Returns:
+        The curvature, at most dim x dim in float64.
 
     Raises:
-        ValueError: if the output does not have one row per example, or not one for each token in `counted`; if the
-            default loss of the output is not the one that is trained, or cannot be told; if sketch and layout disagree.
+        ValueError: if the output does not have one row per example, or one for each token in `counted`; if the default
+            loss of the output is not the trained loss or cannot be determined; if sketch and layout disagree.
 
-    O(examples classes dim²) in float64 beside the gradients.
+    Cost: O(examples classes dim²) in float64, beside the gradients.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> module = nn.Linear(3, 2)
@@ -94,19 +96,20 @@ def fit_ggn(
         raise ValueError(
             f"the sketch takes n={sketch.n} numbers, the layout has {layout.n}; build it with n={layout.n}."
         )
-    model = OutputModel(module, model_fn, output_loss_fn or output_loss, loss_fn)
+    model = OutputModel(module, model_fn, output_loss_fn, loss_fn)
     if model.given is not None and not hasattr(model.given, "roots"):
         raise ValueError(
-            f"fit_ggn needs the roots of an output loss, which {model.given!r} does not have; use 'cross_entropy', "
-            "'binary_cross_entropy' or 'squared_error', or ask with scores(..., curvature='margin') or 'fisher', which "
-            "are made from the rows."
+            f"fit_ggn needs the method `roots` of an output loss, which {model.given!r} does not have; use "
+            "'cross_entropy', 'binary_cross_entropy' or 'squared_error', or scores(..., curvature='margin') or "
+            "'fisher', which are made from the rows."
         )
+    given = cast(OutputLoss | None, model.given)
     drawn = Draws(torch.Generator().manual_seed(seed), draws, max_classes)
     total = CurvatureSum(sketch.dim)
     structure = BatchStructure(num_examples, batch_dim, split_fn)
 
     def along(module: nn.Module, directed: _Directed) -> Tensor:
-        """The sum over examples of <v, output>, whose gradient per example is a row."""
+        """Return the sum over examples of <v, output>, whose gradient for each example is a row."""
         return (model.forward(directed.batch)[0] * directed.v).sum()
 
     both = _DirectedStructure(of_batch=structure)
@@ -117,15 +120,15 @@ def fit_ggn(
     for batch in batches:
         with preserve_state(module):
             batch = on_device(differentiable(without_index(batch)), weights[0].device)
-            with torch.set_grad_enabled(counted is None and model.given is None):
+            with torch.set_grad_enabled(counted is None and given is None):
                 output, own = model.forward(batch)
             _check_rows(output, structure.count(batch))
             if counted is None:
-                loss, which = model.loss_of(output, own, batch, closed=True), None
+                loss, which = cast(OutputLoss, model.loss_of(output, own, batch, closed=True)), None
             else:
-                loss, which = model.given or usual_loss(batch), _checked(counted(batch), output)
+                loss, which = given or usual_loss(batch), _checked(counted(batch), output)
             output = output.detach()
-            del own  # and with it the graph
+            del own  # and its graph
             roots = loss.roots(output, batch, drawn, which)
             rows = [sketches(_Directed(batch, v.to(output)))[0] for v in roots]
         total.add(torch.stack(rows, 1).cpu())
@@ -134,7 +137,12 @@ def fit_ggn(
 
 @dataclass(frozen=True)
 class _Directed:
-    """A batch, and a vector at the output of each of its examples."""
+    """A batch with a vector at the output of each of its examples.
+
+    Args:
+        batch: The batch.
+        v: The vectors, (examples, ...) in the shape of the output.
+    """
 
     batch: Any
     v: Tensor
@@ -142,41 +150,51 @@ class _Directed:
 
 @dataclass
 class _DirectedStructure(BatchStructure):
-    """That of the batches; their vectors have the examples along their first axis."""
+    """The structure of batches with vectors: that of the batches, and the first axis of the vectors.
+
+    Args:
+        of_batch: The structure of the batches.
+    """
 
     of_batch: BatchStructure = field(default_factory=BatchStructure)
 
     @property
     def along_first_axis(self) -> bool:
+        """Whether the examples are along the first axis."""
         return self.of_batch.along_first_axis
 
     def count(self, directed: _Directed) -> int:
+        """Return the number of examples."""
         return self.of_batch.count(directed.batch)
 
     def parts(self, directed: _Directed, size: int, examples: int | None = None) -> Iterator[tuple[_Directed, int]]:
+        """Yield parts of at most `size` examples with their vectors, each with its number of examples."""
         start = 0
         for part, count in self.of_batch.parts(directed.batch, size, examples):
             yield _Directed(part, directed.v[start : start + count]), count
             start += count
 
     def each(self, directed: _Directed) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], _Directed]]:
+        """Return the tensors of the batch and the vectors, and a function that makes a batch of one of their slices."""
         tensors, batch_of_one = self.of_batch.each(directed.batch)
         return [*tensors, directed.v], lambda slices: _Directed(batch_of_one(slices[:-1]), slices[-1].unsqueeze(0))
 
 
 def _check_rows(output: Tensor, examples: int) -> None:
+    """Refuse an output that does not have one row per example."""
     if not output.ndim or len(output) != examples:
         raise ValueError(
             f"ggn needs an output of shape (examples, classes) or (examples, tokens, classes) of {examples} examples, "
-            f"got shape {tuple(output.shape)}; pass model_fn=lambda module, batch: ... that gives it, or use "
+            f"got shape {tuple(output.shape)}; pass model_fn=lambda module, batch: ... that returns it, or use "
             "curvature='margin' or 'fisher', which need none."
         )
 
 
 def _checked(counted: Tensor, output: Tensor) -> Tensor:
+    """Return `counted` as booleans; refuse it if it does not have the shape of the output's tokens."""
     if counted.shape != output.shape[:-1]:
         raise ValueError(
-            f"counted gives shape {tuple(counted.shape)}, the output has tokens {tuple(output.shape[:-1])}; make both "
-            "of one length, e.g. by model_fn=lambda module, batch: module(**batch).logits[:, :-1]."
+            f"counted returns shape {tuple(counted.shape)}, the output has tokens {tuple(output.shape[:-1])}; make "
+            "both of one length, e.g. by model_fn=lambda module, batch: module(**batch).logits[:, :-1]."
         )
     return counted.bool().to(output.device)

@@ -1,25 +1,36 @@
-"""A store of rows that answers questions about them."""
+"""A store of sketched gradients with the functions of `attribution` as methods."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_sketch.attribution._row_selection import Group
 from lightning_sketch.attribution.curvature import Curvature
 from lightning_sketch.attribution.ggn import fit_ggn
-from lightning_sketch.attribution.scores import FOLDER, Queries, scores
-from lightning_sketch.attribution.self_influence import SelfInfluence, self_influence
-from lightning_sketch.attribution.sketch_gradients import sketch_gradients
+from lightning_sketch.attribution.influence import Damping
+from lightning_sketch.attribution.scores import FOLDER, CurvatureLike, Method, Queries, scores
+from lightning_sketch.attribution.self_influence import SelfInfluence, SelfMethod, self_influence
+from lightning_sketch.attribution.sketch_gradients import RowFn, sketch_gradients
 from lightning_sketch.attribution.top_k import TopK, top_k
+from lightning_sketch.autodiff.losses import LossFn, OutputLoss
+from lightning_sketch.per_example.example_sketches import Engine
+from lightning_sketch.per_example.reduction import Reduction
 from lightning_sketch.store.row_store import RowStore
 from lightning_sketch.store.sketched_gradients import SketchedGradients
 
 
 class GradientStore(RowStore):
-    """Sketched gradients on disk, as `GradientSketchWriter` left them, with the questions that can be asked of them.
+    """Sketched gradients on disk, as `GradientSketchWriter` writes them, with influence scores of their examples.
 
-    `len`, `metadata`, `where` and `blocks` see the visible rows: those of the latest fit and what it resumed from,
-    each step once, and those taken at checkpoints; not the `queries` stored beside them.
+    `len`, `metadata`, `where` and `blocks` see the visible rows: those of the latest fit and of the runs that it
+    resumed, each step once, and those taken at checkpoints; not the `queries`, which are stored beside them.
+
+    Args:
+        path: The folder of the store.
+        spec: The sketch, parameters and number type of the rows.
+        rows: Index of the visible rows.
+        query_rows: Index of the visible rows of stored queries.
 
     Example::
 
@@ -29,38 +40,211 @@ class GradientStore(RowStore):
         print(store.top_k(queries, k=5, method="influence").example_ids)
     """
 
-    def sketch_gradients(self, module: nn.Module, batches: Iterable[Any], **options: Any) -> SketchedGradients:
-        """Queries that fit the rows: by the store's own sketch, of its own parameters; see `sketch_gradients`."""
-        return sketch_gradients(module, batches, self.sketch, parameters=list(self.spec.parameters.names), **options)
-
-    def fit_curvature(
-        self, module: nn.Module, batches: Iterable[Any], curvature: str = "ggn", **options: Any
-    ) -> Curvature:
-        """The Gauss-Newton matrix at the module's weights, kept beside the rows: method="influence" finds it there.
+    def sketch_gradients(
+        self,
+        module: nn.Module,
+        batches: Iterable[Any],
+        *,
+        loss_fn: LossFn | None = None,
+        row_fn: RowFn | None = None,
+        engine: Engine = "auto",
+        weight_fn: Callable[[Any], float] | None = None,
+        reduction: Reduction = "mean",
+        index_key: str | int | None = None,
+        num_examples: int | Callable[[Any], int] | None = None,
+        batch_dim: int = 0,
+        split_fn: Callable[[Any], Iterable[Any]] | None = None,
+    ) -> SketchedGradients:
+        """Compute sketched gradients of examples with the sketch and the parameters of the store, as queries.
 
         Args:
-            module: with the weights that the rows were taken at.
-            batches: of the training examples.
-            curvature: "ggn"; the others are made from the rows when they are asked for.
-            **options: model_fn and more, see `fit_ggn`.
+            module: The module, which is left as it was.
+            batches: Batches of examples as the loss takes them, such as a data loader.
+            loss_fn: As in `attribution.sketch_gradients`, like all further arguments.
+            row_fn: (module, batch) -> (losses, probabilities of the true labels), one per example.
+            engine: "hooks", "vmap", "loop", or "auto".
+            weight_fn: batch -> the weight of the batch in a mean over batches.
+            reduction: "mean", or "sum" if the loss is a sum over examples.
+            index_key: Where a batch has the ids of its examples, or "hash".
+            num_examples: The number of examples of a batch, or batch -> this number.
+            batch_dim: The axis of the examples.
+            split_fn: batch -> batches of one example.
+
+        Raises:
+            ValueError: as `attribution.sketch_gradients`.
+        """
+        return sketch_gradients(
+            module,
+            batches,
+            self.sketch,
+            loss_fn,
+            row_fn=row_fn,
+            engine=engine,
+            parameters=list(self.spec.parameters.names),
+            weight_fn=weight_fn,
+            reduction=reduction,
+            index_key=index_key,
+            num_examples=num_examples,
+            batch_dim=batch_dim,
+            split_fn=split_fn,
+        )
+
+    def fit_curvature(
+        self,
+        module: nn.Module,
+        batches: Iterable[Any],
+        *,
+        curvature: Literal["ggn"] = "ggn",
+        model_fn: Callable[[nn.Module, Any], Any] | None = None,
+        output_loss_fn: str | OutputLoss | None = None,
+        max_classes: int = 32,
+        draws: int = 8,
+        seed: int = 0,
+        engine: Engine = "auto",
+        counted: Callable[[Any], Tensor] | None = None,
+        loss_fn: LossFn | None = None,
+        num_examples: int | Callable[[Any], int] | None = None,
+        batch_dim: int = 0,
+        split_fn: Callable[[Any], Iterable[Any]] | None = None,
+    ) -> Curvature:
+        """Compute the Gauss-Newton matrix and save it in the store, where `method="influence"` reads it.
+
+        Args:
+            module: The module, with the weights at which the rows were taken.
+            batches: Batches of the training examples.
+            curvature: "ggn"; the other kinds are made from the rows when scores are computed.
+            model_fn: (module, batch) -> the output; as in `fit_ggn`, like all further arguments.
+            output_loss_fn: The loss of the output, by name or as an object.
+            max_classes: With more classes, `draws` labels are drawn for each example.
+            draws: The number of labels to draw.
+            seed: Seed of the draws.
+            engine: "hooks", "vmap", "loop", or "auto".
+            counted: batch -> booleans (examples, tokens), which tokens have a loss.
+            loss_fn: The trained loss, (module, batch) -> mean loss.
+            num_examples: The number of examples of a batch, or batch -> this number.
+            batch_dim: The axis of the examples.
+            split_fn: batch -> batches of one example.
 
         Raises:
             ValueError: for another curvature, and as `fit_ggn`.
         """
         if curvature != "ggn":
             raise ValueError(f"curvature={curvature!r} is made from the rows and need not be fitted; fit 'ggn'.")
-        found = fit_ggn(module, batches, self.sketch, self.spec.parameters, **options)
+        found = fit_ggn(
+            module,
+            batches,
+            self.sketch,
+            self.spec.parameters,
+            model_fn=model_fn,
+            output_loss_fn=output_loss_fn,
+            max_classes=max_classes,
+            draws=draws,
+            seed=seed,
+            engine=engine,
+            counted=counted,
+            loss_fn=loss_fn,
+            num_examples=num_examples,
+            batch_dim=batch_dim,
+            split_fn=split_fn,
+        )
         found.save(self.path / FOLDER)
         return found
 
-    def scores(self, queries: Queries, **options: Any) -> Tensor:
-        """A score for each query and row, positive for what helped: see `scoring.scores`."""
-        return scores(queries, self, **options)
+    def scores(
+        self,
+        queries: Queries,
+        *,
+        method: Method = "dot",
+        curvature: CurvatureLike = "ggn",
+        damping: Damping = "auto",
+        group: Group | None = None,
+        batch_rows: int = 4096,
+    ) -> Tensor:
+        """Compute the influence of each row on each query, positive if it helps; see `attribution.scores`.
 
-    def top_k(self, queries: Queries, k: int = 10, **options: Any) -> TopK:
-        """The examples that helped each query most, or with largest=False hurt it most: see `top_k.top_k`."""
-        return top_k(queries, self, k, **options)
+        Args:
+            queries: The rows of the queries; for tracin by the step of their checkpoint, {step: queries}.
+            method: "dot", "cosine", "tracin" or "influence".
+            curvature: The curvature for influence; "ggn" is the one that `fit_curvature` saved.
+            damping: The damping for influence: "auto", a number, or several.
+            group: "example_id" sums over rows of equal id.
+            batch_rows: Most rows in memory at a time.
 
-    def self_influence(self, method: str = "tracin", **options: Any) -> SelfInfluence:
-        """How much each example helps itself: see `self_influence.self_influence`."""
-        return self_influence(self, method, **options)
+        Returns:
+            float32, (queries, rows), or (queries, ids) with `group`; with several dampings, these along a first axis.
+
+        Raises:
+            ValueError: as `attribution.scores`.
+            FileNotFoundError: if `curvature="ggn"` was not fitted at these weights.
+        """
+        return scores(
+            queries, self, method=method, curvature=curvature, damping=damping, group=group, batch_rows=batch_rows
+        )
+
+    def top_k(
+        self,
+        queries: Queries,
+        k: int = 10,
+        *,
+        largest: bool = True,
+        method: Method = "dot",
+        curvature: CurvatureLike = "ggn",
+        damping: Damping = "auto",
+        group: Group | None = "example_id",
+        batch_rows: int = 4096,
+    ) -> TopK:
+        """Find the examples that help each query most, or with `largest=False` hurt it most; see `attribution.top_k`.
+
+        Args:
+            queries: The rows of the queries; for tracin by the step of their checkpoint, {step: queries}.
+            k: How many examples to return; fewer if there are fewer.
+            largest: True for the examples that help most, False for those that hurt most.
+            method: "dot", "cosine", "tracin" or "influence".
+            curvature: The curvature for influence; "ggn" is the one that `fit_curvature` saved.
+            damping: The damping for influence, "auto" or one number.
+            group: "example_id" sums over rows of one example; None ranks single rows.
+            batch_rows: Most rows in memory at a time.
+
+        Returns:
+            `TopK(scores, example_ids)`, both (queries, k).
+
+        Raises:
+            ValueError: as `attribution.top_k`.
+            FileNotFoundError: if `curvature="ggn"` was not fitted at these weights.
+        """
+        return top_k(
+            queries,
+            self,
+            k,
+            largest=largest,
+            method=method,
+            curvature=curvature,
+            damping=damping,
+            group=group,
+            batch_rows=batch_rows,
+        )
+
+    def self_influence(
+        self,
+        *,
+        method: SelfMethod = "tracin",
+        curvature: CurvatureLike = "ggn",
+        damping: Damping = "auto",
+        batch_rows: int = 4096,
+    ) -> SelfInfluence:
+        """Compute the influence of each example on its own loss; see `attribution.self_influence`.
+
+        Args:
+            method: "tracin", "influence" or "dot".
+            curvature: The curvature for influence; "ggn" is the one that `fit_curvature` saved.
+            damping: The damping for influence, "auto" or one number.
+            batch_rows: Most rows in memory at a time.
+
+        Returns:
+            `SelfInfluence(scores, example_ids)`, both (rows,); for tracin the ids are in rising order, each once.
+
+        Raises:
+            ValueError: as `attribution.self_influence`.
+            FileNotFoundError: if `curvature="ggn"` was not fitted at these weights.
+        """
+        return self_influence(self, method=method, curvature=curvature, damping=damping, batch_rows=batch_rows)

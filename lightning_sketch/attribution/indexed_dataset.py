@@ -1,7 +1,7 @@
-"""Which example of the data set a row belongs to, whatever sampler, workers or ranks did to the order.
+"""Ids of examples, which do not depend on the order that samplers, workers and ranks bring.
 
-Three ways: a key of the batch that holds the number; a hash of the example's contents; or a data set that hands its
-index along, `IndexedDataset`.
+An id is the example's number in a key of the batch, or a hash of the example's contents, or its index in the data set,
+which an `IndexedDataset` attaches to each item.
 """
 
 from collections.abc import Mapping, Sized
@@ -20,17 +20,25 @@ HASH = "hash"
 
 
 class Indexed(NamedTuple):
-    """An item, or a batch of them, with the index of each in the data set."""
+    """An item of an `IndexedDataset` or, after collation, a batch of items.
+
+    Attributes:
+        item: The item or batch of the original data set.
+        index: Its index in the data set; for a batch a tensor of indices, (examples,).
+    """
 
     item: Any
     index: Any
 
 
 class IndexedDataset(Dataset):
-    """A data set whose items carry their index; the default collation makes batches of it that do.
+    """A data set that attaches its index to each item; the default collation does so for batches.
 
-    With `GradientSketchWriter` in the Trainer, the module gets the plain batch, as without this class; elsewhere a
-    batch is `Indexed(item, index)`. A collate function of one's own gets a list of `Indexed`.
+    With `GradientSketchWriter` in the Trainer the module gets the plain batch, as without this class; elsewhere a
+    batch is `Indexed(item, index)`. A custom collate function gets a list of `Indexed`.
+
+    Args:
+        dataset: The data set, with `__getitem__` and `__len__`.
 
     >>> data = IndexedDataset(["a", "b"])
     >>> data[1]
@@ -48,17 +56,24 @@ class IndexedDataset(Dataset):
 
 
 def batch_ids(
-    batch: Any, index_key: str | int | None, structure: BatchStructure | None = None
+    batch: Any, index_key: str | int | None, *, structure: BatchStructure | None = None
 ) -> Int[Tensor, " examples"]:
-    """A number per example, on the CPU; -1 where there is no way to tell.
+    """Return the id of each example of a batch, on the CPU; -1 if it is unknown.
 
     Args:
-        batch: `Indexed`, or what the module gets.
-        index_key: where the batch keeps the numbers, a key or a place; "hash" for 63 bits of each example's contents.
-        structure: of the batch, where its examples are not rows of tensors.
+        batch: An `Indexed` batch, or a batch as the module gets it.
+        index_key: Where the batch has the ids: a key, or a position in a tuple. "hash" makes ids of 63 bits from the
+            contents of each example. With None only an `Indexed` batch has ids.
+        structure: Where the examples of the batch are, if they are not rows of tensors.
+
+    Returns:
+        int64, (examples,).
 
     Raises:
-        ValueError: if the batch has no such key, or its numbers are no whole ones, one each.
+        ValueError: if the batch has no such key, or the ids are not one whole number per example.
+
+    >>> batch_ids({"x": torch.zeros(2, 3), "id": torch.tensor([5, 3])}, "id")
+    tensor([5, 3])
     """
     if isinstance(batch, Indexed):
         return torch.as_tensor(batch.index).long().cpu()
@@ -82,5 +97,5 @@ def batch_ids(
 
 
 def without_index(batch: Any) -> Any:
-    """The batch as the module expects it."""
+    """Return the batch as the module expects it, without indices."""
     return batch.item if isinstance(batch, Indexed) else batch

@@ -1,19 +1,19 @@
-"""(A + lambda I)⁻¹ q, with damping that is never zero.
+"""Solves (A + lambda I) x = q with a curvature matrix A and a damping lambda that is never zero.
 
-A formed             eigenvectors once, shared by all dampings; above dim 1024 a Cholesky factor for each, since
-                     eigenvectors then take minutes
+A as a matrix        by its eigenvectors, computed once for all dampings; above dim 1024, where eigenvectors take
+                     minutes, by a Cholesky factor for each damping
 A = Rᵀ R, R small    (q - Rᵀ (R Rᵀ + lambda I)⁻¹ R q) / lambda: a system of as many equations as there are rows
 
-How much damping, when nobody says: enough that the noise of the curvature is not inverted.
+The automatic damping is large enough that the noise of the curvature is not inverted:
 
     lambda = max(0.01 e, kappa b² / tr A),    e = tr A² / tr A
 
 e      an energy-weighted mean eigenvalue; unlike tr A / dim it does not depend on the size of the sketch
-b²     what A of a random half of the examples is expected to be off by, see `curvature`
+b²     expected squared error of A from a random half of the examples, see `curvature`
 kappa  0.3; 0.1 for the empirical Fisher
 
 In units of e: c = lambda / e = max(0.01, kappa v) with v = b² / tr A². A large v, or few effective examples, means that
-a few examples carry the curvature; how far they move a retrained model then cannot be known from one model:
+a few examples carry the curvature; how far they move a retrained model cannot be known then from one model, and
 `calibrate` measures it.
 """
 
@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -29,26 +30,31 @@ from torch import Tensor
 
 from lightning_sketch.attribution.curvature import Curvature
 
-Damping = float | int | str | Sequence[float]
-"""A number, "auto", or several numbers for a sweep."""
+# A number, "auto", or several numbers for a sweep.
+Damping = float | int | Literal["auto"] | Sequence[float]
 
 _EIGENVECTORS_UP_TO = 1024
-FLOOR = 0.01
+_FLOOR = 0.01
 _NOISY, _FEW = 0.1, 0.1
 
 
 class Influence:
-    """Multiplies by the inverse of a damped curvature, and says with which damping.
+    """The inverse of a damped curvature, (A + lambda I)⁻¹, as a function of vectors.
 
     Args:
-        curvature: A.
-        damping: lambda > 0; "auto" for the rule of this module; several for a sweep.
+        curvature: The curvature matrix A.
+        damping: The damping lambda > 0; "auto" for the rule of the module `attribution.influence`; several for a sweep.
+
+    Attributes:
+        damping: The damping in use, or a tuple of several.
+        noise: The relative noise of the curvature, v.
+        effective_samples: The effective number of examples that carry the curvature.
 
     Raises:
-        ValueError: if a damping is not positive: without it noise would be inverted.
+        ValueError: if a damping is not positive, since noise would be inverted then.
 
     Warns:
-        UserWarning: if "auto" has to guess, since few examples carry the curvature.
+        UserWarning: if "auto" is a guess, since few examples carry the curvature.
 
     >>> from lightning_sketch.attribution.curvature import CurvatureSum
     >>> total = CurvatureSum(2)
@@ -61,7 +67,7 @@ class Influence:
     """
 
     def __init__(self, curvature: Curvature, damping: Damping = "auto"):
-        self.curvature, measured = curvature, Measures.of(curvature)
+        self.curvature, measured = curvature, _Measures.of(curvature)
         self.noise, self.effective_samples, self._scale = measured.noise, measured.effective_samples, measured.scale
         if isinstance(damping, str):
             if damping != "auto":
@@ -86,12 +92,12 @@ class Influence:
 
     @property
     def relative_damping(self) -> float | tuple[float, ...]:
-        """C = lambda / e, comparable between models and sketches."""
+        """The damping relative to the curvature, c = lambda / e, comparable between models and sketches."""
         relative = tuple(value / self._scale for value in self._dampings)
         return relative if isinstance(self.damping, tuple) else relative[0]
 
     def __call__(self, vectors: Float[Tensor, "q dim"]) -> Float[Tensor, "*dampings q dim"]:
-        """(A + lambda I)⁻¹ of each row, in float64; with several dampings one after another along a first axis.
+        """Return (A + lambda I)⁻¹ times each row, in float64; several dampings are along a new first axis.
 
         Raises:
             ValueError: if a damping is so small that it is lost in rounding.
@@ -107,33 +113,36 @@ class Influence:
             f"v = {self.noise:.3g}, {self.effective_samples:.1f} effective examples)"
         )
 
-    def say(self) -> None:
-        """Log the damping in use, once for each."""
-        _say(str(self))
+    def log(self) -> None:
+        """Log the curvature and the damping in use; a second time the same is not logged."""
+        _log_once(str(self))
 
     @property
     def _dampings(self) -> tuple[float, ...]:
+        """The dampings as a tuple."""
         return self.damping if isinstance(self.damping, tuple) else (self.damping,)
 
     @cached_property
     def _symmetric(self) -> Float[Tensor, "m m"]:
-        """A, or R Rᵀ."""
+        """The matrix A, or R Rᵀ if A is stored by its root."""
         root = self.curvature.root
-        return self.curvature.matrix if root is None else root @ root.T
+        return self.curvature.dense() if root is None else root @ root.T
 
     @cached_property
     def _eigen(self) -> tuple[Tensor, Tensor]:
+        """The eigenvalues, none of them negative, and the eigenvectors of `_symmetric`."""
         values, vectors = torch.linalg.eigh(self._symmetric)
         return values.clamp(min=0), vectors
 
     def _solve(self, vectors: Float[Tensor, "q dim"], damping: float) -> Float[Tensor, "q dim"]:
+        """Return (A + lambda I)⁻¹ times each row."""
         root = self.curvature.root
         if root is None:
-            return self._small(vectors, damping)
-        return (vectors - self._small(vectors @ root.T, damping) @ root) / damping
+            return self._solve_symmetric(vectors, damping)
+        return (vectors - self._solve_symmetric(vectors @ root.T, damping) @ root) / damping
 
-    def _small(self, vectors: Float[Tensor, "q m"], damping: float) -> Float[Tensor, "q m"]:
-        """The system in the matrix that there is."""
+    def _solve_symmetric(self, vectors: Float[Tensor, "q m"], damping: float) -> Float[Tensor, "q m"]:
+        """Return (M + lambda I)⁻¹ times each row, where M is `_symmetric`."""
         if len(self._symmetric) <= _EIGENVECTORS_UP_TO:
             values, basis = self._eigen
             return (vectors @ basis / (values + damping)) @ basis.T
@@ -149,17 +158,25 @@ class Influence:
 
 
 @cache
-def _say(text: str) -> None:
+def _log_once(text: str) -> None:
+    """Log a text, unless it was logged before."""
     log = logging.getLogger("lightning_sketch")
-    if not log.hasHandlers():  # nobody set up logging: be seen nevertheless, as Lightning is
+    if not log.hasHandlers():  # logging is not configured: print to stderr, as Lightning does
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
     log.info(text)
 
 
 @dataclass(frozen=True)
-class Measures:
-    """What damping is made of: e, v, and how many examples carry the curvature, of how many."""
+class _Measures:
+    """The numbers that determine the automatic damping.
+
+    Args:
+        scale: The energy-weighted mean eigenvalue, e.
+        noise: The relative noise, v.
+        effective_samples: The effective number of examples that carry the curvature.
+        examples: The number of examples.
+    """
 
     scale: float
     noise: float
@@ -167,8 +184,8 @@ class Measures:
     examples: int
 
     @classmethod
-    def of(cls, curvature: Curvature) -> "Measures":
-        """From the scalars that were kept while the curvature was summed."""
+    def of(cls, curvature: Curvature) -> "_Measures":
+        """Compute them from the scalars of a curvature."""
         return cls(
             curvature.trace_of_square / curvature.trace,
             curvature.half_noise / curvature.trace_of_square,
@@ -183,7 +200,7 @@ class Measures:
 
 
 def automatic(curvature: Curvature) -> float:
-    """Lambda by the rule of this module.
+    """Return the automatic damping, by the rule of this module.
 
     >>> import torch
     >>> from lightning_sketch.attribution.curvature import CurvatureSum
@@ -192,5 +209,5 @@ def automatic(curvature: Curvature) -> float:
     >>> round(automatic(total.curvature("ggn")), 6)
     0.075
     """
-    measured, kappa = Measures.of(curvature), 0.1 if curvature.kind == "fisher" else 0.3
-    return max(FLOOR, kappa * measured.noise) * measured.scale
+    measured, kappa = _Measures.of(curvature), 0.1 if curvature.kind == "fisher" else 0.3
+    return max(_FLOOR, kappa * measured.noise) * measured.scale

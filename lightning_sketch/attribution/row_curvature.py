@@ -1,36 +1,39 @@
-"""Curvature from the rows themselves: each row times a number that depends on the probability of its true label.
+"""The curvature made from the rows themselves, each times a number that depends on the probability of its true label.
 
     margin   g sqrt(p / (1 - p))        fisher   g        trak   g / (1 - p)
 
-Since g = -(1 - p) S (gradient of the margin log p/(1-p)), margin is the margin's gradient times sqrt(p (1 - p)), which
-for two classes is the Gauss-Newton row, and trak is the margin's gradient itself.
+Since g = -(1 - p) S (gradient of the margin log p/(1-p)), "margin" is the gradient of the margin times sqrt(p (1 - p)),
+which for two classes is the Gauss-Newton row, and "trak" is the gradient of the margin itself.
 
 Source: Park et al. (2023), "TRAK: Attributing model behavior at scale", arXiv:2303.14186, section 3.
 """
+
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.attribution._row_selection import one_fingerprint, participating
-from lightning_sketch.attribution.curvature import FROM_ROWS, Curvature, CurvatureSum
+from lightning_sketch.attribution._row_selection import one_fingerprint, scorable
+from lightning_sketch.attribution.curvature import Curvature, CurvatureSum, RowKind
 from lightning_sketch.store.sketched_gradients import RowSource
 
 _CERTAIN = 1 - 1e-6
 
 
-def row_curvature(train: RowSource, kind: str = "margin", batch_rows: int = 4096) -> Curvature:
-    """The curvature that one pass over the rows gives.
+def row_curvature(train: RowSource, kind: RowKind = "margin", *, batch_rows: int = 4096) -> Curvature:
+    """Compute the curvature from the rows, in one pass over them.
 
     Args:
-        train: one row per example, all at the same weights.
-        kind: "margin", the best of them; "fisher"; "trak".
-        batch_rows: how many rows to hold at a time.
+        train: The rows, one per example, all at the same weights.
+        kind: "margin", the best of them; "fisher"; or "trak". The module has their formulas.
+        batch_rows: Most rows in memory at a time.
 
     Raises:
-        ValueError: if weights differ, or a row lacks the probability that the kind needs.
+        ValueError: if the kind is unknown, if weights differ, or if the probability of the true label, which "margin"
+            and "trak" need, is unknown for a row.
 
-    O(rows dim²), in float64.
+    Cost: O(rows dim²) operations, in float64.
 
     >>> from lightning_sketch.store.sketched_gradients import SketchedGradients
     >>> from lightning_sketch.operators import BlockSRHT
@@ -39,36 +42,37 @@ def row_curvature(train: RowSource, kind: str = "margin", batch_rows: int = 4096
     tensor([[0.5000, 0.0000],
             [0.0000, 2.0000]], dtype=torch.float64)
     """
-    if kind not in FROM_ROWS:
+    if kind not in get_args(RowKind):
         raise ValueError(
-            f"curvature={kind!r} cannot be made from rows; {', '.join(FROM_ROWS)} can, and 'ggn' is fitted with "
-            "fit_ggn(module, batches, sketch, layout)."
+            f"curvature={kind!r} cannot be made from rows; {', '.join(get_args(RowKind))} can, and 'ggn' is fitted "
+            "with fit_ggn(module, batches, sketch, layout)."
         )
     columns = train.metadata()
-    fingerprint, keep = one_fingerprint(columns), participating(columns)
+    fingerprint, keep = one_fingerprint(columns), scorable(columns)
     _check_probabilities(columns["prob_true"][keep], kind)
     total = CurvatureSum(train.sketch.dim)
     for block in (train if keep.all() else train.where(keep)).blocks(batch_rows):
-        total.add((block.sketches.double() * row_weights(block.prob_true, kind)[:, None])[:, None])
+        total.add((block.sketches.double() * _row_weights(block.prob_true, kind)[:, None])[:, None])
     return total.curvature(kind, fingerprint)
 
 
-def row_weights(prob_true: Float[Tensor, " rows"], kind: str) -> Float[Tensor, " rows"]:
-    """What each gradient is multiplied by; p counts as at most 1 - 1e-6."""
+def _row_weights(prob_true: Float[Tensor, " rows"], kind: RowKind) -> Float[Tensor, " rows"]:
+    """Return the factor of each row, with p at most 1 - 1e-6."""
     p = prob_true.double().clamp(max=_CERTAIN)
     if kind == "margin":
         return (p / (1 - p)).sqrt()
     return torch.ones_like(p) if kind == "fisher" else 1 / (1 - p)
 
 
-def _check_probabilities(prob_true: Float[Tensor, " rows"], kind: str) -> None:
+def _check_probabilities(prob_true: Float[Tensor, " rows"], kind: RowKind) -> None:
+    """Refuse probabilities that are unknown or none, where the kind needs them."""
     if kind == "fisher":
         return
     unknown, wrong = int(prob_true.isnan().sum()), int(((prob_true < 0) | (prob_true > 1)).sum())
     if unknown:
         raise ValueError(
             f"curvature={kind!r} needs the probability of the true label, which {unknown} of {len(prob_true)} rows "
-            "lack; take the rows with row_fn=lambda module, batch: (loss, prob_true) per example, or use "
+            "lack; make the rows with row_fn=lambda module, batch: (loss, prob_true) per example, or use "
             "curvature='fisher'."
         )
     if wrong:

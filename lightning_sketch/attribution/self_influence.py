@@ -1,11 +1,11 @@
-"""How much an example helps itself: large for what nothing else explains, such as a wrong label.
+"""Self-influence: how much training on an example lowers its own loss. It is large for examples with a wrong label.
 
 dot          |g|²
 tracin       sum over an example's rows of lr |g|²
 influence    gᵀ (A + lambda I)⁻¹ g
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -16,11 +16,16 @@ from lightning_sketch.attribution.influence import Damping
 from lightning_sketch.attribution.scores import CurvatureLike, inverse_of
 from lightning_sketch.store.sketched_gradients import RowSource
 
-METHODS = ("dot", "tracin", "influence")
+SelfMethod = Literal["dot", "tracin", "influence"]
 
 
 class SelfInfluence(NamedTuple):
-    """A number for each row, or for tracin for each example, and what it is known by."""
+    """The self-influence of each row, or for tracin of each example.
+
+    Attributes:
+        scores: The self-influence, float32, (rows,).
+        example_ids: The ids, int64, (rows,); of rows without ids the step of a training step, else the position.
+    """
 
     scores: Float[Tensor, " rows"]
     example_ids: Int[Tensor, " rows"]
@@ -34,26 +39,29 @@ class SelfInfluence(NamedTuple):
 
 def self_influence(
     train: RowSource,
-    method: str = "tracin",
+    *,
+    method: SelfMethod = "tracin",
     curvature: CurvatureLike = "ggn",
     damping: Damping = "auto",
     batch_rows: int = 4096,
 ) -> SelfInfluence:
-    """The influence of each example on its own loss.
+    """Compute the influence of each example on its own loss.
 
     Args:
-        train: the rows; for tracin at several checkpoints or steps, with their learning rates.
+        train: The rows; for tracin at several checkpoints or steps, with their learning rates.
         method: "tracin", "influence" or "dot".
-        curvature: for influence, as in `scores`.
-        damping: for influence, "auto" or one number.
-        batch_rows: how many rows to hold at a time.
+        curvature: The curvature for influence, as in `scores`.
+        damping: The damping for influence, "auto" or one number.
+        batch_rows: Most rows in memory at a time.
 
     Returns:
-        `SelfInfluence(scores, example_ids)`; for tracin the ids are in rising order, each once.
+        `SelfInfluence(scores, example_ids)`, both (rows,); for tracin the ids are in rising order, each once.
 
     Raises:
         ValueError: if the method is unknown, or the rows lack what it needs: learning rates for tracin, else one
             set of weights.
+
+    Cost: one pass over the rows, O(rows dim); O(rows dim²) for influence.
 
     >>> from lightning_sketch.store.sketched_gradients import SketchedGradients
     >>> from lightning_sketch.operators import BlockSRHT
@@ -62,8 +70,8 @@ def self_influence(
     >>> self_influence(rows)
     SelfInfluence of 2, largest: 4 (10), 5 (2)
     """
-    if method not in METHODS:
-        raise ValueError(f"method={method!r} has no self-influence; use one of {', '.join(METHODS)}.")
+    if method not in get_args(SelfMethod):
+        raise ValueError(f"method={method!r} has no self-influence; use one of {', '.join(get_args(SelfMethod))}.")
     columns = train.metadata()
     rows = select_all(train, rates=method == "tracin")
     inverse = None
@@ -72,7 +80,7 @@ def self_influence(
     if method == "influence":
         inverse = inverse_of(curvature, damping, rows.source, fingerprint)
         if isinstance(inverse.damping, tuple):
-            raise ValueError("self_influence takes one damping; for several call it for each.")
+            raise ValueError("self_influence takes one damping, got several; call it for each.")
     parts = []
     for block in rows.source.blocks(batch_rows):
         g = block.sketches.double()

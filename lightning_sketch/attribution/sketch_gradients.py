@@ -1,4 +1,4 @@
-"""Sketched gradients of single examples, at a module's present weights."""
+"""Computes the sketched gradient of each example at the current weights of a module."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,11 +14,12 @@ from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn, training_step_loss
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.per_example.example_sketches import ExampleSketches
+from lightning_sketch.per_example.example_sketches import Engine, ExampleSketches
+from lightning_sketch.per_example.reduction import Reduction
 from lightning_sketch.store.sketched_gradients import SketchedGradients
 
+# (module, batch) -> loss of each example, probability of its true label.
 RowFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
-"""(module, batch) -> loss of each example, probability of its true label."""
 
 
 def sketch_gradients(
@@ -26,45 +27,49 @@ def sketch_gradients(
     batches: Iterable[Any],
     sketch: Sketch,
     loss_fn: LossFn | None = None,
+    *,
     row_fn: RowFn | None = None,
-    engine: str = "auto",
+    engine: Engine = "auto",
     parameters: str | list[str] = "*",
     weight_fn: Callable[[Any], float] | None = None,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     index_key: str | int | None = None,
     num_examples: int | Callable[[Any], int] | None = None,
     batch_dim: int = 0,
     split_fn: Callable[[Any], Iterable[Any]] | None = None,
 ) -> SketchedGradients:
-    """One row per example: S times the gradient of the example's own loss, in evaluation mode and float32 or wider.
+    """Compute the sketched gradient of each example's own loss, in evaluation mode and float32 or wider.
 
     Args:
-        module: left as it is, like by `preserve_state`.
-        batches: of examples, as the loss takes them; a data loader does.
-        sketch: with n the number of these parameters.
-        loss_fn: (module, batch) -> mean loss, or one loss per example, which then also fills the column `loss`. The
-            module's own `training_step`, its logging silenced, if None.
-        row_fn: (module, batch) -> losses, probabilities of the true labels, one each: fills `loss` and `prob_true`,
-            which the curvatures "margin" and "trak" need.
-        engine: "hooks", from the ordinary backward pass of the whole batch; "vmap"; "loop", one example at a time,
-            which serves every module; "auto": hooks where two examples of the first batch prove them right, else the
+        module: The module, which is left as it was.
+        batches: Batches of examples as the loss takes them, such as a data loader.
+        sketch: The sketch, whose `n` is the number of these parameters.
+        loss_fn: (module, batch) -> the mean loss, or one loss per example, which then also fills the column `loss`. If
+            None, the module's own `training_step`, without its logging.
+        row_fn: (module, batch) -> (losses, probabilities of the true labels), one per example. It fills the columns
+            `loss` and `prob_true`, which the curvatures "margin" and "trak" need.
+        engine: "hooks", from the ordinary backward pass of a whole batch; "vmap"; "loop", one example at a time, which
+            supports every module; "auto": hooks, if two examples of the first batch show that they are exact, else the
             loop.
-        parameters: which, as shell patterns on their names.
-        weight_fn: batch -> its weight in a mean over batches: `num_labels` where the loss is a mean over tokens.
-        reduction: "sum" if the loss adds up examples, and is no mean.
-        index_key: where a batch keeps the numbers of its examples, or "hash"; see `batch_ids`.
-        num_examples: how many examples a batch has, or batch -> how many, where its tensors do not agree on that;
-            lists of this length then hold an example an item.
-        batch_dim: the axis of the examples, 1 for (time, batch, ...); examples then go through the loop.
-        split_fn: batch -> batches of one example, for graphs and packed sequences; they go through the loop.
+        parameters: The parameters, as shell patterns of their names.
+        weight_fn: batch -> the weight of the batch in a mean over batches; `num_labels` if the loss is a mean over
+            tokens.
+        reduction: "mean", or "sum" if the loss is a sum over examples.
+        index_key: Where a batch has the ids of its examples, or "hash"; see `batch_ids`.
+        num_examples: The number of examples of a batch, or batch -> this number, if its tensors disagree; each item of
+            a list of this length is then an example.
+        batch_dim: The axis of the examples, 1 for (time, batch, ...), with the loop only.
+        split_fn: batch -> batches of one example, for graphs and packed sequences, with the loop only.
 
     Returns:
-        Rows in the order of the examples, with `example_id`, `loss`, `prob_true` and `fingerprint`.
+        The rows, (examples, dim), in the order of the examples, with the columns `example_id`, `loss`, `prob_true` and
+        `fingerprint`.
 
     Raises:
-        ValueError: if sizes disagree, or the engine cannot serve the module; the message names what and why.
+        ValueError: if sizes disagree, or the engine does not support the module; the message has the parameter and the
+            reason.
 
-    Costs with hooks about a training step per batch, twice that with the sketch; with the loop a step per example.
+    Cost: with hooks about two training steps per batch, one of them for the sketch; with the loop a step per example.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> module, x = nn.Linear(3, 1), torch.randn(8, 3)
@@ -93,18 +98,20 @@ def sketch_gradients(
         structure=structure,
     )
     make = ExampleRows(sketches, row_fn)
-    parts = [make(without_index(batch), batch_ids(batch, index_key, structure)) for batch in batches]
+    parts = [make(without_index(batch), batch_ids(batch, index_key, structure=structure)) for batch in batches]
     if not parts:
         raise ValueError("sketch_gradients got no batches; pass a list of them or a data loader.")
     return SketchedGradients.cat(parts)
 
 
 class ExampleRows:
-    """A function: (batch, ids of its examples) -> their rows, at the module's weights when it was made.
+    """A function from a batch and the ids of its examples to their rows.
+
+    The rows have the fingerprint of the weights that the module had when this object was made.
 
     Args:
-        sketches: makes the gradients.
-        row_fn: as in `sketch_gradients`.
+        sketches: Computes the sketched gradients.
+        row_fn: As in `sketch_gradients`.
     """
 
     def __init__(self, sketches: ExampleSketches, row_fn: RowFn | None = None):
@@ -113,7 +120,7 @@ class ExampleRows:
         self.fingerprint = fingerprint(weights)
 
     def __call__(self, batch: Any, ids: Int[Tensor, " examples"]) -> SketchedGradients:
-        """The rows, on the CPU."""
+        """Return the rows, on the CPU."""
         module = self.sketches.module
         with preserve_state(module):
             batch = on_device(differentiable(batch), self.device)

@@ -1,29 +1,33 @@
-"""The rows that helped or hurt most, found in one pass.
+"""Finds the training examples that help or hurt each query most, in one pass over the rows.
 
-    scores -> for each query the k best so far, merged with those of the next block
+    scores of a block -> merged into the k best of each query so far
 
-Without groups the memory is that of k results per query and a block, however many rows there are; to sum over rows of
-one example, there is a number for each query and example.
+Memory: k results per query and one block of rows; if rows of one example are summed, one number per query and example.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sketch.attribution._row_selection import check_group
+from lightning_sketch.attribution._row_selection import Group, check_group
 from lightning_sketch.attribution.influence import Damping
-from lightning_sketch.attribution.scores import CurvatureLike, Queries, Scorer, scorers
+from lightning_sketch.attribution.scores import CurvatureLike, Method, Queries, Scorer, scorers
 from lightning_sketch.store.sketched_gradients import RowSource
 
-_SHOWN = 5
-"""Queries, and examples of each, in a repr."""
+_SHOWN = 5  # queries in a repr, and examples of each
 
 
 class TopK(NamedTuple):
-    """For each query, best first: scores, and what the rows are known by."""
+    """The k best examples of each query, best first.
+
+    Attributes:
+        scores: The scores, float32, (queries, k).
+        example_ids: The ids of the examples, int64, (queries, k); of rows without ids the step of a training step, else
+            the position in `train`.
+    """
 
     scores: Float[Tensor, "queries k"]
     example_ids: Int[Tensor, "queries k"]
@@ -42,32 +46,35 @@ def top_k(
     queries: Queries | Sequence[Queries],
     train: RowSource | Sequence[RowSource],
     k: int = 10,
+    *,
     largest: bool = True,
-    method: str = "dot",
+    method: Method = "dot",
     curvature: CurvatureLike | Sequence[CurvatureLike] = "ggn",
     damping: Damping = "auto",
-    group: str | None = "example_id",
+    group: Group | None = "example_id",
     batch_rows: int = 4096,
 ) -> TopK:
-    """The proponents of each query, or with `largest=False` its opponents; all else as in `scores`.
+    """Find the training examples that help each query most, or with `largest=False` hurt it most.
 
     Args:
-        queries: what is asked about.
-        train: the rows, or a list of them.
-        k: how many; fewer come back if there are fewer.
-        largest: True for what helped most, False for what hurt most.
+        queries: The rows of the queries, as in `scores`.
+        train: The rows of the training examples, or a list of such rows, as in `scores`.
+        k: How many examples to return; fewer if there are fewer.
+        largest: True for the examples that help most, False for those that hurt most.
         method: "dot", "cosine", "tracin" or "influence".
-        curvature: for influence.
-        damping: for influence, "auto" or one number.
-        group: "example_id" sums over rows of one example (several epochs or checkpoints); None ranks rows. Rows
-            without ids are known by their place in `train`, those of training steps by their step.
-        batch_rows: how many rows to hold at a time.
+        curvature: The curvature for influence, as in `scores`.
+        damping: The damping for influence, "auto" or one number.
+        group: "example_id" sums over rows of one example (several epochs or checkpoints); None ranks single rows.
+        batch_rows: Most rows in memory at a time.
 
     Returns:
-        `TopK(scores, example_ids)`, both (queries, k).
+        `TopK(scores, example_ids)`, both (queries, k). The id of a row without id is the step of a training step, else
+        the row's position in `train`.
 
     Raises:
         ValueError: as in `scores`; if k is not positive; for several dampings.
+
+    Cost: that of `scores`, with k results per query in memory.
 
     >>> from lightning_sketch.store.sketched_gradients import SketchedGradients
     >>> from lightning_sketch.operators import BlockSRHT
@@ -79,17 +86,17 @@ def top_k(
     """
     check_group(group)
     if k < 1:
-        raise ValueError(f"k={k} rows were asked for; ask for at least one.")
-    members = scorers(queries, train, method, curvature, damping)
+        raise ValueError(f"need k >= 1, got {k}; ask for at least one example.")
+    members = scorers(queries, train, method=method, curvature=curvature, damping=damping)
     if any(asked.ndim > 2 for member in members for asked in member.queries.values()):
-        raise ValueError("top_k takes one damping; for several use scores(...).")
+        raise ValueError("top_k takes one damping, got several; use scores(...) for these.")
     ids = [member.ids for member in members]
     if group is not None and not _each_once(ids):
         best = _Best(k, largest)
         best.add(*_sums(members, torch.cat(ids), batch_rows))
         return best.found()
     if any(not torch.equal(own, ids[0]) for own in ids[1:]):
-        raise ValueError("members of the list have other rows, or another order of them; use group='example_id'.")
+        raise ValueError("members of the list have other rows, or in another order; use group='example_id'.")
     best = _Best(k, largest)
     for place, found in _means(members, batch_rows):
         best.add(found, ids[0][place])
@@ -97,33 +104,36 @@ def top_k(
 
 
 class _Best:
-    """The k best of each query so far."""
+    """The k best scores of each query so far, with their ids."""
 
     def __init__(self, k: int, largest: bool):
         self.k, self.largest = k, largest
-        self.held: tuple[Tensor, Tensor] | None = None
+        self.best: tuple[Tensor, Tensor] | None = None
 
     def add(self, scores: Float[Tensor, "queries columns"], ids: Int[Tensor, " columns"]) -> None:
+        """Merge the scores of more columns."""
         best, place = scores.topk(min(self.k, scores.shape[1]), largest=self.largest)
-        chosen = ids[place]
-        if self.held is not None:
-            best, chosen = torch.cat([self.held[0], best], 1), torch.cat([self.held[1], chosen], 1)
+        best_ids = ids[place]
+        if self.best is not None:
+            best, best_ids = torch.cat([self.best[0], best], 1), torch.cat([self.best[1], best_ids], 1)
             best, place = best.topk(min(self.k, best.shape[1]), largest=self.largest)
-            chosen = chosen.gather(1, place)
-        self.held = best, chosen
+            best_ids = best_ids.gather(1, place)
+        self.best = best, best_ids
 
     def found(self) -> TopK:
-        return TopK(*self.held)
+        """Return the best of all columns that were added, which are one at least."""
+        return TopK(*cast(tuple[Tensor, Tensor], self.best))
 
 
 def _means(members: list[Scorer], batch_rows: int) -> Iterator[tuple[slice, Float[Tensor, "queries rows"]]]:
-    """Places among the rows, and their scores; each member's blocks may end elsewhere, as its files do."""
+    """Yield the mean scores of all members with their positions; the blocks of the members may differ in size."""
     streams = [member.blocks(batch_rows) for member in members]
     waiting = [next(stream)[1] for stream in streams]
     start, count = 0, len(members[0].rows)
     while True:
         size = min(found.shape[1] for found in waiting)
-        yield slice(start, start + size), sum(found[:, :size] for found in waiting) / len(members)
+        total = sum((found[:, :size] for found in waiting), torch.zeros(()))
+        yield slice(start, start + size), total / len(members)
         start += size
         if start == count:
             return
@@ -133,13 +143,14 @@ def _means(members: list[Scorer], batch_rows: int) -> Iterator[tuple[slice, Floa
 
 
 def _each_once(ids: list[Int[Tensor, " _"]]) -> bool:
-    """Whether no id comes twice, and all members have the same ones in the same order: then there is nothing to sum."""
+    """Return whether ids are unique and those of all members equal, in the same order: then there is nothing to sum."""
     return all(torch.equal(own, ids[0]) for own in ids[1:]) and len(ids[0].unique()) == len(ids[0])
 
 
 def _sums(
     members: list[Scorer], ids: Int[Tensor, " rows"], batch_rows: int
 ) -> tuple[Float[Tensor, "queries ids"], Int[Tensor, " ids"]]:
+    """Return the scores summed by id, as a mean over members, and the ids."""
     unique, inverse = ids.unique(return_inverse=True)
     queries = len(next(iter(members[0].queries.values())))
     total, start = torch.zeros(queries, len(unique)), 0

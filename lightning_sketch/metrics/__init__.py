@@ -1,4 +1,4 @@
-"""Torchmetrics that say how good an attribution is."""
+"""Metrics of attribution quality, as torchmetrics."""
 
 from lightning_sketch.metrics.linear_datamodeling_score import LinearDatamodelingScore
 

@@ -56,7 +56,7 @@ def test_influence_over_n_is_how_much_the_query_loss_rises_when_an_example_is_re
     sketch, layout = BlockSRHT(16, 16), Layout.of(module)
     queries, rows = rows_of(module, sketch, X_TEST, Y_TEST), rows_of(module, sketch)
     curvature = fit_ggn(module, [(X, Y)], sketch, layout)
-    foretold = scores(queries, rows, "influence", curvature, damping=DECAY).double()[:, :40] / 300
+    foretold = scores(queries, rows, method="influence", curvature=curvature, damping=DECAY).double()[:, :40] / 300
     true = (
         torch.stack([test_losses(trained(torch.arange(300) != i)) for i in range(40)], 1) - test_losses(module)[:, None]
     )
@@ -96,5 +96,5 @@ def test_tracin_over_the_batch_size_adds_up_to_what_training_lowered_the_query_l
         with torch.no_grad():
             for parameter, gradient in zip(module.parameters(), gradients, strict=True):
                 parameter -= lr * gradient
-    found = scores(queries, SketchedGradients.cat(parts), "tracin", group="example_id").double() / batch
+    found = scores(queries, SketchedGradients.cat(parts), method="tracin", group="example_id").double() / batch
     torch.testing.assert_close(found.sum(1), test_losses(start) - test_losses(module), rtol=0.02, atol=1e-6)

@@ -58,7 +58,7 @@ def test_ggn_is_the_sketched_gauss_newton_matrix(loss, outputs, engine):
     y = torch.tensor([0, 2, 1, 1, 0, 2, 2, 1, 0, 0]) if loss == "cross_entropy" else torch.rand(10, outputs).double()
     dense, s = dense_ggn(module, x, y, LOSSES[loss]), sketch.matvec(torch.eye(sketch.n, dtype=torch.float64)).T
     batches = [(x[:3], y[:3]), (x[3:], y[3:])]
-    found = fit_ggn(module, batches, sketch, layout, output_loss=loss, engine=engine)
+    found = fit_ggn(module, batches, sketch, layout, output_loss_fn=loss, engine=engine)
     assert (found.kind, found.examples) == ("ggn", 10)
     assert (found.matrix is None) == (30 < sketch.dim or outputs == 2)  # 20 rows are fewer than 24
     torch.testing.assert_close(found.dense(), s @ dense @ s.T, rtol=1e-9, atol=1e-12)
@@ -67,7 +67,7 @@ def test_ggn_is_the_sketched_gauss_newton_matrix(loss, outputs, engine):
 def test_one_output_without_an_axis_is_regression():
     module, layout, sketch, x = problem(1)
     y, s = torch.rand(10, dtype=torch.float64), sketch.matvec(torch.eye(sketch.n, dtype=torch.float64)).T
-    found = fit_ggn(module, [(x, y)], sketch, layout, lambda module, batch: module(batch[0])[:, 0])
+    found = fit_ggn(module, [(x, y)], sketch, layout, model_fn=lambda module, batch: module(batch[0])[:, 0])
     truth = dense_ggn(module, x, y[:, None], LOSSES["squared_error"])
     torch.testing.assert_close(found.dense(), s @ truth @ s.T, rtol=1e-9, atol=1e-12)
 
@@ -125,7 +125,7 @@ def test_for_two_classes_margin_is_ggn():
         z = module(batch[0])
         return F.cross_entropy(z, batch[1], reduction="none"), z.softmax(1).gather(1, batch[1][:, None])[:, 0]
 
-    rows = sketch_gradients(module, [(x, y)], sketch, loss, row)
+    rows = sketch_gradients(module, [(x, y)], sketch, loss, row_fn=row)
     margin, ggn = row_curvature(rows, "margin", batch_rows=7), fit_ggn(module, [(x, y)], sketch, layout)
     assert margin.fingerprint == ggn.fingerprint == rows.fingerprint != 0
     torch.testing.assert_close(margin.dense(), ggn.dense(), rtol=1e-4, atol=1e-4 * float(ggn.dense().abs().max()))
@@ -185,13 +185,13 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, count):
     total.add(examples(count, 1, 12))
     curvature = total.curvature("margin", fingerprint=-(1 << 63))
     curvature.save(tmp_path / "curvature")
-    loaded = Curvature.load(tmp_path / "curvature", "margin", -(1 << 63))
+    loaded = Curvature.load(tmp_path / "curvature", "margin", fingerprint=-(1 << 63))
     assert torch.equal(loaded.dense(), curvature.dense())
     for name in ("kind", "fingerprint", "examples", "mean_square", "effective_samples", "trace", "trace_of_square"):
         assert getattr(loaded, name) == getattr(curvature, name), name
     for kind, fingerprint in (("margin", 3), ("ggn", -(1 << 63))):
         with pytest.raises(FileNotFoundError, match=f"no curvature '{kind}' at weights {fingerprint}"):
-            Curvature.load(tmp_path / "curvature", kind, fingerprint)
+            Curvature.load(tmp_path / "curvature", kind, fingerprint=fingerprint)
 
 
 def test_probabilities_of_one_are_capped():
@@ -211,7 +211,7 @@ def test_rows_without_probabilities_are_refused_with_the_way_out(kind):
         row_curvature(random_rows(2, prob_true=torch.tensor([0.5, 1.5])), kind)
 
 
-def test_what_is_no_curvature_is_refused():
+def test_what_is_no_curvature_is_refused(untyped):
     with pytest.raises(ValueError, match="'ggn' is fitted with fit_ggn"):
         row_curvature(random_rows(4), "ggn")
     with pytest.raises(ValueError, match="taken at 2 different weights"):
@@ -226,13 +226,13 @@ def test_outputs_that_are_no_rows_of_logits_are_refused():
     module, layout, sketch, x = problem(3)
     y = torch.zeros(10, dtype=torch.long)
     with pytest.raises(ValueError, match=r"of 10 examples, got shape \(2, 5, 3\)"):
-        fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: m(b[0]).view(2, 5, 3))
+        fit_ggn(module, [(x, y)], sketch, layout, model_fn=lambda m, b: m(b[0]).view(2, 5, 3))
     with pytest.raises(ValueError, match="the model returned a tuple; pass model_fn"):
-        fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: (m(b[0]),))
+        fit_ggn(module, [(x, y)], sketch, layout, model_fn=lambda m, b: (m(b[0]),))
     with pytest.raises(ValueError, match="has one class"):
-        fit_ggn(module, [(x, y)], sketch, layout, lambda m, b: m(b[0])[:, :1])
+        fit_ggn(module, [(x, y)], sketch, layout, model_fn=lambda m, b: m(b[0])[:, :1])
     with pytest.raises(ValueError, match="output_loss_fn='hinge' is not known"):
-        fit_ggn(module, [(x, y)], sketch, layout, output_loss="hinge")
+        fit_ggn(module, [(x, y)], sketch, layout, output_loss_fn="hinge")
     with pytest.raises(ValueError, match="the sketch takes n=99 numbers, the layout has 51"):
         fit_ggn(module, [(x, y)], BlockSRHT(99, 24), layout)
 

@@ -1,4 +1,4 @@
-"""The inverse is the inverse, primal or dual; the automatic damping is its formula; nothing is inverted undamped."""
+"""The damped inverse is exact, primal or dual; the automatic damping is its formula; no damping is refused."""
 
 import logging
 
@@ -7,7 +7,7 @@ import torch
 from rows import random_rows
 
 from lightning_sketch.attribution import Influence, scores
-from lightning_sketch.attribution import influence as solving
+from lightning_sketch.attribution import influence as influence_module
 from lightning_sketch.attribution.curvature import CurvatureSum
 from lightning_sketch.attribution.influence import automatic
 
@@ -33,7 +33,7 @@ VECTORS = torch.randn(3, 20, generator=torch.Generator().manual_seed(1), dtype=t
 @pytest.mark.parametrize("damping", [1e-4, 1.0, 100])
 def test_primal_and_dual_and_cholesky_solve_the_system(monkeypatch, examples, damping, eigenvectors):
     if not eigenvectors:
-        monkeypatch.setattr(solving, "_EIGENVECTORS_UP_TO", 0)
+        monkeypatch.setattr(influence_module, "_EIGENVECTORS_UP_TO", 0)
     found = curvature(examples)
     assert (found.root is not None) == (examples == 4)
     solved, true = Influence(found, damping)(VECTORS), truth(found, damping, VECTORS)
@@ -41,7 +41,7 @@ def test_primal_and_dual_and_cholesky_solve_the_system(monkeypatch, examples, da
 
 
 def test_the_dual_of_a_store_equals_its_primal():
-    """The same 12 rows of dim 16, kept as rows, and as the matrix that rows of zeros bring about."""
+    """The same 12 rows of dim 16, stored as rows, and as the matrix that rows of zeros bring about."""
     few = random_rows(12, seed=3)
     total = CurvatureSum(16)
     total.add(few.sketches[:, None])
@@ -51,8 +51,10 @@ def test_the_dual_of_a_store_equals_its_primal():
     assert dual.matrix is None
     assert primal.root is None
     query = random_rows(2, seed=4)
-    a = scores(query, few, "influence", dual, 0.3)
-    b = scores(query, few, "influence", primal, 0.3 * 12 / 20) * 12 / 20  # A is a mean: over 20 examples then
+    a = scores(query, few, method="influence", curvature=dual, damping=0.3)
+    b = (
+        scores(query, few, method="influence", curvature=primal, damping=0.3 * 12 / 20) * 12 / 20
+    )  # A is a mean: over 20 examples then
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -82,7 +84,7 @@ def test_automatic_damping_is_its_formula(kind, examples):
     assert (automatic(found) > 0.0101 * e) == (examples == 8)
 
 
-def test_what_is_used_can_be_read_and_is_said_once(caplog):
+def test_the_damping_in_use_is_an_attribute_and_is_logged_once(caplog):
     found = curvature(400)
     inverse = Influence(found, "auto")
     assert inverse.damping == automatic(found)
@@ -96,7 +98,7 @@ def test_what_is_used_can_be_read_and_is_said_once(caplog):
     query, train = random_rows(2, dim=20), random_rows(9, dim=20)
     with caplog.at_level(logging.INFO, "lightning_sketch"):
         for _ in range(2):
-            scores(query, train, "influence", found)
+            scores(query, train, method="influence", curvature=found)
     assert [record.message for record in caplog.records] == [str(inverse)]
 
 
@@ -113,7 +115,7 @@ def test_a_guess_is_called_a_guess():
     assert Influence(uneven, 0.1).noise < 0.1  # a hundred that count: little noise, and yet few of 3000
     with pytest.warns(UserWarning, match="few examples carry"):
         Influence(uneven, "auto")
-    Influence(noisy, 0.1)  # who says a number is not warned
+    Influence(noisy, 0.1)  # a damping that was passed does not warn
 
 
 @pytest.mark.parametrize("damping", [0, 0.0, -1.0, float("nan"), float("inf"), [0.1, 0.0], []])
@@ -122,10 +124,10 @@ def test_an_undamped_inverse_is_refused(damping):
         Influence(curvature(60), damping)
 
 
-def test_an_unknown_rule_is_refused_and_a_damping_that_rounding_swallows(monkeypatch):
+def test_an_unknown_rule_is_refused_and_a_damping_that_is_lost_in_rounding(monkeypatch, untyped):
     with pytest.raises(ValueError, match="damping='best' is not known"):
         Influence(curvature(60), "best")
-    monkeypatch.setattr(solving, "_EIGENVECTORS_UP_TO", 0)
+    monkeypatch.setattr(influence_module, "_EIGENVECTORS_UP_TO", 0)
     total = CurvatureSum(4)
     total.add(torch.ones(9, 1, 4) * 1e3)  # of rank one, its other eigenvalues zero up to rounding
     with pytest.raises(ValueError, match="lost in rounding"):

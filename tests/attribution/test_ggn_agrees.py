@@ -228,7 +228,7 @@ def test_without_forward_and_with_two_parts_the_error_names_model_fn():
 
 def test_a_step_that_cannot_run_alone_asks_for_the_loss():
     module = Module(lambda z, y: module.trainer.global_step * F.cross_entropy(z, y))
-    with pytest.raises(ValueError, match=r"which loss of the output is trained is not known, .*output_loss_fn"):
+    with pytest.raises(ValueError, match=r"the loss of the output that is trained is unknown: .*output_loss_fn"):
         GGN(module, [(normal(N, 4), CLASSES)]).matvec(torch.ones(43, dtype=torch.float64))
 
 

@@ -1,4 +1,4 @@
-"""Rows know their example, whatever the order in which a loader brings it."""
+"""Rows have the ids of their examples, whatever the order of the loader."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ DATA = TensorDataset(torch.arange(20.0)[:, None], torch.arange(20) % 3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_indexed_data_set_tells_under_shuffling_and_workers(workers):
+def test_indexes_are_right_under_shuffling_and_workers(workers):
     for batch in DataLoader(IndexedDataset(DATA), batch_size=6, shuffle=True, num_workers=workers):
         assert isinstance(batch, Indexed)
         x, y = without_index(batch)
@@ -50,6 +50,6 @@ def test_without_any_way_ids_are_unknown():
         ({"x": torch.zeros(2, 3), "idx": torch.tensor([1])}, "idx", "2 examples, each needs one whole number"),
     ],
 )
-def test_a_key_that_tells_nothing_is_refused(batch, key, words):
+def test_a_key_without_ids_is_refused(batch, key, words):
     with pytest.raises(ValueError, match=words):
         batch_ids(batch, key)

@@ -39,9 +39,15 @@ class Case:
 
     def share(self, curvature):
         """LDS at the automatic damping, and that over the best of a grid from a thirtieth to thirty times it."""
-        automatic = self.lds(scores(self.queries, self.rows, "influence", curvature))
+        automatic = self.lds(scores(self.queries, self.rows, method="influence", curvature=curvature))
         middle = 0.01 * curvature.trace_of_square / curvature.trace
-        sweep = scores(self.queries, self.rows, "influence", curvature, [middle * 10 ** (i / 4) for i in range(-6, 7)])
+        sweep = scores(
+            self.queries,
+            self.rows,
+            method="influence",
+            curvature=curvature,
+            damping=[middle * 10 ** (i / 4) for i in range(-6, 7)],
+        )
         return automatic, automatic / max(self.lds(found) for found in sweep)
 
 
@@ -54,7 +60,7 @@ def rows_of(given, module, sketch):
         return given.loss(output, batch[1]), output.softmax(1).gather(1, batch[1][:, None])[:, 0]
 
     pairs = ((given.x, given.y), (given.x_test, given.y_test))
-    return [sketch_gradients(module, [pair], sketch, loss, row) for pair in pairs]
+    return [sketch_gradients(module, [pair], sketch, loss, row_fn=row) for pair in pairs]
 
 
 def shortened(name, **changes):
@@ -101,7 +107,11 @@ def test_few_examples_that_carry_the_curvature_get_more_damping(cancer):
     assert found > 0.6
     assert share > 0.93
     plain = scores(
-        cancer.queries, cancer.rows, "influence", curvature, 0.01 * curvature.trace_of_square / curvature.trace
+        cancer.queries,
+        cancer.rows,
+        method="influence",
+        curvature=curvature,
+        damping=0.01 * curvature.trace_of_square / curvature.trace,
     )
     assert cancer.lds(plain) < 0.9 * found
 
@@ -112,8 +122,14 @@ def test_calibrated_by_short_trainings_on_halves(cancer):
     def trained(ids):
         return given.test_losses(given.train(ids[None], [0], start=cancer.module, steps=30)[-1])[0]
 
-    damping = calibrate(trained, cancer.queries, cancer.rows, curvature).damping
-    sweep = scores(cancer.queries, cancer.rows, "influence", curvature, [damping * 10 ** (i / 4) for i in range(-6, 7)])
+    damping = calibrate(trained, cancer.queries, cancer.rows, curvature=curvature).damping
+    sweep = scores(
+        cancer.queries,
+        cancer.rows,
+        method="influence",
+        curvature=curvature,
+        damping=[damping * 10 ** (i / 4) for i in range(-6, 7)],
+    )
     assert cancer.lds(sweep[6]) > 0.9 * max(cancer.lds(found) for found in sweep)
 
 

@@ -32,33 +32,35 @@ def test_rows_in_memory_are_a_source():
 def test_dot_and_cosine(batch_rows):
     close(scores(ASKED, TRAIN, batch_rows=batch_rows), Q @ R.T)
     cosine = torch.nn.functional.cosine_similarity(Q[:, None], R[None], dim=2)
-    close(scores(ASKED, TRAIN, "cosine", batch_rows=batch_rows), cosine)
+    close(scores(ASKED, TRAIN, method="cosine", batch_rows=batch_rows), cosine)
 
 
 def test_cosine_with_a_row_of_zeros_is_zero():
     train = random_rows(2, sketches=torch.zeros(2, DIM))
-    assert scores(random_rows(1), train, "cosine").tolist() == [[0.0, 0.0]]
-    assert scores(random_rows(1, sketches=torch.zeros(1, DIM)), random_rows(2), "cosine").tolist() == [[0.0, 0.0]]
+    assert scores(random_rows(1), train, method="cosine").tolist() == [[0.0, 0.0]]
+    assert scores(random_rows(1, sketches=torch.zeros(1, DIM)), random_rows(2), method="cosine").tolist() == [
+        [0.0, 0.0]
+    ]
 
 
 def test_cosine_of_tiny_gradients_does_not_underflow():
     """Squares of 1e-30 are zero in float32."""
     query, rows = random_rows(1, seed=3), random_rows(4, seed=4)
     tiny = random_rows(1, sketches=query.sketches * 1e-30)
-    torch.testing.assert_close(scores(tiny, rows, "cosine"), scores(query, rows, "cosine"))
+    torch.testing.assert_close(scores(tiny, rows, method="cosine"), scores(query, rows, method="cosine"))
 
 
 @pytest.mark.parametrize(("kind", "weight"), [("margin", (0.7 / 0.3) ** 0.5), ("fisher", 1.0), ("trak", 1 / 0.3)])
 def test_influence_from_the_rows(kind, weight):
-    found = scores(ASKED, TRAIN, "influence", curvature=kind, damping=0.2, batch_rows=32)
+    found = scores(ASKED, TRAIN, method="influence", curvature=kind, damping=0.2, batch_rows=32)
     close(found, Q @ damped_inverse(weight, 0.2) @ R.T)
 
 
 def test_a_sweep_of_dampings_is_one_call():
-    sweep = scores(ASKED, TRAIN, "influence", curvature="fisher", damping=[0.2, 3.0])
+    sweep = scores(ASKED, TRAIN, method="influence", curvature="fisher", damping=[0.2, 3.0])
     assert sweep.shape == (2, 3, 70)
     for found, damping in zip(sweep, (0.2, 3.0), strict=True):
-        torch.testing.assert_close(found, scores(ASKED, TRAIN, "influence", curvature="fisher", damping=damping))
+        torch.testing.assert_close(found, scores(ASKED, TRAIN, method="influence", curvature="fisher", damping=damping))
 
 
 def test_rows_of_one_example_add_up():
@@ -79,8 +81,12 @@ def test_members_are_averaged_each_at_its_own_weights():
     mean = (Q @ R.T + asked.sketches.double() @ other.sketches.double().T) / 2
     close(scores([ASKED, asked], [TRAIN, other]), mean)
     curvatures = [row_curvature(TRAIN, "fisher"), row_curvature(other, "fisher")]
-    each = [scores(q, t, "influence", "fisher", 0.1) for q, t in ((ASKED, TRAIN), (asked, other))]
-    torch.testing.assert_close(scores([ASKED, asked], [TRAIN, other], "influence", curvatures, 0.1), sum(each) / 2)
+    each = [
+        scores(q, t, method="influence", curvature="fisher", damping=0.1) for q, t in ((ASKED, TRAIN), (asked, other))
+    ]
+    torch.testing.assert_close(
+        scores([ASKED, asked], [TRAIN, other], method="influence", curvature=curvatures, damping=0.1), sum(each) / 2
+    )
 
 
 def test_members_in_another_order_are_averaged_by_example():
@@ -115,10 +121,10 @@ def test_no_shortcut_of_float32_is_taken():
 
 
 def test_self_influence():
-    found = self_influence(TRAIN, "dot")
+    found = self_influence(TRAIN, method="dot")
     close(found.scores, R.square().sum(1))
     assert torch.equal(found.example_ids, TRAIN.example_id)
-    found = self_influence(TRAIN, "influence", "margin", 0.2, batch_rows=32)
+    found = self_influence(TRAIN, method="influence", curvature="margin", damping=0.2, batch_rows=32)
     close(found.scores, ((R @ damped_inverse((0.7 / 0.3) ** 0.5, 0.2)) * R).sum(1))
 
 
@@ -132,30 +138,35 @@ def test_self_influence_of_tracin_sums_over_the_rows_of_an_example():
     close(found.scores, torch.cat([each[:30] + each[40:], each[30:40]]))
 
 
-def test_an_unknown_method_or_group_is_refused():
+def test_an_unknown_method_or_group_is_refused(untyped):
     with pytest.raises(ValueError, match="method='nearest' is not known; use one of dot, cosine"):
-        scores(ASKED, TRAIN, "nearest")
+        scores(ASKED, TRAIN, method="nearest")
     with pytest.raises(ValueError, match="group='epoch' is not known"):
         scores(ASKED, TRAIN, group="epoch")
     with pytest.raises(ValueError, match="method='cosine' has no self-influence"):
-        self_influence(TRAIN, "cosine")
+        self_influence(TRAIN, method="cosine")
 
 
 def test_the_curvature_must_fit_the_rows():
     with pytest.raises(ValueError, match=r"taken at weights 5, rows and queries at 6"):
-        scores(*(random_rows(9, fingerprint=6),) * 2, "influence", row_curvature(TRAIN, "fisher"), 0.1)
+        scores(
+            *(random_rows(9, fingerprint=6),) * 2,
+            method="influence",
+            curvature=row_curvature(TRAIN, "fisher"),
+            damping=0.1,
+        )
     with pytest.raises(ValueError, match="the curvature has dim=8, rows have 16"):
-        scores(ASKED, TRAIN, "influence", row_curvature(random_rows(20, dim=8), "fisher"), 0.1)
+        scores(ASKED, TRAIN, method="influence", curvature=row_curvature(random_rows(20, dim=8), "fisher"), damping=0.1)
     with pytest.raises(ValueError, match="damping is given twice"):
-        scores(ASKED, TRAIN, "influence", Influence(row_curvature(TRAIN, "fisher"), 0.1), 0.2)
+        scores(ASKED, TRAIN, method="influence", curvature=Influence(row_curvature(TRAIN, "fisher"), 0.1), damping=0.2)
     with pytest.raises(ValueError, match="pass curvature=fit_ggn"):
-        scores(ASKED, TRAIN, "influence")
+        scores(ASKED, TRAIN, method="influence")
 
 
 def test_an_influence_brings_its_damping():
     inverse = Influence(row_curvature(TRAIN, "fisher"), 0.1)
-    by_hand = scores(ASKED, TRAIN, "influence", "fisher", 0.1)
-    assert torch.equal(scores(ASKED, TRAIN, "influence", inverse), by_hand)
+    by_hand = scores(ASKED, TRAIN, method="influence", curvature="fisher", damping=0.1)
+    assert torch.equal(scores(ASKED, TRAIN, method="influence", curvature=inverse), by_hand)
 
 
 @pytest.mark.parametrize("method", ["dot", "cosine", "tracin"])
@@ -169,7 +180,7 @@ def test_rows_too_long_to_be_widened_together_score_as_their_dense_products(meth
     dense = torch.stack([query.sketches.double() for query in asked])[step if method == "tracin" else step * 0]
     truth = torch.einsum("iqd,id->qi", dense, rows.sketches.double())
     truth *= {"dot": 1, "tracin": lr, "cosine": 1 / (dense.norm(dim=2).T * rows.sketches.double().norm(dim=1))}[method]
-    found = scores(dict(enumerate(asked)) if method == "tracin" else asked[0], rows, method)
+    found = scores(dict(enumerate(asked)) if method == "tracin" else asked[0], rows, method=method)
     # float32 sums of 2^18 products of standard normals: the sum is near 512, its rounding near 512 * 2^-24 * log2(2^18)
     tolerance = 1e-5 if method == "cosine" else 5e-3
     torch.testing.assert_close(found.double(), truth, rtol=1e-4, atol=tolerance)

@@ -1,4 +1,4 @@
-"""One row per example at these weights: S times what autograd gives for the example alone."""
+"""The row of an example is S times the gradient that autograd gives for the example alone."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_some_parameters(module):
     torch.testing.assert_close(rows.sketches, expected)
 
 
-def test_what_is_known_of_each_row(module):
+def test_columns_of_the_rows(module):
     """Ids from the data set; losses and probabilities from row_fn."""
 
     def row_fn(module, batch):
@@ -74,7 +74,7 @@ def test_what_is_known_of_each_row(module):
     module.eval()
     data = torch.utils.data.DataLoader(IndexedDataset(dataset(40)), batch_size=16, shuffle=True)
     sketch = BlockSRHT(Layout.of(module).n, 64)
-    rows = sketch_gradients(module, data, sketch, loss, row_fn)
+    rows = sketch_gradients(module, data, sketch, loss, row_fn=row_fn)
     assert sorted(rows.example_id.tolist()) == list(range(40))
     x, y = dataset(40)[rows.example_id]
     losses = F.cross_entropy(module.net(x), y, reduction="none")
@@ -110,7 +110,7 @@ def test_refused_before_any_work(module, untyped):
 
 
 class Awkward(nn.Module):
-    """A layer that no rule serves, beside one that is."""
+    """An unsupported layer, and a supported one."""
 
     def __init__(self):
         super().__init__()
@@ -120,7 +120,7 @@ class Awkward(nn.Module):
         return self.second(self.first(x.squeeze(1))[0].flatten(1))
 
 
-def test_what_hooks_do_not_serve_goes_through_the_loop_or_is_named():
+def test_what_hooks_do_not_support_goes_through_the_loop_or_is_named():
     torch.manual_seed(0)
     module, batch = Awkward(), dataset()[:6]
     sketch = BlockSRHT(Layout.of(module).n, 64)
@@ -137,7 +137,7 @@ def test_what_hooks_do_not_serve_goes_through_the_loop_or_is_named():
 
 
 def test_a_loss_that_is_no_mean_over_examples_is_refused_by_hooks(module):
-    """A sum taken for a mean, and a loss in which examples meet; with the right reduction the sum is served."""
+    """A sum taken for a mean, and a loss that couples examples; with the right reduction the sum is supported."""
     sketch, batch = BlockSRHT(Layout.of(module).n, 64), dataset()[:6]
 
     def summed(module, batch):
@@ -155,7 +155,7 @@ def test_a_loss_that_is_no_mean_over_examples_is_refused_by_hooks(module):
 
 
 def test_an_axis_taken_for_that_of_the_examples_is_noticed():
-    """As many tokens as examples, the other way round: the shares add up, and are wrong."""
+    """With as many tokens as examples and the axes swapped, the parts have the right sum and are wrong."""
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
     sketch = BlockSRHT(8, 8)

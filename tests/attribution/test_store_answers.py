@@ -1,4 +1,4 @@
-"""Questions asked of a store, after real training, have the answers of the same rows in memory."""
+"""The scores of a store, after real training, are those of the same rows in memory."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def logits(module, batch):
 @pytest.mark.filterwarnings("ignore:.*few examples")
 @pytest.mark.parametrize("method", ["dot", "cosine", "influence"])
 def test_at_the_final_weights(trained, method):
-    """The rows per example answer, and the rows of steps do not; by a curvature that the store keeps."""
+    """The rows of examples are scored, the rows of steps are not; with a curvature that is saved in the store."""
     store, model, held_out = trained
     queries = store.sketch_gradients(model, held_out)
     store.fit_curvature(model, held_out, model_fn=logits)
@@ -50,9 +50,9 @@ def test_at_the_final_weights(trained, method):
     assert torch.equal(best.example_ids, top_k(queries, rows, 5, **options).example_ids)
     assert rows.example_id[found.argmax(1)].tolist() == best.example_ids[:, 0].tolist()
     if method == "influence":
-        kept = store.scores(queries, method=method)  # "ggn", from beside the rows
-        assert kept.shape == found.shape
-        assert not torch.equal(kept, found)
+        saved = store.scores(queries, method=method)  # "ggn", from the folder of the store
+        assert saved.shape == found.shape
+        assert not torch.equal(saved, found)
 
 
 def test_other_weights_are_refused_and_tracin_needs_no_checkpoint_files(trained):
@@ -74,13 +74,13 @@ def test_other_weights_are_refused_and_tracin_needs_no_checkpoint_files(trained)
 
 def test_training_on_an_example_lowers_its_own_loss(trained):
     store, _, _ = trained
-    found = store.where(stage="validate").self_influence("dot")
+    found = store.where(stage="validate").self_influence(method="dot")
     assert (found.scores > 0).all()
     assert sorted(found.example_ids.tolist()) == list(range(256))
-    torch.testing.assert_close(found.scores, self_influence(store.where(stage="validate").read(), "dot").scores)
+    torch.testing.assert_close(found.scores, self_influence(store.where(stage="validate").read(), method="dot").scores)
 
 
-def test_only_the_gauss_newton_matrix_needs_to_be_fitted(trained):
+def test_only_the_gauss_newton_matrix_needs_to_be_fitted(trained, untyped):
     store, model, held_out = trained
     with pytest.raises(ValueError, match="'margin' is made from the rows"):
-        store.fit_curvature(model, held_out, "margin")
+        store.fit_curvature(model, held_out, curvature="margin")

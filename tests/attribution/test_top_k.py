@@ -1,4 +1,4 @@
-"""The k best of each query are those of the whole table of scores, however it was cut."""
+"""The k best of each query are those of the whole table of scores, whatever the size of blocks."""
 
 import itertools
 import weakref
@@ -17,20 +17,20 @@ QUERY = random_rows(3, seed=1)
 def test_rows_are_ranked_as_in_the_whole_table(largest, batch_rows):
     train = random_rows(50, seed=2, example_id=torch.arange(50) + 100)
     best, place = scores(QUERY, train).topk(5, largest=largest)
-    found = top_k(QUERY, train, 5, largest, group=None, batch_rows=batch_rows)
+    found = top_k(QUERY, train, 5, largest=largest, group=None, batch_rows=batch_rows)
     torch.testing.assert_close(found.scores, best)
     assert torch.equal(found.example_ids, place + 100)
-    assert torch.equal(top_k(QUERY, train, 5, largest).example_ids, place + 100)  # each once: nothing to sum
+    assert torch.equal(top_k(QUERY, train, 5, largest=largest).example_ids, place + 100)  # each once: nothing to sum
 
 
 @pytest.mark.parametrize("largest", [True, False])
 def test_rows_of_one_example_are_summed_before_they_are_ranked(largest):
     train = random_rows(50, seed=2, example_id=(torch.arange(50) * 7) % 20)
     best, place = scores(QUERY, train, group="example_id").topk(5, largest=largest)
-    found = top_k(QUERY, train, 5, largest, batch_rows=7)
+    found = top_k(QUERY, train, 5, largest=largest, batch_rows=7)
     torch.testing.assert_close(found.scores, best)
     assert torch.equal(found.example_ids, place)
-    rows = top_k(QUERY, train, 5, largest, group=None)
+    rows = top_k(QUERY, train, 5, largest=largest, group=None)
     assert not torch.equal(found.example_ids, rows.example_ids)
 
 
@@ -39,12 +39,12 @@ def test_fewer_rows_than_k_give_fewer(group):
     assert top_k(QUERY, random_rows(2), 5, group=group, batch_rows=1).scores.shape == (3, 2)
 
 
-def test_rows_without_ids_are_known_by_their_place_among_all_that_were_given():
+def test_the_id_of_a_row_without_id_is_its_position_in_train():
     train = random_rows(6, seed=3, finite=torch.tensor([False, True, True, True, True, True]))
     assert sorted(top_k(QUERY, train, 5).example_ids[0].tolist()) == [1, 2, 3, 4, 5]
 
 
-def test_training_steps_without_ids_are_known_by_their_step():
+def test_the_id_of_a_training_step_without_id_is_its_step():
     train = random_rows(3, stage="fit", step=torch.tensor([10, 20, 30]), lr=0.1)
     found = top_k({0: QUERY}, train, 3, method="tracin").example_ids
     assert sorted(found[0].tolist()) == [10, 20, 30]
@@ -74,11 +74,11 @@ def test_members_are_averaged(group):
 def test_a_sweep_and_a_k_of_zero_are_refused():
     with pytest.raises(ValueError, match="top_k takes one damping"):
         top_k(QUERY, random_rows(40), method="influence", curvature="fisher", damping=[0.1, 0.2])
-    with pytest.raises(ValueError, match="k=0 rows were asked for"):
+    with pytest.raises(ValueError, match="need k >= 1, got 0"):
         top_k(QUERY, random_rows(4), 0)
 
 
-def test_no_more_rows_are_held_than_two_blocks():
+def test_at_most_two_blocks_are_in_memory():
     alive = []
 
     class Endless:
@@ -99,14 +99,14 @@ def test_no_more_rows_are_held_than_two_blocks():
                 alive.append(weakref.ref(block.sketches))
                 yield block
                 del block
-                assert sum(kept() is not None for kept in alive) <= 2
+                assert sum(block() is not None for block in alive) <= 2
 
     assert top_k(QUERY, Endless(), 3, group=None).scores.shape == (3, 3)
     assert len(alive) == 20
 
 
 class InOtherFiles(SketchedGradients):
-    """As a store whose files end elsewhere."""
+    """Rows whose blocks have other sizes, as those of a store with other files."""
 
     def blocks(self, batch_rows=4096):
         for part in (slice(0, 3), slice(3, 8), slice(8, 11)):
