@@ -1,63 +1,79 @@
-"""Losses of a module: what its `training_step` returns, and what is a function of its output, with its curvature.
+"""Losses of a module: the loss of its `training_step`, and the loss as a function of its output.
 
-    loss of an output z                                     Hessian H_z u
-    cross-entropy, mean over the N labels that count        (p ⊙ u - p (pᵀ u)) / N
-    binary cross-entropy, mean over all M numbers           p (1 - p) ⊙ u / M
-    squared error, mean over all M numbers                  2 u / M
-
-p = softmax(z), or sigmoid(z). In cross-entropy labels enter through N only, and label smoothing not at all: it moves
-the target, which is linear in z. Square roots of these Hessians: `output_roots`.
-
-Source: Schraudolph (2002), "Fast curvature matrix-vector products for second-order gradient descent", Neural
-Computation 14(7), doi:10.1162/08997660260028683, section 3.
+The Gauss-Newton matrix needs the loss as a function of the output; `OutputModel` finds out which function it is, and
+compares it with the loss that is trained. The functions themselves, with their Hessians: `_output_losses`.
 """
 
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import HALF, copied, has_labels, labels_of
-from lightning_sketch.autodiff.output_roots import Draws, class_roots, roots_of_examples, separate_roots
+from lightning_sketch.autodiff._output_losses import BinaryCrossEntropy, CrossEntropy, SquaredError
+from lightning_sketch.autodiff.batches import HALF, copied, labels_of
 
+# (module, batch) -> mean loss of the batch, a scalar.
 LossFn = Callable[[nn.Module, Any], Tensor]
-"""(module, batch) -> mean loss of the batch, a scalar."""
 
+OutputLoss = CrossEntropy | BinaryCrossEntropy | SquaredError
+
+# Losses of an output that can be asked for by name.
+OutputLossName = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
+OUTPUT_LOSSES: dict[OutputLossName, OutputLoss] = {
+    "cross_entropy": CrossEntropy(),
+    "binary_cross_entropy": BinaryCrossEntropy(),
+    "squared_error": SquaredError(),
+}
+
+# Two losses are taken for equal if they differ by less, relative to the larger; the second is for half precision.
 _AGREE, _AGREE_HALF = 1e-3, 2e-2
-"""Two losses are one if they differ by less, relative to the larger."""
 
+# The same for their gradients, whose rounding is larger.
 _GRADIENTS_AGREE, _GRADIENTS_AGREE_HALF = 1e-2, 1e-1
-"""And if their gradients do, whose rounding is larger."""
 
+# A gradient that is smaller than this, relative to the loss, is rounding.
 _FLAT = 1e-6
-"""A gradient that is smaller than this, relative to the loss, is rounding."""
 
 
-def training_step_loss(module: nn.Module, batch: Any, batch_idx: int = 0) -> Tensor:
-    """Return the loss that the module's own `training_step` returns, with its logging silenced.
+def training_step_loss(module: nn.Module, batch: Any, *, batch_idx: int = 0) -> Tensor:
+    """Return the loss that the module's own `training_step` returns, without its logging.
+
+    Args:
+        module: A LightningModule, or any module with a `training_step`.
+        batch: The batch.
+        batch_idx: The index of the batch, for a step that takes it.
+
+    Returns:
+        The loss, a scalar with a graph where gradients are on.
 
     Raises:
-        ValueError: if the step uses manual optimization or returns no loss.
+        ValueError: if the step uses manual optimization, fetches its own batches, or returns no loss.
+        RuntimeError: if the step fails; the message names its error.
+
+    >>> class Model(nn.Linear):
+    ...     def training_step(self, batch):
+    ...         return self(batch).square().mean()
+    >>> training_step_loss(Model(3, 2), torch.ones(4, 3)).shape
+    torch.Size([])
     """
+    step = cast(Callable[..., Any], module.training_step)
     if not getattr(module, "automatic_optimization", True):
         raise ValueError(
-            f"{type(module).__name__} optimizes by hand, so its training_step has side effects and need not return a "
-            "loss; pass loss_fn=lambda module, batch: ..."
+            f"{type(module).__name__} uses manual optimization, so its training_step has side effects and need not "
+            "return a loss; pass loss_fn=lambda module, batch: ..."
         )
-    parameters = inspect.signature(module.training_step).parameters
+    parameters = inspect.signature(step).parameters
     if "dataloader_iter" in parameters:
         raise ValueError(
             "training_step(dataloader_iter) fetches its own batches; pass loss_fn=lambda module, batch: ..."
         )
     with _silent(module):
         try:
-            output = call_step(module.training_step, batch, batch_idx)
+            output = call_step(step, batch, batch_idx)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -76,7 +92,7 @@ def training_step_loss(module: nn.Module, batch: Any, batch_idx: int = 0) -> Ten
 
 
 def call_step(step: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a step with as many of the arguments as it takes, as Lightning would: `batch_idx` can be left out."""
+    """Call a step with as many of the positional arguments as it takes, as Lightning does; `batch_idx` is optional."""
     parameters = inspect.signature(step).parameters.values()
     if any(parameter.kind == parameter.VAR_POSITIONAL for parameter in parameters):
         return step(*args, **kwargs)
@@ -85,26 +101,26 @@ def call_step(step: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def on_copies(loss_fn: LossFn) -> LossFn:
-    """Return the same loss, of a copy of the batch: a step may change its batch in place, and is called again on it."""
+    """Return the same loss on a copy of the batch, for a step that changes its batch in place and is called again."""
     return lambda module, batch: loss_fn(module, copied(batch))
 
 
 def call_model(module: nn.Module, batch: Any) -> Any:
-    """Call a module on a batch as most are called.
+    """Call a module on a batch in the usual way.
 
-    `module(**batch)` for a mapping, without the keys that its `forward` does not take, or `module(batch)` where
-    `forward` takes the batch itself; else `module(x)` with x the first item of the batch. A LightningModule without
-    `forward` is called by its only child that has parameters.
+    That is `module(**batch)` for a mapping, without the keys that `forward` does not take, or `module(batch)` where
+    `forward` takes the batch itself; else `module(x)` with x the first item of the batch. For a LightningModule without
+    `forward`, its only child that has parameters is called.
 
     Raises:
-        ValueError: if it cannot be called so; the message names `model_fn`.
+        ValueError: if the module cannot be called so; the message names `model_fn`.
     """
     callee = module if _has_forward(module) else _only_child(module)
     try:
         return _call(callee, batch)
     except TypeError as error:
         keys = (
-            ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"what a {type(batch).__name__} begins with"
+            ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"the first item of a {type(batch).__name__}"
         )
         raise ValueError(
             f"{type(callee).__name__} cannot be called with {keys}: {error}. Pass model_fn=lambda module, batch: "
@@ -126,7 +142,7 @@ def _call(callee: nn.Module, batch: Any) -> Any:
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Return whether its class, and not only `nn.Module` or Lightning's own, says what a call does."""
+    """Return whether the module or its class defines `forward`, not only `nn.Module` or LightningModule."""
     owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     of_lightning = owner.__name__ == "LightningModule" and owner.__module__.split(".")[0].endswith("lightning")
     return "forward" in vars(module) or not (owner is nn.Module or of_lightning)
@@ -143,165 +159,32 @@ def _only_child(module: nn.Module) -> nn.Module:
     )
 
 
-@dataclass(frozen=True)
-class CrossEntropy:
-    """Mean cross-entropy of logits: classes along the last axis, or along the second as in `F.cross_entropy`.
-
-    Labels are whole numbers, or real ones in the shape of the output, the probabilities of the classes.
-
-    Args:
-        ignore_index: label that does not count.
-        label_smoothing: as in `F.cross_entropy`.
-        shift: each token predicts the label of the next one, as in a causal language model of Hugging Face.
-        class_axis: where the classes are, 1 or -1, where an output has as many of them as of something else.
-
-    >>> loss, z = CrossEntropy(), torch.zeros(1, 2)
-    >>> loss.hessian_matvec(z, (None, torch.tensor([0])), torch.tensor([[1.0, 0.0]]))
-    tensor([[ 0.2500, -0.2500]])
-    """
-
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
-    shift: bool = False
-    class_axis: int | None = None
-
-    def __call__(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the loss, a scalar."""
-        labels = self._labels(batch)
-        if labels.is_floating_point():
-            labels = _of_shape(output, labels, "cross-entropy of probabilities")
-            return F.cross_entropy(output, labels.to(output), label_smoothing=self.label_smoothing)
-        logits = output.movedim(_class_axis(output, labels, self.class_axis), -1).flatten(0, -2)
-        return F.cross_entropy(
-            logits, labels.flatten(), ignore_index=self.ignore_index, label_smoothing=self.label_smoothing
-        )
-
-    def hessian_matvec(self, output: Tensor, batch: Any, u: Tensor) -> Tensor:
-        """Return H_z u, in the shape of the output."""
-        axis, counts = self._counts(output, self._labels(batch))
-        p = output.detach().softmax(axis)
-        hu = p * (u - (p * u).sum(axis, keepdim=True))
-        number = counts.numel() if counts.is_floating_point() else counts.sum().clamp(min=1)
-        return hu * (counts.to(hu) / number).unsqueeze(axis)
-
-    def roots(self, output: Tensor, batch: Any, draws: Draws, counted: Tensor | None = None) -> Tensor:
-        """Return vectors v at the output, (roots, *output.shape), whose v vᵀ add up to each example's own H_z."""
-        if output.ndim < 2 or output.shape[-1] == 1:
-            raise ValueError(
-                f"an output of shape {tuple(output.shape)} has one class, whose cross-entropy is zero; pass "
-                "output_loss_fn='binary_cross_entropy' or 'squared_error'."
-            )
-        axis, counts = -1, counted
-        if counted is None and has_labels(batch):
-            axis, counts = self._counts(output, self._labels(batch))
-        p = output.double().movedim(axis, -1).softmax(-1)
-        return roots_of_examples(p, counts, draws, class_roots).movedim(-1, axis if axis < 0 else axis + 1)
-
-    def _labels(self, batch: Any) -> Tensor:
-        labels = labels_of(batch)
-        if not self.shift:
-            return labels
-        if labels.is_floating_point() or labels.ndim < 2:
-            raise ValueError(f"tokens have whole-number labels (examples, tokens), got {tuple(labels.shape)}.")
-        return F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
-
-    def _counts(self, output: Tensor, labels: Tensor) -> tuple[int, Tensor]:
-        """Return the axis of the classes, and which labels count; of probabilities, how much they add up to."""
-        if labels.is_floating_point():
-            total = _of_shape(output, labels, "cross-entropy of probabilities").sum(1)
-            return 1, total * (1 - self.label_smoothing) + self.label_smoothing
-        return _class_axis(output, labels, self.class_axis), labels.ne(self.ignore_index)
-
-
-@dataclass(frozen=True)
-class BinaryCrossEntropy:
-    """Mean binary cross-entropy of logits, as `F.binary_cross_entropy_with_logits`.
-
-    Args:
-        squeeze: whether an output (examples, 1) has labels (examples,).
-
-    >>> BinaryCrossEntropy()(torch.zeros(1, 2), (None, torch.tensor([[0.0, 1.0]])))
-    tensor(0.6931)
-    """
-
-    squeeze: bool = False
-
-    def __call__(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the loss, a scalar."""
-        labels = _of_shape(output, labels_of(batch), "binary cross-entropy", self.squeeze)
-        return F.binary_cross_entropy_with_logits(output, labels.to(output))
-
-    def hessian_matvec(self, output: Tensor, batch: Any, u: Tensor) -> Tensor:
-        """Return H_z u, in the shape of the output."""
-        p = output.detach().sigmoid()
-        return u * p * (1 - p) / output.numel()
-
-    def roots(self, output: Tensor, batch: Any, draws: Draws, counted: Tensor | None = None) -> Tensor:
-        """Return vectors v at the output, (roots, *output.shape), whose v vᵀ add up to each example's own H_z."""
-        p = output.double().sigmoid()
-        return roots_of_examples((p * (1 - p)).sqrt(), counted, draws, separate_roots)
-
-
-@dataclass(frozen=True)
-class SquaredError:
-    """Mean squared error, as `F.mse_loss`.
-
-    Args:
-        squeeze: whether an output (examples, 1) has labels (examples,).
-
-    >>> SquaredError()(torch.zeros(1, 2), (None, torch.tensor([[0.0, 2.0]])))
-    tensor(2.)
-    """
-
-    squeeze: bool = False
-
-    def __call__(self, output: Tensor, batch: Any) -> Tensor:
-        """Return the loss, a scalar."""
-        return F.mse_loss(output, _of_shape(output, labels_of(batch), "squared error", self.squeeze).to(output))
-
-    def hessian_matvec(self, output: Tensor, batch: Any, u: Tensor) -> Tensor:
-        """Return H_z u, in the shape of the output."""
-        return u * (2 / output.numel())
-
-    def roots(self, output: Tensor, batch: Any, draws: Draws, counted: Tensor | None = None) -> Tensor:
-        """Return vectors v at the output, (roots, *output.shape), whose v vᵀ add up to each example's own H_z."""
-        constant = torch.full_like(output, 2**0.5, dtype=torch.float64)
-        return roots_of_examples(constant, counted, draws, separate_roots)
-
-
-OutputLoss = CrossEntropy | BinaryCrossEntropy | SquaredError
-
-OUTPUT_LOSSES: dict[str, OutputLoss] = {
-    "cross_entropy": CrossEntropy(),
-    "binary_cross_entropy": BinaryCrossEntropy(),
-    "squared_error": SquaredError(),
-}
-"""Losses that can be asked for by name."""
-
-
 class OutputModel:
-    """A module as its output and a loss of that output: the one place that decides which loss it is.
+    """A module split into its output and a loss of that output; the one place that decides which loss it is.
 
-    The loss is the one that is given. Else it is that which a Hugging Face model returns beside its logits, or the
-    loss of the table above that has the value of the loss that is trained; where nothing is known of that, it is
-    cross-entropy for whole-number labels and squared error for real ones. Whatever was not given is compared, on every
-    batch, with the loss that is trained.
+    It is the loss that is given. By default it is the loss that a Hugging Face model returns beside its logits, or the
+    loss of `OUTPUT_LOSSES` that has the value of the loss that is trained; if that loss is unknown, cross-entropy for
+    whole-number labels and squared error for real ones. A default is compared, on every batch, with the loss that is
+    trained.
 
     Args:
-        module: of which the output is.
-        model_fn: (module, batch) -> output; see `call_model` for what is done by default.
-        output_loss_fn: a name of `OUTPUT_LOSSES`, or (output, batch) -> mean loss.
-        loss_fn: the loss that is trained, (module, batch) -> mean loss; the module's `training_step` if None.
+        module: The module.
+        model_fn: (module, batch) -> output; `call_model` by default.
+        output_loss_fn: A name of `OUTPUT_LOSSES`, or (output, batch) -> mean loss.
+        loss_fn: The loss that is trained, (module, batch) -> mean loss; the module's `training_step` if None.
+
+    Attributes:
+        given: The loss that was given, as a function (output, batch) -> mean loss, or None.
 
     Raises:
-        ValueError: for a name that is not known.
+        ValueError: if the name is unknown.
     """
 
     def __init__(
         self,
         module: nn.Module,
         model_fn: Callable[[nn.Module, Any], Any] | None = None,
-        output_loss_fn: str | Callable[[Tensor, Any], Tensor] | None = None,
+        output_loss_fn: OutputLossName | Callable[[Tensor, Any], Tensor] | None = None,
         loss_fn: LossFn | None = None,
     ):
         if isinstance(output_loss_fn, str):
@@ -315,10 +198,10 @@ class OutputModel:
         self._chosen: OutputLoss | None = None
 
     def forward(self, batch: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the output, and the loss that the model itself returns beside it, if it does.
+        """Return the output, and the loss that the model itself returns beside it, or None.
 
         Raises:
-            ValueError: if the output is no tensor.
+            ValueError: if the output is not a tensor.
         """
         returned = self.model_fn(self.module, batch)
         output, own = _entry(returned, "logits", returned), _entry(returned, "loss", None)
@@ -330,20 +213,20 @@ class OutputModel:
         return output, own if isinstance(own, Tensor) else None
 
     def loss_of(
-        self, output: Tensor, own: Tensor | None, batch: Any, closed: bool = False, compare: bool = True
+        self, output: Tensor, own: Tensor | None, batch: Any, *, closed: bool = False, compare: bool = True
     ) -> Callable[[Tensor, Any], Tensor] | None:
-        """Return the loss as a function (output, batch); None where it is the model's own, known by its graph alone.
+        """Return the loss as a function (output, batch), or None for the model's own loss, which only its graph gives.
 
         Args:
-            output: of the batch; with a graph if `compare`.
-            own: what the model returned as its loss; with a graph too.
-            batch: of which it is; a step may change its copy.
-            closed: whether one of the table is needed, of which square roots are known.
-            compare: whether to compare one that was not given with the loss that is trained, by its value and by its
-                gradient. It costs about one gradient; at equal outputs for all classes a value alone tells little.
+            output: The output for the batch; with a graph if `compare`.
+            own: The loss that the model returned, if any; with a graph too.
+            batch: The batch; a step gets a copy of it.
+            closed: Whether a loss of `OUTPUT_LOSSES` is needed, for its square roots.
+            compare: Whether to compare a default with the loss that is trained, by its value and by its gradient. This
+                costs about one gradient; where all classes have equal outputs, the value alone decides little.
 
         Raises:
-            ValueError: if it is not the loss that is trained, or it is not clear which one that is.
+            ValueError: if the loss is not the one that is trained, or it is ambiguous which one that is.
         """
         if self.given is not None:
             return self.given
@@ -351,11 +234,13 @@ class OutputModel:
             self._chosen = self._choose(output, own, batch)
         if compare and self.loss_fn is not None:
             with torch.enable_grad():
-                self._compare(own if self._chosen is None else self._chosen(output, batch), batch)
+                loss = own if self._chosen is None else self._chosen(output, batch)
+                self._compare(cast(Tensor, loss), batch)  # without `own` one was chosen
         return self._chosen
 
     def _choose(self, output: Tensor, own: Tensor | None, batch: Any) -> OutputLoss:
-        labels_of(batch)  # refuses a batch without any
+        """Return the loss of `OUTPUT_LOSSES`, with its options, that has the value of the loss that is trained."""
+        labels_of(batch)  # refuses a batch without labels
         trained = self._trained(batch, own)
         if trained is None:
             return usual_loss(batch)
@@ -382,13 +267,13 @@ class OutputModel:
         if not all(_close(gradient, found[0][1]) for _, gradient in found):
             raise ValueError(
                 f"{' and '.join(dict.fromkeys(_name(loss) for loss, _ in found))} both have the value of the loss that "
-                f"is trained, {trained:.6g}, on the first batch, so that it is not clear which one it is; pass "
+                f"is trained, {trained:.6g}, on the first batch, so that it is ambiguous which one it is; pass "
                 "output_loss_fn, such as 'cross_entropy' or lightning_sketch.curvature.CrossEntropy(shift=True)."
             )
         return found[0][0]
 
     def _compare(self, loss: Tensor, batch: Any) -> None:
-        """Refuse a loss of the output that is not the one that is trained, in value or in gradient."""
+        """Refuse a loss of the output that differs from the loss that is trained, in value or in gradient."""
         trained, found = self._trained_loss(batch), float(loss.detach().mean())
         value = float(trained.detach().mean())
         if not _agree(found, value, loss):
@@ -416,7 +301,7 @@ class OutputModel:
         )
 
     def _trained(self, batch: Any, own: Tensor | None) -> float | None:
-        """Return the loss that is trained, on this batch; else the model's own; else None."""
+        """Return the value of the loss that is trained, of the model's own if that is unknown, or None."""
         if self.loss_fn is None:
             return None if own is None else float(own.detach())
         return float(self._trained_loss(batch).detach().mean())
@@ -425,21 +310,21 @@ class OutputModel:
         """Return the loss that is trained, with its graph."""
         try:
             with torch.enable_grad():
-                return self.loss_fn(self.module, copied(batch))
+                return cast(LossFn, self.loss_fn)(self.module, copied(batch))
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "when called for its loss" not in str(error):
                 raise
             raise ValueError(
-                f"which loss of the output is trained is not known, since {error} Or pass "
+                f"the loss of the output that is trained is unknown: {error} Or pass "
                 "output_loss_fn=lambda output, batch: loss."
             ) from error
 
 
 def usual_loss(batch: Any) -> OutputLoss:
-    """Return cross-entropy where labels are whole numbers, squared error where they are real.
+    """Return cross-entropy for labels that are whole numbers, squared error for real ones.
 
     Raises:
-        ValueError: if real ones are probabilities, or all of them 0 or 1, so that another loss may be meant.
+        ValueError: if real labels are probabilities, or all of them 0 or 1, so that another loss may be meant.
     """
     labels = labels_of(batch)
     if not labels.is_floating_point():
@@ -471,7 +356,7 @@ def _agree(value: float, trained: float, like: Tensor) -> bool:
 
 def _difference(one: Tensor | None, other: Tensor | None) -> Tensor:
     if one is None or other is None:
-        return (one if other is None else other).detach()
+        return cast(Tensor, one if other is None else other).detach()
     return one.to_dense() - other.to_dense()
 
 
@@ -484,40 +369,12 @@ def _entry(returned: Any, name: str, default: Any) -> Any:
     return returned.get(name, default) if isinstance(returned, Mapping) else getattr(returned, name, default)
 
 
-def _of_shape(output: Tensor, labels: Tensor, what: str, squeeze: bool = False) -> Tensor:
-    if squeeze and output.shape == (*labels.shape, 1):
-        return labels.unsqueeze(-1)
-    if labels.shape != output.shape:
-        raise ValueError(
-            f"{what} compares equal shapes, got output {tuple(output.shape)} and labels {tuple(labels.shape)}; reshape "
-            "one, or pass output_loss_fn=lambda output, batch: ..."
-        )
-    return labels
-
-
-def _class_axis(output: Tensor, labels: Tensor, asked: int | None) -> int:
-    axes = [axis for axis in (1, -1) if output.ndim > 1 and output.select(axis, 0).shape == labels.shape]
-    axes = [axis for axis in axes if asked in (None, axis)] or axes
-    if output.ndim == 2:
-        axes = axes[:1]  # the same axis twice
-    if len(axes) == 1 and output.shape[axes[0]] == 1:
-        raise ValueError(
-            f"an output of shape {tuple(output.shape)} has one class, whose cross-entropy is zero; for two pass "
-            "output_loss_fn='binary_cross_entropy'."
-        )
-    if len(axes) != 1:
-        raise ValueError(
-            f"found {len(axes)} axes of classes in an output of shape {tuple(output.shape)} for labels of shape "
-            f"{tuple(labels.shape)}; pass output_loss_fn=CrossEntropy(class_axis=-1) or 1, or a function."
-        )
-    return axes[0]
-
-
 @contextmanager
 def _silent(module: nn.Module) -> Iterator[None]:
-    """Replace `log` and `log_dict` of every submodule: a second call would overwrite what the user logged."""
+    """Disable `log` and `log_dict` of every submodule: a second call would overwrite what the user logged."""
     parts = [part for part in module.modules() if hasattr(type(part), "log_dict")]
-    before = [{name: vars(part)[name] for name in ("log", "log_dict") if name in vars(part)} for part in parts]
+    names = ("log", "log_dict")
+    before: list[dict[str, Any]] = [{n: vars(part)[n] for n in names if n in vars(part)} for part in parts]
     for part in parts:
         part.__dict__["log"] = part.__dict__["log_dict"] = lambda *args, **kwargs: None
     try:

@@ -83,7 +83,7 @@ def test_a_step_without_loss_is_refused(output):
 def test_manual_optimization_is_refused_before_the_step_runs():
     model = Model(lambda self, batch, batch_idx: pytest.fail("the step ran"))
     model.automatic_optimization = False
-    with pytest.raises(ValueError, match=r"Model optimizes by hand.* pass loss_fn=lambda module, batch"):
+    with pytest.raises(ValueError, match=r"Model uses manual optimization.* pass loss_fn=lambda module, batch"):
         training_step_loss(model, X)
 
 
