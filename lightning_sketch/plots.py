@@ -1,12 +1,19 @@
-"""Figures from plain lists. Matplotlib is imported where it is used."""
+"""Figures of spectra, layers and images, from plain lists; matplotlib is imported only when one is drawn."""
 
 import io
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-_TOP, _BOTTOM, _REST, _LINE = "#0072B2", "#D55E00", "#999999", "#009E73"  # Okabe & Ito: safe for colour-blind people
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 __all__ = ["contact_sheet", "layers", "new_figure", "spectrum", "spectrum_over_time"]
+
+_TOP, _BOTTOM, _REST, _LINE = "#0072B2", "#D55E00", "#999999", "#009E73"  # Okabe & Ito: safe for color-blind people
 
 _UNIT = "eigenvalue (loss / parameter²)"
 
@@ -14,6 +21,7 @@ _UNIT = "eigenvalue (loss / parameter²)"
 def spectrum_over_time(
     time: Sequence[int | float],
     values: Sequence[Sequence[float]],
+    *,
     errors: Sequence[Sequence[float]],
     converged: Sequence[Sequence[bool]],
     top_k: int,
@@ -22,23 +30,28 @@ def spectrum_over_time(
     xlabel: str = "optimizer step",
     stable_below: Sequence[float] = (),
     density: Sequence[tuple[Sequence[float], Sequence[float]]] | None = None,
-):
-    """Both ends of a spectrum at each measurement: a line a rank, error bars, hollow where not converged.
+) -> "Figure":
+    """Draw the largest and the smallest eigenvalues over time: a line for each rank, with error bars.
+
+    Markers are white where an eigenvalue has not converged.
 
     Args:
         time: when each measurement was taken.
-        values: its eigenvalues, in falling order.
-        errors: how far each may be off.
-        converged: whether it may be believed.
-        top_k: how many of the largest to draw.
-        bottom_k: how many of the smallest.
-        title: above the figure.
-        xlabel: unit of `time`.
+        values: eigenvalues of each measurement, in falling order, loss / parameter².
+        errors: error of each eigenvalue, in the same unit.
+        converged: whether each eigenvalue has converged.
+        top_k: number of the largest eigenvalues to draw.
+        bottom_k: number of the smallest eigenvalues to draw.
+        title: title of the figure.
+        xlabel: label of the time axis.
         stable_below: the edge of stability at each measurement, drawn as a dashed line; NaN where there is none.
-        density: nodes and weights of each measurement, drawn as a heat map below.
+        density: nodes and weights of each measurement, drawn as a heat map below; no heat map if None.
 
     Returns:
         A matplotlib Figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
     """
     heights = [2.0] + [1.0] * (bottom_k > 0) + [1.6] * (density is not None)
     figure = new_figure(8, 2 + sum(heights) * 1.3)
@@ -79,16 +92,27 @@ def spectrum_over_time(
 def spectrum(
     values: Sequence[float],
     errors: Sequence[float],
+    *,
     converged: Sequence[bool],
     nodes: Sequence[float] = (),
     weights: Sequence[float] = (),
-):
-    """Eigenvalues by rank, on a symmetric-log scale, with error bars, hollow where not converged.
+) -> "Figure":
+    """Draw eigenvalues by rank with error bars, on a symmetric-log scale, and beside them the density of all.
 
-    Beside them, if there are nodes and weights, the density of all eigenvalues on the same scale.
+    Markers are white where an eigenvalue has not converged.
+
+    Args:
+        values: eigenvalues, in falling order, loss / parameter².
+        errors: error of each eigenvalue, in the same unit.
+        converged: whether each eigenvalue has converged.
+        nodes: points that represent all eigenvalues; without them no density is drawn.
+        weights: the fraction of all eigenvalues at each node.
 
     Returns:
         A matplotlib Figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
     """
     figure = new_figure(8, 4)
     axes, *rest = figure.subplots(
@@ -124,16 +148,31 @@ def spectrum(
 def layers(
     names: Sequence[str],
     top: Sequence[float],
+    *,
     top_errors: Sequence[float],
     converged: Sequence[bool],
     traces: Sequence[float],
     trace_errors: Sequence[float],
     title: str = "",
-):
-    """Bars for each layer: the top eigenvalue of its own block, and its trace; hollow where not converged.
+) -> "Figure":
+    """Draw bars for the top eigenvalue and the trace of the diagonal block of each layer.
+
+    Bars are white where an eigenvalue has not converged.
+
+    Args:
+        names: names of the layers.
+        top: top eigenvalue of each block, loss / parameter².
+        top_errors: error of each eigenvalue, in the same unit.
+        converged: whether each eigenvalue has converged.
+        traces: trace of each block, in the same unit.
+        trace_errors: standard error of each trace.
+        title: title of the figure.
 
     Returns:
         A matplotlib Figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
     """
     figure = new_figure(8, 1.2 + 0.32 * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -152,8 +191,16 @@ def layers(
     return figure
 
 
-def new_figure(width: int, height: int | float):
-    """Make an empty figure that a notebook also shows if nothing else of matplotlib was imported in it."""
+def new_figure(width: int | float, height: int | float) -> "Figure":
+    """Make an empty figure that notebooks show even if they have not imported matplotlib themselves.
+
+    Args:
+        width: in inches.
+        height: in inches.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -166,23 +213,24 @@ def new_figure(width: int, height: int | float):
         figure.savefig(buffer, format="png")
         return buffer.getvalue()
 
-    figure._repr_png_ = png
+    figure._repr_png_ = png  # type: ignore[attr-defined]  # the name that IPython looks up
     return figure
 
 
-def _legend(axes) -> None:
+def _legend(axes: "Axes") -> None:
+    """Add a legend that explains the markers, and the edge of stability if it is drawn."""
     from matplotlib.lines import Line2D
 
     handles = [
         Line2D([], [], marker="o", ls="none", color=_TOP, label="converged, with error bar"),
         Line2D([], [], marker="o", ls="none", color=_TOP, mfc="white", label="not converged: do not rely on it"),
     ]
-    handles += [line for line in axes.get_lines() if line.get_label().startswith("edge")]
+    handles += [line for line in axes.get_lines() if str(line.get_label()).startswith("edge")]
     axes.legend(handles=handles, loc="best", frameon=False, fontsize="small")
 
 
-def _stability(axes, time: Sequence[int | float], edge: Sequence[float]) -> None:
-    """Draw the line above which gradient descent grows, where it is not far above everything."""
+def _stability(axes: "Axes", time: Sequence[int | float], edge: Sequence[float]) -> None:
+    """Draw the edge of stability as a dashed line; one far above all eigenvalues does not change the axis."""
     known = [(t, e) for t, e in zip(time, edge, strict=False) if math.isfinite(e)]
     if known:
         low, high = axes.get_ylim()
@@ -192,8 +240,12 @@ def _stability(axes, time: Sequence[int | float], edge: Sequence[float]) -> None
 
 
 def _heat_map(
-    figure, axes, time: Sequence[int | float], density: Sequence[tuple[Sequence[float], Sequence[float]]]
+    figure: "Figure",
+    axes: "Axes",
+    time: Sequence[int | float],
+    density: Sequence[tuple[Sequence[float], Sequence[float]]],
 ) -> None:
+    """Draw the density of all eigenvalues at each measurement as a heat map."""
     from matplotlib.colors import LogNorm
 
     everything = [node for nodes, _ in density for node in nodes]
@@ -213,21 +265,28 @@ def _heat_map(
 
 def contact_sheet(
     queries: "np.ndarray",
+    *,
     helped: "np.ndarray",
     hurt: "np.ndarray",
     query_titles: Sequence[str],
     helped_titles: Sequence[Sequence[str]],
     hurt_titles: Sequence[Sequence[str]],
 ) -> "Figure":
-    """Each query beside the examples that helped and hurt it most, best and worst first.
+    """Draw each query image beside the images of the examples that helped and hurt it most.
 
     Args:
         queries: images, (queries, height, width) or with colors as a last axis.
-        helped: images of the proponents, (queries, k, height, width).
-        hurt: images of the opponents, likewise.
-        query_titles: a line of text for each query,
-        helped_titles: and for each proponent,
-        hurt_titles: and opponent.
+        helped: images of the examples that helped each query, most helpful first, (queries, k, height, width).
+        hurt: images of the examples that hurt it, most harmful first, in the same form.
+        query_titles: a line of text for each query.
+        helped_titles: a line of text for each example that helped, as lists for each query.
+        hurt_titles: a line of text for each example that hurt, as lists for each query.
+
+    Returns:
+        A matplotlib Figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
     """
     import matplotlib.pyplot as plt
 
@@ -257,20 +316,20 @@ def contact_sheet(
 
 
 def _linear_below(values: Sequence[float]) -> float:
-    """Where a symmetric-log axis turns linear: about a thousandth of the largest, a power of ten."""
+    """Return where a symmetric-log axis becomes linear: a power of ten, about a thousandth of the largest value."""
     largest = max(map(abs, values))
     return 10.0 ** math.floor(math.log10(largest) - 3) if largest else 1.0
 
 
 def _edges(values: Sequence[float], threshold: float) -> list[float]:
-    """Edges of bins, eight to a decade, from the smallest to the largest of the values; one bin around zero."""
+    """Return edges of bins from the smallest to the largest value, eight to a decade, with one bin around zero."""
     positive = [threshold * 10 ** (i / 8) for i in range(-8, 34)]
     below, above = (max(limit * 10 ** (1 / 8), threshold) for limit in (-min(values), max(values)))
     return [-e for e in reversed(positive) if e <= below] + [e for e in positive if e <= above]
 
 
 def _binned(density: Sequence[tuple[Sequence[float], Sequence[float]]], edges: Sequence[float]) -> list[list[float]]:
-    """For each density the share of all eigenvalues in each bin, smoothed over about three bins."""
+    """Return for each density the share of all eigenvalues in each bin, smoothed over about three bins."""
     import numpy as np
 
     positions, binned = np.arange(len(edges) - 1), []

@@ -15,20 +15,19 @@ from lightning_sketch.operators import LinearOperator
 
 @dataclass(frozen=True)
 class Case:
-    """A network in float64 and evaluation mode, one batch, and what we know of its Hessian."""
+    """A network in float64 and evaluation mode, one batch, and its dense Hessian with its eigenvalues, falling."""
 
     name: str
     module: nn.Module
     batch: tuple[Tensor, Tensor]
     dense: Tensor
     eigenvalues: Tensor
-    """Falling."""
 
     def hessian(self, dtype=torch.float64) -> Hessian:
         return Hessian(cross_entropy, copy.deepcopy(self.module).to(dtype), [self.batch])
 
     def spectrum(self, dtype, num_matvecs=64, seed=0) -> Spectrum:
-        """A run that does not stop early, since more is wanted than it can show; made once for all tests."""
+        """Return a spectrum whose run does not stop early, computed once for all tests."""
         return measured(self.name, dtype, num_matvecs, seed)
 
 
@@ -108,7 +107,7 @@ def train(module, x, y):
 
 
 def dense_hessian(module, batch):
-    """Row by row, by differentiating each entry of the gradient; 32 rows at a time."""
+    """Compute the Hessian by differentiating each entry of the gradient, 32 rows at a time."""
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(cross_entropy(module, batch), parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -161,7 +160,7 @@ def dense_operator():
 
 @pytest.fixture
 def outliers():
-    """Makes an operator with eigenvalues 5, 4, 3, 2, -2 and a bulk between -0.5 and 1; takes its noise."""
+    """Return a function of the noise that makes an operator with eigenvalues 5, 4, 3, 2, -2 and a bulk in [-0.5, 1]."""
     values = torch.linspace(-0.5, 1, 3000, dtype=torch.float64)
     values[:5] = torch.tensor([5.0, 4, 3, 2, -2])
     return functools.partial(Diagonal, values)

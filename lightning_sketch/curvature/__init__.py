@@ -1,4 +1,4 @@
-"""Curvature of a loss: its Hessian, Gauss-Newton and Fisher matrices as operators, and the spectrum of one."""
+"""The Hessian, Gauss-Newton and empirical Fisher matrices of a loss as operators, and the spectrum of an operator."""
 
 from lightning_sketch.autodiff.losses import BinaryCrossEntropy, CrossEntropy, SquaredError
 from lightning_sketch.curvature.fisher import EmpiricalFisher

@@ -1,4 +1,4 @@
-"""The empirical Fisher matrix: the mean outer product of the examples' own gradients.
+"""The empirical Fisher matrix: the mean outer product of the gradients of single examples.
 
     F = sum_i g_i g_iᵀ / N = Jᵀ J / N
 
@@ -11,32 +11,40 @@ Source: Kunstner, Balles & Hennig (2019), "Limitations of the empirical Fisher a
 descent", NeurIPS 2019, arXiv:1905.12558, eq. (3).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.second_derivatives import Jacobian
-from lightning_sketch.curvature.operator import CurvatureOperator, Product
+from lightning_sketch.curvature.operator import CurvatureOperator, Mode, Product
 
 
 class EmpiricalFisher(CurvatureOperator):
-    """Empirical Fisher matrix over batches, at the module's present parameters.
+    """The empirical Fisher matrix over batches, at the module's present parameters.
 
     Args:
-        loss_fn: (module, batch) -> either the losses of the examples, one each, which is fast; or their mean, a
-            scalar: then it is called for one example at a time.
-        module: where the matrix is taken; see `CurvatureOperator` for it and all further arguments.
+        loss_fn: (module, batch) -> the losses of the examples, (examples,), which is fast; or their mean, a scalar,
+            and then it is called for one example at a time.
+        module: the module at whose present parameters the matrix is computed. See `CurvatureOperator` for more about
+            this and the arguments from `parameters` on.
         batches: a list of batches, or any iterable that can be read again and again.
-        **options: parameters, mode, weight_fn, micro_batch_size, distributed: see `CurvatureOperator`.
+        parameters: shell patterns that select parameters by name.
+        mode: "eval", or "train" to leave each submodule in its mode.
+        weight_fn: batch -> its weight in the mean; its number of examples by default.
+        num_examples: the number of examples of a batch, or a function batch -> number; by default read off its tensors.
+        batch_dim: the axis of the examples, 1 for (time, batch, ...).
+        micro_batch_size: most examples differentiated at once; larger batches are cut.
+        distributed: whether to sum over the ranks of the default process group, each with its own batches.
 
     Raises:
         TypeError: as in `CurvatureOperator`.
-        ValueError: at a product: if the loss is neither, or a mean that is not that of its examples.
+        ValueError: at a product, if `loss_fn` returns neither, or a mean that is not that of its examples.
 
-    A product costs two to three gradients, ten times that one example at a time; memory is that of the graphs of a
-    batch, or a micro-batch.
+    A product costs two to three gradients, or about ten times as much with one example at a time. Memory is that of
+    the graphs of a batch, or of a micro-batch.
 
     >>> module = torch.nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -51,22 +59,40 @@ class EmpiricalFisher(CurvatureOperator):
         loss_fn: Callable[[nn.Module, Any], Tensor],
         module: nn.Module,
         batches: Iterable[Any],
-        **options: Any,
+        *,
+        parameters: str | Sequence[str] = "*",
+        mode: Mode = "eval",
+        weight_fn: Callable[[Any], float] | None = None,
+        num_examples: int | Callable[[Any], int] | BatchStructure | None = None,
+        batch_dim: int = 0,
+        micro_batch_size: int | None = None,
+        distributed: bool = False,
     ):
-        super().__init__(module, batches, **options)
+        super().__init__(
+            module,
+            batches,
+            parameters=parameters,
+            mode=mode,
+            weight_fn=weight_fn,
+            num_examples=num_examples,
+            batch_dim=batch_dim,
+            micro_batch_size=micro_batch_size,
+            distributed=distributed,
+        )
         self.loss_fn = loss_fn
 
     def linearize(self, batch: Any, keep: bool) -> Product:
-        """V -> Jᵀ J v / N."""
+        """Return v -> Jᵀ J v / N for one batch."""
         losses = self._differentiable(self._losses(batch))
         jacobian = Jacobian(losses, self.parameters)
         return lambda pieces: jacobian.rmatvec(jacobian.matvec(pieces) / len(losses), keep)
 
     def batch_loss(self, batch: Any) -> Tensor:
-        """The mean loss of the batch."""
-        return self._one_or_each(batch).mean()
+        """Return the mean loss of the batch."""
+        return self._call_loss(batch).mean()
 
-    def _one_or_each(self, batch: Any) -> Tensor:
+    def _call_loss(self, batch: Any) -> Tensor:
+        """Return what `loss_fn` returns: the mean loss, or the losses of the examples."""
         loss = self.loss_fn(self.module, batch)
         if not isinstance(loss, Tensor) or (loss.ndim and loss.shape != (self.batches.structure.count(batch),)):
             examples = self.batches.structure.count(batch)
@@ -75,11 +101,12 @@ class EmpiricalFisher(CurvatureOperator):
         return loss
 
     def _losses(self, batch: Any) -> Tensor:
-        loss = self._one_or_each(batch)
+        """Return the losses of the examples, by one call or by one call for each."""
+        loss = self._call_loss(batch)
         if loss.ndim:
             return loss
         examples = self.batches.structure.parts(batch, 1)
-        losses = torch.stack([self._one_or_each(example).squeeze() for example, _ in examples])
+        losses = torch.stack([self._call_loss(example).squeeze() for example, _ in examples])
         if not torch.allclose(losses.detach().mean(), loss := loss.detach(), rtol=1e-3, atol=1e-6):
             raise ValueError(
                 f"the loss of the batch, {float(loss):.6g}, is not the mean of the losses of its examples, "

@@ -1,9 +1,9 @@
-"""The generalized Gauss-Newton matrix: curvature of the loss, as if the model were linear in its parameters.
+"""The generalized Gauss-Newton matrix: the curvature of the loss if the model were linear in its parameters.
 
     G = sum_b w_b J_bᵀ H_b J_b / sum_b w_b
 
 J_b    Jacobian of the model's output on batch b with respect to the parameters
-H_b    Hessian of the batch's mean loss with respect to that output; G is positive semidefinite if it is
+H_b    Hessian of the batch's mean loss with respect to that output; G is positive semidefinite if every H_b is
 
 For cross-entropy it is the Fisher information matrix of the model's own predictions.
 
@@ -11,43 +11,52 @@ Source: Schraudolph (2002), doi:10.1162/08997660260028683; Martens (2020), "New 
 natural gradient method", JMLR 21(146), section 8.
 """
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.losses import LossFn, OutputModel
 from lightning_sketch.autodiff.second_derivatives import Jacobian, nothing_dropped, second_derivative_errors
-from lightning_sketch.curvature.operator import CurvatureOperator, Product
+from lightning_sketch.curvature.operator import CurvatureOperator, Mode, Product
+
+OutputLossName = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
 
 
 class GGN(CurvatureOperator):
-    """Gauss-Newton matrix of the mean loss over batches, at the module's present parameters.
+    """The Gauss-Newton matrix of the mean loss over batches, at the module's present parameters.
 
     Args:
-        module: where the matrix is taken; see `CurvatureOperator` for it and all further arguments.
+        module: the module at whose present parameters the matrix is computed. See `CurvatureOperator` for more about
+            this and the arguments from `parameters` on.
         batches: a list of batches, or any iterable that can be read again and again.
         model_fn: (module, batch) -> output, a tensor. By default `module(**batch)` for a mapping, else `module(x)`
-            with x the first item of the batch, and of a LightningModule without `forward` its only child with
-            parameters; of what a Hugging Face model returns, the logits.
+            with x the first item of the batch. A LightningModule without `forward` is replaced by its only child with
+            parameters; from what a Hugging Face model returns, the logits are taken.
         output_loss_fn: (output, batch) -> mean loss, convex in the output, or "cross_entropy", "binary_cross_entropy",
-            "squared_error". It is differentiated by autograd unless it has a method `hessian_matvec(output, batch, u)`,
-            as `CrossEntropy` and `SquaredError` do. By default the loss that a Hugging Face model returns beside its
-            logits; else the one of the three that has the value of the loss that is trained; where that is not known,
-            cross-entropy for whole-number labels, squared error for real ones. Labels are the batch's "labels", or its
-            last item.
-        loss_fn: the loss that is trained, (module, batch) -> mean loss, by which a default output loss is checked on
-            every batch; the module's own `training_step` if None, and nothing where it has none.
-        **options: parameters, mode, weight_fn, micro_batch_size, distributed: see `CurvatureOperator`.
+            "squared_error". A function is differentiated by autograd unless it has a method
+            `hessian_matvec(output, batch, u)`, as `CrossEntropy` and `SquaredError` do. The default is the loss that a
+            Hugging Face model returns beside its logits; else the one of the three whose value is that of the training
+            loss; if this is not known, cross-entropy for integer labels and squared error for real ones. Labels are
+            the batch's "labels", or its last item.
+        loss_fn: the training loss, (module, batch) -> mean loss, with which a default output loss is compared on
+            every batch. By default the module's own `training_step`; without one nothing is compared.
+        parameters: shell patterns that select parameters by name.
+        mode: "eval", or "train" to leave each submodule in its mode.
+        weight_fn: batch -> its weight in the mean; its number of examples by default.
+        num_examples: the number of examples of a batch, or a function batch -> number; by default read off its tensors.
+        batch_dim: the axis of the examples, 1 for (time, batch, ...).
+        micro_batch_size: most examples differentiated at once; larger batches are cut.
+        distributed: whether to sum over the ranks of the default process group, each with its own batches.
 
     Raises:
         TypeError: as in `CurvatureOperator`.
-        ValueError: at a product: if output and labels do not fit, if the default loss of the output is not the one
-            that is trained or cannot be told, or an operation of the model cannot be differentiated twice; the message
-            names it.
+        ValueError: at a product, if output and labels do not fit, if the default loss of the output is ambiguous or
+            not the training loss, or if an operation of the model cannot be differentiated twice; the message names it.
 
-    A product costs two to three gradients, little more than one for a single batch.
+    A product costs two to three gradients, and little more than one for a single batch.
 
     >>> module = torch.nn.Linear(2, 1, bias=False)
     >>> batch = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.5], [3.0]])
@@ -60,39 +69,57 @@ class GGN(CurvatureOperator):
         module: nn.Module,
         batches: Iterable[Any],
         model_fn: Callable[[nn.Module, Any], Any] | None = None,
-        output_loss_fn: str | Callable[[Tensor, Any], Tensor] | None = None,
+        output_loss_fn: OutputLossName | Callable[[Tensor, Any], Tensor] | None = None,
         *,
         loss_fn: LossFn | None = None,
-        **options: Any,
+        parameters: str | Sequence[str] = "*",
+        mode: Mode = "eval",
+        weight_fn: Callable[[Any], float] | None = None,
+        num_examples: int | Callable[[Any], int] | BatchStructure | None = None,
+        batch_dim: int = 0,
+        micro_batch_size: int | None = None,
+        distributed: bool = False,
     ):
-        super().__init__(module, batches, **options)
+        super().__init__(
+            module,
+            batches,
+            parameters=parameters,
+            mode=mode,
+            weight_fn=weight_fn,
+            num_examples=num_examples,
+            batch_dim=batch_dim,
+            micro_batch_size=micro_batch_size,
+            distributed=distributed,
+        )
         self.model = OutputModel(module, model_fn, output_loss_fn, loss_fn)
 
     def linearize(self, batch: Any, keep: bool) -> Product:
-        """V -> J_bᵀ H_b J_b v."""
+        """Return v -> J_bᵀ H_b J_b v for one batch."""
         output, own = self.model.forward(batch)
         jacobian = Jacobian(self._differentiable(output), self.parameters)
         hessian = _loss_hessian(output, self._loss_of(output, own, batch), own, batch)
         return lambda pieces: jacobian.rmatvec(hessian(jacobian.matvec(pieces)), keep)
 
     def batch_loss(self, batch: Any) -> Tensor:
-        """L_b, the mean loss of the batch."""
+        """Return the mean loss of the batch, by the output loss."""
         output, own = self.model.forward(batch)
         loss_fn = self._loss_of(output, own, batch)
-        return own if loss_fn is None else loss_fn(output, batch)
+        # Without an output loss the model has returned its own.
+        return cast(Tensor, own) if loss_fn is None else loss_fn(output, batch)
 
     def _loss_of(self, output: Tensor, own: Tensor | None, batch: Any) -> Callable[[Tensor, Any], Tensor] | None:
-        """Compared with the loss that is trained until every batch was, which then come again."""
+        """Return the output loss, compared with the training loss until every batch has been compared once."""
         return self.model.loss_of(output, own, batch, compare=not self._all_seen)
 
 
 def _loss_hessian(
-    output: Tensor, loss_fn: Callable | None, loss: Tensor | None, batch: Any
+    output: Tensor, loss_fn: Callable[[Tensor, Any], Tensor] | None, loss: Tensor | None, batch: Any
 ) -> Callable[[Tensor], Tensor]:
-    """U -> H_b u."""
-    if hasattr(loss_fn, "hessian_matvec"):
-        loss_fn(output, batch)  # refuses what does not fit
-        return lambda u: loss_fn.hessian_matvec(output, batch, u)
+    """Return u -> H_b u, by the loss's own `hessian_matvec` or by autograd."""
+    if loss_fn is not None and hasattr(loss_fn, "hessian_matvec"):
+        loss_fn(output, batch)  # raises an error if output and labels do not fit
+        hessian_matvec = loss_fn.hessian_matvec
+        return lambda u: hessian_matvec(output, batch, u)
     if loss_fn is not None:
         output = output.detach().requires_grad_()
         loss = loss_fn(output, batch)

@@ -3,52 +3,63 @@
     H = ∇²L(θ),     L(θ) = sum_b w_b L_b(θ) / sum_b w_b          H: R^n -> R^n, symmetric
 
 b      a batch, of weight w_b (its number of examples) and mean loss L_b
-θ      the chosen parameters, as one flat vector in the order of `Layout`
+θ      the selected parameters, as one flat vector in the order of `Layout`
 
-One product costs about three gradients of every batch, under two of a single one, whose graph is
-kept; nothing of size n² is ever made. How it is made: `autodiff.second_derivatives`.
+One product costs about three gradients of every batch, and less than two for a single batch, whose graph is
+kept. Nothing of size n² is ever computed. The module `autodiff.second_derivatives` computes the products.
 """
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.second_derivatives import (
     NoSecondDerivative,
     double_backward,
     finite_differences,
     forward_over_reverse,
 )
-from lightning_sketch.curvature.operator import CurvatureOperator, Product
+from lightning_sketch.curvature.operator import CurvatureOperator, Mode, Product
 from lightning_sketch.linalg.lanczos import dot, start_vector
 
-_STEPS_AGREE = 0.02
+_STEPS_AGREE = 0.02  # largest relative difference between finite differences with two steps
+
+HVP = Literal["auto", "double_backward", "forward_over_reverse", "finite_differences"]
 
 
 class Hessian(CurvatureOperator):
-    """Hessian of the mean loss over batches, at the module's present parameters.
+    """The Hessian of the mean loss over batches, at the module's present parameters.
 
     Args:
         loss_fn: (module, batch) -> mean loss of the batch, a scalar.
-        module: where the Hessian is taken; see `CurvatureOperator` for it and all further arguments.
+        module: the module at whose present parameters the Hessian is computed. See `CurvatureOperator` for more about
+            this and the arguments from `parameters` on.
         batches: a list of batches, or any iterable that can be read again and again.
-        hvp: how products are made. "double_backward" serves most modules, and is kept ready for a single batch;
-            "forward_over_reverse" takes less memory, and fails where PyTorch has no forward derivative; "auto" is
+        hvp: how products are computed. "double_backward" supports most modules, and keeps the graph of a single batch;
+            "forward_over_reverse" needs less memory, and fails where PyTorch has no forward derivative; "auto" is
             the first, or the second where the first is impossible. "finite_differences" needs first derivatives only;
-            it is good to three digits on smooth losses, and refused where two step sizes disagree, as with ReLU.
-        step: of finite differences, along a unit vector of parameters.
-        **options: parameters, mode, weight_fn, micro_batch_size, distributed: see `CurvatureOperator`.
+            it has three correct digits on smooth losses, and is refused where two steps disagree, as with ReLU.
+        step: step of finite differences, along a unit vector of parameters.
+        parameters: shell patterns that select parameters by name.
+        mode: "eval", or "train" to leave each submodule in its mode.
+        weight_fn: batch -> its weight in the mean; its number of examples by default.
+        num_examples: the number of examples of a batch, or a function batch -> number; by default read off its tensors.
+        batch_dim: the axis of the examples, 1 for (time, batch, ...).
+        micro_batch_size: most examples differentiated at once; larger batches are cut.
+        distributed: whether to sum over the ranks of the default process group, each with its own batches.
 
     Raises:
         TypeError: as in `CurvatureOperator`.
-        ValueError: at a product: if the loss is no scalar, does not depend on the parameters, or holds
-            an operation that PyTorch cannot differentiate twice; the message names it.
+        ValueError: if `hvp` is unknown or `step` is not positive. At a product, if the loss is no scalar, does not
+            depend on the parameters, or contains an operation that PyTorch cannot differentiate twice; the message
+            names it.
 
     >>> import torch
     >>> module = torch.nn.Linear(2, 1, bias=False)
@@ -64,24 +75,41 @@ class Hessian(CurvatureOperator):
         module: nn.Module,
         batches: Iterable[Any],
         *,
-        hvp: str = "auto",
+        hvp: HVP = "auto",
         step: float = 1e-3,
-        **options: Any,
+        parameters: str | Sequence[str] = "*",
+        mode: Mode = "eval",
+        weight_fn: Callable[[Any], float] | None = None,
+        num_examples: int | Callable[[Any], int] | BatchStructure | None = None,
+        batch_dim: int = 0,
+        micro_batch_size: int | None = None,
+        distributed: bool = False,
     ):
-        super().__init__(module, batches, **options)
+        super().__init__(
+            module,
+            batches,
+            parameters=parameters,
+            mode=mode,
+            weight_fn=weight_fn,
+            num_examples=num_examples,
+            batch_dim=batch_dim,
+            micro_batch_size=micro_batch_size,
+            distributed=distributed,
+        )
         check_hvp(hvp)
         if not step > 0:
             raise ValueError(f"need step > 0, got {step}.")
-        self.loss_fn, self.hvp, self.step = loss_fn, hvp, step
-        self._steps_agree = False  # not looked yet
+        self.loss_fn, self.step = loss_fn, step
+        self.hvp: HVP = hvp
+        self._steps_agree = False  # becomes True once two steps have been compared
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
-        """H x for each vector along the last axis, one after the other."""
+        """Return H x for each vector x along the last axis, one after the other."""
         if self.hvp == "finite_differences" and not self._steps_agree:
             self._check_steps()
         try:
             return super().matvec(x)
-        except NoSecondDerivative as refusal:
+        except NoSecondDerivative as first:
             if self.hvp != "auto":
                 raise
             try:
@@ -90,12 +118,10 @@ class Hessian(CurvatureOperator):
                 return super().matvec(x)
             except Exception as second:
                 self.hvp = "auto"
-                raise (second if isinstance(second, torch.OutOfMemoryError) else refusal) from second
-
-    rmatvec = matvec
+                raise (second if isinstance(second, torch.OutOfMemoryError) else first) from second
 
     def linearize(self, batch: Any, keep: bool) -> Product:
-        """V -> ∇²L_b v."""
+        """Return v -> ∇²L_b v for one batch."""
         loss_now = functools.partial(self._differentiable_loss, batch)
         if self.hvp == "finite_differences":
             return finite_differences(loss_now, self.module, self.parameters, self.step)
@@ -104,7 +130,7 @@ class Hessian(CurvatureOperator):
         return double_backward(loss_now, self.parameters, keep)
 
     def batch_loss(self, batch: Any) -> Tensor:
-        """L_b(θ)."""
+        """Return the mean loss of the batch, L_b(θ)."""
         loss = self.loss_fn(self.module, batch)
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
@@ -115,8 +141,8 @@ class Hessian(CurvatureOperator):
         return self._differentiable(self.batch_loss(batch))
 
     def _check_steps(self) -> None:
-        """Compare two step sizes, on a random vector and on one that the operator has shaped."""
-        v = start_vector(self, 0, "finite differences")
+        """Refuse finite differences if two steps disagree, on a random vector or on A³ times it."""
+        v = start_vector(self, 0, name="finite differences")
         with self.hold(), self._trusted():
             half = copy.copy(self)
             half.step = self.step / 2
@@ -133,7 +159,7 @@ class Hessian(CurvatureOperator):
 
     @contextmanager
     def _trusted(self) -> Iterator[None]:
-        """Take products without looking; for good, unless something is raised."""
+        """Take products without comparing steps, inside and, unless an error is raised, also afterwards."""
         self._steps_agree = True
         try:
             yield
@@ -142,7 +168,7 @@ class Hessian(CurvatureOperator):
             raise
 
     def _smoothed(self, v: Tensor) -> Tensor:
-        """A³ v, scaled to length one: what a Krylov vector looks like."""
+        """Return A³ v, scaled to length one: similar to the Krylov vectors of a run."""
         for _ in range(3):
             v = self.matvec(v)
             v = v / (dot(v, v) ** 0.5 or 1.0)
@@ -150,7 +176,10 @@ class Hessian(CurvatureOperator):
 
 
 def check_hvp(hvp: str) -> None:
-    """Refuse an unknown way to a Hessian product."""
-    ways = ("auto", "double_backward", "forward_over_reverse", "finite_differences")
-    if hvp not in ways:
-        raise ValueError(f"hvp is one of {', '.join(ways)}, got {hvp!r}.")
+    """Refuse an unknown way to compute Hessian products.
+
+    Raises:
+        ValueError: if `hvp` is none of `HVP`.
+    """
+    if hvp not in get_args(HVP):
+        raise ValueError(f"hvp is one of {', '.join(get_args(HVP))}, got {hvp!r}.")

@@ -1,10 +1,10 @@
-"""A spectrum as plain tensors and numbers, and as a safetensors file."""
+"""Conversion of a spectrum to plain tensors and numbers, and to and from a safetensors file."""
 
 import json
 import os
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import safe_open
@@ -17,17 +17,19 @@ from lightning_sketch.linalg.krylov import Krylov, SketchedRun
 from lightning_sketch.linalg.quadrature import Quadrature
 from lightning_sketch.operators.kinds import make_sketch
 
+_S = TypeVar("_S", bound=Spectrum)
+
 
 def to_plain(spectrum: Spectrum) -> dict[str, Any]:
-    """Everything but the Krylov vectors, as tensors, numbers, strings, tuples and dicts."""
-    plain = {f.name: getattr(spectrum, f.name) for f in fields(spectrum) if f.name != "krylov"}
+    """Return all fields but the Krylov vectors, as tensors, numbers, strings, tuples and dicts."""
+    plain: dict[str, Any] = {f.name: getattr(spectrum, f.name) for f in fields(spectrum) if f.name != "krylov"}
     plain["quadrature"] = tuple(spectrum.quadrature) if spectrum.quadrature else None
     plain["sketch"] = spectrum.sketch.spec() if spectrum.sketch else None
     return plain
 
 
-def from_plain(plain: dict[str, Any], kind: type[Spectrum] = Spectrum) -> Spectrum:
-    """The inverse of `to_plain`."""
+def from_plain(plain: dict[str, Any], kind: type[_S]) -> _S:
+    """Return the spectrum, or the subclass `kind` of it, whose fields `to_plain` returned."""
     plain = dict(plain)
     plain["quadrature"] = Quadrature(*plain["quadrature"]) if plain["quadrature"] else None
     plain["sketch"] = make_sketch(**plain["sketch"]) if plain["sketch"] else None
@@ -36,7 +38,12 @@ def from_plain(plain: dict[str, Any], kind: type[Spectrum] = Spectrum) -> Spectr
 
 
 def save_spectrum(spectrum: Spectrum, path: str | os.PathLike) -> None:
-    """Write a spectrum with all it kept, Krylov vectors included; the file is there whole or not at all."""
+    """Write a spectrum to a safetensors file, atomically, with its Krylov vectors.
+
+    Args:
+        spectrum: what to write.
+        path: path of the file, which is replaced if it exists.
+    """
     plain = to_plain(spectrum)
     if spectrum.quadrature:
         plain["nodes"], plain["weights"] = plain.pop("quadrature")
@@ -52,16 +59,28 @@ def save_spectrum(spectrum: Spectrum, path: str | os.PathLike) -> None:
 
 
 def load_spectrum(path: str | os.PathLike) -> Spectrum:
-    """Read what `save_spectrum` wrote; of a measurement, what a spectrum has.
+    """Read a file written by `save_spectrum`; of a saved `Measurement`, the fields of a spectrum.
+
+    Args:
+        path: path of the file.
 
     Raises:
-        ValueError: if the file is no spectrum.
+        ValueError: if the file contains no spectrum.
+
+    >>> import tempfile
+    >>> from lightning_sketch import BlockSRHT, spectrum
+    >>> s = BlockSRHT(n=64, dim=8)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_spectrum(spectrum(s.T @ s, top_k=2, bottom_k=0), f"{folder}/spectrum.safetensors")
+    ...     load_spectrum(f"{folder}/spectrum.safetensors").top(2)
+    tensor([8.0000, 8.0000], dtype=torch.float64)
     """
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         if "spectrum" not in metadata:
             raise ValueError(
-                f"{path} holds no spectrum; save_spectrum makes such a file, as does SpectrumMonitor beside a CSV log."
+                f"{path} contains no spectrum; such files are written by save_spectrum, and by SpectrumMonitor beside "
+                "a CSV log."
             )
         plain = json.loads(metadata["spectrum"])
         plain |= {name: file.get_tensor(name) for name in file.keys()}
@@ -74,5 +93,5 @@ def load_spectrum(path: str | os.PathLike) -> Spectrum:
     plain["quadrature"] = (plain.pop("nodes"), plain.pop("weights")) if "nodes" in plain else None
     seed = plain.pop("seed", None)
     known = {f.name for f in fields(Spectrum)}
-    found = from_plain({name: value for name, value in plain.items() if name in known})
+    found = from_plain({name: value for name, value in plain.items() if name in known}, Spectrum)
     return found if seed is None else replace(found, krylov=Krylov(seed, found.sketch, runs))

@@ -1,18 +1,19 @@
-"""The ends of an operator's spectrum, with error bars, from matrix-vector products alone.
+"""The largest and smallest eigenvalues of an operator, with error bars, from matrix-vector products alone.
 
-Lanczos runs on the full operator and keeps only the sketches S v_j; sketched Rayleigh-Ritz turns them into
-eigenvalues (`ritz.py`). Which of these may be believed is part of the result.
+Lanczos runs on the full operator and keeps only the sketches S v_j; sketched Rayleigh-Ritz computes eigenvalues from
+them (`linalg.ritz`). The result says which of these have converged.
 """
 
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.curvature.result import Spectrum
+from lightning_sketch.curvature.result import Method, Spectrum
 from lightning_sketch.linalg.alignment import better_of, shares, shares_by_dots
 from lightning_sketch.linalg.krylov import Krylov
 from lightning_sketch.linalg.lanczos import dot, start_vector
@@ -22,13 +23,14 @@ from lightning_sketch.linalg.ritz import rayleigh_ritz
 from lightning_sketch.operators.base import LinearOperator
 from lightning_sketch.operators.block_srht import BlockSRHT
 
-_DEFECT_WARNED = 3e-3
-_CHECK_EVERY = 8
+_DEFECT_WARNED = 3e-3  # a defect of linearity above this is warned about
+_CHECK_EVERY = 8  # products between two checks for convergence
 
 
 def spectrum(
     operator: LinearOperator,
     num_matvecs: int = 96,
+    *,
     dim: int = 1024,
     seed: int = 0,
     top_k: int = 10,
@@ -36,45 +38,47 @@ def spectrum(
     tol: float = 1e-2,
     density_probes: int = 0,
     density_matvecs: int = 32,
-    method: str = "lanczos",
+    method: Method = "lanczos",
     gradient: Float[Tensor, " n"] | None = None,
     on_product: Callable[[int, int], None] | None = None,
 ) -> Spectrum:
-    """The largest and the smallest eigenvalues of a symmetric operator.
+    """Compute the largest and the smallest eigenvalues of a symmetric operator, with error bars.
 
-    Costs at most `num_matvecs` products, a quarter as many (at least 8) that look for copies of multiple
-    eigenvalues, and 6 that measure how linear the operator is; memory of about five vectors of size n. Stops
-    early once the `top_k` largest and `bottom_k` smallest are accepted.
+    It takes at most `num_matvecs` products, a quarter as many (at least 8) to search for copies of multiple
+    eigenvalues, and 6 to measure how linear the operator is; memory for about five vectors of size n. It stops
+    early once the `top_k` largest and `bottom_k` smallest eigenvalues have converged.
 
-    One start vector shows one copy of a multiple eigenvalue. So the run is followed by short ones from other
-    starts, until one of them changes no wanted rank or the products are spent; what is still changing then
-    does not count as converged. A copy that a quarter of the first run's products cannot bring out is missed.
+    One start vector finds one copy of a multiple eigenvalue. So the run is followed by short ones from other
+    start vectors, until one of them changes none of the ranks asked for, or the products are used up; ranks that are
+    still changing then do not count as converged. A copy that a quarter of the products of the first run cannot find
+    is missed.
 
     Args:
         operator: symmetric, such as a `Hessian`.
-        num_matvecs: most products of the Lanczos run.
+        num_matvecs: largest number of products of the Lanczos run.
         dim: size of the sketches of its vectors, at least twice `num_matvecs`; if dim >= n, the
             vectors themselves are kept.
         seed: of the start vector and of the sketch.
-        top_k: how many of the largest eigenvalues are wanted.
-        bottom_k: how many of the smallest.
+        top_k: number of the largest eigenvalues to compute.
+        bottom_k: number of the smallest eigenvalues to compute.
         tol: largest relative residual of a converged pair; 1e-2 for "converged", 1e-3 for "certified".
-        density_probes: further starts, for the density of all eigenvalues and a better trace; 3 is usual. They cost
-            `density_matvecs` products each.
-        density_matvecs: steps of each start that the density is made from.
-        method: "lanczos", or "projected" for the paper's own: all of this on S A Sᵀ instead of A, S of size dim x n.
-            Residuals then say nothing of A: of four networks of 2,400 to 4,900 parameters the ten largest eigenvalues
-            were off by 8 to 18 % at dim 512, by 4 to 7 % at 2048 (`benchmarks/projected_vs_lanczos.py`).
-        gradient: a vector of size n; how much of it lies in the top eigenvectors comes with the result.
-        on_product: called with (products done, most products) after each one of the run.
+        density_probes: number of further start vectors, for the density of all eigenvalues and a better trace; 3 is
+            usual. Each costs `density_matvecs` products.
+        density_matvecs: number of steps of each run that the density is computed from.
+        method: "lanczos", or "projected" for the method of the paper, which takes S A Sᵀ instead of A, S of size
+            dim x n. Residuals then say nothing about A: for four networks of 2,400 to 4,900 parameters the ten largest
+            eigenvalues were off by 8 to 18 % at dim 512, and by 4 to 7 % at 2048
+            (`benchmarks/projected_vs_lanczos.py`).
+        gradient: a vector of size n, whose share in the space of the top eigenvectors is computed as well.
+        on_product: called as on_product(products taken, largest number of products) after each product of a run.
 
     Raises:
         ValueError: if the operator is not square, an argument is out of its range, a product is not
-            finite, or the operator is not linear (`linearity_defect` above 0.05).
+            finite, or the operator is not linear (`linearity_defect` above 0.05) or not symmetric.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> s = BlockSRHT(n=256, dim=16, seed=0)
-    >>> sp = spectrum(s.T @ s, top_k=2, bottom_k=0)  # n / dim = 16, dim times; the rest are zeros
+    >>> sp = spectrum(s.T @ s, top_k=2, bottom_k=0)  # 16 eigenvalues n / dim = 16, the others are zero
     >>> sp.top(2)
     tensor([16.0000, 16.0000], dtype=torch.float64)
     """
@@ -83,15 +87,15 @@ def spectrum(
         raise ValueError(f"a spectrum needs a square operator, got shape {operator.shape}.")
     if gradient is not None and gradient.shape != (n,):
         raise ValueError(f"gradient is a vector of size {n}, got shape {tuple(gradient.shape)}.")
-    projection = BlockSRHT(n, min(dim, n), seed) if method == "projected" else None
+    projection = BlockSRHT(n, min(dim, n), seed=seed) if method == "projected" else None
     if projection is not None:
         operator, n = projection @ operator @ projection.T, projection.dim
         gradient = None if gradient is None else projection.matvec(gradient)
     check_arguments(num_matvecs, dim, top_k, bottom_k, tol, density_probes, density_matvecs, method, n)
-    krylov = Krylov(seed, BlockSRHT(n, dim, seed) if dim < n else None)
+    krylov = Krylov(seed, BlockSRHT(n, dim, seed=seed) if dim < n else None)
 
     def steps() -> Iterator[Tensor]:
-        """The vectors of a run from a new start."""
+        """Yield the vectors of a run from a new start vector."""
         for v in krylov.grow(operator, gradient):
             if on_product is not None:
                 on_product(krylov.num_products, max(krylov.num_products, num_matvecs))
@@ -103,8 +107,8 @@ def spectrum(
         return Spectrum(
             pairs.values,
             pairs.residuals,
-            tol,
-            defect,
+            tol=tol,
+            linearity_defect=defect,
             num_products=krylov.num_products + 6,
             n=n,
             vectors=pairs.vectors,
@@ -116,10 +120,12 @@ def spectrum(
 
     least = min(density_matvecs, num_matvecs) if density_probes else 0
     with operator.hold(), torch.no_grad():
-        previous = start_vector(operator, seed, "0")
-        defect = checked_defect(operator, previous, start_vector(operator, seed, "defect"), random=True)
+        first = start_vector(operator, seed, name="0")
+        defect = checked_defect(operator, first, start_vector(operator, seed, name="defect"), random=True)
+        previous: Tensor | None = first
+        del first  # `previous` alone keeps a vector in memory
         for done, v in enumerate(steps(), start=1):
-            if done == min(4, num_matvecs):  # on vectors that the operator itself has shaped as well
+            if previous is not None and done == min(4, num_matvecs):  # on Krylov vectors as well
                 defect = max(defect, checked_defect(operator, previous, v))
             previous = v if done < 4 else None
             if done == num_matvecs or done % _CHECK_EVERY == 0:
@@ -149,32 +155,34 @@ def spectrum(
     density = krylov.runs[: 1 + density_probes]
     nodes = quadrature(density, density_matvecs if density_probes else done)
     return replace(
-        found, trace=value, trace_sem=sem, quadrature=nodes, gradient_shares=_gradient_shares(found, gradient)
+        found, trace=value, trace_sem=sem, quadrature=nodes, gradient_shares=_gradient_shares(found, krylov, gradient)
     )
 
 
-def _gradient_shares(found: Spectrum, gradient: Tensor | None) -> Tensor | None:
-    if gradient is None:
+def _gradient_shares(found: Spectrum, krylov: Krylov, gradient: Tensor | None) -> Tensor | None:
+    """Return the shares of the gradient in the spaces of the first 1, 2, ... eigenvectors; None if it is zero."""
+    vectors, coefficients = found.vectors, found.coefficients
+    if gradient is None or vectors is None or coefficients is None:
         return None
-    krylov, norm = found.krylov, dot(gradient, gradient) ** 0.5
+    norm = dot(gradient, gradient) ** 0.5
     if not norm:
         return None
     dots = torch.tensor([d for run in krylov.runs for d in run.dots[:-1]], dtype=torch.float64)
-    by_dots = shares_by_dots(found.vectors, found.coefficients, dots, norm)
+    by_dots = shares_by_dots(vectors, coefficients, dots, norm)
     if krylov.sketch is None:
         return by_dots
-    return better_of(shares(found.vectors, krylov.sketched(gradient), exact=False), by_dots)
+    return better_of(shares(vectors, krylov.sketched(gradient), exact=False), by_dots)
 
 
 def _enough(found: Spectrum, top_k: int, bottom_k: int) -> bool:
-    """Whether everything wanted is believed."""
+    """Return whether the eigenvalues asked for have converged."""
     converged = found.converged
     enough = len(converged) >= top_k + bottom_k
     return enough and bool(converged[:top_k].all()) and bool(converged[len(converged) - bottom_k :].all())
 
 
 def _unchanged(before: Spectrum, after: Spectrum) -> tuple[int, int]:
-    """How many ranks from the top, and from the bottom, a further start has left within tol (or the error bars)."""
+    """Return how many ranks from the top, and from the bottom, a further run left within tol or the error bars."""
 
     def prefix(a: Tensor, b: Tensor, errors: Tensor) -> int:
         size = min(len(a), len(b))
@@ -197,8 +205,23 @@ def check_arguments(
     method: str = "lanczos",
     n: int | None = None,
 ) -> None:
-    """Refuse what no spectrum can be measured with; n is the size of the operator, where it is known."""
-    if method not in ("lanczos", "projected"):
+    """Refuse arguments of `spectrum` that are out of range or do not fit each other.
+
+    Args:
+        num_matvecs: as in `spectrum`, like those up to `method`.
+        dim: size of the sketches.
+        top_k: number of the largest eigenvalues.
+        bottom_k: number of the smallest eigenvalues.
+        tol: largest relative residual.
+        density_probes: number of further start vectors.
+        density_matvecs: number of steps of each run for the density.
+        method: any string; refused unless it is one of `Method`.
+        n: size of the operator, if it is known.
+
+    Raises:
+        ValueError: with what to pass instead.
+    """
+    if method not in get_args(Method):
         raise ValueError(f"method is 'lanczos' or 'projected', got {method!r}.")
     if min(top_k, bottom_k) < 0 or top_k + bottom_k == 0:
         raise ValueError(f"need top_k, bottom_k >= 0 and one above 0, got top_k={top_k}, bottom_k={bottom_k}.")
@@ -215,8 +238,8 @@ def check_arguments(
     vectors = num_matvecs + density_probes * max(density_matvecs, num_matvecs // 4)
     if method == "lanczos" and dim < min(n or dim + 1, 2 * vectors):
         raise ValueError(
-            f"need dim >= {2 * vectors}, twice num_matvecs + density_probes density_matvecs, to tell the Lanczos "
-            f"vectors apart, got dim={dim}."
+            f"need dim >= {2 * vectors}, twice num_matvecs + density_probes density_matvecs, to distinguish the "
+            f"Lanczos vectors, got dim={dim}."
         )
     if not 0 <= tol < 1:
         raise ValueError(f"need 0 <= tol < 1, got tol={tol}; 1e-2 is usual.")

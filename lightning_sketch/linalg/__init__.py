@@ -1,6 +1,6 @@
 """Eigenvalues of large symmetric operators from matrix-vector products: Lanczos, Rayleigh-Ritz, quadrature.
 
-Everything here knows a `LinearOperator` and nothing of models, losses or data.
+All of it works on a `LinearOperator`; models, losses and data do not appear here.
 """
 
 from lightning_sketch.linalg.deflated import Deflated

@@ -1,4 +1,4 @@
-"""An operator without some of its eigenvectors, for those who need what they hide."""
+"""A symmetric operator with some of its eigenvectors taken out, so that others converge sooner."""
 
 from dataclasses import dataclass
 
@@ -6,20 +6,31 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators.base import LinearOperator, OfOne
+from lightning_sketch.operators.base import LinearOperator, UnaryOperator
 
 
 @dataclass(frozen=True, eq=False)
-class Deflated(OfOne):
-    """(I - XᵀX) A (I - XᵀX): the rows of X, which are orthonormal, get eigenvalue zero.
+class Deflated(UnaryOperator):
+    """The matrix (I - XᵀX) A (I - XᵀX), in which the rows of X have eigenvalue zero.
 
-    A tight cluster at the small end converges late behind a large top; without the top it is reached sooner:
+    Lanczos takes long to resolve a tight cluster of small eigenvalues while others are far larger. Without the
+    eigenvectors of these it converges sooner:
 
         top = sp.eigenvectors(h, 10)
         spectrum(Deflated(h, top.vectors), top_k=0, bottom_k=5)
 
+    Args:
+        of: the symmetric operator A, of size n.
+        vectors: the rows of X, orthonormal, (k, n).
+
     Raises:
         ValueError: if sizes disagree, or the rows are not orthonormal (to 1e-3).
+
+    >>> from lightning_sketch.operators import CountSketch
+    >>> s = CountSketch(n=2, dim=2, seed=0)
+    >>> Deflated(s.T @ s, torch.tensor([[1.0, 0.0]])).as_matrix().abs()  # SᵀS is the identity
+    tensor([[0., 0.],
+            [0., 1.]])
     """
 
     of: LinearOperator
@@ -38,14 +49,16 @@ class Deflated(OfOne):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of A."""
+        """The shape of A."""
         return self.of.shape
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
-        """(I - XᵀX) A (I - XᵀX) x."""
+        """Return (I - XᵀX) A (I - XᵀX) x for each vector x along the last axis."""
         return self._without(self.of.matvec(self._without(x)))
 
-    rmatvec = matvec
+    def rmatvec(self, y: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
+        """Return the same as `matvec`: the matrix is symmetric."""
+        return self.matvec(y)
 
     def _without(self, x: Tensor) -> Tensor:
         return x - (x @ self.vectors.T) @ self.vectors

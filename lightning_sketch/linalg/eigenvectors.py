@@ -1,4 +1,4 @@
-"""Eigenvectors by a second pass: the recurrence once more, summing up x_i = sum_j c_ji v_j on the way."""
+"""Eigenvectors x_i = sum_j c_ji v_j by a second pass: the Lanczos recurrence runs again, and the sums are formed."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -13,27 +13,34 @@ from lightning_sketch.operators.base import LinearOperator
 
 
 class EigenPairs(NamedTuple):
-    """Eigenvectors of size n, and what one product with each says of them."""
+    """Eigenvectors of size n, and how good they are, from one product with each.
+
+    Attributes:
+        values: Rayleigh quotients θ = xᵀ A x, whose error is that of x squared; (k,), float64, on the CPU.
+        vectors: the eigenvectors x, of length one, as rows; (k, n), in the operator's type and on its device.
+        residuals: ||A x - θ x||; some eigenvalue lies within this distance of θ; (k,), float64, on the CPU.
+    """
 
     values: Float[Tensor, " k"]
-    """Rayleigh quotients xᵀ A x: their error is that of x squared. Float64, on the CPU."""
     vectors: Float[Tensor, "k n"]
-    """x, of length one."""
     residuals: Float[Tensor, " k"]
-    """||A x - θ x||: some eigenvalue lies within that of θ. Float64, on the CPU."""
 
 
 def eigenvectors(
-    operator: LinearOperator, krylov: Krylov, coefficients: Float[Tensor, "m k"], top_k: int
+    operator: LinearOperator, krylov: Krylov, *, coefficients: Float[Tensor, "m k"], top_k: int
 ) -> EigenPairs:
-    """Return the vectors x = V c, for k columns c, made orthonormal and turned to eigenvectors within their span.
+    """Return eigenvectors x = V c from the Lanczos vectors V of earlier runs, orthonormal and improved in their span.
 
-    The first `top_k` come with falling values, the others with rising ones. Costs as many products as the runs
-    took, 2 k more, and memory for k + 4 vectors of size n. The operator must be the same as before: if it is not,
-    the residuals tell.
+    Costs as many products as the runs took, 2 k more, and memory for k + 4 vectors of size n.
+
+    Args:
+        operator: the operator of the runs; if it has changed since, the residuals are large.
+        krylov: the runs.
+        coefficients: one column c for each vector.
+        top_k: the first so many are returned with falling values, the others with rising ones.
 
     Raises:
-        ValueError: if the vectors are not independent, as those of values that have not converged.
+        ValueError: if the vectors are not independent, as happens for values that have not converged.
     """
     k = coefficients.shape[1]
     vectors = torch.zeros(k, operator.shape[1], dtype=operator.dtype, device=operator.device)
@@ -45,7 +52,7 @@ def eigenvectors(
                     x.add_(v, alpha=c)
         for x in vectors:
             x.div_(dot(x, x) ** 0.5)
-        _turn(operator, vectors, top_k)
+        _rotate(operator, vectors, top_k)
         values, residuals = [], []
         for x in vectors:
             image = operator.matvec(x)
@@ -55,8 +62,8 @@ def eigenvectors(
     return EigenPairs(torch.tensor(values, dtype=torch.float64), vectors, torch.tensor(residuals, dtype=torch.float64))
 
 
-def _turn(operator: LinearOperator, vectors: Float[Tensor, "k n"], top_k: int) -> None:
-    """Rayleigh-Ritz on the rows, in place: X AXᵀ c = θ XXᵀ c, with no second set of vectors."""
+def _rotate(operator: LinearOperator, vectors: Float[Tensor, "k n"], top_k: int) -> None:
+    """Replace the rows of X by their Ritz vectors, X A Xᵀ c = θ X Xᵀ c, without a second set of vectors."""
     gram = torch.tensor([[dot(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
     rows = []
     for x in vectors:
@@ -68,15 +75,15 @@ def _turn(operator: LinearOperator, vectors: Float[Tensor, "k n"], top_k: int) -
         raise ValueError("these eigenvectors are not independent; ask only for eigenvalues that have converged.")
     inverse = torch.linalg.inv(root)
     _, y = torch.linalg.eigh(inverse @ (projected + projected.T) / 2 @ inverse.T)
-    turn = (y.T @ inverse).flip(0)  # rows of falling value
-    turn = torch.cat([turn[:top_k], turn[top_k:].flip(0)]).to(vectors)
+    rotation = (y.T @ inverse).flip(0)  # rows of falling value
+    rotation = torch.cat([rotation[:top_k], rotation[top_k:].flip(0)]).to(vectors)
     for piece in vectors.split(1 << 16, dim=1):
-        piece.copy_(turn @ piece)
+        piece.copy_(rotation @ piece)
 
 
 def _vectors(operator: LinearOperator, seed: int, start: int, run: SketchedRun) -> Iterator[Float[Tensor, " n"]]:
-    """v_1 ... v_m of a run."""
-    yield start_vector(operator, seed, f"{start}")
+    """Yield v_1 ... v_m of a run."""
+    yield start_vector(operator, seed, name=f"{start}")
     again = list(zip(run.alpha, run.beta, strict=True))[:-1]
-    for _, (v, _, _) in zip(again, lanczos(operator, seed, start, again), strict=False):
+    for _, (v, _, _) in zip(again, lanczos(operator, seed, start=start, again=again), strict=False):
         yield v

@@ -1,4 +1,4 @@
-"""What is kept of Lanczos runs on one operator: sketched vectors and tridiagonal matrices, nothing of size n."""
+"""Records of Lanczos runs on one operator: sketched vectors and tridiagonal matrices, nothing of size n."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,27 +16,33 @@ NOT_FINITE = "a product with the operator is not finite; the loss is NaN or infi
 
 @dataclass
 class SketchedRun:
-    """What is kept of one run: S v_1 ... S v_{m+1}, α_1 ... α_m, β_1 ... β_m."""
+    """The record of one Lanczos run of m products.
+
+    Attributes:
+        columns: S v_1 ... S v_{m+1}, each (dim,), in float64 on the CPU.
+        alpha: α_1 ... α_m.
+        beta: β_1 ... β_m.
+        dots: v_1ᵀ g ... v_{m+1}ᵀ g, if a gradient g was given; else empty.
+    """
 
     columns: list[Float[Tensor, " dim"]]
     alpha: list[float] = field(default_factory=list)
     beta: list[float] = field(default_factory=list)
     dots: list[float] = field(default_factory=list)
-    """v_1ᵀ g ... v_{m+1}ᵀ g, where a gradient g was given."""
 
     def basis(self) -> Float[Tensor, "dim m"]:
-        """S V_m."""
+        """Return S V_m."""
         return torch.stack(self.columns[:-1], dim=1)
 
     def image(self) -> Float[Tensor, "dim m"]:
-        """S A V_m = S V_{m+1} T̄_m."""
+        """Return S A V_m, which is S V_{m+1} T̄_m."""
         m = len(self.alpha)
         below = torch.zeros(1, m, dtype=torch.float64)
         below[0, -1] = self.beta[-1]
         return torch.stack(self.columns, dim=1) @ torch.cat([self.tridiagonal(m), below])
 
     def tridiagonal(self, m: int) -> Float[Tensor, "m m"]:
-        """T_m, its leading part."""
+        """Return T_m, the leading m x m part of the tridiagonal matrix."""
         matrix = torch.diag(torch.tensor(self.alpha[:m], dtype=torch.float64))
         off = torch.tensor(self.beta[: m - 1], dtype=torch.float64)
         return matrix + off.diag(1) + off.diag(-1) if m > 1 else matrix
@@ -44,42 +50,51 @@ class SketchedRun:
 
 @dataclass(frozen=True, eq=False)
 class Krylov:
-    """All runs on one operator, from starts that the seed tells."""
+    """The Lanczos runs on one operator, each from its own start vector.
+
+    Attributes:
+        seed: of the start vectors; run i starts from `start_vector(operator, seed, name=f"{i}")`.
+        sketch: the sketch S of the Lanczos vectors; None if the vectors themselves are kept.
+        runs: the records of the runs.
+    """
 
     seed: int
     sketch: Sketch | None
-    """None where the vectors themselves are kept."""
     runs: list[SketchedRun] = field(default_factory=list)
 
     def sketched(self, v: Float[Tensor, " n"]) -> Float[Tensor, " dim"]:
-        """S v in float64 on the CPU."""
+        """Return S v, or v without a sketch, in float64 on the CPU."""
         return (v if self.sketch is None else self.sketch.matvec(v)).cpu().double()
 
     def grow(
         self, operator: LinearOperator, gradient: Float[Tensor, " n"] | None = None
     ) -> Iterator[Float[Tensor, " n"]]:
-        """Yield v_2, v_3, ... of a run from a new start, while their sketches are kept.
+        """Yield v_2, v_3, ... of a run from a new start vector, and record their sketches.
+
+        Args:
+            operator: the operator of all runs.
+            gradient: a vector whose products with the v_j are recorded too.
 
         Raises:
             ValueError: if a product is not finite.
         """
         start = len(self.runs)
         self.runs.append(run := SketchedRun([]))
-        self._keep(run, start_vector(operator, self.seed, f"{start}"), gradient)
-        for v, alpha, beta in lanczos(operator, self.seed, start):
+        self._record(run, start_vector(operator, self.seed, name=f"{start}"), gradient)
+        for v, alpha, beta in lanczos(operator, self.seed, start=start):
             if not (alpha == alpha and beta < float("inf")):
                 raise ValueError(NOT_FINITE)
-            self._keep(run, v, gradient)
+            self._record(run, v, gradient)
             run.alpha.append(alpha)
             run.beta.append(beta)
             yield v
 
-    def _keep(self, run: SketchedRun, v: Float[Tensor, " n"], gradient: Float[Tensor, " n"] | None) -> None:
+    def _record(self, run: SketchedRun, v: Float[Tensor, " n"], gradient: Float[Tensor, " n"] | None) -> None:
         run.columns.append(self.sketched(v))
         if gradient is not None:
             run.dots.append(dot(v, gradient))
 
     @property
     def num_products(self) -> int:
-        """Products of all runs together."""
+        """The number of products of all runs together."""
         return sum(len(run.alpha) for run in self.runs)

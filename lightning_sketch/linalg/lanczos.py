@@ -1,9 +1,9 @@
 """The Lanczos recurrence with three vectors, its start vectors, and the extreme Ritz values of one short run.
 
-    β_j v_{j+1} = A v_j - α_j v_j - β_{j-1} v_{j-1},     α_j = v_jᵀ A v_j,   β_j = ||what remains||
+    β_j v_{j+1} = A v_j - α_j v_j - β_{j-1} v_{j-1},     α_j = v_jᵀ A v_j,   β_j the norm of the right-hand side
 
-It holds to rounding even after the v_j have lost their orthogonality, which they soon do: A V_m = V_{m+1} T̄_m
-with T̄_m tridiagonal, (m+1) x m. No v_j is kept.
+In matrices: A V_m = V_{m+1} T̄_m with T̄_m tridiagonal, (m+1) x m. This is true to rounding even after the v_j have
+lost their orthogonality, as they soon do. No v_j is stored.
 
 Source: Lanczos (1950); Paige (1976), "Error analysis of the Lanczos algorithm", doi:10.1093/imamat/18.3.341.
 """
@@ -21,15 +21,15 @@ _CHUNK = 1 << 18
 
 
 def start_vector(
-    operator: LinearOperator, seed: int, name: str, dtype: torch.dtype | None = None
+    operator: LinearOperator, seed: int, *, name: str, dtype: torch.dtype | None = None
 ) -> Float[Tensor, " n"]:
-    """Return a random unit vector of normal entries, uniform on the sphere: the same on every device and rank.
+    """Return a random vector of length one, uniform on the sphere: the same on every device and rank.
 
     Args:
-        operator: of size n, whose `dtype` and `device` the vector gets.
-        seed: of the entries.
-        name: tells the vectors of one seed apart.
-        dtype: overrides that of the operator.
+        operator: an operator of size n; the vector has its `dtype` and `device`.
+        seed: of the random entries.
+        name: distinguishes the vectors of one seed.
+        dtype: type of the vector, if not that of the operator.
     """
     n = operator.shape[1]
     v = torch.empty(n, dtype=dtype or operator.dtype, device=operator.device)
@@ -41,23 +41,29 @@ def start_vector(
 def lanczos(
     operator: LinearOperator,
     seed: int,
+    *,
     start: int = 0,
     again: Sequence[tuple[float, float]] = (),
     dtype: torch.dtype | None = None,
     orthogonal: bool = False,
 ) -> Iterator[tuple[Tensor, float, float]]:
-    """Yield v_{j+1}, α_j, β_j for j = 1, 2, ..., from `start_vector(operator, seed, f"{start}")`.
+    """Yield v_{j+1}, α_j, β_j for j = 1, 2, ..., from `start_vector(operator, seed, name=f"{start}")`.
 
     Where the Krylov space ends (β_j is rounding), β_j = 0 and v_{j+1} is a new random vector: the relation
-    A V_m = V_{m+1} T̄_m goes on to hold, and what the first start could not see comes into view.
+    A V_m = V_{m+1} T̄_m remains true, and eigenvectors orthogonal to the first start become visible.
 
-    To see the vectors of a run again, pass its (α_j, β_j): they are taken as they were, since the recurrence
-    blows up any difference once values have converged. So the order of operations is the same here, too.
-
-    With `orthogonal` all v_j are kept, and each new one is made orthogonal to them: for small operators alone.
+    Args:
+        operator: symmetric, of size n.
+        seed: of the start vector.
+        start: number of the run, which distinguishes the start vectors of one seed.
+        again: (α_j, β_j) of an earlier run whose vectors are to be yielded again. They are used as they are, since
+            the recurrence amplifies any difference once values have converged; for the same reason the order of
+            operations must not change.
+        dtype: type of the vectors, if not that of the operator.
+        orthogonal: store all v_j and make each new one orthogonal to them; for small operators only.
     """
     basis: list[Tensor] = []
-    v, previous, beta = start_vector(operator, seed, f"{start}", dtype), None, 0.0
+    v, previous, beta = start_vector(operator, seed, name=f"{start}", dtype=dtype), None, 0.0
     size, restarts, known = 0.0, 0, iter(again)
     while True:
         w = operator.matvec(v)
@@ -65,7 +71,7 @@ def lanczos(
             w = w.clone()
         if previous is not None:
             w.add_(previous, alpha=-beta)
-        previous = None  # one vector fewer while the dot products run
+        previous = None  # frees one vector during the dot products
         recorded = next(known, None)
         alpha = recorded[0] if recorded else dot(w, v)
         w.add_(v, alpha=-alpha)
@@ -77,7 +83,7 @@ def lanczos(
         size = max(size, abs(alpha), beta)
         if beta <= 10 * torch.finfo(w.dtype).eps * size:
             restarts += 1
-            beta, w = 0.0, start_vector(operator, seed, f"{start}/{restarts}", dtype)
+            beta, w = 0.0, start_vector(operator, seed, name=f"{start}/{restarts}", dtype=dtype)
             if orthogonal:
                 for u in (*basis, *basis):
                     w.add_(u, alpha=-dot(u, w))
@@ -89,17 +95,18 @@ def lanczos(
 
 
 def extreme_ritz_values(
-    operator: LinearOperator, num_matvecs: int, seed: int = 0, dtype: torch.dtype | None = None
+    operator: LinearOperator, num_matvecs: int, *, seed: int = 0, dtype: torch.dtype | None = None
 ) -> tuple[float, float]:
-    """Return the smallest and the largest Ritz value of one Lanczos run: bounds from within on the extreme eigenvalues.
+    """Return the smallest and the largest Ritz value of one Lanczos run, both within the range of the eigenvalues.
 
-    Exact after n products: the vectors are kept orthogonal, which takes memory for `num_matvecs` of them.
+    They are the extreme eigenvalues after n products, since the vectors are made orthogonal to each other; this takes
+    memory for `num_matvecs` vectors.
 
     Args:
         operator: symmetric, of size n.
-        num_matvecs: products, at most n are made.
+        num_matvecs: number of products, of which at most n are taken.
         seed: of the start vector.
-        dtype: of the vectors, if not the operator's.
+        dtype: type of the vectors, if not that of the operator.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> s = BlockSRHT(n=64, dim=16, seed=0)
@@ -117,8 +124,8 @@ def extreme_ritz_values(
 
 
 def dot(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
-    """Return the inner product, summed up in float64 by chunks: no copy of size n."""
+    """Return the inner product, summed in float64 by chunks, without a copy of size n."""
     chunks = zip(x.split(_CHUNK), y.split(_CHUNK), strict=True)
-    if x.device.type == "mps":  # knows no float64
+    if x.device.type == "mps":  # has no float64
         return float(sum(a.cpu().double() @ b.cpu().double() for a, b in chunks))
     return float(sum(a.double() @ b.double() for a, b in chunks))

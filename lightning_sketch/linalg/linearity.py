@@ -9,21 +9,24 @@ from lightning_sketch.linalg.krylov import NOT_FINITE
 from lightning_sketch.linalg.lanczos import dot
 from lightning_sketch.operators.base import LinearOperator
 
-_REFUSED = 0.05
-_ASYMMETRIC = 30  # times the defect of linearity; both are rounding where all is well
+_REFUSED = 0.05  # largest accepted defect of linearity
+_ASYMMETRIC = 30  # largest accepted defect of symmetry, in units of the defect of linearity
 
 
 class Defect(NamedTuple):
-    """How far an operator is from linear and from symmetric; both are rounding if it is."""
+    """How far an operator is from linear and from symmetric; both numbers are rounding errors if it is both.
+
+    Attributes:
+        linearity: ||A(u + v) - A u - A v|| over the largest of the three norms.
+        symmetry: |uᵀA v - vᵀA u| over ||A u|| + ||A v||, for unit vectors.
+    """
 
     linearity: float
-    """||A(u + v) - A u - A v|| over the largest of the three."""
     symmetry: float
-    """|uᵀA v - vᵀA u| over ||A u|| + ||A v||, for unit vectors."""
 
 
 def defect(operator: LinearOperator, u: Float[Tensor, " n"], v: Float[Tensor, " n"]) -> Defect:
-    """Both defects from three products. Batches that change between products and live dropout show in the first."""
+    """Return both defects, from three products; batches and dropout that change between products show in the first."""
     rest = operator.matvec(u + v)
     sizes, crossed = [dot(rest, rest) ** 0.5], []
     for x, other in ((u, v), (v, u)):
@@ -31,7 +34,7 @@ def defect(operator: LinearOperator, u: Float[Tensor, " n"], v: Float[Tensor, " 
         sizes.append(dot(image, image) ** 0.5)
         crossed.append(dot(image, other) / (dot(other, other) ** 0.5 or 1.0))
         rest -= image
-        del image  # one vector fewer during the next product
+        del image  # frees one vector during the next product
     linearity, asymmetry = dot(rest, rest) ** 0.5, abs(crossed[0] - crossed[1])
     return Defect(linearity / max(sizes) if linearity else 0.0, asymmetry / (sizes[1] + sizes[2]) if asymmetry else 0.0)
 
@@ -39,9 +42,18 @@ def defect(operator: LinearOperator, u: Float[Tensor, " n"], v: Float[Tensor, " 
 def checked_defect(
     operator: LinearOperator, u: Float[Tensor, " n"], v: Float[Tensor, " n"], random: bool = False
 ) -> float:
-    """How far the operator is from linear on u and v; refused above 0.05, as is one far less symmetric than linear.
+    """Return the defect of linearity of an operator on u and v, or refuse the operator.
 
-    `random`: u and v are independent, so that uᵀA v is smaller than ||A v|| by √n, and with it what is asymmetric.
+    Args:
+        operator: a square operator.
+        u: a vector of length one.
+        v: another.
+        random: whether u and v are independent random vectors. Then uᵀA v is smaller than ||A v|| by a factor √n, as
+            is its asymmetry, which is multiplied by √n before it is judged.
+
+    Raises:
+        ValueError: if a product is not finite, the defect of linearity is above 0.05, or the operator is far less
+            symmetric than linear.
     """
     linearity, symmetry = defect(operator, u, v)
     symmetry *= len(u) ** 0.5 if random else 1
@@ -50,8 +62,8 @@ def checked_defect(
     if linearity > _REFUSED:
         raise ValueError(
             f"the operator is not linear: A(u + v) differs from A u + A v by {linearity:.1%}. A loss that changes "
-            "between calls does this: live dropout, batches that are drawn anew at each pass. Fix the batches and use "
-            "mode='eval'."
+            "between calls does this: active dropout, or batches that are drawn again at each pass. Fix the batches "
+            "and use mode='eval'."
         )
     if symmetry > _ASYMMETRIC * max(linearity, 1e-5):
         raise ValueError(

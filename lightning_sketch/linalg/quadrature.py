@@ -3,12 +3,12 @@
     n⁻¹ sum_i f(λ_i) ≈ mean over starts of sum_k w_k f(t_k),     t_k eigenvalues of T_m,  w_k = (e_1ᵀ y_k)²
     tr A ≈ n mean of α_1                                        Hutchinson: α_1 = v_1ᵀ A v_1, E v_1 v_1ᵀ = I / n
 
-It is exact for polynomials f of degree below 2m, up to the draw of v_1. Loss of orthogonality does no harm:
+The sum is exact for polynomials f of degree below 2m, up to the draw of v_1. Loss of orthogonality does no harm:
 copies of an eigenvalue share its weight.
 
 The standard error of the trace is that of v_1 uniform on the sphere, 2 (||A||_F² - (tr A)² / n) n / (n + 2) for one
-start, with ||A||_F² = n E sum_k w_k t_k² from the same run. The largest eigenvalues make most of it, and those are
-known: X of them taken out, n v_1ᵀ(I - XXᵀ)A v_1 + tr XᵀAX has the same mean and the variance of what is left.
+start, with ||A||_F² = n E sum_k w_k t_k² from the same run. Most of it comes from the largest eigenvalues, which are
+known: with their eigenvectors X, n v_1ᵀ(I - XXᵀ)A v_1 + tr XᵀAX has the same mean, and the variance of the rest only.
 
 Sources: Ubaru, Chen & Saad (2017), "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J. Matrix
 Anal. Appl. 38(4), doi:10.1137/16M1104974; Hutchinson (1990), doi:10.1080/03610919008812866.
@@ -24,50 +24,48 @@ from torch import Tensor
 
 from lightning_sketch.linalg.krylov import SketchedRun
 
-_ONE_SHARE = 12.0
-"""n w of a single eigenvalue is χ² of one degree, beyond this once in two thousand; of many copies more."""
-
-_SETTLED = 1e-4
-"""A node this close to an eigenvalue, relative to it, does not stand for a neighbour as well."""
-
-_TINY = 1e-30
-"""A variance of rounding."""
-
-_ON_ITS_WAY = 0.1
-"""A node this close to an eigenvalue will settle on it."""
-
-_ALONE = 0.05
-"""Values this close, relative to them, may be copies of one that a short run has not told apart yet."""
+_ONE_SHARE = 12.0  # n w of a simple eigenvalue is χ² of one degree, above this once in 2000; that of copies is larger
+_CONVERGED = 1e-4  # a node this close to an eigenvalue, relative to it, does not represent a neighbor as well
+_TINY = 1e-30  # a variance that is due to rounding
+_CONVERGING = 0.1  # a node this close to an eigenvalue, relative to it, would converge to it in a longer run
+_ALONE = 0.05  # values this close to each other, relative to them, may be copies that a short run has not separated
 
 
 class Quadrature(NamedTuple):
-    """Points that stand for all eigenvalues: a fraction w of them at each t; float64, on the CPU."""
+    """Points that represent all eigenvalues: a fraction w of them at each t.
+
+    Attributes:
+        nodes: the points t, run after run; (q,), float64, on the CPU.
+        weights: the fractions w, which sum to one; (q,), float64, on the CPU.
+    """
 
     nodes: Float[Tensor, " q"]
-    """t, of all starts one after the other."""
     weights: Float[Tensor, " q"]
-    """w, which sum to one."""
 
     def mean(self, values: Float[Tensor, " q"]) -> float:
-        """Return the mean over all eigenvalues of f, given as f(t)."""
+        """Return the mean of a function f over all eigenvalues, from its values f(t) at the nodes."""
         return float(self.weights @ values)
 
     def density(self, grid: Float[Tensor, " g"], sigma: float) -> Float[Tensor, " g"]:
-        """Return the share of eigenvalues per unit, each node smoothed to a Gaussian of width sigma."""
+        """Return the share of all eigenvalues per unit at each grid point, with nodes smoothed to width sigma."""
         distance = (grid[:, None].double() - self.nodes) / sigma
         return (-0.5 * distance**2).exp() @ self.weights / (sigma * math.sqrt(2 * math.pi))
 
 
 class Trace(NamedTuple):
-    """The sum of all eigenvalues."""
+    """An estimate of the sum of all eigenvalues.
+
+    Attributes:
+        value: the estimate.
+        sem: its standard error.
+    """
 
     value: float
     sem: float
-    """Its standard error."""
 
 
 def quadrature(runs: Sequence[SketchedRun], steps: int) -> Quadrature:
-    """From the first steps of each run."""
+    """Return nodes and weights from the first `steps` steps of each run."""
     nodes, weights = [], []
     for run in runs:
         t, y = torch.linalg.eigh(run.tridiagonal(min(steps, len(run.alpha))))
@@ -83,14 +81,22 @@ def trace(
     errors: Float[Tensor, " r"] | None = None,
     converged: Bool[Tensor, " r"] | None = None,
 ) -> Trace:
-    """From all runs, with what is known taken out of the draw; runs are weighted by what variance that leaves them.
+    """Return the sum of all eigenvalues, from all runs and the eigenvalues that are known.
 
-    Where a run has settled on one of the `values` that have `converged`, its nodes there are replaced by the
-    eigenvalue itself, whose error counts in full, and only the rest is estimated; not so where another value,
-    converged or not, is near, or the weight is more than one eigenvalue is likely to have.
+    Where a run has converged to a known eigenvalue, its nodes there are replaced by the eigenvalue itself, whose error
+    is added in full, and only the rest is estimated. This is not done where another value, converged or not, is near,
+    or the weight is more than a simple eigenvalue is likely to have. Runs are weighted by the inverse of the variance
+    that remains.
 
-    What variance is left is estimated from all runs together: from its own draw alone, a run that happened to see
-    little would seem sure of it, and pull the mean down.
+    That variance is estimated from all runs together: estimated from one run alone, a run with small weights by chance
+    would have too small a variance, and pull the mean down.
+
+    Args:
+        runs: of one operator, from independent random starts.
+        n: size of the operator.
+        values: its Ritz values; without them, `errors` and `converged`, no eigenvalue counts as known.
+        errors: how far each value may be off.
+        converged: which of the values are known.
     """
     if values is None or errors is None or converged is None:
         values = errors = torch.empty(0, dtype=torch.float64)
@@ -100,10 +106,10 @@ def trace(
     spectra, found = [], []
     for run in runs:
         t, y = torch.linalg.eigh(run.tridiagonal(len(run.alpha)))
-        settled = _near(known, t) & (run.beta[-1] * y[-1].abs() <= _SETTLED * t.abs())
+        reached = _near(known, t) & (run.beta[-1] * y[-1].abs() <= _CONVERGED * t.abs())
         few = n * (_near(known, t) * y[0] ** 2).sum(1) < _ONE_SHARE
         spectra.append((t, y[0] ** 2))
-        found.append(settled.any(1) & few)
+        found.append(reached.any(1) & few)
     total = precision = 0.0
     for (t, w), mine in zip(spectra, found, strict=True):
         rest = ~_near(known[mine], t).any(0)
@@ -117,20 +123,23 @@ def trace(
 def _variance(
     spectra: Sequence[tuple[Tensor, Tensor]], runs: Sequence[SketchedRun], without: Float[Tensor, " j"], n: int
 ) -> float:
-    """Of n v_1ᵀ A v_1 for one start, A without these eigenvalues, nor what is on its way to them in short runs."""
+    """Return the variance of n v_1ᵀ A v_1 for one start, with these eigenvalues taken out of A.
+
+    Nodes that would converge to them in a longer run are left out too.
+    """
     squares, trace = [], 0.0
     for (t, w), run in zip(spectra, runs, strict=True):
-        rest = ~_near(without, t, _ON_ITS_WAY).any(0)
+        rest = ~_near(without, t, _CONVERGING).any(0)
         squares.append(n * w[rest] * t[rest] ** 2 / len(runs))
         if len(t) == 1:
             squares.append(torch.tensor([n * run.beta[0] ** 2 / len(runs)], dtype=torch.float64))
         trace += n * float(w[rest] @ t[rest]) / len(runs)
     parts = torch.cat(squares)
     frobenius = float(parts.sum())
-    unsure = 1 + 2 * float((parts**2).sum()) / max(frobenius**2, 1e-300)  # few nodes tell little of the spread
-    return 2 * max(frobenius - trace**2 / n, 0.0) * n / (n + 2) * unsure
+    margin = 1 + 2 * float((parts**2).sum()) / max(frobenius**2, 1e-300)  # few nodes say little about the variance
+    return 2 * max(frobenius - trace**2 / n, 0.0) * n / (n + 2) * margin
 
 
-def _near(known: Float[Tensor, " k"], nodes: Float[Tensor, " m"], tol: float = _SETTLED) -> Bool[Tensor, "k m"]:
-    """Which nodes stand for which eigenvalues."""
+def _near(known: Float[Tensor, " k"], nodes: Float[Tensor, " m"], tol: float = _CONVERGED) -> Bool[Tensor, "k m"]:
+    """Return which nodes represent which eigenvalues."""
     return (known[:, None] - nodes).abs() <= tol * known[:, None].abs()

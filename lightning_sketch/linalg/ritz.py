@@ -6,8 +6,8 @@ V_m     Lanczos vectors v_1 ... v_m, of which only S v_j is known; A V_m = V_{m+
 S       a sketch that is injective on their span (dim at least twice its rank)
 ⁺       pseudo-inverse that drops singular values of S V_m below τ times the largest
 
-In floating point V_m loses rank: the tridiagonal matrix then holds ghosts, copies of converged eigenvalues
-that cannot be told from true multiplicity. The sketch shows the rank, and the ghosts are gone. If A x = θ x
+In floating point V_m loses rank: the tridiagonal matrix then has ghosts, copies of converged eigenvalues that
+cannot be distinguished from true multiplicity. The sketch shows the rank, so there are no ghosts. If A x = θ x
 with x in the span, then S A x = θ S x for any injective S: converged values are exact, the sketch's error
 multiplies the residual only.
 
@@ -27,29 +27,34 @@ from lightning_sketch.linalg.krylov import SketchedRun
 
 
 class RitzPairs(NamedTuple):
-    """Approximate eigenpairs in falling order, float64, on the CPU."""
+    """Approximate eigenpairs in falling order, all in float64 on the CPU.
+
+    Attributes:
+        values: Ritz values θ, (r,). They are real parts: complex pairs arise among values that have not converged,
+            and among equal ones.
+        residuals: c ||S (A x - θ x)|| / ||S x|| plus the error of the products, (r,); some eigenvalue lies within this
+            distance of θ.
+        vectors: sketched eigenvectors S x of length one as columns, (dim, r).
+        coefficients: columns c with x = V c, V the Lanczos vectors of all runs one after the other, (m, r).
+    """
 
     values: Float[Tensor, " r"]
-    """θ: real parts; complex pairs arise among values that have not converged, and among equal ones."""
     residuals: Float[Tensor, " r"]
-    """c ||S (A x - θ x)|| / ||S x||, and the error of the products: some eigenvalue lies within that of θ."""
     vectors: Float[Tensor, "dim r"]
-    """S x, of length one: the sketched eigenvectors."""
     coefficients: Float[Tensor, "m r"]
-    """x = V c, all runs one after the other."""
 
 
 def rayleigh_ritz(runs: Sequence[SketchedRun], tau: float, defect: float, exact: bool) -> RitzPairs:
-    """Ritz values of A on the span of the Lanczos vectors of all runs together.
+    """Return the Ritz pairs of A on the span of the Lanczos vectors of all runs together.
+
+    With a sketch, residuals are multiplied by c = √((1 + e) / (1 - e)), e = √(r / dim): the basis was
+    fitted inside the sketch, which makes them too small.
 
     Args:
         runs: of one operator and one sketch, from independent starts.
         tau: singular values of S V below tau times the largest are dropped.
         defect: relative error of a product A v. In A x, with x = V c, it is multiplied by ||c|| / ||x||.
-        exact: S is the identity, so that residuals are no estimates.
-
-    With a sketch, residuals are multiplied by c = √((1 + e) / (1 - e)), e = √(r / dim): the basis was
-    fitted inside the sketch, which biases them low.
+        exact: whether S is the identity, so that residuals are exact.
     """
     basis = torch.cat([run.basis() for run in runs], dim=1)
     u, s, wh = torch.linalg.svd(basis, full_matrices=False)

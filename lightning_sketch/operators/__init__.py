@@ -1,4 +1,4 @@
-"""Linear maps R^n -> R^dim that store nothing: the sketches, and what they have in common."""
+"""Linear maps that are never stored as matrices: their base class, and the random sketches R^n -> R^dim."""
 
 from lightning_sketch.operators.affd import AFFD
 from lightning_sketch.operators.afjl import AFJL

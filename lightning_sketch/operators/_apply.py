@@ -6,22 +6,36 @@ Nothing is saved for the backward. The arithmetic itself happens on plain tensor
 `forward` and `adjoint`.
 """
 
+from typing import TYPE_CHECKING, Any, cast
+
 import torch
 from torch import Tensor
 
 from lightning_sketch._private import required
 
+if TYPE_CHECKING:
+    from lightning_sketch.operators.sketch import Sketch
 
-def apply(sketch, start: int, stop: int, adjoint: bool, x: Tensor) -> Tensor:
-    """S x (or Sᵀ x if `adjoint`) along the last axis of x, for the columns [start, stop) of S."""
+
+def apply(sketch: "Sketch", start: int, stop: int, adjoint: bool, x: Tensor) -> Tensor:
+    """Return the product of x with the columns [start, stop) of a sketch S, differentiably.
+
+    Args:
+        sketch: the sketch S.
+        start: first column.
+        stop: end of the columns.
+        adjoint: whether to multiply by the adjoint of these columns instead.
+        x: vectors along the last axis.
+    """
     if torch.compiler.is_compiling():  # traced as one opaque operation: the loops inside do not unroll
-        if required(torch.autograd.forward_ad, "_current_level") >= 0:  # it has no rule there, and would give zeros
+        level = cast(int, required(torch.autograd.forward_ad, "_current_level"))
+        if level >= 0:  # the opaque operation has no forward-mode rule: tangents would be zero
             raise RuntimeError("forward-mode derivatives of a sketch cannot be compiled; use torch.compiler.disable.")
         return _compiled(x, sketch.kind, sketch.n, sketch.dim, sketch.seed, start, stop, adjoint)
     return _Apply.apply(x, sketch, start, stop, adjoint)
 
 
-def _run(x: Tensor, sketch, start: int, stop: int, adjoint: bool) -> Tensor:
+def _run(x: Tensor, sketch: "Sketch", start: int, stop: int, adjoint: bool) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = sketch.adjoint(rows, start, stop) if adjoint else sketch.forward(rows, start)
     return out.view(*x.shape[:-1], out.shape[-1])
@@ -29,30 +43,30 @@ def _run(x: Tensor, sketch, start: int, stop: int, adjoint: bool) -> Tensor:
 
 class _Apply(torch.autograd.Function):
     @staticmethod
-    def forward(x, sketch, start, stop, adjoint):
+    def forward(x: Tensor, sketch: "Sketch", start: int, stop: int, adjoint: bool) -> Tensor:
         return _run(x, sketch, start, stop, adjoint)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         _, *ctx.map = inputs
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         sketch, start, stop, adjoint = ctx.map
         return _Apply.apply(grad, sketch, start, stop, not adjoint), None, None, None, None
 
     @staticmethod
-    def jvp(ctx, tangent, *_):
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         return _Apply.apply(tangent, *ctx.map)
 
     @staticmethod
-    def vmap(info, in_dims, x, *rest):
+    def vmap(info: Any, in_dims: tuple, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
         return _Apply.apply(x.movedim(in_dims[0], 0), *rest), 0
 
 
 @torch.library.custom_op("lightning_sketch::apply", mutates_args=())
 def _compiled(x: Tensor, kind: str, n: int, dim: int, seed: int, start: int, stop: int, adjoint: bool) -> Tensor:
-    from lightning_sketch.operators.kinds import make_sketch  # the table of kinds imports this file
+    from lightning_sketch.operators.kinds import make_sketch  # that module imports this one
 
     return _run(x, make_sketch(kind, n=n, dim=dim, seed=seed), start, stop, adjoint)
 
@@ -63,12 +77,12 @@ def _(x: Tensor, kind: str, n: int, dim: int, seed: int, start: int, stop: int, 
     return x.new_empty((*x.shape[:-1], size), dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, *ctx.map = inputs
     ctx.dtype = x.dtype
 
 
-def _backward(ctx, grad):
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *fields, adjoint = ctx.map
     return _compiled(grad, *fields, not adjoint).to(ctx.dtype), *[None] * len(ctx.map)
 

@@ -6,8 +6,8 @@ With a vector of size m = f_1 ··· f_k seen as a k-dimensional array, H_m is a
 axis: O(m log m) time, no stored matrix, and the same result for every choice of factors up to rounding.
 H is symmetric, and H H = m I. On one CPU thread a factor of 16 costs what 4 to 5 passes of additions
 would. Factors of 16, the remainder last, or a first one of 32 where the remainder were 2, are within 5 %
-of the fastest choice tried for m from 2^7 to 2^18 there; on the contiguous last axis, the first to be worked
-on, products with less than 16 columns are slow.
+of the fastest choice tried for m from 2^7 to 2^18 there; on the contiguous last axis, which is transformed
+first, products with less than 16 columns are slow.
 
 Source: Fino & Algazi (1976), "Unified matrix treatment of the fast Walsh-Hadamard transform",
 IEEE Trans. Computers C-25, doi:10.1109/TC.1976.1674569.
@@ -21,12 +21,14 @@ from torch import Tensor
 
 from lightning_sketch.operators._precision import full_precision
 
-CACHED = 1 << 18
-"""Numbers that are worked on at once: 1 MB in float32, which stays in a core's second-level cache."""
+CACHED = 1 << 18  # numbers transformed at once: 1 MB in float32, which stays in a core's second-level cache
 
 
 def hadamard(x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
-    """H x along the last axis, unnormalised; the size must be a power of two.
+    """Return H x along the last axis, unnormalized.
+
+    Raises:
+        ValueError: if the size of the last axis is no power of two.
 
     >>> hadamard(torch.tensor([1.0, 2.0, 0.0, 0.0]))
     tensor([ 3., -1.,  3., -1.])
@@ -37,10 +39,10 @@ def hadamard(x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
 
 
 def transform_(x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
-    """H x along the last axis of a contiguous tensor, in place and of any size.
+    """Replace x by H x along the last axis, in place; x is contiguous, and its last axis any power of two.
 
-    H_m = (H_outer ⊗ I)(I ⊗ H_inner): both steps run through pieces that stay in cache, so that the
-    scratch memory is three of those. Run it under `full_precision`.
+    H_m = (H_outer ⊗ I)(I ⊗ H_inner): both steps run through pieces of `CACHED` numbers, so that the
+    scratch memory is three such pieces. Run it under `full_precision`.
     """
     m = x.shape[-1]
     if m < 1 or m & (m - 1):
@@ -65,7 +67,7 @@ def transform_(x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
 
 
 def transform(x: Float[Tensor, "... m"], spare: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
-    """H x along the last axis of a contiguous tensor; returns the one of the two that holds it.
+    """Return H x along the last axis of a contiguous tensor, in the memory of x or of `spare`.
 
     Overwrites both. Run it under `full_precision`.
     """
@@ -73,7 +75,7 @@ def transform(x: Float[Tensor, "... m"], spare: Float[Tensor, "... m"]) -> Float
 
 
 def _along_axis(x: Tensor, spare: Tensor, m: int, inner: int) -> Tensor:
-    """H along the middle axis of x seen as (..., m, inner)."""
+    """Return H x along the middle axis of x seen as (..., m, inner), in the memory of x or of `spare`."""
     for factor in _factors(m):
         matrix = _matrix(factor, x.dtype, x.device)
         if inner == 1:
@@ -87,7 +89,7 @@ def _along_axis(x: Tensor, spare: Tensor, m: int, inner: int) -> Tensor:
 
 
 def _factors(m: int) -> list[int]:
-    """Powers of two, 16 where possible: 2^9 -> [32, 16], 2^11 -> [16, 16, 8]."""
+    """Return powers of two whose product is m, 16 where possible: 2^9 -> [32, 16], 2^11 -> [16, 16, 8]."""
     factors = []
     while m > 64:
         factors.append(32 if m.bit_length() % 4 == 2 else 16)
@@ -97,6 +99,7 @@ def _factors(m: int) -> list[int]:
 
 @functools.lru_cache(maxsize=16)  # at most 128 x 128 numbers each
 def _matrix(m: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return H_m as a dense matrix."""
     h = torch.ones(1, 1, dtype=dtype, device=device)
     while len(h) < m:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))

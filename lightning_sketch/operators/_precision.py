@@ -1,44 +1,49 @@
-"""Matrix products in full float32, whatever the surrounding program has switched on."""
+"""A context in which matrix products are computed in full float32, whatever the program around it has set."""
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 _lock = threading.Lock()
-_inside = 0  # contexts that are open, in all threads together
-_put_back: Callable[[], None]
+_open = 0  # number of open contexts, over all threads
+_restore: Callable[[], None]
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Switch off autocast and the TF32 / bfloat16 shortcuts of float32 products; put them back after.
+    """Switch off autocast and the TF32 and bfloat16 modes of float32 products, and restore them after.
 
     Lightning itself advises `set_float32_matmul_precision("medium")`, and a training step may run
-    under autocast: a sketch taken there and one taken at query time would silently differ.
+    under autocast: a sketch computed there and one computed at query time would silently differ.
 
-    The shortcuts are the whole process's: the first of several threads switches them off, the last one back on.
+    These modes belong to the whole process: the first of several threads switches them off, the last one restores
+    them.
+
+    Args:
+        device: whose autocast is switched off.
     """
-    global _inside, _put_back
+    global _open, _restore
     with torch.autocast(device.type, enabled=False):
         with _lock:
-            if not _inside:
-                _put_back = _switch_off()
-            _inside += 1
+            if not _open:
+                _restore = _switch_off()
+            _open += 1
         try:
             yield
         finally:
             with _lock:
-                _inside -= 1
-                if not _inside:
-                    _put_back()
+                _open -= 1
+                if not _open:
+                    _restore()
 
 
 def _switch_off() -> Callable[[], None]:
-    """Take the shortcuts away; what is returned puts them back."""
-    flags = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    flags = [flag for flag in flags if hasattr(flag, "fp32_precision")]
+    """Switch off the faster modes of float32 products; return a function that restores them."""
+    matmuls: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    flags = [flag for flag in matmuls if hasattr(flag, "fp32_precision")]
     before = [flag.fp32_precision for flag in flags]
     legacy = None if flags else torch.get_float32_matmul_precision()  # torch < 2.9
     for flag in flags:
@@ -46,12 +51,12 @@ def _switch_off() -> Callable[[], None]:
     if legacy:
         torch.set_float32_matmul_precision("highest")
 
-    def put_back() -> None:
+    def restore() -> None:
         for flag, value in zip(flags, before, strict=True):
-            flag.fp32_precision = "none"  # what it inherits
+            flag.fp32_precision = "none"  # inherit the setting of the backend
             if flag.fp32_precision != value:
                 flag.fp32_precision = value
         if legacy:
             torch.set_float32_matmul_precision(legacy)
 
-    return put_back
+    return restore

@@ -12,8 +12,8 @@ H_D side by side, so R_D H_N v is H_D applied to the sum of the blocks of length
 no power of two is cut out of the next one, D, and scaled for it.
 
 E[SᵀS] = I; Var ||S x||² is about 2 / dim for a dense x with ||x|| = 1. It is larger when the energy of x
-sits in one aligned block of length D, as in gradients dominated by one small tensor: H_N repeats one
-profile in every block then, and the variance is 3 - 2 sum_i x_i⁴ times as large (measured 2.97 at
+lies in one aligned block of length D, as in gradients dominated by one small tensor: H_N then repeats one
+profile in every block, and the variance is 3 - 2 sum_i x_i⁴ times as large (measured 2.97 at
 dim = 256, N = 2^14). `BlockSRHT` has no such inputs and needs one pass; use this one to follow the paper.
 
 Source: Schioppa, "Efficient Sketches for Training Data Attribution and Studying the Loss Landscape",
@@ -34,7 +34,7 @@ from lightning_sketch.operators.random import normals
 
 @dataclass(frozen=True)
 class AFFD(FullSketch):
-    """Sketch vectors of size `n` into `dim` numbers, as in the paper.
+    """The AFFD sketch: maps vectors of size `n` to `dim` numbers by two Hadamard transforms, as in the paper.
 
     >>> import torch
     >>> AFFD(n=1000, dim=64, seed=0).matvec(torch.ones(8, 1000)).shape
@@ -45,18 +45,18 @@ class AFFD(FullSketch):
 
     @property
     def scale(self) -> float:
-        """√(N / dim), and 1 / √N for each of the two H."""
+        """The factor √(N / dim), times 1 / √N for each of the two H."""
         return (self.dim * self.padded) ** -0.5
 
     def reduce(self, u: Float[Tensor, " padded"]) -> Float[Tensor, " dim"]:
-        """R_dim H_D fold(G u)."""
+        """Return R_dim H_D fold(G u)."""
         folded = u.new_zeros(self.width)
         for piece in self.pieces():
             folded += (u[piece] * self._normals(piece, u)).view(-1, self.width).sum(0)
         return transform_(folded)[: self.dim]
 
     def expand(self, y: Float[Tensor, " dim"]) -> Float[Tensor, " padded"]:
-        """G unfold(H_D R_dimᵀ y)."""
+        """Return G unfold(H_D R_dimᵀ y)."""
         u = y.new_empty(self.padded)
         folded = y.new_zeros(self.width)
         folded[: self.dim] = y

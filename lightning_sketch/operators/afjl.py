@@ -3,7 +3,7 @@
     S x = √(N / dim) R_dim G H B x                  (here H is orthonormal)
 
 with B, H, G and R_dim as in AFFD, without its second H. The first D rows of H_N (D a power of two) are
-H_D side by side, so only blocks of length D are ever transformed, after they have been added up:
+H_D side by side, so only blocks of length D are transformed, after they have been summed:
 
     S x = dim^(-1/2) R_dim G H_D sum_c s_c ∘ x_c    (x_c: the c-th block of length D; H_D with entries ±1)
 
@@ -29,7 +29,7 @@ from lightning_sketch.operators.streaming import StreamingSketch, Which
 
 @dataclass(frozen=True)
 class AFJL(StreamingSketch):
-    """Sketch vectors of size `n` into `dim` numbers, as in the paper.
+    """The AFJL sketch: maps vectors of size `n` to `dim` numbers in one pass, as in the paper.
 
     >>> import torch
     >>> AFJL(n=1000, dim=64, seed=0).matvec(torch.ones(8, 1000)).shape
@@ -40,23 +40,23 @@ class AFJL(StreamingSketch):
 
     @property
     def chunk(self) -> int:
-        """D: the power of two at or above dim."""
+        """The length D of a block: the smallest power of two that is at least dim."""
         return self.width
 
     @property
     def scale(self) -> float:
-        """dim^(-1/2)."""
+        """The factor dim^(-1/2)."""
         return self.dim**-0.5
 
     def gather(
         self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
     ) -> None:
-        """R_dim G H sum_c s_c ∘ x_c."""
+        """Add R_dim G H sum_c s_c ∘ x_c to `total`."""
         self._flip(chunks, "signs", which, spare[0])
         total += transform_(chunks.sum(1))[:, : self.dim] * self._normals(total)
 
     def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
-        """s_c ∘ H G R_dimᵀ y for each chunk."""
+        """Return s_c ∘ H G R_dimᵀ y for each chunk."""
         mixed = transform_(F.pad(y * self._normals(y), (0, self.chunk - self.dim)))
         chunks[:] = mixed[:, None]
         return self._flip(chunks, "signs", first, spare[0])

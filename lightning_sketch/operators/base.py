@@ -1,9 +1,9 @@
-"""What every linear map in this package can do: `matvec`, `rmatvec`, `.T`, `@`, `+`, `-`, `*`, `to_scipy`."""
+"""The base class of all linear maps of this package, and the maps that `.T`, `@`, `+`, `-` and `*` make of them."""
 
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,30 +15,35 @@ from torch import Tensor
 class LinearOperator(ABC):
     """A linear map A: R^n -> R^m that is never stored as a matrix.
 
-    A subclass gives `shape`, `matvec` and `rmatvec`.
+    A subclass defines `shape`, `matvec` and `rmatvec`.
+
+    Attributes:
+        dtype: type of the vectors that the package makes for this map: start vectors, columns of the identity.
+        device: device of those vectors.
     """
 
     dtype: torch.dtype = torch.float32
-    """What a vector made for it should be, where that is not left to the caller."""
     device: torch.device = torch.device("cpu")
-    """Where a vector made for it should be, likewise."""
 
     @property
     @abstractmethod
     def shape(self) -> tuple[int, int]:
-        """(m, n): output size, input size."""
+        """The output size m and the input size n, as (m, n)."""
 
     @abstractmethod
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
-        """Return A x for each vector along the last axis."""
+        """Return A x for each vector x along the last axis."""
 
     @abstractmethod
     def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
-        """Return Aᵀ y for each vector along the last axis."""
+        """Return Aᵀ y for each vector y along the last axis."""
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Promise that what the map depends on stays as it is, so that products can share work."""
+        """Share work between all products taken inside this context.
+
+        The caller promises not to change inside what the map depends on, such as the parameters of a module.
+        """
         yield
 
     @property
@@ -46,7 +51,7 @@ class LinearOperator(ABC):
         """The adjoint, Aᵀ."""
         return Transposed(self)
 
-    __array_ufunc__ = None  # so that a NumPy number on the left leaves the product to __rmul__
+    __array_ufunc__ = None  # a NumPy number on the left then leaves the product to __rmul__
 
     def __matmul__(self, right: Any) -> Any:
         if isinstance(right, Tensor) and right.ndim in (1, 2):
@@ -72,12 +77,12 @@ class LinearOperator(ABC):
         return self * (1 / factor)
 
     def __radd__(self, left: Any) -> "LinearOperator":
-        return self if isinstance(left, int) and left == 0 else NotImplemented  # as sum() begins
+        return self if isinstance(left, int) and left == 0 else NotImplemented  # sum() starts from 0
 
     def to_scipy(self) -> Any:
         """Return this map as a `scipy.sparse.linalg.LinearOperator`, for `eigsh`, `cg`, `expm_multiply` and the like.
 
-        Vectors are NumPy's, in float64 if `dtype` is, else in float32; products run on `device`.
+        It takes and returns NumPy arrays, in float64 if `dtype` is float64, else in float32; products run on `device`.
 
         Raises:
             ImportError: if SciPy is not installed.
@@ -94,10 +99,10 @@ class LinearOperator(ABC):
             raise ImportError("to_scipy makes an operator of SciPy, which is missing; pip install scipy.") from error
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
 
-        def on_numpy(product):
-            """Of a vector, or of the columns of a matrix."""
+        def on_numpy(product: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+            """Wrap a product so that it takes a NumPy vector, or a matrix of column vectors."""
 
-            def multiply(x):
+            def multiply(x: Any) -> Any:
                 if x.dtype.kind == "c":
                     return multiply(x.real) + 1j * multiply(x.imag)
                 rows = torch.as_tensor(x.T.copy(), dtype=dtype, device=self.device)
@@ -115,63 +120,90 @@ class LinearOperator(ABC):
             dtype=str(dtype).removeprefix("torch."),
         )
 
-    def as_matrix(self, **factory) -> Float[Tensor, "m n"]:
-        """Return the dense matrix, m·n numbers, for small problems; `dtype` and `device` as in `torch.eye`."""
-        return self.matvec(torch.eye(self.shape[1], **{"dtype": self.dtype, "device": self.device, **factory})).T
+    def as_matrix(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Float[Tensor, "m n"]:
+        """Return the dense matrix, for small problems: n products and m·n numbers.
+
+        Args:
+            dtype: type of the columns of the identity that the map is applied to; that of the map if None.
+            device: device of those columns; that of the map if None.
+
+        >>> from lightning_sketch.operators import CountSketch
+        >>> CountSketch(n=3, dim=3, seed=0).as_matrix(dtype=torch.float64).dtype
+        torch.float64
+        """
+        dtype, device = dtype or self.dtype, device or self.device
+        return self.matvec(torch.eye(self.shape[1], dtype=dtype, device=device)).T
 
 
-class OfOne(LinearOperator):
-    """What is made of one operator A, `of`: for vectors of its type, where it is."""
+class UnaryOperator(LinearOperator):
+    """A map made of one operator A, with the type and the device of A.
+
+    Attributes:
+        of: the operator A.
+    """
 
     of: LinearOperator
 
     @property
-    def dtype(self) -> torch.dtype:
-        """That of A."""
+    def dtype(self) -> torch.dtype:  # type: ignore[override]  # an attribute elsewhere, computed here
+        """The type of vectors for A."""
         return self.of.dtype
 
     @property
-    def device(self) -> torch.device:
-        """That of A."""
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The device of vectors for A."""
         return self.of.device
 
-    def hold(self) -> AbstractContextManager[None]:
-        """Hold A."""
-        return self.of.hold()
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Share work between the products with A taken inside this context."""
+        with self.of.hold():
+            yield
 
 
-class OfTwo(LinearOperator):
-    """What is made of two operators, `left` and `right`."""
+class BinaryOperator(LinearOperator):
+    """A map made of two operators, A and B.
+
+    Attributes:
+        left: the operator A.
+        right: the operator B.
+    """
 
     left: LinearOperator
     right: LinearOperator
 
     @property
-    def dtype(self) -> torch.dtype:
-        """The wider of the two."""
+    def dtype(self) -> torch.dtype:  # type: ignore[override]  # an attribute elsewhere, computed here
+        """The wider of the types of A and B."""
         return torch.promote_types(self.left.dtype, self.right.dtype)
 
     @property
-    def device(self) -> torch.device:
-        """That of the one which is not on the CPU, if there is one."""
+    def device(self) -> torch.device:  # type: ignore[override]
+        """The device of A, or that of B if A is on the CPU."""
         return self.right.device if self.left.device.type == "cpu" else self.left.device
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Hold both."""
+        """Share work between the products with A, and between those with B, taken inside this context."""
         with self.left.hold(), self.right.hold():
             yield
 
 
 @dataclass(frozen=True)
-class Transposed(OfOne):
-    """Aᵀ."""
+class Transposed(UnaryOperator):
+    """The adjoint Aᵀ of an operator.
+
+    Args:
+        of: the operator A.
+    """
 
     of: LinearOperator
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, m) where A has (m, n)."""
+        """The shape (n, m), where A has (m, n)."""
         return self.of.shape[::-1]
 
     def matvec(self, x: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
@@ -184,20 +216,25 @@ class Transposed(OfOne):
 
     @property
     def T(self) -> LinearOperator:
-        """A itself."""
+        """The operator A itself."""
         return self.of
 
 
 @dataclass(frozen=True)
-class Scaled(OfOne):
-    """c A, for a number c."""
+class Scaled(UnaryOperator):
+    """The multiple c A of an operator.
+
+    Args:
+        factor: the number c.
+        of: the operator A.
+    """
 
     factor: float
     of: LinearOperator
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of A."""
+        """The shape of A."""
         return self.of.shape
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
@@ -210,11 +247,15 @@ class Scaled(OfOne):
 
 
 @dataclass(frozen=True)
-class Composed(OfTwo):
-    """A B: first B, then A.
+class Composed(BinaryOperator):
+    """The product A B of two operators: B is applied first, then A.
+
+    Args:
+        left: the operator A.
+        right: the operator B.
 
     Raises:
-        ValueError: if A takes vectors of another size than B gives.
+        ValueError: if A takes vectors of another size than B returns.
     """
 
     left: LinearOperator
@@ -229,7 +270,7 @@ class Composed(OfTwo):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows of A, columns of B."""
+        """The number of rows of A and of columns of B."""
         return self.left.shape[0], self.right.shape[1]
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
@@ -242,8 +283,12 @@ class Composed(OfTwo):
 
 
 @dataclass(frozen=True)
-class Sum(OfTwo):
-    """A + B.
+class Sum(BinaryOperator):
+    """The sum A + B of two operators.
+
+    Args:
+        left: the operator A.
+        right: the operator B.
 
     Raises:
         ValueError: if their shapes differ.
@@ -261,7 +306,7 @@ class Sum(OfTwo):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """That of both."""
+        """The shape that A and B share."""
         return self.left.shape
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
@@ -274,7 +319,17 @@ class Sum(OfTwo):
 
 
 def check_vectors(x: Tensor, size: int, what: str) -> None:
-    """Refuse what is not a real floating-point tensor with `size` numbers along its last axis."""
+    """Refuse what is not a real floating-point tensor with `size` numbers along its last axis.
+
+    Args:
+        x: the argument to check.
+        size: number of entries of a vector.
+        what: name of the method that was called, for the message.
+
+    Raises:
+        TypeError: if x is no tensor, or holds integers, booleans or complex numbers.
+        ValueError: if its last axis has another size.
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{what} takes a torch tensor, got {type(x).__name__}; use torch.as_tensor.")
     if not x.is_floating_point():

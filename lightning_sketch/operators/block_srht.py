@@ -1,4 +1,4 @@
-"""Block SRHT: the subsampled randomised Hadamard transform, chunk by chunk. Our default.
+"""Block SRHT, the default sketch: a subsampled randomized Hadamard transform of each chunk.
 
     S x = b^(-1/2) sum_c fold( t_c ∘ H_b (s_c ∘ x_c) )
 
@@ -9,7 +9,7 @@ fold       row r is added to row r mod dim (nothing to do if dim is a power of t
 
 E[SᵀS] = I. After H_b every chunk spreads its energy evenly over all rows, so that with its own signs on
 either side it behaves like a dense Gaussian map of the same dim: Var ||S x||² is about 2 / dim for
-||x|| = 1, whatever x looks like, and smaller when the energy of x sits in one chunk (each M_c is a
+||x|| = 1, whatever x is, and smaller when the energy of x lies in one chunk (each M_c is a
 multiple of an isometry). One pass over x, O(n log dim) time.
 
 Source: Balabanov, Beaupère, Grigori & Lederer, "Block subsampled randomized Hadamard transform for
@@ -18,6 +18,7 @@ sample rows where we fold, which uses every coordinate.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -26,10 +27,12 @@ from torch import Tensor
 from lightning_sketch.operators._hadamard import transform
 from lightning_sketch.operators.streaming import StreamingSketch, Which
 
+_Stream = Literal["in", "out"]  # names of the random streams of s_c and t_c
+
 
 @dataclass(frozen=True)
 class BlockSRHT(StreamingSketch):
-    """Sketch vectors of size `n` into `dim` numbers; the default wherever a sketch is needed.
+    """The Block SRHT sketch: maps vectors of size `n` to `dim` numbers; the default of this package.
 
     >>> import torch
     >>> sketch = BlockSRHT(n=100_000, dim=1024, seed=0)
@@ -45,28 +48,28 @@ class BlockSRHT(StreamingSketch):
 
     @property
     def chunk(self) -> int:
-        """b: the power of two at or above dim."""
+        """The length b of a chunk: the smallest power of two that is at least dim."""
         return self.width
 
     @property
     def scale(self) -> float:
-        """b^(-1/2)."""
+        """The factor b^(-1/2)."""
         return self.chunk**-0.5
 
     def gather(
         self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
     ) -> None:
-        """sum_c fold( t_c ∘ H (s_c ∘ x_c) )."""
+        """Add sum_c fold( t_c ∘ H (s_c ∘ x_c) ) to `total`."""
         summed = self._mix(chunks, "in", "out", which, spare).sum(1)
         total += summed[:, : self.dim]
         total[:, : self.chunk - self.dim] += summed[:, self.dim :]
 
     def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
-        """s_c ∘ H (t_c ∘ unfold(y)) for each chunk."""
+        """Return s_c ∘ H (t_c ∘ unfold(y)) for each chunk."""
         chunks[:] = torch.cat((y, y[:, : self.chunk - self.dim]), dim=1)[:, None]
         return self._mix(chunks, "out", "in", first, spare)
 
-    def _mix(self, x: Tensor, before: str, after: str, which: Which, spare: list[Tensor]) -> Tensor:
+    def _mix(self, x: Tensor, before: _Stream, after: _Stream, which: Which, spare: list[Tensor]) -> Tensor:
         """Multiply x by the signs of stream `before`, by H, and by the signs of stream `after`."""
         second, mask = spare
         self._flip(x, before, which, mask)

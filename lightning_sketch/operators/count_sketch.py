@@ -1,4 +1,4 @@
-"""CountSketch by rolling: signs, then every chunk added at its own random cyclic shift.
+"""CountSketch by rolling: each chunk is multiplied by random signs, cyclically shifted and added to the others.
 
     S x = sum_c roll(s_c ∘ x_c, r_c)
 
@@ -7,7 +7,7 @@ s_c   dim random signs, independent for each chunk
 r_c   a random shift in [0, dim), independent for each chunk
 
 E[SᵀS] = I and Var ||S x||² <= 2 / dim for every x with ||x|| = 1: the spread of a dense Gaussian map, in
-O(n) time and one pass, without a scatter, hence with a fixed order of additions. This is the speed floor.
+O(n) time and one pass, without a scatter, hence with a fixed order of additions. No other kind is faster.
 
 **When not to use it.** Its tails are weaker: two large coordinates meet with probability 1 / dim, and
 then their product is lost or doubled. A bound that must hold with probability 1 - δ needs dim of order
@@ -29,7 +29,7 @@ from lightning_sketch.operators.streaming import StreamingSketch, Which
 
 @dataclass(frozen=True)
 class CountSketch(StreamingSketch):
-    """Sketch vectors of size `n` into `dim` numbers as fast as memory allows.
+    """The CountSketch: maps vectors of size `n` to `dim` numbers as fast as memory allows.
 
     >>> import torch
     >>> CountSketch(n=1000, dim=64, seed=0).matvec(torch.ones(8, 1000)).shape
@@ -40,13 +40,13 @@ class CountSketch(StreamingSketch):
 
     @property
     def chunk(self) -> int:
-        """As many coordinates as the sketch has numbers."""
+        """The length of a chunk, dim."""
         return self.dim
 
     def gather(
         self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
     ) -> None:
-        """sum_c roll(s_c ∘ x_c, r_c)."""
+        """Add sum_c roll(s_c ∘ x_c, r_c) to `total`."""
         rows, group, dim = chunks.shape
         self._flip(chunks, "signs", which, spare[0])
         windows = _windows(chunks)
@@ -54,7 +54,7 @@ class CountSketch(StreamingSketch):
         total += windows[start + (dim - self._shifts(which, group, chunks))].sum(1)
 
     def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
-        """s_c ∘ roll(y, -r_c) for each chunk."""
+        """Return s_c ∘ roll(y, -r_c) for each chunk."""
         rows, group, dim = chunks.shape
         windows = _windows(y)
         start = torch.arange(0, rows * 2 * dim, 2 * dim, device=y.device)[:, None]
@@ -68,7 +68,10 @@ class CountSketch(StreamingSketch):
 
 
 def _windows(x: Float[Tensor, "... dim"]) -> Float[Tensor, "windows dim"]:
-    """Every run of dim numbers in (x_1, x_1, x_2, x_2, ...): a roll is a run; a view of overlapping rows."""
+    """Return a view whose rows are all runs of dim consecutive numbers in (x_1, x_1, x_2, x_2, ...).
+
+    Each cyclic shift of a vector x_i is such a run.
+    """
     dim = x.shape[-1]
     twice = torch.cat((x, x), dim=-1).view(-1)
     return twice.as_strided((len(twice) - dim + 1, dim), (1, 1))

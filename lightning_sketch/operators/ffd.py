@@ -1,4 +1,4 @@
-"""FFD: Fastfood, the sketch of implicit mode since Li et al. (2018).
+"""FFD: Fastfood, the random map of intrinsic-dimension studies since Li et al. (2018).
 
     S x = √(D / dim) sum_c B_c H Πᵀ_c G_c H x_c           (here H is orthonormal)
 
@@ -10,10 +10,10 @@ B_c   D random signs
 
 This is the adjoint of Fastfood's map R^D -> R^n. E[SᵀS] = I.
 
-**When not to use it.** x meets the first H with no random signs before it: if H x_c is a single spike,
+**When not to use it.** The first H is applied without random signs before it: if H x_c is a single spike,
 ||S x||² is the square of one normal variable, whatever dim is (Theorem 3.1 of the paper; a constant x
 inside one chunk does it). And a permutation is a sort and a lookup, slow everywhere. `AFFD` and
-`BlockSRHT` repair both. It streams; scratch: a few buffers of max(2^18, D) numbers.
+`BlockSRHT` have neither fault. It streams; scratch: a few buffers of max(2^18, D) numbers.
 
 Source: Le, Sarlós & Smola (2013), "Fastfood: approximating kernel expansions in loglinear time", ICML;
 as a sketch: Schioppa, NeurIPS 2024, arXiv:2402.03994, section 3, its constant σ_F being 1 here.
@@ -33,7 +33,7 @@ from lightning_sketch.operators.streaming import StreamingSketch, Which
 
 @dataclass(frozen=True)
 class FFD(StreamingSketch):
-    """Sketch vectors of size `n` into `dim` numbers, as the literature before the paper did.
+    """The Fastfood sketch: maps vectors of size `n` to `dim` numbers, as the literature before the paper did.
 
     >>> import torch
     >>> FFD(n=1000, dim=64, seed=0).matvec(torch.ones(8, 1000)).shape
@@ -44,24 +44,24 @@ class FFD(StreamingSketch):
 
     @property
     def chunk(self) -> int:
-        """D: the power of two at or above dim."""
+        """The length D of a chunk: the smallest power of two that is at least dim."""
         return self.width
 
     @property
     def scale(self) -> float:
-        """√(D / dim), and 1 / √D for each of the two H."""
+        """The factor √(D / dim), times 1 / √D for each of the two H."""
         return (self.dim * self.chunk) ** -0.5
 
     def gather(
         self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
     ) -> None:
-        """sum_c B_c H Πᵀ_c G_c H x_c."""
+        """Add sum_c B_c H Πᵀ_c G_c H x_c to `total`."""
         mixed = transform_(chunks) * self._normals(which, chunks)
         mixed = transform_(mixed.gather(-1, self._permutations(which, chunks)))
         total += self._flip(mixed, "signs", which, spare[0]).sum(1)[:, : self.dim]
 
     def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
-        """H G_c Π_c H B_c y for each chunk."""
+        """Return H G_c Π_c H B_c y for each chunk."""
         chunks[:] = F.pad(y, (0, self.chunk - self.dim))[:, None]
         self._flip(chunks, "signs", first, spare[0])
         mixed = chunks.new_empty(chunks.shape)

@@ -7,7 +7,7 @@ H   orthonormal Walsh-Hadamard matrix of size N
 P   each row reads q = 64 coordinates, drawn with replacement, with independent normal weights
 
 E[SᵀS] = I; Var ||S x||² is about 2 / dim (1 + 3 / q) for ||x|| = 1. The theory asks for q of order log² M
-to keep M vectors apart, which is 64 at M = 3000; the number is part of the map. Reading at random is
+to keep M vectors apart, which is 64 at M = 3000; q is a fixed part of the map. Reading at random places is
 slow on accelerators, which is why the paper replaces this sketch.
 
 Source: Ailon & Chazelle (2009), "The fast Johnson-Lindenstrauss transform and approximate nearest
@@ -24,12 +24,12 @@ from lightning_sketch.operators._hadamard import CACHED
 from lightning_sketch.operators.full import FullSketch
 from lightning_sketch.operators.random import normals, words
 
-NONZEROS_PER_ROW = 64
+_NONZEROS_PER_ROW = 64
 
 
 @dataclass(frozen=True)
 class FJL(FullSketch):
-    """Sketch vectors of size `n` into `dim` numbers, with `NONZEROS_PER_ROW` = 64 reads for each.
+    """The FJL sketch: maps vectors of size `n` to `dim` numbers, reading 64 coordinates for each.
 
     >>> import torch
     >>> FJL(n=1000, dim=64, seed=0).matvec(torch.ones(8, 1000)).shape
@@ -40,26 +40,26 @@ class FJL(FullSketch):
 
     @property
     def scale(self) -> float:
-        """√(N / (dim q)), and 1 / √N for H."""
-        return (self.dim * NONZEROS_PER_ROW) ** -0.5
+        """The factor √(N / (dim q)), times 1 / √N for H."""
+        return (self.dim * _NONZEROS_PER_ROW) ** -0.5
 
     def reduce(self, u: Float[Tensor, " padded"]) -> Float[Tensor, " dim"]:
-        """P u."""
+        """Return P u."""
         y = u.new_empty(self.dim)
         for rows, columns, weights in self._entries(u):
             y[rows] = (u[columns] * weights).sum(-1)
         return y
 
     def expand(self, y: Float[Tensor, " dim"]) -> Float[Tensor, " padded"]:
-        """Pᵀ y."""
+        """Return Pᵀ y."""
         u = y.new_zeros(self.padded)
         for rows, columns, weights in self._entries(y):
             u.index_add_(0, columns.view(-1), (weights * y[rows, None]).view(-1))
         return u
 
     def _entries(self, like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows of P in pieces: which, their columns, their weights."""
-        q = NONZEROS_PER_ROW
+        """Yield rows of P in groups: their range, their columns, their weights."""
+        q = _NONZEROS_PER_ROW
         step = CACHED // q
         for row in range(0, self.dim, step):
             rows = slice(row, min(row + step, self.dim))

@@ -1,13 +1,13 @@
-"""Sketches that mix all coordinates before they shrink.
+"""The base class of sketches that mix all coordinates by one Hadamard transform before they reduce them.
 
     S x = scale · R H_N (s ∘ pad(x))
 
 pad   zero-padding from n to N, the next power of two
 s     N random signs
 H_N   Walsh-Hadamard matrix with entries ±1
-R     what the kind does with the mixed vector, R^N -> R^dim
+R     the kind's own map R^N -> R^dim
 
-Such a sketch needs the whole vector: `columns` costs what the whole does. O(N log N) time; scratch
+Such a sketch needs the whole vector: `columns` costs as much as the whole sketch. O(N log N) time; scratch
 memory N numbers (one vector of a batch at a time) and a few pieces of 2^18; no diagonal is stored.
 """
 
@@ -25,30 +25,30 @@ from lightning_sketch.operators.sketch import Sketch
 
 
 class FullSketch(Sketch):
-    """A sketch behind a full Hadamard transform; a subclass gives `scale`, `reduce` and `expand`."""
+    """A sketch behind a full Hadamard transform; a subclass defines `scale`, `reduce` and `expand`."""
 
     streams = False
 
     @property
     def padded(self) -> int:
-        """N: the power of two at or above n."""
+        """The size N after padding: the smallest power of two that is at least n."""
         return 1 << (self.n - 1).bit_length()
 
     @property
     @abstractmethod
     def scale(self) -> float:
-        """A factor in front of the product."""
+        """The factor in front of the product."""
 
     @abstractmethod
     def reduce(self, u: Float[Tensor, " padded"]) -> Float[Tensor, " dim"]:
-        """R u; may overwrite u."""
+        """Return R u; may overwrite u."""
 
     @abstractmethod
     def expand(self, y: Float[Tensor, " dim"]) -> Float[Tensor, " padded"]:
-        """Rᵀ y."""
+        """Return Rᵀ y."""
 
     def forward(self, x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
-        """S[:, start : start + size] x."""
+        """Return S[:, start : start + size] x."""
         out = x.new_empty(len(x), self.dim, dtype=torch.promote_types(x.dtype, torch.float32))
         with full_precision(x.device):
             for row, vector in zip(out, x, strict=True):
@@ -58,7 +58,7 @@ class FullSketch(Sketch):
         return out.mul_(self.scale)
 
     def adjoint(self, y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
-        """S[:, start : stop]ᵀ y."""
+        """Return S[:, start : stop]ᵀ y."""
         y = self.scale * y.to(torch.promote_types(y.dtype, torch.float32))
         out = y.new_empty(len(y), stop - start)
         with full_precision(y.device):
@@ -67,7 +67,7 @@ class FullSketch(Sketch):
         return out
 
     def pieces(self) -> Iterator[slice]:
-        """[0, N) in pieces of at least one sketch width, and of a size that stays in cache."""
+        """Yield slices of [0, N), each at least one sketch width long and small enough to stay in cache."""
         step = min(self.padded, max(CACHED, self.width))
         for start in range(0, self.padded, step):
             yield slice(start, start + step)

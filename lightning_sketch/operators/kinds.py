@@ -1,4 +1,4 @@
-"""From the name of a kind, or a spec read from a file, to the sketch."""
+"""Construction of a sketch from the name of its kind, or from a spec that was read from a file."""
 
 from lightning_sketch.operators.affd import AFFD
 from lightning_sketch.operators.afjl import AFJL
@@ -15,17 +15,18 @@ __all__ = ["AFFD", "AFJL", "FFD", "FJL", "KINDS", "QK", "BlockSRHT", "CountSketc
 
 
 def make_sketch(kind: str, *, n: int, dim: int, seed: int = 0, rng: str = RNG) -> Sketch:
-    """Make the sketch of this kind: `make_sketch(**sketch.spec()) == sketch`.
+    """Make the sketch of a kind; `make_sketch(**sketch.spec()) == sketch`.
 
     Args:
-        kind: block_srht, affd, afjl, qk, ffd, fjl, gaussian, count_sketch, or one of your own.
+        kind: "block_srht", "affd", "afjl", "qk", "ffd", "fjl", "gaussian", "count_sketch", or the `kind` of a
+            subclass of `Sketch` of your own.
         n: size of the vectors to sketch.
-        dim: size of a sketch.
-        seed: 0 <= seed < 2^63.
-        rng: version of the random bits the sketch was made with.
+        dim: size of a sketch, 0 < dim <= n.
+        seed: of the random map, 0 <= seed < 2^63.
+        rng: version of the random bits that the sketch was made with.
 
     Raises:
-        ValueError: if the kind or the version of the random bits is unknown here.
+        ValueError: if the kind or the version of the random bits is unknown, or a number is out of its range.
 
     >>> make_sketch("affd", n=1000, dim=64, seed=0)
     AFFD(n=1000, dim=64, seed=0)

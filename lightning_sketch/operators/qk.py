@@ -1,4 +1,4 @@
-"""QK: a Kronecker product of small orthogonal matrices.
+"""QK: a sketch by a Kronecker product of small orthogonal matrices.
 
     S x = √(N / dim) R_dim (Q_1 ⊗ ... ⊗ Q_K) pad(x)
 
@@ -6,7 +6,7 @@ Q_i     the first D_i rows of a random (Haar) orthogonal matrix of size B_i, wit
 N, D    the powers of two at or above n and dim; pad fills with zeros
 R_dim   the first dim coordinates
 K       the fewest factors with every B_i <= 2^10; the exponents of B_i, and those of D_i, differ by at
-        most one ("balanced"). This rule is part of the map.
+        most one ("balanced"). This rule is a fixed part of the map.
 
 E[SᵀS] = I; the rows are orthogonal. O(N max D_i) time, no signs and no normals of size N.
 
@@ -36,7 +36,7 @@ from lightning_sketch.operators.sketch import Sketch
 
 @dataclass(frozen=True)
 class QK(Sketch):
-    """Sketch vectors of size `n` into `dim` numbers, as in the paper.
+    """The QK sketch: maps vectors of size `n` to `dim` numbers by small orthogonal matrices, as in the paper.
 
     >>> import torch
     >>> QK(n=1000, dim=64, seed=0).matvec(torch.ones(8, 1000)).shape
@@ -48,18 +48,18 @@ class QK(Sketch):
 
     @property
     def factors(self) -> list[tuple[int, int]]:
-        """(D_i, B_i) for each factor."""
+        """The sizes (D_i, B_i) of each factor."""
         n_bits, dim_bits = (self.n - 1).bit_length(), (self.dim - 1).bit_length()
         count = max(1, -(-n_bits // 10))
         return [(1 << (dim_bits + i) // count, 1 << (n_bits + i) // count) for i in range(count)]
 
     @property
     def scale(self) -> float:
-        """√(N / dim)."""
+        """The factor √(N / dim)."""
         return math.sqrt(math.prod(size for _, size in self.factors) / self.dim)
 
     def forward(self, x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
-        """S[:, start : start + size] x."""
+        """Return S[:, start : start + size] x."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         padded = math.prod(size for _, size in self.factors)
         out = x.new_empty(len(x), self.dim)
@@ -75,7 +75,7 @@ class QK(Sketch):
         return out.mul_(self.scale)
 
     def adjoint(self, y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
-        """S[:, start : stop]ᵀ y."""
+        """Return S[:, start : stop]ᵀ y."""
         y = self.scale * y.to(torch.promote_types(y.dtype, torch.float32))
         out = y.new_empty(len(y), stop - start)
         qs = self._orthogonal(y)
@@ -90,7 +90,7 @@ class QK(Sketch):
         return out
 
     def _orthogonal(self, like: Tensor) -> list[Float[Tensor, "D_i B_i"]]:
-        """Return the Q_i."""
+        """Return the factors Q_i, in the type and on the device of `like`."""
         qs = []
         for i, (dim, size) in enumerate(self.factors):
             gaussian = normals(self.key(f"factor {i}"), 0, size * dim, torch.float64, "cpu").view(size, dim)

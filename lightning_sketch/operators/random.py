@@ -7,7 +7,7 @@
     word = h ^ h >> 16
 
 No generator, no state: any slice can be made on any device at any time, bit for bit the same, so that a
-sketch is described wholly by its few integers; what is kept, some pages of words (1 MB), only saves time.
+sketch is fully described by its few integers; the cache of some pages of words (1 MB) only saves time.
 Every product stays below 2^63: nothing relies on how a device wraps around. For a fixed `hi`, index -> word
 is a bijection.
 
@@ -16,7 +16,7 @@ a block: unpacking then runs along contiguous memory for each bit.
 
 Changing anything here changes every sketch ever stored: a new version needs a new name (`RNG`).
 
-Source: the finaliser has the shape of Wellons' lowbias32 (2018), with a second multiplier below 2^31.
+Source: the finalizer has the shape of Wellons' lowbias32 (2018), with a second multiplier below 2^31.
 """
 
 import functools
@@ -28,32 +28,34 @@ from torch import Tensor
 
 RNG = "v1"
 
+_Device = torch.device | str | None
+
 _MASK = 0xFFFFFFFF
 _M1, _M2 = 0x7FEB352D, 0x5BD1E995
 _W = 256
 _BLOCK = 32 * _W
 _PAGE = 1 << 16
 
-FLIP_SLACK = 2 * _BLOCK
+FLIP_SLACK = 2 * _BLOCK  # numbers that a scratch buffer of `flip_` needs beyond those of its argument
 
 
 class Key(tuple):
-    """A 64-bit key, as two halves of 32 bits."""
+    """A 64-bit key of random bits, as a pair of 32-bit integers."""
 
-    def __new__(cls, seed: int, stream: str):
+    def __new__(cls, seed: int, stream: str) -> "Key":
         """Make the key of a named stream of a seed, e.g. `Key(0, "affd/signs")`."""
         digest = hashlib.blake2b(f"{seed}/{stream}".encode(), digest_size=8).digest()
         return super().__new__(cls, divmod(int.from_bytes(digest, "little"), 1 << 32))
 
 
-def words(key: Key, start: int, stop: int, device=None) -> Int[Tensor, " count"]:
-    """Independent uniform integers in [0, 2^32), one for each index in [start, stop)."""
+def words(key: Key, start: int, stop: int, device: _Device = None) -> Int[Tensor, " count"]:
+    """Return independent uniform integers in [0, 2^32), one for each index in [start, stop)."""
     index = torch.arange(start, stop, dtype=torch.int64, device=device)
     return words_at(key, index, wide=stop > _MASK)
 
 
 def words_at(key: Key, index: Int[Tensor, "*any"], wide: bool = True) -> Int[Tensor, "*any"]:
-    """`words` at each index of a tensor of int64; `wide` says whether one may reach 2^32."""
+    """Return `words` at each index of a tensor of int64; `wide` says whether an index may reach 2^32."""
     k0, k1 = key
     h = index & _MASK
     if wide:
@@ -91,10 +93,10 @@ def flip_(x: Float[Tensor, "... count"], key: Key, start: int, spare: Tensor | N
 
 
 def flip_chunks_(x: Float[Tensor, "rows group chunk"], key: Key, number: Int[Tensor, "#rows group"]) -> Tensor:
-    """Multiply x[r, g, i] by the sign at index chunk · number[r, g] + i, in place: chunks from anywhere.
+    """Multiply x[r, g, i] by the sign at index chunk · number[r, g] + i, in place, for chunks at any place.
 
     Scratch memory: two tensors of x's shape. A chunk that is neither a power of two nor a multiple of a block takes
-    ten times as long as the others, since its numbers share no words.
+    ten times as long as other sizes, since its numbers share no words.
     """
     ints, top = _ints(x)
     size = x.shape[-1]
@@ -110,7 +112,7 @@ def flip_chunks_(x: Float[Tensor, "rows group chunk"], key: Key, number: Int[Ten
 
 
 def _sign_words(key: Key, start: int, stop: int, ints: torch.dtype, device: torch.device) -> Int[Tensor, " count"]:
-    """`words` in a type of integers, of pages that are kept for as long as a small vector or a neighbour asks again."""
+    """Return `words` in a type of integers, from cached pages, which small vectors share."""
     pages = range(start // _PAGE, -(-stop // _PAGE))
     parts = [_page(key, n, ints, device)[max(start - n * _PAGE, 0) : stop - n * _PAGE] for n in pages]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -123,49 +125,49 @@ def _page(key: Key, number: int, ints: torch.dtype, device: torch.device) -> Int
 
 
 def _ints(x: Tensor) -> tuple[torch.dtype, int]:
-    """Integers of x's width, and the number of their sign's bit."""
+    """Return the integer type as wide as x, and the index of its sign bit."""
     ints = {4: torch.int32, 8: torch.int64}[x.element_size()]
     return ints, torch.iinfo(ints).bits - 1
 
 
 def _narrowed(word: Tensor, ints: torch.dtype) -> Tensor:
-    """Words as integers that hold the same low 32 bits: a signed number where there are no others, exact to convert."""
+    """Return words in an integer type with the same low 32 bits, as signed numbers if it has no more bits."""
     return ((word ^ 1 << 31) - (1 << 31)).to(ints) if ints == torch.int32 else word
 
 
-def signs(key: Key, start: int, stop: int, dtype=torch.float32, device=None) -> Tensor:
-    """Rademacher variables: -1 or +1 with equal probability, for each index in [start, stop)."""
+def signs(key: Key, start: int, stop: int, dtype: torch.dtype = torch.float32, device: _Device = None) -> Tensor:
+    """Return Rademacher variables, -1 or +1 with equal probability, one for each index in [start, stop)."""
     return flip_(torch.ones(stop - start, dtype=dtype, device=device), key, start)
 
 
-def integers(key: Key, start: int, stop: int, below: int, device=None) -> Int[Tensor, " count"]:
-    """Uniform integers in [0, below) for below <= 2^31; no value is off by more than below / 2^32."""
+def integers(key: Key, start: int, stop: int, below: int, device: _Device = None) -> Int[Tensor, " count"]:
+    """Return uniform integers in [0, below), with relative errors of probabilities up to below / 2^32."""
     return words(key, start, stop, device) * below >> 32
 
 
 def integers_at(key: Key, index: Int[Tensor, "*any"], below: int) -> Int[Tensor, "*any"]:
-    """`integers` at each index of a tensor."""
+    """Return `integers` at each index of a tensor."""
     return words_at(key, index) * below >> 32
 
 
-def normals(key: Key, start: int, stop: int, dtype=torch.float32, device=None) -> Tensor:
+def normals(key: Key, start: int, stop: int, dtype: torch.dtype = torch.float32, device: _Device = None) -> Tensor:
     """Return standard normal variables on a grid of 2^16 quantiles, two to a word.
 
-    Mean 0 and variance 1 hold exactly over the table; the largest value is 4.3. A table in place of
-    `log` and `cos`, since those differ in the last bit between devices.
+    The table has mean 0 and variance 1 exactly; its largest value is 4.3. It replaces `log` and `cos`, whose
+    last bits differ between devices.
     """
     word = words(key, start // 2, -(-stop // 2), device)
     halves = torch.stack((word & 0xFFFF, word >> 16), dim=-1).view(-1)
     return _quantiles(dtype, device)[halves[start % 2 :][: stop - start]]
 
 
-def normals_at(key: Key, index: Int[Tensor, "*any"], dtype=torch.float32) -> Float[Tensor, "*any"]:
+def normals_at(key: Key, index: Int[Tensor, "*any"], dtype: torch.dtype = torch.float32) -> Float[Tensor, "*any"]:
     """Return `normals` at each index of a tensor."""
     return _quantiles(dtype, index.device)[words_at(key, index // 2) >> index % 2 * 16 & 0xFFFF]
 
 
 @functools.lru_cache(maxsize=4)  # 2^16 numbers each, whatever n is
-def _quantiles(dtype: torch.dtype, device) -> Tensor:
+def _quantiles(dtype: torch.dtype, device: _Device) -> Tensor:
     lower = torch.special.ndtri((torch.arange(1 << 15, dtype=torch.float64, device="cpu") + 0.5) / (1 << 16))
     table = torch.cat((lower, -lower))
     table /= table.square().mean().sqrt()

@@ -1,9 +1,9 @@
-"""Sketches that are a sum over chunks of the vector, each chunk mapped on its own.
+"""The base class of sketches that sum over chunks of the vector, each chunk mapped on its own.
 
     S x = scale · sum_c M_c x_c          x_c: the c-th chunk of `chunk` coordinates, the last one zero-padded
 
 Such a sketch streams: a range of coordinates costs what the range costs, in any order, on any rank.
-Chunks are taken in groups that stay in cache. Scratch memory: a few buffers of max(2^18, chunk)
+Chunks are processed in groups that stay in cache. Scratch memory: a few buffers of max(2^18, chunk)
 numbers, whatever n is.
 """
 
@@ -19,44 +19,44 @@ from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.operators.random import FLIP_SLACK, flip_, flip_chunks_
 from lightning_sketch.operators.sketch import Sketch
 
+# Indices of chunks: that of the first of consecutive chunks, or that of each chunk, per row or the same for all rows.
 Which = int | Int[Tensor, "#rows group"]
-"""Which chunks: the number of the first of consecutive ones, or the number of each, for each row or for all alike."""
 
 
 class StreamingSketch(Sketch):
-    """A sketch that maps each chunk on its own; a subclass gives `chunk`, `gather` and `scatter`."""
+    """A sketch that maps each chunk of coordinates on its own; a subclass defines `chunk`, `gather` and `scatter`."""
 
     streams = True
 
     @property
     @abstractmethod
     def chunk(self) -> int:
-        """Coordinates in a chunk."""
+        """The number of coordinates in a chunk."""
 
     @property
     def scale(self) -> float:
-        """A factor in front of the sum."""
+        """The factor in front of the sum."""
         return 1.0
 
     @abstractmethod
     def gather(
         self, chunks: Float[Tensor, "rows group chunk"], which: Which, spare: list[Tensor], total: Tensor
     ) -> None:
-        """Add sum_c M_c x_c over the chunks x_c to `total`, unscaled; overwrites the others.
+        """Add sum_c M_c x_c to `total`, without the scale; overwrites `chunks` and `spare`.
 
         Args:
-            chunks: contiguous.
-            which: the number of the first of consecutive chunks, or the number of each chunk; the latter costs more.
+            chunks: the chunks x_c of each row, contiguous.
+            which: index of the first of consecutive chunks, or the index of each chunk, which costs more.
             spare: two buffers of the size of `chunks` and `FLIP_SLACK` more.
-            total: (rows, dim).
+            total: the sums to add to, (rows, dim).
         """
 
     @abstractmethod
     def scatter(self, y: Float[Tensor, "rows dim"], first: int, spare: list[Tensor], chunks: Tensor) -> Tensor:
-        """M_cᵀ y for the chunks first, first + 1, ..., held in `chunks` or in `spare`."""
+        """Return M_cᵀ y for the chunks first, first + 1, ..., unscaled, in the memory of `chunks` or of `spare`."""
 
     def forward(self, x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
-        """S[:, start : start + size] x."""
+        """Return S[:, start : start + size] x."""
         out = x.new_zeros(len(x), self.dim, dtype=torch.promote_types(x.dtype, torch.float32))
         with full_precision(x.device):
             for rows, first, low, high, group, spare in self._groups(out, start, start + x.shape[1]):
@@ -69,7 +69,7 @@ class StreamingSketch(Sketch):
         return out.mul_(self.scale)
 
     def adjoint(self, y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
-        """S[:, start : stop]ᵀ y."""
+        """Return S[:, start : stop]ᵀ y."""
         y = self.scale * y.to(torch.promote_types(y.dtype, torch.float32))
         out = y.new_empty(len(y), stop - start)
         with full_precision(y.device):
@@ -88,7 +88,7 @@ class StreamingSketch(Sketch):
     def _groups(
         self, like: Tensor, start: int, stop: int
     ) -> Iterator[tuple[slice, int, int, int, Tensor, list[Tensor]]]:
-        """Rows, first chunk, range of coordinates, and buffers, for each group of chunks."""
+        """Yield rows, the first chunk, the start and end of the coordinates, and buffers, for each group of chunks."""
         most_rows = max(1, CACHED // self.chunk)
         first, last = start // self.chunk, -(-stop // self.chunk)
         for row in range(0, len(like), most_rows):

@@ -1,4 +1,4 @@
-"""Tests to inherit: what a sketch or a layer's rule of one's own has to fulfill."""
+"""Test classes to inherit for a sketch, or a rule for a layer, of your own."""
 
 from lightning_sketch.testing.layer_rules import LayerRuleTests
 from lightning_sketch.testing.sketches import SketchTests

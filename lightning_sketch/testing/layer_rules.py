@@ -1,4 +1,4 @@
-"""What a rule for the gradients of a layer has to fulfill, as tests to inherit."""
+"""A test class to inherit for a rule that computes the per-example gradients of a layer."""
 
 from collections.abc import Mapping
 
@@ -10,11 +10,15 @@ from lightning_sketch.per_example.hooks import ExampleHooks
 
 
 class DenseRows:
-    """The gradients of each example, (examples, numbers) of each parameter, from their factors.
+    """A collector of gradient factors that computes from them the gradient of each example.
+
+    Args:
+        parameters: the parameters by name.
+        examples: number of examples.
 
     Attributes:
-        rows: by name, in float64.
-        factors: all that came.
+        rows: gradients by name of the parameter, (examples, numbers of the parameter), float64.
+        factors: all factors that were added.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], examples: int):
@@ -23,7 +27,7 @@ class DenseRows:
         self.factors: list[Factor] = []
 
     def add(self, factor: Factor) -> None:
-        """Add a factor of the gradients of the examples, formed."""
+        """Add the gradients that a factor represents."""
         self.factors.append(factor)
         rows = self.rows[self.names[id(factor.parameter)]]
         if isinstance(factor, Dense):
@@ -38,7 +42,7 @@ class DenseRows:
 
 
 class LayerRuleTests:
-    """Tests that a rule registered by `register_layer` has to pass, for pytest.
+    """Pytest tests that a rule registered by `register_layer` has to pass.
 
     Example::
 
@@ -48,7 +52,11 @@ class LayerRuleTests:
     """
 
     def make(self) -> tuple[nn.Module, Tensor]:
-        """Return a layer and an input with at least two examples along its first axis."""
+        """Return a layer and an input with at least two examples along its first axis.
+
+        Raises:
+            NotImplementedError: if a subclass does not define it.
+        """
         raise NotImplementedError(f"define make() in {type(self).__name__}: return a layer and an input.")
 
     def test_rows_are_the_gradients_of_each_example_alone(self):
@@ -61,7 +69,7 @@ class LayerRuleTests:
             for name, gradient in zip(parameters, gradients, strict=True):
                 torch.testing.assert_close(found[name][i], gradient.flatten(), rtol=1e-10, atol=1e-12)
 
-    def test_frozen_parameters_are_left_out_and_the_others_are_right(self):
+    def test_frozen_parameters_have_no_rows_and_the_others_are_right(self):
         """Test with each parameter frozen in turn."""
         module, x, parameters = self._problem()
         whole, _ = self._by_hooks(module, x, parameters)
@@ -85,7 +93,7 @@ class LayerRuleTests:
         assert all(torch.equal(one, other) for one, other in zip(plain, watched, strict=True))
 
     def _problem(self) -> tuple[nn.Module, Tensor, dict[str, nn.Parameter]]:
-        """In float64, with parameters that no factor of zero or one hides."""
+        """Return the layer, its input and its parameters in float64, with normal values that are neither 0 nor 1."""
         torch.manual_seed(0)
         module, x = self.make()
         module, x = module.double(), x.double() if x.is_floating_point() else x
@@ -96,6 +104,7 @@ class LayerRuleTests:
     def _by_hooks(
         self, module: nn.Module, x: Tensor, parameters: dict[str, nn.Parameter]
     ) -> tuple[dict[str, Tensor], ExampleHooks]:
+        """Return the gradients of each example by name, computed by hooks, and the hooks."""
         rows, hooks = DenseRows(parameters, len(x)), ExampleHooks(module, parameters)
         with hooks.recording(rows, len(x)):
             loss = self._losses(module(x)).sum()

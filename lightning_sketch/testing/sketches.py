@@ -1,8 +1,8 @@
-"""The contract of a sketch, as tests to inherit.
+"""A test class to inherit for a kind of sketch.
 
-A sketch is a linear map with an exact adjoint, can be cut into columns, depends on its fields alone, and keeps inner
-products on average. Identities are held in float64 to the tolerance of `assert_close`, 1e-7: far above rounding, far
-below any mistake.
+A sketch is a linear map with an exact adjoint, can be cut into columns, depends on its fields alone, and preserves
+inner products on average. Identities are tested in float64 to the tolerance of `assert_close`, 1e-7: far above
+rounding, far below any mistake.
 """
 
 import math
@@ -18,11 +18,11 @@ from lightning_sketch.operators.sketch import Sketch
 
 
 class SketchTests:
-    """Tests that each kind of sketch has to pass, for pytest.
+    """Pytest tests that each kind of sketch has to pass.
 
     Attributes:
-        kind: the class, given by the one that inherits.
-        sizes: pairs (n, dim) to try: trivial, uneven, square, several chunks.
+        kind: the class of the sketch, set by the subclass.
+        sizes: pairs (n, dim) to test: trivial, uneven, square, several chunks.
 
     Example::
 
@@ -42,7 +42,7 @@ class SketchTests:
         return [self.kind(n=n, dim=dim, seed=3) for n, dim in self.sizes]
 
     def test_matvec_is_linear(self):
-        """S (2 x - y) = 2 S x - S y."""
+        """Test S (2 x - y) = 2 S x - S y."""
         for s in self.sketches():
             x, y = self.vectors(2, s.n)
             torch.testing.assert_close(s.matvec(2 * x - y), 2 * s.matvec(x) - s.matvec(y))
@@ -85,11 +85,11 @@ class SketchTests:
             for a, b in pairwise(cuts):
                 torch.testing.assert_close(s.columns(a, b).rmatvec(y), s.rmatvec(y)[:, a:b])
 
-    def test_inner_products_are_kept_on_average(self):
+    def test_inner_products_are_preserved_on_average(self):
         """Test E⟨S x, S y⟩ = ⟨x, y⟩ over seeds, within five standard errors.
 
         x and y overlap, so that a wrong scale stands out of the noise; neither size is a power of two, so that
-        scaling by n or dim in place of the padded sizes stands out too.
+        scaling by n or dim instead of the padded sizes stands out too.
         """
         x, noise = self.vectors(2, 100)
         pair = torch.stack((x, x + 0.3 * noise))
@@ -98,12 +98,12 @@ class SketchTests:
         assert abs(got.mean() - pair[0] @ pair[1]) < 5 * got.std() / math.sqrt(len(got))
 
     def test_the_average_map_is_zero(self):
-        """Test E[S] = 0 over seeds, within five standard errors: every entry has a random sign, from the seed."""
+        """Test E[S] = 0 over seeds, within five standard errors: the seed gives every entry a random sign."""
         entries = torch.stack([self.kind(n=10, dim=6, seed=seed).T.as_matrix() for seed in range(400)])
         assert (entries.mean(0).abs() <= 5 * entries.std(0) / math.sqrt(400)).all()
 
     def test_equal_fields_are_one_map_and_another_seed_is_another(self):
-        """Test that the map is a function of the fields: made again, from its spec, and after pickling."""
+        """Test that the map is a function of the fields: built again, from its spec, and after pickling."""
         x = self.vectors(100)
         s = self.kind(n=100, dim=33, seed=0)
         for again in (self.kind(n=100, dim=33, seed=0), make_sketch(**s.spec()), pickle.loads(pickle.dumps(s))):

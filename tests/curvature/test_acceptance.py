@@ -36,7 +36,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The eight rows of an image are its tokens."""
+    """A transformer whose tokens are the eight rows of an image."""
 
     def __init__(self, d=16):
         super().__init__()
@@ -63,7 +63,7 @@ def cross_entropy(module, batch):
 
 @functools.cache
 def network(case):
-    """In evaluation mode, and a batch."""
+    """Return the network in evaluation mode, and a batch."""
     name, state = case.split()
     x, y = (torch.tensor(part) for part in load_digits(return_X_y=True))
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(123))[:1437]
@@ -91,7 +91,7 @@ def operator(case, dtype, kind=Hessian):
 
 @functools.cache
 def truth(case, kind=Hessian):
-    """The 14 largest, largest first, and the 5 smallest, smallest first."""
+    """Return the 14 largest eigenvalues, largest first, and the 5 smallest, smallest first."""
     a = operator(case, F64, kind)
     with a.hold():
         linear = LinearOperator(a.shape, lambda v: a.matvec(torch.from_numpy(v.ravel())).numpy(), dtype="float64")
@@ -102,7 +102,7 @@ def truth(case, kind=Hessian):
 
 @functools.cache
 def measured(case, dtype, num_matvecs, kind=Hessian):
-    """A run that does not stop early."""
+    """Return a spectrum whose run does not stop early."""
     return spectrum(operator(case, dtype, kind), num_matvecs=num_matvecs, dim=512, tol=0.0)
 
 

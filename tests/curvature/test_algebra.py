@@ -25,7 +25,7 @@ def problem(dtype=torch.float64):
 
 
 def dense_hessian(module, batches):
-    """By torch.func, over all parameters in one vector."""
+    """Return the dense matrix by torch.func, over all parameters in one vector."""
     named = {k: p.detach() for k, p in module.named_parameters()}
 
     def mean(flat):

@@ -32,7 +32,7 @@ def summed(module, batch):
 
 
 def gradients(module, batch):
-    """One row an example, each by its own backward pass."""
+    """Return a gradient for each example as rows, each by its own backward pass."""
     rows = (torch.autograd.grad(loss, list(module.parameters()), retain_graph=True) for loss in losses(module, batch))
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
 
@@ -61,7 +61,7 @@ def test_a_batch_that_is_cut_gives_the_same(loss_fn):
 
 
 def test_its_eigenvalues_are_those_of_the_small_gram_matrix():
-    """As many as examples at most, and none negative."""
+    """The rank is at most the number of examples, and no eigenvalue is negative."""
     module = network()
     g = gradients(module, (X, Y))
     gram = torch.linalg.eigvalsh(g @ g.T / len(X)).flip(0)
@@ -110,7 +110,7 @@ def test_a_loss_that_is_summed_is_refused(batches):
 
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_loss_that_couples_the_examples_is_refused(batches):
-    """Of pairs within the batch, an example alone has none; return one loss each."""
+    """The loss is of pairs within the batch, and a single example has no pairs."""
 
     def contrastive(module, batch):
         z = module(batch[0])

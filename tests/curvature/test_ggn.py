@@ -35,7 +35,7 @@ class Heatmap(nn.Module):
 
 
 def truth(module, batch, loss_fn):
-    """Jᵀ H J of one batch."""
+    """Return Jᵀ H J of one batch, computed densely."""
     named = {k: p.detach() for k, p in module.named_parameters()}
     flat = torch.cat([p.flatten() for p in named.values()])
 
@@ -59,13 +59,18 @@ def entropy(**options):
 
 
 def by_token(z, y):
-    """Classes last, mean over the tokens that count."""
+    """Compute the mean loss over the tokens that are not ignored; classes are on the last axis."""
     return functional.cross_entropy(z.flatten(0, -2), y.flatten())
 
 
 PROBLEMS = {
     "ignored labels": (network(), (normal(6, 3), LABELS), entropy(), None),
-    "smoothed labels": (network(), (normal(6, 3), LABELS), entropy(label_smoothing=0.3), CrossEntropy(label_smoothing=0.3)),
+    "smoothed labels": (
+        network(),
+        (normal(6, 3), LABELS),
+        entropy(label_smoothing=0.3),
+        CrossEntropy(label_smoothing=0.3),
+    ),
     "another index ignored": (network(), (normal(6, 3), LABELS.abs() % 98), entropy(ignore_index=2), CrossEntropy(2)),
     "tokens, classes last": (network(), (normal(3, 4, 3), TOKENS), by_token, None),
     "pixels, classes second": (Heatmap(), (normal(3, 4, 3), TOKENS), entropy(), None),
@@ -86,7 +91,7 @@ def test_a_product_is_that_of_the_dense_matrix(module, batch, loss, output_loss)
 
 @problems
 def test_the_closed_form_is_that_of_autograd(module, batch, loss, output_loss):
-    """The same loss as a plain function, of which only derivatives are known."""
+    """The same loss as a plain function is differentiated by autograd."""
     closed = GGN(module, [batch], output_loss_fn=output_loss)
     differentiated = GGN(module, [batch], output_loss_fn=lambda z, batch: loss(z, batch[1]))
     v = normal(*closed.shape[:1])
@@ -116,7 +121,7 @@ def test_for_a_linear_model_it_is_the_hessian():
 
 
 def test_batches_are_weighted_by_examples_or_by_labels():
-    """Of a mean over the labels that count, the weight is their number: then the batches make up one."""
+    """The loss is a mean over the labels that are not ignored, so their number is the weight of a batch."""
     module, x = network(), normal(3, 4, 3)
     batches = [(x[:1], TOKENS[:1]), (x[1:], TOKENS[1:])]
     one, two = (truth(module, batch, by_token) for batch in batches)

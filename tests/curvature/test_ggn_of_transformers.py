@@ -17,7 +17,7 @@ SMALL = {"vocab_size": 5, "hidden_size": 4, "num_hidden_layers": 1, "num_attenti
 
 
 def causal():
-    """Predicts the next token; its loss shifts the labels."""
+    """A model that predicts the next token; its loss shifts the labels."""
     size = {"vocab_size": 5, "n_positions": 4, "n_embd": 4, "n_layer": 1, "n_head": 2, "n_inner": 4}
     config = transformers.GPT2Config(**size, bos_token_id=0, eos_token_id=0)
     return transformers.GPT2LMHeadModel(config)
@@ -50,7 +50,7 @@ def problem(request):
 
 
 def product(module, batch, loss, v):
-    """Jᵀ H J v of one batch, in evaluation mode."""
+    """Return Jᵀ H J v of one batch, in evaluation mode."""
     inputs = {k: value for k, value in batch.items() if k != "labels"}
     named = {k: p.detach() for k, p in module.named_parameters()}
     flat = torch.cat([p.flatten() for p in named.values()])
@@ -74,7 +74,7 @@ def directions(operator):
 
 
 def test_a_product_is_that_of_the_dense_matrix(problem):
-    """The causal model makes its loss in float32, whatever its own precision."""
+    """The causal model computes its loss in float32, whatever its own precision."""
     module, batch, loss = problem
     g = GGN(module, [batch])
     v = directions(g)
@@ -90,7 +90,7 @@ def test_a_batch_may_be_what_a_tokenizer_returns(problem):
 
 
 def test_weighted_by_its_labels_a_causal_model_may_be_cut():
-    """The model's loss is a mean over the labels that count, the first of each row not among them."""
+    """The model's loss is a mean over the labels that are not ignored, without the first of each row."""
     make, batch, _ = PROBLEMS["causal"]
     module, weigh = make(), lambda batch: num_labels(batch, shift=True)
     whole, cut = (GGN(module, [batch], weight_fn=weigh, micro_batch_size=size) for size in (None, 1))
@@ -107,7 +107,7 @@ def test_another_loss_may_be_given_instead(problem):
 
 
 def test_the_hessian_takes_the_same_batches(problem):
-    """A loss_fn of one line; the tied embedding of the causal model counts once."""
+    """The loss_fn has one line; the tied embedding of the causal model is one parameter."""
     module, batch, _ = problem
     h = Hessian(lambda module, batch: module(**batch).loss, module, [batch])
     assert h.shape[0] == sum(p.numel() for p in module.parameters())

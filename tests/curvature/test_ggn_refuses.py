@@ -12,7 +12,7 @@ Y = torch.tensor([0, 1, 2, 0])
 
 
 def product(batch, module=None, **kwargs):
-    """From two batches: of a single one, the loss is looked at before."""
+    """Return a product over two batches: with a single one, the loss is computed before."""
     g = GGN(module or nn.Linear(3, 3), [batch, batch], **kwargs)
     return g.matvec(torch.ones(g.shape[0]))
 
@@ -44,7 +44,7 @@ def test_two_axes_of_classes_may_be_told_apart_by_hand():
 
 
 def test_squared_errors_of_unequal_shapes():
-    """Broadcast, they would be compared each with each."""
+    """With broadcasting, each output would be compared with each label."""
     with pytest.raises(ValueError, match=r"equal shapes, got output \(4, 1\) and labels \(4,\); reshape one"):
         product((X, torch.full((4,), 0.5)), nn.Linear(3, 1))
 
@@ -77,7 +77,7 @@ def test_an_output_cut_off_from_the_parameters(cut):
 
 
 def test_an_operation_of_the_model_without_second_derivative():
-    """J v is had by differentiating Jᵀ u once more."""
+    """J v is computed by differentiating Jᵀ u once more."""
     for output_loss_fn in (None, lambda z, batch: z.square().mean()):
         with pytest.raises(ValueError, match=r"cannot differentiate twice: .*_cdist_backward.* is not implemented"):
             product((X, Y), model_fn=lambda m, b: torch.cdist(m(b[0]), b[0][:3]), output_loss_fn=output_loss_fn)

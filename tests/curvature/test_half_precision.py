@@ -36,7 +36,7 @@ MODULES = {"batch norm": (normalized, (5, 4)), "LSTM": (lambda: nn.LSTM(4, 2), (
 
 @pytest.fixture(params=MODULES.values(), ids=MODULES)
 def pair(request):
-    """A module, and what it works on."""
+    """A module with the input that it takes."""
     make, shape = request.param
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -51,7 +51,7 @@ def quartic(module, x):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("hvp", ["auto", "finite_differences"])
 def test_products_are_those_of_the_float32_copy(pair, dtype, hvp):
-    """Bit by bit: batches, buffers and parameters are widened, none is computed with as it is."""
+    """Bit by bit: batches, buffers and parameters are all converted to float32 before anything is computed."""
     module, x = pair
     half, batch = copy.deepcopy(module).to(dtype), x.to(dtype)
     wide = copy.deepcopy(half).float()
@@ -64,7 +64,7 @@ def test_products_are_those_of_the_float32_copy(pair, dtype, hvp):
 
 
 def test_the_module_keeps_its_own_parameters(pair):
-    """The very same objects, wherever they are held, bit by bit, with their gradients."""
+    """The very same objects in all places, bit by bit, with their gradients."""
     module, x = pair[0].bfloat16().train(), pair[1].bfloat16()
     for p in module.parameters():
         p.grad = torch.ones_like(p)
@@ -86,7 +86,7 @@ def test_the_module_keeps_its_own_parameters(pair):
 
 
 def test_what_was_trained_meanwhile_is_seen(pair):
-    """The float32 copy is made anew for every product, or run."""
+    """The float32 copy is made again for every product, or for every run."""
     module, x = pair[0].bfloat16(), pair[1].bfloat16()
     h = Hessian(quartic, module, [x])
     v = normal(h.shape[0])

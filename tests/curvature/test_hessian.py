@@ -14,7 +14,7 @@ def normal(*shape, seed=0):
 
 
 def truth(loss_fn, module, batch, names=None):
-    """Forward over reverse, by torch.func: another engine than the package's."""
+    """Return the dense Hessian by torch.func, forward over reverse: not the way of the package."""
     named = {k: p.detach() for k, p in module.named_parameters() if names is None or k in names}
 
     def loss(flat):
@@ -26,7 +26,7 @@ def truth(loss_fn, module, batch, names=None):
 
 
 def seeded(make, *args, **kwargs):
-    """A module in float64 and evaluation mode, the same at every call."""
+    """Return a module in float64 and evaluation mode, the same at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return make(*args, **kwargs).double().eval()

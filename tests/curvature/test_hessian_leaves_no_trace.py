@@ -50,7 +50,7 @@ def test_gradients_buffers_modes_and_random_state_stay(untyped, mode, batches):
 
 
 def test_statistics_of_the_batch_leave_the_running_ones():
-    """Batch norm changes its buffers without counting a version, so that no version shows it."""
+    """Batch norm changes its buffers without increasing their version counters."""
     module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
     before = [b.clone() for b in module.buffers()]
     h = Hessian(squares, module, [X], mode="train")

@@ -1,4 +1,4 @@
-"""What has no Hessian, or none that can be had, is refused with a way out."""
+"""What has no Hessian, or one that PyTorch cannot compute, is refused with a way out."""
 
 import pytest
 import torch
@@ -61,7 +61,7 @@ def test_a_parameter_frozen_later():
     module = nn.Linear(3, 3)
     h = Hessian(squares, module, [X])
     module.bias.requires_grad_(False)
-    with pytest.raises(ValueError, match="parameter bias was frozen after this Hessian was made; make it anew"):
+    with pytest.raises(ValueError, match="parameter bias was frozen after this Hessian was made; create it again"):
         h.matvec(torch.ones(12))
 
 
@@ -116,7 +116,7 @@ def test_an_operation_of_torch_without_second_derivative(operation, name):
 
 @pytest.mark.parametrize("after", [torch.mean, lambda y: y.pow(3).mean()], ids=["linear", "curved"])
 def test_a_function_marked_once_differentiable(after):
-    """Behind a mean the incoming gradient is constant, and autograd would say nothing: H = 0."""
+    """Behind a mean the incoming gradient is constant, and autograd would return H = 0 without an error."""
     with pytest.raises(ValueError, match="differentiate twice: Square is marked once_differentiable"):
         product(lambda module, x: after(Square.apply(module(x))))
 

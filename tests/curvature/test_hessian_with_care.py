@@ -13,7 +13,7 @@ def normal(*shape, seed=0):
 
 
 def central_differences(loss_fn, module, batch):
-    """Of the gradient, which needs no second derivative; right to 1e-9 at this step."""
+    """Return central differences of the gradient, which need no second derivative; right to 1e-9 at this step."""
     parameters = list(module.parameters())
 
     def gradient(entries, i, value):

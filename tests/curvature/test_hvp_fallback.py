@@ -15,7 +15,7 @@ X = torch.linspace(-1, 1, 12, dtype=torch.float64).view(4, 3)
 
 
 class Square(torch.autograd.Function):
-    """Known to the engine in both directions, once."""
+    """A function that autograd can differentiate once, in either direction."""
 
     @staticmethod
     def forward(x):
@@ -60,7 +60,7 @@ class Slope(torch.autograd.Function):
 
 
 class LateSquare(Square):
-    """As `Square`; only the second pass backward finds out, after the first has gone through."""
+    """The same as `Square`, but its error is raised by the second backward pass only."""
 
     @staticmethod
     def backward(ctx, gradient):
@@ -91,7 +91,7 @@ def test_auto_goes_forward_where_it_cannot_go_backward(function, batches):
 
 @pytest.mark.parametrize("function", [Square, LateSquare])
 def test_so_it_does_within_a_run(function):
-    """Where the graph of a single batch is kept from product to product."""
+    """Here the graph of a single batch is kept from product to product."""
     plain, custom = (Hessian(by(square), network(), [X]) for square in (torch.square, function.apply))
     torch.testing.assert_close(spectrum(custom).eigenvalues, spectrum(plain).eigenvalues, rtol=1e-6, atol=1e-9)
 
@@ -99,14 +99,14 @@ def test_so_it_does_within_a_run(function):
 def test_what_fails_both_ways_is_named_with_the_ways_out():
     h = Hessian(lambda module, x: torch.cdist(module(x), module(x) + 1).mean(), network(), [X])
     for _ in range(2):
-        ways = r"_cdist_backward.*Replace it.*leave the parameters .* out.*finite differences \(hvp="
+        ways = r"_cdist_backward.*Replace it.*leave out the parameters .*finite differences \(hvp="
         with pytest.raises(ValueError, match=ways):
             h.matvec(torch.ones(h.shape[0], dtype=torch.float64))
     assert h.hvp == "auto"
 
 
 def test_forward_alone_names_what_has_no_forward_derivative():
-    """An LSTM in float32 on a CPU that has a kernel for it; backward over backward serves there."""
+    """An LSTM in float32 on a CPU that has a kernel for it supports double backward."""
     if not torch.backends.mkldnn.is_available():
         pytest.skip("no oneDNN in this build of PyTorch, whose LSTM kernel is what is refused")
     module, x = nn.LSTM(3, 2), torch.linspace(-1, 1, 12).view(2, 2, 3)
@@ -121,6 +121,6 @@ def test_forward_alone_names_what_has_no_forward_derivative():
 
 
 @pytest.mark.parametrize("options", [{"hvp": "reverse"}, {"step": 0.0}, {"step": float("nan")}])
-def test_other_ways_and_steps_are_refused(options):
+def test_other_ways_and_steps_are_refused(untyped, options):
     with pytest.raises(ValueError, match=r"hvp is one of auto, .* got 'reverse'|need step > 0, got"):
         Hessian(by(torch.square), network(), [X], **options)

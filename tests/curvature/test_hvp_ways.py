@@ -30,7 +30,7 @@ def quartic(module, x):
 
 
 def truth(module, batch, v, step=1e-5):
-    """Central differences of the gradient in evaluation mode, right to 1e-9: they need no second derivative."""
+    """Return central differences of the gradient in evaluation mode, right to 1e-9, without second derivatives."""
     module = copy.deepcopy(getattr(module, "_orig_mod", module)).eval()
     parameters = [p for p in module.parameters() if p.requires_grad]
     pieces = [part.view(p.shape) for part, p in zip(v.split([p.numel() for p in parameters]), parameters, strict=True)]
@@ -86,7 +86,7 @@ def frozen():
 
 
 def normalized():
-    """Running statistics that are not those of the batch."""
+    """The running statistics differ from those of the batch."""
     module = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Tanh(), nn.Dropout(0.5), nn.Linear(3, 2))
     module(2 + 3 * torch.randn(50, 4))
     return module
@@ -140,7 +140,7 @@ def test_differences_give_it_to_three_digits(make, shape):
 
 @modules
 def test_the_module_keeps_its_own_parameters(make, shape):
-    """The very same objects where they were, bit by bit, with the gradients that they had."""
+    """The very same objects are in their old places, bit by bit, with the gradients that they had."""
     module, x = seeded(make).train(), normal(*shape)
     for p in module.parameters():
         p.grad = torch.ones_like(p)

@@ -67,7 +67,7 @@ def test_no_part_is_larger_than_asked_for():
 
 @pytest.mark.parametrize(("limit", "sizes"), [(12, []), (6, [6]), (5, [6, 3]), (1, [6, 3, 1])])
 def test_out_of_memory_parts_are_halved_until_they_fit(limit, sizes):
-    """With a warning each time; the sum begins anew, so that nothing is counted twice."""
+    """There is a warning each time; the sum starts again, so that nothing is counted twice."""
     whole, seen = Hessian(cross_entropy, network(), [(X, Y)]), []
     h = Hessian(fits(limit, seen), network(), [(X, Y)])
     with warnings.catch_warnings(record=True) as met:
@@ -130,7 +130,7 @@ def test_other_errors_do_not_cut():
 
 
 def test_weighted_by_its_labels_a_mean_over_tokens_may_be_cut():
-    """By examples, the parts of few labels would count too much, which is refused."""
+    """Weighted by examples, parts with few labels would count too much, which is refused."""
     x, y = X.view(4, 3, 3), torch.tensor([[0, 1, -100], [1, -100, -100], [0, 0, 1], [1, 1, 0]])
 
     def by_token(module, batch):
@@ -151,7 +151,7 @@ def test_batches_made_in_inference_mode_are_used():
 
 
 def test_strings_are_cut_with_the_tensors():
-    """Each text goes where its row goes."""
+    """Each text is in the same part as its row."""
     batch, seen = {"x": X, "text": [str(float(row[0])) for row in X]}, []
 
     def loss(module, batch):

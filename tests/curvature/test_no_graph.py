@@ -25,7 +25,7 @@ class Detached(torch.autograd.Function):
 
 
 class Reversed(torch.autograd.Function):
-    """The identity with its gradient reversed, as in domain adaptation: linear, and no harm."""
+    """The identity with its gradient reversed, as in domain adaptation: linear, so nothing is lost."""
 
     @staticmethod
     def forward(ctx, x):

@@ -26,7 +26,7 @@ def test_converged_is_relative_to_each_value():
 
 
 def test_converged_goes_as_far_as_ranks_are_known():
-    """A residual says that an eigenvalue is there, not how often."""
+    """A residual says that there is an eigenvalue, but not how many."""
     sp = result([9, 8, 7, 6, -2, -3], known=(2, 1))
     assert sp.accepted.all()
     assert sp.converged.tolist() == [True, True, False, False, False, True]
@@ -80,7 +80,7 @@ def test_outliers_are_counted_as_far_as_they_are_known(residuals, text):
 
 
 def test_a_count_without_a_next_one_below_is_a_lower_bound():
-    """The run may have ended before the bulk came into view."""
+    """The run may have ended before it found the bulk."""
     assert str(result([3, 3, 3]).num_outliers()) == ">=3"
 
 
@@ -94,7 +94,7 @@ def test_a_count_is_a_number():
 
 
 def test_plot_marks_what_has_not_converged():
-    """Full and hollow markers, at the eigenvalues' own heights."""
+    """Markers are filled or white, at the heights of the eigenvalues."""
     values = torch.tensor([5.0, 2.0, 0.1, -1.0], dtype=torch.float64)
     residuals = torch.tensor([1e-3, 1e-3, 0.5, 1e-3], dtype=torch.float64)
     axes = Spectrum(values, residuals, tol=1e-2, linearity_defect=0.0, num_products=9).plot().axes[0]

@@ -49,7 +49,7 @@ def test_a_run_that_never_gets_there_takes_all_its_products(outliers):
 @pytest.mark.parametrize("tol", [0.0, 1e-8, 1e-2])
 @pytest.mark.parametrize("num_matvecs", [6, 20, 64, 96])
 def test_the_number_of_products_is_bounded(outliers, num_matvecs, tol):
-    """`num_matvecs`, a quarter as many (at least 8) that look for copies, and 6 that measure the defect."""
+    """`num_matvecs`, a quarter as many (at least 8) that search for copies, and 6 that measure the defect."""
     operator, calls = outliers(), []
     product = operator.matvec
     operator.matvec = lambda x: calls.append(0) or product(x)
@@ -88,7 +88,7 @@ def test_the_random_state_stays(untyped):
 
 @pytest.mark.parametrize("noise", [1e-3, 1e-4, 1e-5, 1e-6])
 def test_noise_does_not_multiply_the_outliers(outliers, noise):
-    """The threshold follows the noise: 96 noisy products, far more than it takes, show each outlier once."""
+    """The threshold follows the noise: 96 noisy products, far more than needed, find each outlier once."""
     sp = run(outliers(noise=noise), num_matvecs=96, tol=0.0)
     assert (sp.eigenvalues > 1.5).sum() == 4
     assert (sp.eigenvalues < -1).sum() == 1

@@ -17,12 +17,12 @@ trained = pytest.mark.parametrize("case", TRAINED, indirect=True)
 
 
 def error(found, true):
-    """Largest relative error, eigenvalue by eigenvalue."""
+    """Return the largest relative error of an eigenvalue."""
     return float(((found - true[: len(found)]) / true[: len(found)]).abs().max()) if len(found) else 0.0
 
 
 def believed(sp):
-    """How many are converged from the top inwards, and from the bottom."""
+    """Return how many eigenvalues have converged, from the top inwards and from the bottom inwards."""
     return int(sp.converged.cumprod(0).sum()), int(sp.converged.flip(0).cumprod(0).sum())
 
 
@@ -40,7 +40,7 @@ def test_the_top_is_right_to_the_rounding_of_a_product_in_float32(case, seed):
 
 @pytest.mark.parametrize("case", ["mlp trained"], indirect=True)
 def test_the_tridiagonal_matrix_alone_shows_ghosts(case):
-    """The same run without its sketches: copies of what has converged push the others down the ranks."""
+    """Return the eigenvalues of the tridiagonal matrix: copies of converged ones push the others down the ranks."""
     h, alpha, beta = case.hessian(torch.float32), [], []
     with h.hold():
         for _, a, b in itertools.islice(lanczos(h, seed=0), 64):
@@ -54,7 +54,7 @@ def test_the_tridiagonal_matrix_alone_shows_ghosts(case):
 
 @pytest.mark.parametrize("case", ["mlp start", "cnn start"], indirect=True)
 def test_both_ends_are_right_at_the_start_of_training(case):
-    """There the negative side is as broad as the positive one; measured 4e-7."""
+    """At the start of training the negative side is as broad as the positive one; measured 4e-7."""
     sp = case.spectrum(torch.float32, num_matvecs=96)
     assert error(sp.top(10), case.eigenvalues) < 2e-6
     assert error(sp.bottom(3), case.eigenvalues.flip(0)) < 1e-5
@@ -78,7 +78,7 @@ def test_what_is_believed_is_right(cases, num_matvecs):
 @pytest.mark.parametrize("case", ["mlp trained"], indirect=True)
 @pytest.mark.parametrize("seed", range(2))
 def test_a_tight_cluster_at_the_bottom_is_not_claimed(case, seed):
-    """Negative eigenvalues 2 % apart: 64 products cannot tell them from each other, and say so."""
+    """Negative eigenvalues are 2 % apart: 64 products cannot separate them, and the result says so."""
     assert believed(case.spectrum(torch.float32, seed=seed))[1] <= 1
 
 
@@ -108,7 +108,7 @@ def test_the_number_of_outliers_of_a_trained_network_is_exact(case):
 
 @pytest.mark.parametrize("case", ["mlp start"], indirect=True)
 def test_the_number_of_outliers_at_the_start_is_a_lower_bound(case):
-    """There are more above a fifth of the largest than products: no plain number."""
+    """More eigenvalues than products are above a fifth of the largest, so the number is a lower bound."""
     sp = case.spectrum(torch.float32)
     assert (case.eigenvalues > 0.2 * case.eigenvalues[0]).sum() > 64
     assert str(sp.num_outliers()) == f">={believed(sp)[0]}"
@@ -117,7 +117,7 @@ def test_the_number_of_outliers_at_the_start_is_a_lower_bound(case):
 
 @pytest.mark.parametrize("case", ["mlp trained"], indirect=True)
 def test_the_outliers_alone_need_a_third_of_the_products(case):
-    """With the early stop: measured 24 products, 8 that look for copies, and 6; right to 8e-7."""
+    """With the early stop: measured 24 products, 8 that search for copies, and 6; right to 8e-7."""
     sp = spectrum(case.hessian(torch.float32), top_k=10, bottom_k=0)
     assert sp.num_products <= 40 + 6
     assert sp.converged[:10].all()

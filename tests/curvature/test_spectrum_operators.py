@@ -12,7 +12,7 @@ DTYPES = [torch.float64, torch.float32]
 
 
 class Identity(LinearOperator):
-    """Returns its argument, not a copy."""
+    """The identity; it returns its argument, not a copy."""
 
     def __init__(self, n):
         self.n = n
@@ -28,7 +28,7 @@ class Identity(LinearOperator):
 
 
 class LowRank(LinearOperator):
-    """B Bᵀ."""
+    """The operator B Bᵀ."""
 
     def __init__(self, b):
         self.b, self.dtype = b, b.dtype
@@ -45,7 +45,7 @@ class LowRank(LinearOperator):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_double_eigenvalue_is_found_twice(dense_operator, dtype):
-    """The start vector sees one direction of each pair; rounding or a restart brings in the other."""
+    """The start vector has one direction of each pair; rounding or a restart adds the other."""
     wanted = [10, 10, 7, 5, 5, 3]
     matrix = symmetric([*wanted, *torch.linspace(0, 1, 1200)], dtype)
     found = spectrum(dense_operator(matrix), num_matvecs=96, tol=0.0).top(6)
@@ -73,7 +73,7 @@ def test_a_zero_operator_has_zeros(n):
 
 @pytest.mark.parametrize("n", [1, 30, 3000])
 def test_the_identity_has_ones_though_it_returns_its_argument(n):
-    """Every start shows one more of them; the run goes on until as many are there as are wanted."""
+    """Every start vector finds one more copy; the run continues until it has as many as were asked for."""
     sp = spectrum(Identity(n), top_k=30, bottom_k=3)
     torch.testing.assert_close(sp.eigenvalues, torch.ones_like(sp.eigenvalues), rtol=1e-6, atol=0.0)
     assert len(sp.eigenvalues) >= min(n, 33)
@@ -143,7 +143,7 @@ def test_residuals_bound_the_distance_where_the_rank_is_used_up(dense_operator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("copies", [2, 10])
 def test_copies_are_found_or_the_ranks_below_them_are_not_believed(dense_operator, copies, dtype):
-    """At the default tol, which stops early: one start vector shows one copy, and a residual cannot count."""
+    """At the default tol, which stops early: one start vector finds one copy, and residuals do not count copies."""
     outliers = torch.tensor([10.0, 7, 5, 4]).repeat_interleave(copies)
     bulk = torch.linspace(-0.5, 0.5, 400)
     sp = spectrum(dense_operator(torch.cat([outliers, bulk]).to(dtype).diag()), bottom_k=0, top_k=8)
@@ -156,7 +156,7 @@ def test_copies_are_found_or_the_ranks_below_them_are_not_believed(dense_operato
 
 
 def test_several_copies_take_several_looks(dense_operator):
-    """The first run stops early at 10, 8, 6, 5, 4; each further start shows one more copy, the last one none."""
+    """The first run stops early at 10, 8, 6, 5, 4; each further start vector finds one more copy, the last one none."""
     outliers = torch.tensor([10.0, 10, 10, 10, 8, 6, 5, 4])
     sp = spectrum(
         dense_operator(torch.cat([outliers, torch.linspace(-1, 1, 1200)]).double().diag()), top_k=5, bottom_k=0

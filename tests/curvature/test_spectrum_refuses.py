@@ -17,7 +17,7 @@ class FreshHalf:
         yield X[torch.randperm(len(X))[: len(X) // 2]]
 
 
-CHANGES = r"not linear: A\(u \+ v\) differs .* by .*%.*drawn anew.*mode='eval'"
+CHANGES = r"not linear: A\(u \+ v\) differs .* by .*%.*drawn again.*mode='eval'"
 
 
 def network(dropout=0.0):
@@ -76,7 +76,7 @@ def test_a_loss_that_is_not_finite_is_refused(bad):
 
 
 def test_a_product_that_overflows_on_the_way_is_refused(outliers):
-    """Finite on the vectors that measure the defect, not on a later one."""
+    """Products are finite on the vectors that measure the defect, and not on a later one."""
     operator, products = outliers(), iter(range(100))
     finite = operator.matvec
     operator.matvec = lambda x: finite(x) * (float("nan") if next(products) > 8 else 1)
@@ -98,6 +98,11 @@ def test_a_product_that_overflows_on_the_way_is_refused(outliers):
 def test_arguments_out_of_their_range(outliers, arguments, message):
     with pytest.raises(ValueError, match=message):
         run(outliers(), **arguments)
+
+
+def test_an_unknown_method(outliers, untyped):
+    with pytest.raises(ValueError, match="'lanczos' or 'projected', got 'power'"):
+        run(outliers(), method="power")
 
 
 def test_an_operator_that_is_not_square(dense_operator):

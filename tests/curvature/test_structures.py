@@ -114,7 +114,7 @@ def test_what_is_of_no_known_kind_is_not_cut():
 
 
 def test_time_may_come_first():
-    """Three and five sequences of six steps: weighed, cut, and refused without a word on the axis."""
+    """Three and five sequences of six steps: weighted, cut, and refused unless the axis is given."""
     batches = [time_first(3), time_first(5)]
     expected = truth(of_time_first, batches, [3, 5])
     for size in (None, 2):
@@ -125,7 +125,7 @@ def test_time_may_come_first():
 
 
 def test_every_curvature_takes_the_arguments():
-    """A table beside the rows, which goes to every part."""
+    """A table beside the rows is passed to every part."""
     table = normal(3, 2, seed=5)
     batches = [{"x": normal(n, 3, seed=n), "table": table, "labels": torch.arange(n) % 2} for n in (2, 6)]
 

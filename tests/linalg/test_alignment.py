@@ -17,7 +17,7 @@ def normal(*shape, seed=0):
 
 
 def gradient(share, k=4):
-    """With this share on the first k axes, which are the eigenvectors of `outliers`."""
+    """Return a vector with this share on the first k axes, which are the eigenvectors of `outliers`."""
     g = normal(N, seed=7)
     g[:k] *= math.sqrt(share) / g[:k].norm()
     g[k:] *= math.sqrt(1 - share) / g[k:].norm()
@@ -69,7 +69,7 @@ def test_without_a_sketch_it_is_exact(dense_operator):
 
 
 def test_vectors_at_an_angle_share_what_they_have_in_common():
-    """From dots with x = V c that are neither orthogonal nor of length one: the space is what counts."""
+    """The x = V c are neither orthogonal nor of length one: only their span matters."""
     v, c, g = orthonormal(30, 6), normal(6, 3), normal(30, seed=1)
     space = torch.linalg.qr(v @ c)[0]
     expected = (space.T @ g).square().cumsum(0) / (g @ g)
@@ -83,7 +83,7 @@ def test_the_length_of_the_gradient_does_not_matter(outliers):
 
 
 def test_chance_is_taken_out_and_told(outliers):
-    """In a sketch of size dim, k directions hold k / dim of anything; a random one has k / n."""
+    """In a sketch of size dim, k directions have a share k / dim of any vector; without a sketch it is k / n."""
     vectors, found = orthonormal(256, 16), []
     for seed in range(200):
         g = normal(256, seed=seed)
@@ -96,7 +96,7 @@ def test_chance_is_taken_out_and_told(outliers):
 
 
 def test_what_has_not_converged_has_no_share(outliers):
-    """As everything above the edge of the bulk, the fifth."""
+    """Outliers are all eigenvalues above a fifth of the largest."""
     g = gradient(0.5)
     sp = run(outliers(), 0, g, tol=1e-9, num_matvecs=24)
     assert sp.converged[0] or not sp.converged[:4].any()
@@ -141,7 +141,7 @@ def test_spaces_in_different_sketches_cannot_be_compared(outliers, other):
 
 
 def test_spaces_of_operators_of_different_size_cannot_be_compared(dense_operator):
-    """Vectors that are kept, not sketched, have no sketch to tell them apart."""
+    """Vectors that are kept without a sketch cannot be distinguished by it."""
     a, b = (run(dense_operator(torch.linspace(0, 1, n).double().diag()), top_k=1) for n in (20, 21))
     with pytest.raises(ValueError, match=r"cannot compare eigenvectors .* the same operator size"):
         a.overlap(b, 1)

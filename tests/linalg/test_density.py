@@ -35,10 +35,10 @@ def moment(nodes, weights, p):
 @pytest.mark.parametrize("probes", [0, 3])
 @pytest.mark.parametrize("steps", [1, 7])
 def test_polynomials_below_twice_the_steps_are_exact(dense_operator, values, probes, steps):
-    """The mean over starts v of vᵀ p(A) v: to rounding up to degree 2 m - 1, and no further."""
+    """The mean over starts v of vᵀ p(A) v is exact to rounding up to degree 2 m - 1, and no further."""
     operator = dense_operator(values.diag())
     sp = run(operator, density_probes=probes, density_matvecs=steps, num_matvecs=30 if probes else steps, **few(probes))
-    starts = [start_vector(operator, 0, f"{i}") for i in range(1 + probes)]
+    starts = [start_vector(operator, 0, name=f"{i}") for i in range(1 + probes)]
     nodes, weights = sp.quadrature
     assert weights.sum() == pytest.approx(1, rel=1e-12)
     for p in range(2 * steps):
@@ -51,7 +51,7 @@ def test_polynomials_below_twice_the_steps_are_exact(dense_operator, values, pro
 
 
 def few(probes):
-    """What can be asked of so few products."""
+    """The error is what so few products allow."""
     return {} if probes else {"top_k": 1, "bottom_k": 0}
 
 
@@ -67,7 +67,7 @@ def test_the_density_is_close_to_the_true_one(case):
 
 
 def wasserstein(eigenvalues, nodes, weights):
-    """The area between two cumulative distributions."""
+    """Return the area between two cumulative distributions."""
     points = torch.cat([eigenvalues, nodes])
     jumps = torch.cat([torch.full_like(eigenvalues, 1 / len(eigenvalues)), -weights])
     order = points.argsort()
@@ -109,7 +109,7 @@ def test_the_trace_is_right_to_its_standard_error(dense_operator, name):
 
 
 def test_the_trace_comes_with_every_spectrum(dense_operator, values):
-    """From all starts, those that looked for copies included; more starts, a smaller error."""
+    """The trace uses all starts, also those that searched for copies; more starts give a smaller error."""
     operator = dense_operator(values.diag())
     one, more = run(operator, tol=1e-2), run(operator, tol=1e-2, density_probes=12, density_matvecs=8)
     for sp in (one, more):
@@ -126,7 +126,7 @@ def test_of_a_multiple_of_the_identity_nothing_is_left_to_chance(dense_operator)
 
 
 def test_negative_mass_and_effective_rank(dense_operator, values):
-    """Within a tenth of their range, with 12 further starts; both are functions of the density."""
+    """Both are functions of the density; with 12 further starts they are right within a tenth of their range."""
     sp = run(dense_operator(values.diag()), density_probes=12, density_matvecs=16)
     negative, rank = (
         float(-values.clamp(max=0).sum() / values.abs().sum()),
@@ -145,7 +145,7 @@ def test_of_nothing_there_is_no_density(dense_operator):
 def test_a_spectrum_that_was_not_measured_has_none():
     bare = Spectrum(torch.ones(1).double(), torch.zeros(1).double(), tol=0.1, linearity_defect=0.0, num_products=1)
     for of in (lambda: bare.density(torch.zeros(1), 1.0), lambda: bare.negative_mass, lambda: bare.effective_rank):
-        with pytest.raises(ValueError, match=r"no nodes and weights; take it with spectrum\(\.\.\.\)"):
+        with pytest.raises(ValueError, match=r"no nodes and weights; compute it with spectrum\(\.\.\.\)"):
             of()
     assert math.isnan(bare.trace)
 

@@ -10,7 +10,7 @@ DTYPES = [torch.float64, torch.float32]
 
 
 def outside(vectors, space):
-    """Largest sine of an angle between a vector and a space, both of orthonormal rows."""
+    """Return the largest sine of an angle between a vector and a space, both given by orthonormal rows."""
     vectors, space = vectors.double(), space.double()
     return float((vectors - (vectors @ space.T) @ space).norm(dim=1).max())
 
@@ -32,12 +32,12 @@ FEW = {"outliers": (4, 2), "few distinct": (8, 2), "small": (3, 1)}
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize("dim", [1024, 256], ids=["kept", "sketched"])
 def test_they_span_the_true_eigenspaces(dense_operator, name, dtype, dim):
-    """Few distinct eigenvalues end a Krylov space early: the run goes on from new vectors, and so does the pass."""
+    """Few distinct eigenvalues end a Krylov space early: the run continues from new vectors, as does the pass."""
     matrix, (top, bottom) = symmetric(SPECTRA[name], dtype), FEW[name]
     values, vectors = true_pairs(matrix)
     operator = dense_operator(matrix)
     sp = spectrum(operator, num_matvecs=64, dim=dim, top_k=top, bottom_k=bottom, tol=0.0)
-    found = sp.eigenvectors(operator, top, bottom)
+    found = sp.eigenvectors(operator, top, bottom_k=bottom)
     exact = 1e-5 if dtype == torch.float64 else 2e-3
     wanted = torch.cat([values[:top], values.flip(0)[:bottom]])
     torch.testing.assert_close(found.values, wanted, rtol=1e-10 if dtype == torch.float64 else 1e-5, atol=0)
@@ -50,16 +50,16 @@ def test_they_span_the_true_eigenspaces(dense_operator, name, dtype, dim):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("seed", range(8))
 def test_equal_eigenvalues_have_as_many_vectors(dense_operator, dtype, seed):
-    """Rounding makes complex pairs of equal Ritz values, whose real parts alone would be one vector twice."""
+    """Rounding turns equal Ritz values into complex pairs, whose real parts alone would be one vector twice."""
     matrix = symmetric(SPECTRA["few distinct"], dtype)
     sp = spectrum(dense_operator(matrix), num_matvecs=64, top_k=8, bottom_k=2, tol=0.0, seed=seed)
-    found = sp.eigenvectors(dense_operator(matrix), 8, 2).vectors
+    found = sp.eigenvectors(dense_operator(matrix), 8, bottom_k=2).vectors
     torch.testing.assert_close(found @ found.T, torch.eye(10, dtype=dtype), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["mlp trained"], indirect=True)
 def test_of_a_network_they_are_those_of_the_dense_hessian(case):
-    """Found in float32, looked at in float64: measured residuals of 2e-5 of the eigenvalue at most."""
+    """They are computed in float32 and checked in float64: measured residuals of at most 2e-5 of the eigenvalue."""
     x = case.spectrum(torch.float32).eigenvectors(case.hessian(torch.float32), 5).vectors.double()
     values = ((x @ case.dense) * x).sum(1)
     torch.testing.assert_close(values, case.eigenvalues[:5], rtol=5e-6, atol=0)
@@ -69,17 +69,17 @@ def test_of_a_network_they_are_those_of_the_dense_hessian(case):
 
 @pytest.mark.parametrize("num_matvecs", [10, 16, 24])
 def test_values_and_residuals_are_what_a_product_says(dense_operator, num_matvecs):
-    """Rayleigh quotients and true residuals, also of what has not converged."""
+    """Rayleigh quotients and true residuals are exact, also of values that have not converged."""
     matrix = symmetric(SPECTRA["outliers"])
     operator = dense_operator(matrix)
     sp = spectrum(operator, num_matvecs=num_matvecs, dim=256, top_k=6, bottom_k=2, tol=0.0)
-    values, x, residuals = sp.eigenvectors(operator, 6, 2)
+    values, x, residuals = sp.eigenvectors(operator, 6, bottom_k=2)
     torch.testing.assert_close(values, ((x @ matrix) * x).sum(1))
     torch.testing.assert_close(residuals, (x @ matrix - values[:, None] * x).norm(dim=1), rtol=1e-6, atol=1e-12)
 
 
 def test_their_quotients_are_better_than_ritz_values(dense_operator):
-    """The sketch's error is of first order in what is missing of the vector, that of a quotient of second."""
+    """The error of a sketched value is of first order in the error of the vector, that of a quotient of second."""
     operator = dense_operator(symmetric(SPECTRA["outliers"]))
     true, ratios = torch.tensor([9.0, 7, 5, 4]).double(), []
     for seed in range(10):
@@ -118,7 +118,7 @@ def test_a_deflated_operator_is_the_matrix_without_them(dense_operator):
 
 
 def test_what_is_taken_out_need_not_be_eigenvectors(dense_operator):
-    """It is gone on both sides, so that what is left is symmetric."""
+    """They are taken out on both sides, so that the rest is symmetric."""
     matrix, x = symmetric(SPECTRA["small"]), torch.linalg.qr(normal(4, 2))[0].T
     rest = torch.eye(4).double() - x.T @ x
     torch.testing.assert_close(Deflated(dense_operator(matrix), x).matvec(normal(4)), rest @ matrix @ rest @ normal(4))

@@ -16,7 +16,7 @@ PINNED = [0.14649476, 0.82006681, 0.52863103, -0.16303033]
 
 
 class Map(LinearOperator):
-    """Any function of vectors of size n, linear or not."""
+    """An operator by any function of vectors of size n, linear or not."""
 
     dtype = torch.float64
 
@@ -35,14 +35,14 @@ class Map(LinearOperator):
 
 @pytest.mark.parametrize("n", [1, CHUNK, 2 * CHUNK + 7])
 def test_dot_products_are_summed_up_in_float64(n):
-    """Exactly rounded sum of the products of float32 numbers, each exact in float64."""
+    """Return the exactly rounded sum of products of float32 numbers, each exact in float64."""
     x, y = normal(2, n).float()
     exact = math.fsum((x.double() * y.double()).tolist())
     assert dot(x, y) == pytest.approx(exact, rel=1e-10)
 
 
 def test_the_start_is_a_unit_vector_pinned_forever(dense_operator):
-    """At another start the same measurement would read differently."""
+    """With another start vector the same measurement would have other results."""
     start = start_vector(dense_operator(torch.eye(4)), seed=3, name="0")
     expected = torch.tensor(PINNED, dtype=start.dtype)
     torch.testing.assert_close(start, expected, rtol=1e-6, atol=0)
@@ -80,7 +80,7 @@ def test_the_recurrence_outlives_orthogonality(dense_operator, dtype):
 
 
 def test_the_recurrence_goes_on_where_the_krylov_space_ends(dense_operator):
-    """Two distinct eigenvalues: every start is used up in two steps, and a new one shows the next copies."""
+    """With two distinct eigenvalues every Krylov space ends after two steps, and a new start finds the next copies."""
     matrix = symmetric([2.0] * 10 + [1.0] * 10)
     operator = dense_operator(matrix)
     v, steps = [start_vector(operator, seed=0, name="0")], list(itertools.islice(lanczos(operator, seed=0), 8))
@@ -94,7 +94,7 @@ def test_the_recurrence_goes_on_where_the_krylov_space_ends(dense_operator):
 
 @pytest.mark.parametrize("function", [lambda x: x, lambda x: x * torch.linspace(-1, 1, 100)], ids=["identity", "other"])
 def test_a_vector_stays_as_it_was_handed_out(function):
-    """Though an operator may return its argument, which is then the vector itself."""
+    """This must be so even if an operator returns its argument, which is then the vector itself."""
     vectors = [v for v, _, _ in itertools.islice(lanczos(Map(function), seed=0), 10)]
     torch.testing.assert_close(torch.stack(vectors).norm(dim=1), torch.ones(10).double())
 

@@ -14,7 +14,7 @@ Y = torch.arange(30) % 3
 
 
 class FusedGelu(torch.autograd.Function):
-    """As fused kernels are: the backward pass works on numbers, and leaves no graph."""
+    """A function like a fused kernel: its backward pass leaves no graph."""
 
     @staticmethod
     def forward(ctx, x):
@@ -56,7 +56,7 @@ def operators(module, batch, copies=1):
 
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_fused_backward_pass_is_refused(batches):
-    """It passes for a constant in the second derivative: H loses the terms behind it, on one side only."""
+    """The second derivative takes it for a constant: H loses the terms behind it, on one side only."""
     for operator in operators(network(Fused()), (X, Y), batches):
         with pytest.raises(ValueError, match=r"backward pass of FusedGelu leaves no graph|not symmetric"):
             spectrum(operator, top_k=2, bottom_k=0)
@@ -76,7 +76,7 @@ def test_an_asymmetric_matrix_is_refused(dense_operator, size):
 
 
 def test_so_is_a_small_asymmetric_part_that_only_later_vectors_show(dense_operator):
-    """A part that couples an outlier to one direction: next to nothing for a random vector."""
+    """The asymmetric part couples an outlier to one direction, and is nearly zero for a random vector."""
     matrix = torch.diag(torch.cat([torch.tensor([100.0]), torch.linspace(-1, 1, 2999)])).double()
     matrix[0, 1:] += 3
     with pytest.raises(ValueError, match="not symmetric"):
@@ -89,16 +89,16 @@ def test_what_is_symmetric_shows_rounding_only(activation, dtype):
     """All three matrices, and the Hessian projected into a sketch; measured below 2e-7 and 3e-16."""
     batch = X.to(dtype), Y
     found = list(operators(network(activation).to(dtype), batch))
-    sketch = BlockSRHT(found[0].shape[0], 64, 0)
+    sketch = BlockSRHT(found[0].shape[0], 64, seed=0)
     for operator in (*found, sketch @ found[0] @ sketch.T):
-        u, v = (start_vector(operator, 0, name) for name in ("0", "defect"))
+        u, v = (start_vector(operator, 0, name=name) for name in ("0", "defect"))
         linearity, symmetry = defect(operator, u, v)
         assert max(linearity, symmetry) < 100 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_so_does_a_large_diagonal(outliers, dtype):
-    """The bound grows as √n for random vectors, and so must nothing that is well."""
+    """The bound is stricter by √n for random vectors, and correct operators must still pass."""
     operator = outliers()
     operator.values, operator.dtype = operator.values.to(dtype), dtype
     operator.noise = torch.finfo(dtype).eps

@@ -15,15 +15,15 @@ N, STEPS, TAU = 600, 30, 1e-9
 
 
 def run(operator, seed):
-    """The Lanczos vectors themselves, α and β."""
+    """Return the Lanczos vectors themselves, α and β."""
     steps = list(itertools.islice(lanczos(operator, seed), STEPS))
-    v = torch.stack([start_vector(operator, seed, "0")] + [w for w, _, _ in steps], dim=1)
+    v = torch.stack([start_vector(operator, seed, name="0")] + [w for w, _, _ in steps], dim=1)
     return v, [a for _, a, _ in steps], [b for _, _, b in steps]
 
 
 @pytest.fixture
 def operator(dense_operator):
-    """Diagonal: outliers that converge, and a bulk that does not."""
+    """Return a diagonal operator with outliers that converge, and a bulk that does not."""
     return dense_operator(
         torch.cat([torch.tensor([4.0, 3.5, 3, 2.5, -2]), torch.linspace(-1, 2, N - 5)]).double().diag()
     )
@@ -38,7 +38,7 @@ def test_the_residual_is_seldom_below_the_true_one(operator, dim):
     ratios = []
     for seed in range(20):
         v, alpha, beta = run(operator, seed)
-        sketched = BlockSRHT(N, dim, seed).matvec(v.T).T
+        sketched = BlockSRHT(N, dim, seed=seed).matvec(v.T).T
         values, residuals, *_ = rayleigh_ritz([SketchedRun(list(sketched.T), alpha, beta)], TAU, 0.0, exact=False)
         t = torch.tensor(alpha, dtype=torch.float64).diag() + torch.tensor(beta[:-1], dtype=torch.float64).diag(1)
         t = torch.cat([t + t.triu(1).T, torch.zeros(1, STEPS).double()])
@@ -69,7 +69,7 @@ def test_without_a_sketch_the_residual_is_the_true_one(operator):
 def test_the_factor_for_the_sketch(operator):
     """√((1 + e) / (1 - e)) with e = √(r / dim)."""
     v, alpha, beta = run(operator, seed=0)
-    sketched = BlockSRHT(N, 200, 0).matvec(v.T).T
+    sketched = BlockSRHT(N, 200, seed=0).matvec(v.T).T
     estimates, bounds = (
         rayleigh_ritz([SketchedRun(list(sketched.T), alpha, beta)], TAU, 0.0, exact).residuals
         for exact in (True, False)
@@ -79,7 +79,7 @@ def test_the_factor_for_the_sketch(operator):
 
 
 def test_the_error_of_the_products_is_in_the_residual(operator):
-    """At least its share of the largest eigenvalue."""
+    """Residuals grow by at least the defect times the largest eigenvalue."""
     v, alpha, beta = run(operator, seed=0)
     plain, noisy = (
         rayleigh_ritz([SketchedRun(list(v.T), alpha, beta)], TAU, defect, exact=True).residuals

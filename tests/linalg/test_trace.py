@@ -32,7 +32,7 @@ def test_the_trace_is_unbiased_and_its_error_honest(dense_operator, values, opti
 
 
 def test_what_is_known_makes_the_trace_sharper(dense_operator):
-    """Nine outliers hold nearly all of ||A||_F: with them taken out, the error falls to that of the bulk."""
+    """Nine outliers make up nearly all of ||A||_F: with them taken out, the error falls to that of the bulk."""
     values = SPECTRA["outliers"].double()
     found = [spectrum(dense_operator(torch.diag(values)), dim=512, bottom_k=0, seed=seed) for seed in range(8)]
     plain = (2 * float(values.square().sum()) / len(found[0].krylov.runs)) ** 0.5

@@ -77,7 +77,7 @@ def test_the_operation_keeps_the_rules_of_pytorch(sketch, vectors):
 
 
 def test_jvp_in_compiled_code_is_refused(vectors):
-    """Forward mode would pass an opaque operation as zero, and say nothing."""
+    """Forward mode would take the derivative of an opaque operation for zero, without an error."""
     sketch, (x, v) = BlockSRHT(n=100, dim=33, seed=3), vectors(2, 100)
     with pytest.raises(RuntimeError):
         compiled(lambda x, v: torch.func.jvp(sketch.matvec, (x,), (v,))[1])(x, v)

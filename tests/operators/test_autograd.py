@@ -15,7 +15,7 @@ def sketch(make):
 
 @pytest.fixture
 def gram(sketch):
-    """SᵀS."""
+    """Return SᵀS as a dense matrix."""
     matrix = sketch.as_matrix(dtype=torch.float64)
     return matrix.T @ matrix
 
@@ -110,7 +110,7 @@ def test_double_backward_through_a_nonlinear_loss(sketch, vectors):
 
 def test_a_first_call_in_inference_mode_spoils_nothing(sketch, vectors):
     """Small tables are cached: those made in inference mode serve a training step as well."""
-    from lightning_sketch.operators import random
+    from lightning_sketch.operators import _hadamard, random
 
     _hadamard._matrix.cache_clear()
     random._quantiles.cache_clear()

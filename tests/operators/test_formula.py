@@ -7,16 +7,14 @@ import math
 
 import pytest
 import torch
+from sketch_kinds import full
 
 from lightning_sketch.operators import AFFD, AFJL, FFD, FJL, QK, BlockSRHT, CountSketch, Gaussian
 from lightning_sketch.operators.random import integers, normals, signs, words
 
-SIZES = [(1, 1), (128, 32), (100, 33), (300, 24)]  # trivial, powers of two, neither, many chunks
-
-
-@pytest.fixture(params=SIZES, ids=lambda size: f"{size[0]}to{size[1]}")
-def size(request):
-    return request.param
+SIZES = [(300, 24), (1, 1), (128, 32), (100, 33)]  # many chunks and padding; trivial; powers of two; neither
+every_size = pytest.mark.parametrize("size", SIZES)
+one_size = pytest.mark.parametrize("size", [SIZES[0], *map(full, SIZES[1:])])  # and the others in `make test-all`
 
 
 def power_of_two(size):
@@ -24,13 +22,13 @@ def power_of_two(size):
 
 
 def orthonormal(m):
-    """H_m, entry (i, j) being (-1)^(number of ones that i and j share in binary) / √m."""
+    """Return H_m, whose entry (i, j) is (-1)^(number of ones that i and j share in binary) / √m."""
     shared = torch.arange(m)[:, None] & torch.arange(m)
     return torch.tensor([[(-1.0) ** row.bit_count() for row in rows] for rows in shared.tolist()]).double() / m**0.5
 
 
 def keep(rows, size):
-    """R: the first rows of the identity."""
+    """Return R, the first rows of the identity."""
     return torch.eye(size, dtype=torch.float64)[:rows]
 
 
@@ -39,12 +37,12 @@ def diagonal(draw, sketch, stream, start, stop):
 
 
 def side_by_side(sketch, chunk, block):
-    """[M_0 M_1 ...], one block for each chunk of coordinates, without the columns of the padding."""
+    """Return [M_0 M_1 ...], one block for each chunk of coordinates, without the columns of the padding."""
     return torch.cat([block(c, c * chunk, (c + 1) * chunk) for c in range(-(-sketch.n // chunk))], 1)[:, : sketch.n]
 
 
 def gram_schmidt(columns):
-    """Each column, less its part along those before it, normalised; twice, against rounding."""
+    """Orthonormalize columns, each against those before it; twice, against rounding."""
     done = columns[:, :0]
     for column in columns.T:
         for _ in range(2):
@@ -57,6 +55,7 @@ def agrees(sketch, dense):
     torch.testing.assert_close(sketch.as_matrix(dtype=torch.float64), dense)
 
 
+@one_size
 def test_affd(size):
     """S = √(N / dim) R H G H B pad."""
     sketch = AFFD(*size, seed=3)
@@ -67,6 +66,7 @@ def test_affd(size):
     agrees(sketch, math.sqrt(padded / sketch.dim) * (keep(sketch.dim, padded) @ h @ g @ h @ b)[:, : sketch.n])
 
 
+@one_size
 def test_afjl(size):
     """S = √(N / dim) R G H B pad."""
     sketch = AFJL(*size, seed=3)
@@ -79,6 +79,7 @@ def test_afjl(size):
     )
 
 
+@every_size
 def test_block_srht(size):
     """S = [M_0 M_1 ...], M_c = fold diag(t_c) H diag(s_c); row r of the fold goes to r mod dim."""
     sketch = BlockSRHT(*size, seed=3)
@@ -92,6 +93,7 @@ def test_block_srht(size):
     agrees(sketch, side_by_side(sketch, b, block))
 
 
+@one_size
 def test_count_sketch(size):
     """S = [M_0 M_1 ...], M_c = roll by r_c, times diag(s_c)."""
     sketch = CountSketch(*size, seed=3)
@@ -103,6 +105,7 @@ def test_count_sketch(size):
     agrees(sketch, side_by_side(sketch, sketch.dim, block))
 
 
+@one_size
 def test_ffd(size):
     """S = √(D / dim) R [M_0 M_1 ...], M_c = B_c H Π_cᵀ G_c H; Π_cᵀ sorts by random words."""
     sketch = FFD(*size, seed=3)
@@ -118,6 +121,7 @@ def test_ffd(size):
     agrees(sketch, math.sqrt(d / sketch.dim) * side_by_side(sketch, d, block)[: sketch.dim])
 
 
+@one_size
 def test_fjl(size):
     """S = √(N / (64 dim)) P H B pad; the 64 columns of each row of P come from the low bits of two words each."""
     sketch = FJL(*size, seed=3)
@@ -129,6 +133,7 @@ def test_fjl(size):
     agrees(sketch, math.sqrt(padded / (64 * sketch.dim)) * (p @ mixed)[:, : sketch.n])
 
 
+@one_size
 def test_gaussian(size):
     """S_ij = g_ij / √dim, column by column."""
     sketch = Gaussian(*size, seed=3)
@@ -136,7 +141,7 @@ def test_gaussian(size):
     agrees(sketch, entries.T / math.sqrt(sketch.dim))
 
 
-@pytest.mark.parametrize("size", [(1, 1), (100, 33), (3000, 48), (4096, 100)])  # one factor, two factors
+@pytest.mark.parametrize("size", [(100, 33), (3000, 48), full((1, 1)), full((4096, 100))])  # one factor, two factors
 def test_qk(size):
     """S = √(N / dim) R (Q_1 ⊗ ... ⊗ Q_K) pad; Q_iᵀ is a Gaussian matrix after Gram-Schmidt, hence Haar."""
     sketch = QK(*size, seed=3)
@@ -158,5 +163,5 @@ def test_qk(size):
     ],
 )
 def test_the_factors_of_qk_are_balanced_and_few(n, dim, factors):
-    """This rule is part of the map: as few factors as keep each B_i at or below 2^10."""
+    """This rule is part of the map: as few factors as possible with each B_i at most 2^10."""
     assert QK(n, dim).factors == factors

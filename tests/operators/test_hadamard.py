@@ -8,7 +8,7 @@ from lightning_sketch.operators._hadamard import CACHED, hadamard
 
 
 def sylvester(m):
-    """H_1 = [1], H_2m = [[H_m, H_m], [H_m, -H_m]]."""
+    """Return H_m by H_1 = [1], H_2m = [[H_m, H_m], [H_m, -H_m]]."""
     h = torch.ones(1, 1, dtype=torch.float64)
     while len(h) < m:
         h = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), h)
@@ -16,7 +16,7 @@ def sylvester(m):
 
 
 def butterflies(x):
-    """The textbook recursion: additions and subtractions of halves."""
+    """Return H x by the textbook recursion: additions and subtractions of halves."""
     if len(x) == 1:
         return x
     top, bottom = x.view(2, -1)
@@ -48,7 +48,7 @@ def test_a_batch_beyond_the_cache_is_transformed_row_by_row(vectors):
 
 @pytest.mark.parametrize("factor", [2, 4, 64])
 def test_the_choice_of_factors_changes_nothing(vectors, monkeypatch, factor):
-    """The factors are a matter of speed; the largest comes last here, and first."""
+    """The factors change only the speed; the largest comes last here, and first."""
     x = vectors(2, 4096)
     expected = hadamard(x)
     count = {2: 12, 4: 6, 64: 2}[factor]

@@ -46,7 +46,7 @@ print(json.dumps(used))
 
 @pytest.fixture(scope="module")
 def used():
-    """MB of scratch for (matvec, rmatvec) of each kind; freed memory goes back to the kernel at once."""
+    """Return MB of scratch for (matvec, rmatvec) of each kind; freed memory goes back to the kernel at once."""
     command = [sys.executable, "-c", MEASURE, json.dumps(SIZES)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)

@@ -1,4 +1,4 @@
-"""Inputs on which a sketch fails, each documented where the sketch is: held here, so that the documents stay true.
+"""Inputs on which a sketch fails, as the module of each sketch documents them.
 
 Variances in units of 2 / dim, the value of a dense Gaussian map; statistics within five standard errors.
 """
@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from sketch_kinds import full
 
 from lightning_sketch.operators import AFFD, AFJL, FFD, QK, BlockSRHT
 
@@ -15,11 +16,11 @@ SEEDS = 1000
 
 def squared_norms(kind, x, dim, seeds=SEEDS):
     x = torch.nn.functional.normalize(x.double(), dim=0)
-    return torch.stack([kind(len(x), dim, seed).matvec(x).square().sum() for seed in range(seeds)])
+    return torch.stack([kind(len(x), dim, seed=seed).matvec(x).square().sum() for seed in range(seeds)])
 
 
 def variance(kind, x, dim, seeds=SEEDS):
-    """Var ||S x||² · dim / 2 of the unit vector along x, and its standard error."""
+    """Return Var ||S x||² · dim / 2 of the unit vector along x, and its standard error."""
     norms = squared_norms(kind, x, dim, seeds)
     off = norms - norms.mean()
     spread = ((off**4).mean() - off.square().mean() ** 2).sqrt() / math.sqrt(seeds)
@@ -31,12 +32,12 @@ def normal(n):
 
 
 def in_one_block(values, n):
-    """Zeros but for the eighth aligned block."""
+    """Return a vector that is zero outside the eighth aligned block."""
     size = len(values)
     return values.new_zeros(n).index_put((torch.arange(7 * size, 8 * size),), values)
 
 
-@pytest.mark.parametrize("dim", [16, 256])
+@pytest.mark.parametrize("dim", [256, full(16)])
 def test_ffd_sends_a_constant_chunk_to_one_chi_square_whatever_dim_is(dim):
     """Theorem 3.1: H x = e_1, so that ||S x||² is one squared normal: mean 1, variance 2, median 0.455."""
     norms = squared_norms(FFD, in_one_block(torch.ones(dim), 10 * dim), dim)
@@ -52,7 +53,7 @@ def test_ffd_keeps_only_one_number_of_a_constant_chunk():
     torch.testing.assert_close(y.square(), y.square()[:1].expand(64))
 
 
-@pytest.mark.parametrize("n", [1 << 10, 1 << 14])
+@pytest.mark.parametrize("n", [1 << 10, full(1 << 14)])
 def test_afjl_sends_two_equal_numbers_at_distance_dim_to_zero_half_of_the_time(n):
     """Two such coordinates share a column of H_D up to sign: what is lost does not depend on n."""
     x = torch.zeros(n, dtype=torch.float64)
@@ -62,7 +63,7 @@ def test_afjl_sends_two_equal_numbers_at_distance_dim_to_zero_half_of_the_time(n
     assert norms[norms > 0].min() > 0.5  # and the other half is doubled
 
 
-@pytest.mark.parametrize("dim", [64, 256])
+@pytest.mark.parametrize("dim", [64, full(256)])
 def test_qk_spreads_on_a_rank_one_matrix_along_its_factors(dim):
     """||S x||² is a product of squared norms of √dim numbers each: variance about 2 · 2 / √dim, not 2 / dim.
 

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from sketch_kinds import each_kind_and
 
 from lightning_sketch.operators._hadamard import hadamard
 from lightning_sketch.operators._precision import full_precision
@@ -18,13 +19,13 @@ def sketch(make):
 
 @pytest.fixture
 def matmul_precision():
-    """Whatever a test sets is put back."""
+    """Return a function that sets the precision of products; it is restored after the test."""
     before = torch.get_float32_matmul_precision()
     yield torch.set_float32_matmul_precision
     torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@each_kind_and("half", torch.bfloat16, torch.float16)
 def test_half_inputs_are_sketched_in_float32(sketch, vectors, half):
     x, y = vectors(3, 1000, dtype=half), vectors(3, 48, dtype=half)
     assert torch.equal(sketch.matvec(x), sketch.matvec(x.float()))
@@ -32,13 +33,13 @@ def test_half_inputs_are_sketched_in_float32(sketch, vectors, half):
     assert sketch.matvec(x).dtype == sketch.rmatvec(y).dtype == torch.float32
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@each_kind_and("dtype", torch.float32, torch.float64)
 def test_wider_inputs_keep_their_type(sketch, vectors, dtype):
     assert sketch.matvec(vectors(1000, dtype=dtype)).dtype == dtype
     assert sketch.rmatvec(vectors(48, dtype=dtype)).dtype == dtype
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@each_kind_and("half", torch.bfloat16, torch.float16)
 def test_the_gradient_of_a_half_leaf_is_half(sketch, vectors, half):
     x = vectors(3, 1000, dtype=half).requires_grad_()
     sketch.matvec(x).sum().backward()
@@ -54,7 +55,7 @@ def test_float32_is_float64_to_rounding(sketch, vectors):
         assert (product(v.float()) - product(v.float().double())).norm() < 3e-6 * exact.norm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@each_kind_and("dtype", torch.float32, torch.bfloat16)
 def test_autocast_changes_no_bit(sketch, vectors, dtype):
     x, y = vectors(3, 1000, dtype=dtype).requires_grad_(), vectors(3, 48, dtype=dtype)
     outside = sketch.matvec(x), sketch.rmatvec(y)
@@ -66,7 +67,7 @@ def test_autocast_changes_no_bit(sketch, vectors, dtype):
     assert torch.equal(gradient, torch.autograd.grad(outside[0].sum(), x)[0])
 
 
-@pytest.mark.parametrize("precision", ["high", "medium"])
+@each_kind_and("precision", "medium", "high")
 def test_float32_matmul_precision_changes_no_bit(sketch, vectors, matmul_precision, precision):
     x, y = vectors(3, 1000, dtype=torch.float32), vectors(3, 48, dtype=torch.float32)
     outside = sketch.matvec(x), sketch.rmatvec(y)

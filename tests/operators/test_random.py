@@ -7,12 +7,14 @@ import math
 
 import pytest
 import torch
+from sketch_kinds import full
 
 from lightning_sketch.operators import random
 from lightning_sketch.operators.random import Key, flip_, integers, normals, signs, words
 
 KEY = Key(7, "pin")
 FAR = 1 << 32  # where the upper half of the index begins to count
+STARTS = [0, 1, 255, 8191, 8193, 32 * FAR - 5]  # on both sides of the edges of words and blocks
 
 
 def test_words_are_pinned_forever():
@@ -25,7 +27,7 @@ def test_words_are_pinned_forever():
 
 
 def reference(key, index):
-    """The formula of the docstring, in Python's own integers."""
+    """Return the word by the formula of the docstring, in Python's own integers."""
     mask, m1, m2 = 2**32 - 1, 0x7FEB352D, 0x5BD1E995
     high, low = divmod(index, 2**32)
     h = low ^ key[0] ^ high * m2 & mask
@@ -61,8 +63,14 @@ def test_a_slice_does_not_depend_on_the_range_around_it(draw, origin):
         assert torch.equal(draw(KEY, origin + start, origin + stop), whole[start:stop])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("start", [0, 1, 255, 8191, 8193, 32 * FAR - 5])
+@pytest.mark.parametrize(
+    ("dtype", "start"),
+    [
+        *((torch.float32, start) for start in STARTS),
+        (torch.float64, STARTS[-1]),
+        *(full(torch.float64, start) for start in STARTS[:-1]),
+    ],
+)
 @pytest.mark.parametrize("count", [1, 300, 8192, 20_000])
 def test_flip_multiplies_by_the_signs(vectors, dtype, start, count):
     x = vectors(2, count, dtype=dtype)
@@ -97,7 +105,7 @@ def test_for_a_fixed_upper_half_no_word_comes_twice():
 
 
 def test_every_bit_of_the_index_flips_every_bit_of_the_word_half_of_the_time():
-    """Avalanche: 63 x 32 frequencies over 128 keys with 64 neighbouring indices each."""
+    """Avalanche: 63 x 32 frequencies over 128 keys with 64 neighboring indices each."""
     near = torch.arange(64)
     keys = [Key(seed, "avalanche") for seed in range(128)]
     starts = [int(i) & -64 | int(j) >> 1 << 32 for i, j in words(KEY, 0, 256).view(-1, 2)]

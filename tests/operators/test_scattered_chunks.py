@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sketch_kinds import each_kind_and
 
 from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.operators.random import (
@@ -19,8 +20,7 @@ from lightning_sketch.operators.random import (
 
 KEY = Key(7, "pin")
 STREAMING = [kind for kind in KINDS.values() if kind.streams]
-FAR = 1 << 37
-"""The index of a word of signs passes 2^32 here."""
+FAR = 1 << 37  # the index of a word of signs passes 2^32 here
 
 
 @pytest.mark.parametrize("origin", [0, 1, (1 << 32) - 9, FAR])
@@ -43,12 +43,11 @@ def test_flip_chunks_multiplies_by_the_signs(vectors, dtype, chunk):
     assert torch.equal(flip_chunks_(x.clone(), KEY, number[1:]), x * sign[1:])
 
 
-@pytest.mark.parametrize("dim", [33, 64, 512])
-@pytest.mark.parametrize("kind", STREAMING, ids=lambda kind: kind.__name__)
-def test_scattered_chunks_are_columns_of_the_sketch(kind, dim, vectors):
-    """Against the sketch of vectors with the chunks in their places; a chunk that comes twice counts twice."""
-    chunk = kind(n=1000, dim=dim).chunk
-    sketch = kind(n=max(dim, 9 * chunk), dim=dim, seed=3)
+@each_kind_and("dim", 33, 64, 512, kinds=STREAMING)
+def test_scattered_chunks_are_columns_of_the_sketch(make, dim, vectors):
+    """Compared with the sketch of vectors with the chunks in their places; a chunk that comes twice counts twice."""
+    chunk = make(n=1000, dim=dim).chunk
+    sketch = make(n=max(dim, 9 * chunk), dim=dim, seed=3)
     number = torch.tensor([[8, 2, 2, 0], [5, 6, 1, 7]])
     chunks = vectors(2, 4, sketch.chunk)
     dense = chunks.new_zeros(2, sketch.n // chunk, chunk)
@@ -59,7 +58,7 @@ def test_scattered_chunks_are_columns_of_the_sketch(kind, dim, vectors):
 
 @pytest.mark.parametrize("kind", STREAMING, ids=lambda kind: kind.__name__)
 def test_numbers_shared_by_all_rows_and_consecutive_ones_agree(kind, vectors):
-    """Two ways to say which chunks, one map; far out, where indices pass 2^32; and `total` is added to."""
+    """Both ways to give the indices are one map, also where indices pass 2^32; and `total` is added to."""
     sketch = kind(n=1 << 40, dim=256, seed=3)
     first = FAR // sketch.chunk
     chunks, number = vectors(3, 4, sketch.chunk), first + torch.arange(4)[None]
@@ -69,7 +68,7 @@ def test_numbers_shared_by_all_rows_and_consecutive_ones_agree(kind, vectors):
 
 
 def gathered(sketch, chunks, which):
-    """1 + the scaled sum over the chunks, less 1; the buffers hold NaN before."""
+    """Return the scaled sum over the chunks; buffers contain NaN before, and the total starts from 1."""
     spare = list(chunks.new_full((2, chunks.numel() + FLIP_SLACK), torch.nan))
     total = chunks.new_ones(len(chunks), sketch.dim)
     sketch.gather(chunks.clone(), which, spare, total)

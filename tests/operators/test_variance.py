@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from sketch_kinds import full
 
 from lightning_sketch.operators import AFFD, AFJL, FFD, FJL, QK, BlockSRHT, CountSketch, Gaussian
 
@@ -24,7 +25,7 @@ def placed(values, where):
 
 
 def outlier_columns():
-    """Three of 128 columns are thirty times larger, as in activations of language models."""
+    """Return a matrix with three of 128 columns thirty times larger, as in activations of language models."""
     matrix = normal(128, 128)
     matrix[:, [5, 40, 77]] *= 30
     return matrix.flatten()
@@ -40,9 +41,11 @@ INPUTS = {
 
 
 def measure(kind, inputs, dim=DIM, seeds=600):
-    """Var ||S x||² · dim / 2 of each unit vector x, and its standard error, from the measured fourth moment."""
+    """Return Var ||S x||² · dim / 2 of each unit vector x, and its standard error from the measured fourth moment."""
     x = torch.nn.functional.normalize(inputs.double(), dim=-1).float()
-    norms = torch.stack([kind(x.shape[-1], dim, seed).matvec(x).double().square().sum(-1) for seed in range(seeds)])
+    norms = torch.stack(
+        [kind(x.shape[-1], dim, seed=seed).matvec(x).double().square().sum(-1) for seed in range(seeds)]
+    )
     off = norms - norms.mean(0)
     variance = off.square().mean(0)
     error = ((off**4).mean(0) - variance**2).clamp(min=0).sqrt() / math.sqrt(seeds)
@@ -79,7 +82,7 @@ def test_gaussian_on_any_vector():
     holds(measure(Gaussian, x, dim=33, seeds=1500), 1.0)
 
 
-@pytest.mark.parametrize("dim", [48, 64])
+@pytest.mark.parametrize("dim", [48, full(64)])
 def test_folding_to_a_dim_between_powers_of_two_costs_at_most_an_eighth(dim):
     """Of Block SRHT's outputs b - dim collect two rows, the others one: the ratio is (3 b - 2 dim) dim / b²."""
     predicted = (3 * 64 - 2 * dim) * dim / 64**2
@@ -87,7 +90,7 @@ def test_folding_to_a_dim_between_powers_of_two_costs_at_most_an_eighth(dim):
     holds(measure(BlockSRHT, INPUTS["dense"][:10_000], dim=dim, seeds=600), predicted)
 
 
-@pytest.mark.parametrize("dim", [100, 200])
+@pytest.mark.parametrize("dim", [100, full(200)])
 @pytest.mark.parametrize("kind", [AFFD, CountSketch])
 def test_a_dim_between_powers_of_two_costs_nothing_elsewhere(kind, dim):
     holds(measure(kind, INPUTS["dense"][:10_000], dim=dim), 1.0)
