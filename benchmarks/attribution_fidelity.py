@@ -1,4 +1,4 @@
-"""How well do sketches keep the dot products of gradients?
+"""Measure how well sketches preserve the dot products of gradients.
 
 A GPT-2 of six layers and 5.1M parameters learns, byte by byte, to continue the sources of Python's standard library,
 for one short epoch. Then, without dropout, for 64 sequences x it was trained on and 64 sequences z of other files,
@@ -9,7 +9,7 @@ by Pearson's r over the 2^12 pairs. Printed is the mean over the seeds of S, for
 
 random mask    dim coordinates, chosen at random
 traker         TRAK's BasicProjector with normal entries, where installed
-one layer      the exact dot product of one layer's gradients, to which attribution is often cut down
+one layer      the exact dot product of one layer's gradients, to which attribution is often restricted
 
 .95 .98 .99    the least log2 dim at which r is higher, of those measured; the paper's is for another model and text
 s/gradient     to sketch one of 128, at the largest dim of its line; gaussian and traker make one matrix for all
@@ -48,7 +48,7 @@ HALF = 64  # sequences on either side of a pair
 
 
 class Size(NamedTuple):
-    """Of the model, its training and the table."""
+    """Sizes of the model, its training and the table."""
 
     width: int
     layers: int
@@ -76,7 +76,7 @@ class SmallGPT(LightningModule):
 
 
 class Dots(NamedTuple):
-    """What is compared of 128 vectors: each of the first half times each of the second."""
+    """Dot products of 128 vectors: each of the first half with each of the second."""
 
     products: Float[Tensor, "64 64"]
     squares: Float[Tensor, " 128"]
@@ -88,7 +88,7 @@ class Dots(NamedTuple):
 
     @classmethod
     def sum(cls, parts: Iterable["Dots"]) -> "Dots":
-        """Of vectors that these are pieces of."""
+        """Add the products of parts of the vectors."""
         return cls(*map(sum, zip(*parts, strict=True)))
 
     def cosines(self) -> Float[Tensor, "64 64"]:
@@ -96,7 +96,7 @@ class Dots(NamedTuple):
         return self.products / lengths[:HALF, None] / lengths[HALF:]
 
     def fidelity(self, exact: "Dots") -> tuple[float, float]:
-        """Pearson's r of the dot products, and of the cosines."""
+        """Return Pearson's r of the dot products, and of the cosines."""
         return _pearson(self.products, exact.products), _pearson(self.cosines(), exact.cosines())
 
 
@@ -105,7 +105,7 @@ def _pearson(a: Tensor, b: Tensor) -> float:
 
 
 def sequences(size: Size) -> tuple[Int[Tensor, "train tokens"], Int[Tensor, "queries tokens"]]:
-    """Pieces of source files, byte by byte; every eighth file is left to the queries."""
+    """Return parts of source files, byte by byte; every eighth file is for the queries."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     train, queries = [path for number, path in enumerate(files) if number % 8], files[::8]
     return _pieces(train, size.tokens, size.steps * size.batch), _pieces(queries, size.tokens, HALF)
@@ -148,7 +148,7 @@ def projection(kind: str, n: int, dim: int, seed: int) -> Callable[[Tensor], Flo
 
 
 def measure(kind: str, rows: Tensor, exact: Dots, dim: int, seeds: int) -> tuple[float, float, float, float]:
-    """Mean r of dot products and of cosines, how far apart the former are, and the mean time."""
+    """Return the mean r of dot products and of cosines, the range of the former, and the mean time."""
     start = time.perf_counter()
     found = [Dots.of(projection(kind, rows.shape[1], dim, seed)(rows)).fidelity(exact) for seed in range(seeds)]
     seconds = (time.perf_counter() - start) / seeds

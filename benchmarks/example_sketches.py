@@ -1,4 +1,4 @@
-"""Sketched gradients of single examples in a second: here, by TRAK and by dattri.
+"""Measure how many per-example gradients are sketched in a second: here, by TRAK and by dattri.
 
 One classifier for all, of scikit-learn's digits, batches of 64, dim 2048, float32, one thread: once a network
 512-1024-448-10 of 989,002 parameters (8 x 8 pixels through a fixed random map and tanh), once a transformer of 994,826
@@ -6,8 +6,8 @@ that reads a digit row by row. The sketched gradients are those of each example'
 
 ours            sketch_gradients: hooks, BlockSRHT; its check of the first batch included
 traker          TRAKer.featurize with the projector that it chooses for the CPU: dense, normal
-dattri          what TRAKAttributor.cache makes of each batch: per-example gradients by vmap, then random_project, which
-                is dense and normal; without the matrix of all examples and its inverse, which come after
+dattri          what TRAKAttributor.cache computes for each batch: per-example gradients by vmap, then random_project,
+                which is dense and normal; without the matrix of all examples and its inverse, which come after
 dattri, mask    the same with proj_type="random_mask", which keeps 2048 numbers of the gradient: no sketch, but fast
 
 Each line is measured in new processes, in turn with the others, after a small network for imports and tables; a number
@@ -141,17 +141,17 @@ def dattri(module, batches, proj_type="normal") -> Tensor:
     return torch.cat(parts)
 
 
+# Each method, with the number of batches that a process gets.
 METHODS = {
     "ours": (ours, BATCHES),
     "traker": (traker, 1),
     "dattri": (dattri, 1),
     "dattri, mask": (functools.partial(dattri, proj_type="random_mask"), BATCHES),
 }
-"""With how many batches a process gets."""
 
 
 def measure(task: tuple[str, str]) -> list[float] | None:
-    """Examples per second of CPU time and of the clock, memory, error; None if the package is missing."""
+    """Return examples per second of CPU time and of the clock, memory, error; None if the package is missing."""
     name, method = task
     package = method.partition(",")[0]
     if package in MODULES and not importlib.util.find_spec(MODULES[package]):

@@ -1,4 +1,4 @@
-"""Do all kinds of directions find the same intrinsic dimension, and what does a step along them cost?
+"""Compare kinds of directions by the intrinsic dimension that they find and by the cost of a step along them.
 
 scikit-learn's digits, 1437 to train on and 360 to validate: a perceptron of 4,810 parameters, and a convolutional
 network with BatchNorm of 13,802. Adam for 35 epochs of batches of 64, at a rate that falls from 3e-3 in full training
@@ -83,7 +83,7 @@ def loaders():
 
 
 def rows(result, seed):
-    """(dim, value, steps) of one seed's runs."""
+    """Return (dim, value, steps) of the runs of one seed."""
     columns = zip(*(result.results[key] for key in ("dim", "value", "steps", "seed")), strict=True)
     return [row[:3] for row in columns if row[3] == seed]
 

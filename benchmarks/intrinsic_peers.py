@@ -1,4 +1,4 @@
-"""What does a step in a subspace cost, and how much memory: here and in the wrappers of `intrinsic-dimensionality`.
+"""Measure time and memory of a step in a subspace, here and in the wrappers of `intrinsic-dimensionality`.
 
 The network of `writer_overhead` (GPT-2, 10M parameters), 8 rows of 64 tokens a step, trained by the Trainer: in full,
 in a subspace of 4096 numbers, and by the peers. The arms take turns, each time in a new process.
@@ -35,7 +35,7 @@ INSTALL = (
 
 
 class Peer(SmallGPT):
-    """A wrapper of the network; what it trains is one vector."""
+    """A wrapper of the network that trains one vector."""
 
     def __init__(self, wrap, dim):
         super().__init__()
@@ -76,7 +76,7 @@ ARMS = {
 
 
 def memory(field):
-    """VmRSS or VmHWM of this process, in MB."""
+    """Return VmRSS or VmHWM of this process, in MB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
@@ -95,7 +95,7 @@ def run(name, threads):
 
 
 def table(threads):
-    """One line an arm."""
+    """Print a line per arm."""
     arms = list(ARMS)[: 5 if importlib.util.find_spec("intrinsic") else 3]
     n = sum(p.numel() for p in SmallGPT().parameters())
     print(f"\n{n:,} parameters, {threads} threads, {ROUNDS} rounds of {STEPS - SKIPPED} steps")

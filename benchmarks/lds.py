@@ -1,4 +1,4 @@
-"""How well attributions foretell retraining, here and in three other packages (8 minutes on one thread).
+"""Measure how well attributions predict retraining, here and in three other packages (8 minutes on one thread).
 
 scikit-learn's digits: 1000 train, 200 test; models are trained on 50 random halves, and the sum of an attribution's
 scores over a half is compared, by Spearman's rank correlation for each test example, with that example's loss (LDS,
@@ -7,7 +7,7 @@ is the mean of two trainings. All attributions of a network are of the same mode
 
 dim        of the sketch; 1024 is more than logistic regression has, and exact there
 lds        mean over 200 test examples, and its 95 % interval for other tests and other halves
-ceiling    what one training says of another with another seed
+ceiling    the LDS of one training as a prediction of another one with another seed
 share      LDS with automatic damping over the best of a grid of quarter decades; mean of two models (--all: all sets,
            three lengths of training; a quarter of an hour of CPU time)
 AUC        of finding the 10 % of labels that are wrong, by self-influence
@@ -77,7 +77,7 @@ class Bench:
 
 
 class Sketched:
-    """Rows, queries and curvature of one model."""
+    """The rows, queries and curvature of one model."""
 
     def __init__(self, given: Problem, module: nn.Module, dim: int, seed: int = 0):
         if (missing := dim - sum(p.numel() for p in module.parameters())) > 0:
@@ -117,7 +117,7 @@ def line(name: str, found: dict[str, Tensor], seconds: float, asked: float | Non
 
 
 def table(name: str, with_peers: bool) -> None:
-    """LDS of every method on digits."""
+    """Print the LDS of every method on digits."""
     bench = Bench(PROBLEMS[name]())
     linear = not bench.given.hidden
     print(f"\n{name}: truth in {bench.seconds:.0f} s")
@@ -153,7 +153,7 @@ def table(name: str, with_peers: bool) -> None:
 
 
 def ensembles(bench: Bench, dim: int = 512) -> None:
-    """Scores averaged over models; the damping that is the weight decay is what ensembles want."""
+    """Print the LDS of scores averaged over models; for ensembles the weight decay is the best damping."""
     full = [Sketched(bench.given, module, dim) for module in bench.full]
     half = [Sketched(bench.given, module, dim) for module in bench.halves]
     for members, kind, damping, asked, name in (
@@ -168,7 +168,7 @@ def ensembles(bench: Bench, dim: int = 512) -> None:
 
 
 def shares(names: list[str], lengths: bool) -> None:
-    """Print what the automatic damping keeps of the best, and on two sets what calibration does."""
+    """Print the share of the best LDS that the automatic damping reaches, and on two sets the effect of calibration."""
     print("\nshare of the best LDS, ggn, dim 256    steps  best LDS  best c      v   auto   margin, auto")
     found = []
     for name in names:
@@ -186,7 +186,7 @@ def shares(names: list[str], lengths: bool) -> None:
 
 
 def share(bench: Bench, kind: str) -> tuple[float, float, float, float]:
-    """Best LDS, at which c, v, and the share at automatic damping; two models."""
+    """Return the best LDS, its c and v, and the share at automatic damping, for two models."""
     exponents = [quarter / 4 for quarter in range(-14, 8)]
     sweeps, automatic, noise = [], [], []
     for seed, module in enumerate(bench.full[:2]):
@@ -209,7 +209,7 @@ def share(bench: Bench, kind: str) -> tuple[float, float, float, float]:
 
 
 def calibrated(name: str, dim: int, asked: float) -> None:
-    """By eight trainings anew on halves other than those of the truth, and by eight short ones."""
+    """Calibrate by eight trainings on halves other than those of the truth, and by eight short ones."""
     bench = Bench(PROBLEMS[name](), members=2)
     given, own = bench.given, Sketched(bench.given, bench.full[0], dim)
     curvature = own.curvature("ggn")
@@ -226,7 +226,7 @@ def calibrated(name: str, dim: int, asked: float) -> None:
 
 
 def mislabeled(name: str, dim: int = 64) -> None:
-    """AUC of self-influence, and of the loss."""
+    """Return the AUC of self-influence, and of the loss."""
     given = flipped(PROBLEMS[name](), 0.1)
     count = len(given.x)
     kept = given.train(torch.arange(count)[None], [0], keep=10)

@@ -1,7 +1,7 @@
 """Attributors of three other packages behind one signature: scores (tests, examples), positive where it helps.
 
 Not dependencies: pip install dattri traker kronfluence, in an environment of its own, since the last brings a
-torchvision that must fit your torch. What is not installed is left out of the table.
+torchvision that must fit your torch. Packages that are not installed are missing from the table.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def installed(package: str) -> bool:
 
 
 def peers(linear: bool) -> dict[str, tuple[str, Peer]]:
-    """By name in the table: package, and (problem, models on all data, models on halves) -> scores."""
+    """Return, by name in the table, the package and (problem, models on all data, models on halves) -> scores."""
     found: dict[str, tuple[str, Peer]] = {}
     for damping in (1e-3, 3e-3, 1e-2, 3e-2, 1e-1):
         found[f"dattri IF, CG, damping {damping:g}"] = ("dattri", _dattri_if("IFAttributorCG", damping))
@@ -44,7 +44,7 @@ def peers(linear: bool) -> dict[str, tuple[str, Peer]]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Progress bars and warnings of others."""
+    """Silence progress bars and warnings of other packages."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     with (

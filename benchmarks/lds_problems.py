@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Problem:
-    """Data, network and training; `repeats`: how many trainings with other seeds the truth is the mean of."""
+    """A data set, network and training; the truth is the mean of `repeats` trainings with other seeds."""
 
     x: Tensor
     y: Tensor
@@ -35,7 +35,7 @@ class Problem:
         return 1 if self.y.is_floating_point() else int(self.y.max()) + 1
 
     def network(self, seed: int = 0) -> nn.Sequential:
-        """Untrained."""
+        """Return an untrained network."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             sizes = (self.x.shape[1], *self.hidden, self.outputs)
@@ -43,7 +43,7 @@ class Problem:
         return nn.Sequential(*layers[:-1])
 
     def loss(self, output: Tensor, y: Tensor) -> Tensor:
-        """Of each example."""
+        """Return the loss of each example."""
         if y.is_floating_point():
             return (output[..., 0] - y).square()
         return F.cross_entropy(output.flatten(0, -2), y.flatten(), reduction="none").view(y.shape)
@@ -51,7 +51,7 @@ class Problem:
     def train(
         self, subsets: Tensor, seeds: list[int], start: nn.Module | None = None, steps: int | None = None, keep: int = 0
     ) -> list[list[Tensor]]:
-        """Weights of one member for each row of example numbers, by parameter, stacked.
+        """Train one member on each row of example indices, and return the weights by parameter, stacked.
 
         `start` goes on from there; with `keep` the weights at so many evenly spaced steps, else the last only.
         """
@@ -71,12 +71,12 @@ class Problem:
 
     @torch.no_grad()
     def test_losses(self, stacked: list[Tensor]) -> Tensor:
-        """(members, tests)."""
+        """Return the test losses, (members, tests)."""
         count = len(stacked[0])
         return self.loss(forward(stacked, self.x_test.expand(count, -1, -1)), self.y_test.expand(count, -1))
 
     def member(self, stacked: list[Tensor], index: int = 0) -> nn.Sequential:
-        """One of a stack as a module."""
+        """Return one member of a stack as a module."""
         module = self.network()
         with torch.no_grad():
             for parameter, same in zip(module.parameters(), stacked, strict=True):
@@ -84,7 +84,7 @@ class Problem:
         return module
 
     def ground_truth(self, subsets: Tensor, at_once: int = 25) -> Tensor:
-        """Test losses (repeats, subsets, tests) of models trained on each subset, several times."""
+        """Return test losses (repeats, subsets, tests) of models trained on each subset, several times."""
         losses = [
             torch.cat(
                 [
@@ -98,14 +98,14 @@ class Problem:
 
 
 def forward(stacked: list[Tensor], x: Tensor) -> Tensor:
-    """(members, examples, inputs) -> (members, examples, outputs)."""
+    """Map (members, examples, inputs) to (members, examples, outputs)."""
     for layer, (weight, bias) in enumerate(zip(stacked[::2], stacked[1::2], strict=True)):
         x = torch.baddbmm(bias[:, None], x.relu() if layer else x, weight.mT)
     return x
 
 
 def halves(examples: int, count: int = 50, seed: int = 0) -> Tensor:
-    """Numbers of the examples of random halves, (count, examples // 2)."""
+    """Return the example indices of random halves, (count, examples // 2)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(examples, generator=generator)[: examples // 2] for _ in range(count)])
 
@@ -116,7 +116,7 @@ def masks_of(subsets: Tensor, examples: int) -> Tensor:
 
 
 def _split(x, y, train: int, test: int, **options) -> Problem:
-    """In random order; whole-number labels are classes, real ones are standardized by the training part."""
+    """Return data in random order; whole-number labels are classes, real ones are standardized by the training part."""
     order = torch.tensor(np.random.default_rng(0).permutation(len(x)))
     x, y = torch.as_tensor(x, dtype=torch.float32)[order], torch.as_tensor(y)[order]
     y = (y.float() - y[:train].float().mean()) / y[:train].float().std() if y.is_floating_point() else y.long()
@@ -140,7 +140,7 @@ def _odd_or_even() -> Problem:
 
 
 def flipped(given: Problem, share: float, seed: int = 1) -> Problem:
-    """Wrong labels for a share of the training examples: the first ones."""
+    """Return wrong labels for the first ones of the training examples."""
     count, classes = int(share * len(given.y)), given.outputs
     shift = torch.randint(1, classes, (count,), generator=torch.Generator().manual_seed(seed))
     y = given.y.clone()
@@ -165,6 +165,7 @@ def _moons(**options) -> Problem:
 
 LINEAR = {"hidden": (), "decay": 2e-3, "repeats": 1, "lr": 3e-2}
 
+# The first five have target values in the tables; the others test the damping rule.
 PROBLEMS: dict[str, Callable[[], Problem]] = {
     "digits LR": lambda: _digits(steps=800, **LINEAR),
     "digits": _digits,
@@ -187,4 +188,3 @@ PROBLEMS: dict[str, Callable[[], Problem]] = {
     ),
     "mclass 4000": lambda: _made(4000),
 }
-"""The first five with the numbers asked for; the rest hold the damping rule to account."""

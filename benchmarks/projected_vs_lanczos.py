@@ -1,8 +1,8 @@
-"""How right the spectrum of S H Sᵀ is, the paper's way, beside that of sketched Rayleigh-Ritz on H (11 minutes).
+"""Compare the spectrum of S H Sᵀ, the paper's method, with that of sketched Rayleigh-Ritz on H (11 minutes).
 
 Networks on scikit-learn's digits, of 2410 to 4922 parameters, so that the dense Hessian (float64, mean cross-entropy of
 300 examples, evaluation mode) and its eigenvalues are the truth. "trained": 15 epochs of Adam, 95 % of the test digits
-or more. H is held fixed; what is drawn is S (seeds 0, 1, 2) and, for ours, the start vector as well.
+or more. H is fixed; random are S (seeds 0, 1, 2) and, for ours, the start vector as well.
 
 1. The smallest log2 dim from 6 to 11 from which on the ten largest eigenvalues of S H Sᵀ are within 20, 10 and 5 % of
    the true ones: mean relative error of the ten, median of the three draws. "-" where 2^11 is not enough. Beside it the
@@ -53,7 +53,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Each row of the picture is a token."""
+    """Classify a picture whose rows are the tokens."""
 
     def __init__(self):
         super().__init__()
@@ -106,7 +106,7 @@ def make_network(network, state: str, x: Tensor, y: Tensor) -> nn.Module:
 
 
 def dense_hessian(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Row by row, by differentiating each entry of the gradient; 32 rows at a time."""
+    """Return the dense Hessian, by differentiating each entry of the gradient; 32 rows at a time."""
     parameters = list(module.parameters())
     gradients = torch.autograd.grad(cross_entropy(module, batch), parameters, create_graph=True)
     gradient = torch.cat([g.flatten() for g in gradients])
@@ -118,18 +118,18 @@ def dense_hessian(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def projected(h: Tensor, kind: str, dim: int, seed: int) -> Tensor:
-    """Return the eigenvalues of S H Sᵀ, falling; float32 is far better than what is asked here."""
+    """Return the eigenvalues of S H Sᵀ, falling; float32 is far more exact than needed."""
     s = make_sketch(kind, n=len(h), dim=dim, seed=seed).rmatvec(torch.eye(dim))  # by rows: there are fewer of them
     return torch.linalg.eigvalsh(s @ h @ s.T).flip(0).double()
 
 
 def median_error(draws: list[Tensor], true: Tensor) -> float:
-    """Mean relative error of the ten largest, median of the draws."""
+    """Return the mean relative error of the ten largest, median of the draws."""
     return statistics.median(float((found[:10] / true[:10] - 1).abs().mean()) for found in draws)
 
 
 def worst_errors(draws: list[Tensor], true: Tensor) -> str:
-    """Relative errors of the ten largest, of the five smallest and of RNEG, each the worst of all draws."""
+    """Return relative errors of the ten largest, the five smallest and RNEG, each the worst of all draws."""
     top = max(float((found[:10] / true[:10] - 1).abs().max()) for found in draws)
     bottom = max(float((found[-5:] / true[-5:] - 1).abs().max()) for found in draws)
     rneg = max(float((found[-1] / found[0] / (true[-1] / true[0]) - 1).abs()) for found in draws)
@@ -137,7 +137,7 @@ def worst_errors(draws: list[Tensor], true: Tensor) -> str:
 
 
 def smallest_dims(errors: list[float]) -> str:
-    """log2 of the first dim from which on no error is above the level, for each level."""
+    """Return log2 of the first dim from which on no error is above the level, for each level."""
     first = [max((i + 1 for i, error in enumerate(errors) if error > level), default=0) for level in LEVELS]
     return " ".join(f"{DIMS[i].bit_length() - 1 if i < len(DIMS) else '-':>2}" for i in first)
 

@@ -1,4 +1,4 @@
-"""Speed of questions to a store, beside one product with the same numbers in memory.
+"""Measure the speed of queries to a store, relative to one product with the same numbers in memory.
 
 100,000 rows of dim 4096 in a `GradientStore`, and 100 queries; random numbers, for speed does not depend on them. The
 store's files are in the page cache, which a first pass over them sees to. All lines of a table take turns, in one
@@ -59,7 +59,7 @@ def random_rows(sketch: BlockSRHT, seed: int, count: int) -> SketchedGradients:
 
 
 def table(dtype: str, store: GradientStore, queries: SketchedGradients) -> None:
-    """Print it, after a first pass that warms everything up and compares the numbers."""
+    """Print the table, after a first pass that warms up and compares the numbers."""
     stored = store.read().sketches
     rows = stored.float()
     asked = queries.sketches

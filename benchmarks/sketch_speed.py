@@ -1,7 +1,7 @@
-"""See what a sketch costs in time and memory, next to a copy of its input, TRAK and dattri (5 minutes).
+"""Measure time and memory of a sketch, next to a copy of its input, TRAK and dattri (5 minutes).
 
-One table, float32 on the CPU. All lines are measured in turn, three times over, each time in a new process, for
-machines have moods; a number is the median of the three. Times are for one vector of a batch:
+One table, float32 on the CPU. All lines are measured in turn, three times over, each time in a new process,
+since machines vary; a number is the median of the three. Times are for one vector of a batch:
 
 ms        of matvec, S x: median of several calls
 GB/s      of x, which is read once
@@ -49,7 +49,7 @@ ROWS = [  # kind, log2 n, log2 dim, batch
 
 
 def products(kind: str, n: int, dim: int) -> list[Callable]:
-    """S, for x of shape (batch, n), and Sᵀ, for y of shape (batch, dim), where there is one."""
+    """Return S, for x of shape (batch, n), and Sᵀ, for y of shape (batch, dim), or None."""
     if kind == "x.clone()":
         return [torch.clone]
     if kind == "traker":
@@ -67,7 +67,7 @@ def products(kind: str, n: int, dim: int) -> list[Callable]:
 
 
 def measure(row: tuple[str, int, int, int]) -> list[float] | None:
-    """ms, copies, adjoint ms, its copies, extra MB; None if the package is missing. Call it in a new process."""
+    """Return ms, copies, adjoint ms, its copies, extra MB; None without the package. Call it in a new process."""
     kind, n, dim, batch = row[0], 1 << row[1], 1 << row[2], row[3]
     if kind in ("traker", "dattri") and not importlib.util.find_spec({"traker": "trak"}.get(kind, kind)):
         return None
@@ -91,7 +91,7 @@ def measure(row: tuple[str, int, int, int]) -> list[float] | None:
 
 
 def high_water() -> int:
-    """Return the most bytes this process ever held in memory at once."""
+    """Return the most bytes that this process has had in memory at once."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

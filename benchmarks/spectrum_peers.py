@@ -1,4 +1,4 @@
-"""What the ten largest eigenvalues of a Hessian of a million rows cost here and in three other packages (6 minutes).
+"""Measure the cost of ten eigenvalues of a Hessian of a million rows, here and in three other packages (6 minutes).
 
 One network for all: 512-1024-448-10 with GELU, n = 989,002 float32 parameters, three epochs of Adam on scikit-learn's
 digits (8 x 8 pixels through a fixed random map and tanh to 512 inputs); the Hessian is that of 300 digits, one batch.
@@ -67,8 +67,7 @@ class Line(NamedTuple):
     ratio: float
     vectors: float
     error: float
-    sure: float
-    """NaN if the method does not say."""
+    sure: float  # NaN if the method does not report it
 
 
 def cross_entropy(module: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -130,7 +129,7 @@ def worst(found: Sequence[float] | Tensor, true: list[float]) -> float:
 
 
 def ours(module, batch, **options) -> tuple[Tensor, int, int]:
-    """Eigenvalues, products, how many of the eigenvalues are called converged."""
+    """Return the eigenvalues, the number of products, and how many eigenvalues are called converged."""
     sp = spectrum(Hessian(cross_entropy, module, [batch]), top_k=10, bottom_k=0, **options)
     return sp.top(10), sp.num_products, int(replace(sp, tol=1e-2).converged[:10].sum())
 
@@ -168,7 +167,7 @@ METHODS = {"ours": ours, "hessian-eigenthings": eigenthings, "PyHessian": pyhess
 
 
 def measure(task: tuple[Path, list[float], str, dict]) -> Line | None:
-    """One line, or None if its package is missing. Call it in a new process."""
+    """Return one line, or None if its package is missing. Call it in a new process."""
     path, true, package, options = task
     if not is_installed(package):
         return None
@@ -195,7 +194,7 @@ def is_installed(package: str) -> bool:
 
 
 def bare_product(module: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
-    """Seconds of CPU time of one product by double backward, its graph built anew."""
+    """Return the CPU seconds of one product by double backward, with a new graph."""
     parameters = list(module.parameters())
     direction = [torch.ones_like(p) for p in parameters]
     start = time.process_time()
@@ -205,7 +204,7 @@ def bare_product(module: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
 
 
 def forget_high_water() -> None:
-    """Let the high-water mark of memory be what is in use now."""
+    """Reset the high-water mark of memory to what is in use now."""
     if sys.platform == "linux":
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -266,7 +265,7 @@ def main():
 
 
 def print_bars(lines: dict[str, Line], few: int) -> None:
-    """Print what was asked of us, and what came."""
+    """Print our targets and whether they are met."""
     shortest, default, long = (line for name, line in lines.items() if name.startswith("ours"))
     bars = [
         (f"products for an error of {ERROR:.0e}, all of them", 32, shortest.products),

