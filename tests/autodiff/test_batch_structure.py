@@ -1,4 +1,4 @@
-"""How many examples a batch has is told by all its tensors alike, or by an argument, and never guessed."""
+"""The number of examples in a batch is that of all its tensors, or an argument, and never guessed."""
 
 from collections import UserDict, defaultdict, namedtuple
 from dataclasses import dataclass, field
@@ -104,7 +104,7 @@ def test_a_batch_without_examples_is_refused(batch, kind):
 
 
 def test_time_may_come_first():
-    """Sequences along the second axis, what has one axis only along that; parts are made of both."""
+    """Sequences lie along the second axis, tensors with one axis along that; both are split."""
     x, y, table = torch.arange(80.0).view(10, 4, 2), torch.arange(4), torch.zeros(6, 7)
     structure = BatchStructure(batch_dim=1)
     assert structure.count({"x": x, "y": y}) == 4
@@ -116,7 +116,7 @@ def test_time_may_come_first():
         BatchStructure(batch_dim=1).count((x, table))
 
 
-def test_a_number_is_looked_for_and_a_smaller_last_batch_is_as_it_is():
+def test_a_number_is_searched_for_and_a_smaller_last_batch_has_its_own():
     structure = BatchStructure(num_examples=8)
     assert structure.count((X, torch.zeros(5))) == 8
     assert structure.count((X[:5], torch.zeros(5))) == 5
@@ -146,7 +146,7 @@ LISTS = {
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 @pytest.mark.parametrize(("batch", "seen"), LISTS.values(), ids=LISTS)
-def test_lists_of_as_many_items_hold_an_example_an_item(batch, seen, size):
+def test_the_items_of_lists_of_that_length_are_examples(batch, seen, size):
     everything = seen(batch)
     structure = BatchStructure(num_examples=lambda batch: len(seen(batch)))
     parts = list(structure.parts(batch, size))
@@ -194,7 +194,7 @@ def test_pairs_of_batches_of_other_sizes_are_no_such_lists():
     assert [structure.count([X[:n], torch.zeros(n)]) for n in (8, 8, 3)] == [8, 8, 3]
 
 
-def test_what_cannot_be_cut_is_refused():
+def test_a_batch_that_cannot_be_split_is_refused():
     structure = BatchStructure(num_examples=lambda batch: 2)
     with pytest.raises(ValueError, match=r"gives 2 for a batch of type Unknown, .*; pass split_fn"):
         list(structure.parts(Unknown(X), 1))
@@ -216,7 +216,7 @@ def images(*heights, channels=3):
 
 
 @pytest.mark.parametrize("batch", [images(8, 9), images(8, 8, 8, 8, 8), {"x": images(8, 9, channels=1)}])
-def test_what_looks_like_a_list_of_images_is_refused(batch):
+def test_a_likely_list_of_images_is_refused(batch):
     """Their first axis, of channels, would pass for examples."""
     with pytest.raises(ValueError, match=r"may be one of images; pass num_examples=len"):
         BatchStructure().count(batch)
@@ -265,7 +265,7 @@ def test_a_field_whose_name_begins_with_that_of_a_list_is_beside_it():
         assert first.box[-1].shape == (5, 4)
 
 
-def test_numbers_of_the_examples_are_cut_with_them_and_sizes_are_not():
+def test_numbers_of_the_examples_are_split_with_them_and_sizes_are_not():
     structure = BatchStructure()
     batch = {"x": torch.arange(8.0), "w": list(range(8)), "size": [32, 32]}
     assert [(part["w"], part["size"]) for part, _ in structure.parts(batch, 4)] == [
@@ -301,8 +301,8 @@ def test_an_axis_of_time_is_not_one_of_examples():
     ],
     ids=["time first", "constant"],
 )
-def test_a_number_that_does_not_follow_the_cut_is_refused(batch, count):
-    """Only the labels of a time-first batch would be cut, and every example would have all sequences."""
+def test_a_number_that_differs_after_the_split_is_refused(batch, count):
+    """Only the labels of a time-first batch would be split, and every example would have all sequences."""
     with pytest.raises(ValueError, match=r"num_examples gives 4 for a part of 1 of the 4 examples.*batch_dim=1"):
         list(BatchStructure(num_examples=count).parts(batch, 1))
 
@@ -328,7 +328,7 @@ def test_vmap_takes_tensors_alone():
 
 
 def test_parts_are_of_the_kind_of_the_batch():
-    """Also of what cannot be made anew from its items: a default dictionary, fields without init, sparse tensors."""
+    """Also of collections that their items cannot rebuild: default dictionaries, fields without init, sparse tensors."""
 
     @dataclass
     class Derived:

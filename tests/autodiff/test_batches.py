@@ -1,4 +1,4 @@
-"""Batches of any kind: cut into parts, asked for their labels, made fit for autograd."""
+"""Batches of any kind are split into parts, searched for labels, and prepared for autograd."""
 
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def tensors(batch):
 @batches
 @pytest.mark.parametrize("size", [1, 3, 8, 9])
 def test_parts_make_up_the_batch(batch, size):
-    """In order, in the same collections, none larger than asked for; what has no first axis of examples goes along."""
+    """In order, in the same collections, none larger than asked for; tensors without examples are in every part."""
     parts, counts = zip(*EIGHT.parts(batch, size), strict=True)
     assert list(counts) == [min(size, 8 - start) for start in range(0, 8, size)]
     assert all(type(part) is type(batch) for part in parts)

@@ -96,7 +96,7 @@ def test_equal_contents_have_equal_hashes_whatever_they_are_kept_in():
     assert content_hash(Own(X)) == content_hash(Own(X.clone()))
 
 
-def test_hashes_of_tensors_are_those_that_stores_hold():
+def test_hashes_of_tensors_are_those_in_stores():
     """Ids of examples by index_key='hash' are written to stores; these are the first version's."""
     assert content_hash((torch.arange(6.0).view(2, 3), torch.tensor([1]))) == 7799134863832516803
 

@@ -1,4 +1,4 @@
-"""Inside, a module computes with other tensors; after, it holds its own again, the very same."""
+"""Inside, a module computes with other tensors; afterwards it has its own again, the very same."""
 
 import copy
 
@@ -83,7 +83,7 @@ def test_inside_it_computes_with_the_others(pair):
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
-def test_after_it_holds_its_own_wherever_they_were(pair, error):
+def test_afterwards_it_has_its_own_wherever_they_were(pair, error):
     module, _ = pair
     before, state = places(module), copy.deepcopy(module.state_dict())
     try:

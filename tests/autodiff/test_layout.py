@@ -1,4 +1,4 @@
-"""The flat vector: its order, who is in it, and its sketch piece by piece."""
+"""The flat vector: its order, its parameters, and its sketch part by part."""
 
 import pytest
 import torch
@@ -116,7 +116,7 @@ def test_flatten_takes_parameters_themselves_and_keeps_their_gradient():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_sketch_of_the_pieces_is_that_of_the_vector(kind):
+def test_the_sketch_of_the_tensors_is_that_of_the_vector(kind):
     layout = Layout.of(network())
     named, flat = tensors(layout)
     sketch = make_sketch(kind, n=39, dim=8, seed=3)
@@ -139,7 +139,7 @@ def test_what_is_missing_is_zero(kind):
 
 
 def test_big_tensors_next_to_small_ones():
-    """Small ones before, between and after bigger ones than a piece; some empty."""
+    """Small ones before, between and after tensors larger than a part; some empty."""
     sizes = [(3,), (0,), (600, 500), (7,), (3 << 20,), (2, 2), (200_000,), (100_000,), (5,), (0,)]
     layout = Layout(tuple(f"p{i}" for i in range(len(sizes))), tuple(torch.Size(size) for size in sizes))
     named, flat = tensors(layout, torch.float32)
@@ -151,7 +151,7 @@ def test_big_tensors_next_to_small_ones():
 
 
 def test_the_vector_passes_in_whole_chunks_and_what_is_missing_is_left_out(monkeypatch):
-    """Pieces of 2^20 numbers and whole chunks: none is mapped twice, and no second copy of everything is made."""
+    """In parts of 2^20 numbers and whole chunks: none is mapped twice, and there is no second copy of everything."""
     columns, pieces = BlockSRHT.columns, []
     monkeypatch.setattr(BlockSRHT, "columns", lambda self, a, b: pieces.append((a, b)) or columns(self, a, b))
     layout = Layout(tuple("abcd"), tuple(torch.Size([n]) for n in (10, 1 << 20, (1 << 20) + 7, 300_000)))

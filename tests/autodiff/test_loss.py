@@ -123,7 +123,7 @@ SIGNATURES = {
 
 @pytest.mark.parametrize(("step", "expected"), SIGNATURES.values(), ids=SIGNATURES)
 def test_a_step_gets_the_arguments_that_the_trainer_gives(step, expected):
-    """The batch, and 0 as `batch_idx` if there is room for it; what has a default keeps it."""
+    """A step gets the batch, and 0 as `batch_idx` if it takes that; other defaults stay."""
 
     class Recording(Model):
         def seen(self, batch, *rest):

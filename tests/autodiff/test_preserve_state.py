@@ -1,4 +1,4 @@
-"""A look at a module changes nothing: modes, buffers, random state."""
+"""A measurement of a module changes nothing: modes, buffers, random state."""
 
 import contextlib
 import random

@@ -1,4 +1,4 @@
-"""A look at a module changes nothing in what it keeps: its attributes, metrics, frozen parameters and hooks."""
+"""A measurement of a module changes none of its attributes, metrics, frozen parameters and hooks."""
 
 from collections import Counter, OrderedDict, defaultdict, deque
 
