@@ -36,22 +36,22 @@ def spectrum_over_time(
     Markers are white where an eigenvalue has not converged.
 
     Args:
-        time: when each measurement was taken.
-        values: eigenvalues of each measurement, in falling order, loss / parameter².
-        errors: error of each eigenvalue, in the same unit.
-        converged: whether each eigenvalue has converged.
-        top_k: number of the largest eigenvalues to draw.
-        bottom_k: number of the smallest eigenvalues to draw.
-        title: title of the figure.
-        xlabel: label of the time axis.
-        stable_below: the edge of stability at each measurement, drawn as a dashed line; NaN where there is none.
-        density: nodes and weights of each measurement, drawn as a heat map below; no heat map if None.
+        time: When each measurement was taken.
+        values: Eigenvalues of each measurement, in falling order, loss / parameter².
+        errors: The error of each eigenvalue, in the same unit.
+        converged: Whether each eigenvalue has converged.
+        top_k: The number of the largest eigenvalues to draw.
+        bottom_k: The number of the smallest eigenvalues to draw.
+        title: The title of the figure.
+        xlabel: The label of the time axis.
+        stable_below: The edge of stability at each measurement, drawn as a dashed line; NaN where there is none.
+        density: Nodes and weights of each measurement, drawn as a heat map below; no heat map if None.
 
     Returns:
         A matplotlib Figure.
 
     Raises:
-        ImportError: if matplotlib is not installed.
+        ImportError: If matplotlib is not installed.
     """
     heights = [2.0] + [1.0] * (bottom_k > 0) + [1.6] * (density is not None)
     figure = new_figure(8, 2 + sum(heights) * 1.3)
@@ -102,17 +102,17 @@ def spectrum(
     Markers are white where an eigenvalue has not converged.
 
     Args:
-        values: eigenvalues, in falling order, loss / parameter².
-        errors: error of each eigenvalue, in the same unit.
-        converged: whether each eigenvalue has converged.
-        nodes: points that represent all eigenvalues; without them no density is drawn.
-        weights: the fraction of all eigenvalues at each node.
+        values: Eigenvalues, in falling order, loss / parameter².
+        errors: The error of each eigenvalue, in the same unit.
+        converged: Whether each eigenvalue has converged.
+        nodes: Points that represent all eigenvalues; without them no density is drawn.
+        weights: The fraction of all eigenvalues at each node.
 
     Returns:
         A matplotlib Figure.
 
     Raises:
-        ImportError: if matplotlib is not installed.
+        ImportError: If matplotlib is not installed.
     """
     figure = new_figure(8, 4)
     axes, *rest = figure.subplots(
@@ -160,19 +160,19 @@ def layers(
     Bars are white where an eigenvalue has not converged.
 
     Args:
-        names: names of the layers.
-        top: top eigenvalue of each block, loss / parameter².
-        top_errors: error of each eigenvalue, in the same unit.
-        converged: whether each eigenvalue has converged.
-        traces: trace of each block, in the same unit.
-        trace_errors: standard error of each trace.
-        title: title of the figure.
+        names: Names of the layers.
+        top: The top eigenvalue of each block, loss / parameter².
+        top_errors: The error of each eigenvalue, in the same unit.
+        converged: Whether each eigenvalue has converged.
+        traces: The trace of each block, in the same unit.
+        trace_errors: The standard error of each trace.
+        title: The title of the figure.
 
     Returns:
         A matplotlib Figure.
 
     Raises:
-        ImportError: if matplotlib is not installed.
+        ImportError: If matplotlib is not installed.
     """
     figure = new_figure(8, 1.2 + 0.32 * len(names))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -195,11 +195,11 @@ def new_figure(width: int | float, height: int | float) -> "Figure":
     """Make an empty figure that notebooks show even if they have not imported matplotlib themselves.
 
     Args:
-        width: in inches.
-        height: in inches.
+        width: The width in inches.
+        height: The height in inches.
 
     Raises:
-        ImportError: if matplotlib is not installed.
+        ImportError: If matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -275,18 +275,18 @@ def contact_sheet(
     """Draw each query image beside the images of the examples that helped and hurt it most.
 
     Args:
-        queries: images, (queries, height, width) or with colors as a last axis.
-        helped: images of the examples that helped each query, most helpful first, (queries, k, height, width).
-        hurt: images of the examples that hurt it, most harmful first, in the same form.
-        query_titles: a line of text for each query.
-        helped_titles: a line of text for each example that helped, as lists for each query.
-        hurt_titles: a line of text for each example that hurt, as lists for each query.
+        queries: Images, (queries, height, width) or with colors as a last axis.
+        helped: Images of the examples that helped each query, most helpful first, (queries, k, height, width).
+        hurt: Images of the examples that hurt it, most harmful first, in the same form.
+        query_titles: A line of text for each query.
+        helped_titles: A line of text for each example that helped, as lists for each query.
+        hurt_titles: A line of text for each example that hurt, as lists for each query.
 
     Returns:
         A matplotlib Figure.
 
     Raises:
-        ImportError: if matplotlib is not installed.
+        ImportError: If matplotlib is not installed.
     """
     import matplotlib.pyplot as plt
 

@@ -19,17 +19,17 @@ class Batches:
     """Batches over which weighted means are taken.
 
     Args:
-        batches: a list of batches, or any iterable that can be read again and again.
-        weight_fn: batch -> its weight in the mean; its number of examples if None.
-        structure: how many examples a batch has, and along which axes.
-        micro_batch_size: most examples at once; larger batches are cut. Never cut if None.
-        distributed: whether to sum over the ranks of the default process group, each with its own batches.
-        widen: whether to convert half-precision tensors to float32.
-        device: device on which ranks sum; NCCL cannot sum on the CPU.
+        batches: A list of batches, or any iterable that can be read again and again.
+        weight_fn: A function batch -> its weight in the mean; its number of examples if None.
+        structure: How many examples a batch has, and along which axes.
+        micro_batch_size: Most examples at once; larger batches are cut. Never cut if None.
+        distributed: Whether to sum over the ranks of the default process group, each with its own batches.
+        widen: Whether to convert half-precision tensors to float32.
+        device: Device on which ranks sum; NCCL cannot sum on the CPU.
 
     Raises:
-        TypeError: if `batches` is a tensor or can be read only once.
-        ValueError: if `micro_batch_size` is below 1.
+        TypeError: If `batches` is a tensor or can be read only once.
+        ValueError: If `micro_batch_size` is below 1.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class Batches:
         If memory runs out, parts are halved with a warning, and the mean starts again.
 
         Args:
-            total: zeros, the sum to start from.
-            add: called as add(part, weight) for each part of each batch; adds the part, times its weight, to `total`.
-            loss: part -> its mean loss, by which it is checked that a batch may be cut.
-            restart: called before the mean starts again.
+            total: Zeros, the sum to start from.
+            add: Called as add(part, weight) for each part of each batch; adds the part, times its weight, to `total`.
+            loss: A function part -> its mean loss, by which it is checked that a batch may be cut.
+            restart: Called before the mean starts again.
 
         Raises:
-            ValueError: if there is no example, or a batch may not be cut.
-            RuntimeError: if another rank failed. An error of this rank is raised after all ranks have been informed.
+            ValueError: If there is no example, or a batch may not be cut.
+            RuntimeError: If another rank failed. An error of this rank is raised after all ranks have been informed.
         """
         weight = torch.zeros((), dtype=torch.float64)
         failure: Exception | None = None
@@ -154,7 +154,7 @@ class Batches:
         """Refuse batches whose weights are not known, before anything is computed.
 
         Raises:
-            ValueError: if the number of examples of a batch is not known; the message says how to pass it.
+            ValueError: If the number of examples of a batch is not known; the message says how to pass it.
         """
         for part in self.batches if self.micro_batch_size is None else ():
             self._weight(part, None)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import BatchStructure
+from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.autodiff.second_derivatives import Jacobian
-from lightning_sketch.curvature.operator import CurvatureOperator, Mode, Product
+from lightning_sketch.curvature.operator import CurvatureOperator, Product
 
 
 class EmpiricalFisher(CurvatureOperator):
@@ -28,20 +29,20 @@ class EmpiricalFisher(CurvatureOperator):
     Args:
         loss_fn: (module, batch) -> the losses of the examples, (examples,), which is fast; or their mean, a scalar,
             and then it is called for one example at a time.
-        module: the module at whose present parameters the matrix is computed. See `CurvatureOperator` for more about
+        module: The module at whose present parameters the matrix is computed. See `CurvatureOperator` for more about
             this and the arguments from `parameters` on.
-        batches: a list of batches, or any iterable that can be read again and again.
-        parameters: shell patterns that select parameters by name.
+        batches: A list of batches, or any iterable that can be read again and again.
+        parameters: Shell patterns that select parameters by name.
         mode: "eval", or "train" to leave each submodule in its mode.
-        weight_fn: batch -> its weight in the mean; its number of examples by default.
-        num_examples: the number of examples of a batch, or a function batch -> number; by default read off its tensors.
-        batch_dim: the axis of the examples, 1 for (time, batch, ...).
-        micro_batch_size: most examples differentiated at once; larger batches are cut.
-        distributed: whether to sum over the ranks of the default process group, each with its own batches.
+        weight_fn: A function batch -> its weight in the mean; its number of examples by default.
+        num_examples: The number of examples of a batch, or a function batch -> number; by default read off its tensors.
+        batch_dim: The axis of the examples, 1 for (time, batch, ...).
+        micro_batch_size: Most examples differentiated at once; larger batches are cut.
+        distributed: Whether to sum over the ranks of the default process group, each with its own batches.
 
     Raises:
-        TypeError: as in `CurvatureOperator`.
-        ValueError: at a product, if `loss_fn` returns neither, or a mean that is not that of its examples.
+        TypeError: As in `CurvatureOperator`.
+        ValueError: At a product, if `loss_fn` returns neither, or a mean that is not that of its examples.
 
     A product costs two to three gradients, or about ten times as much with one example at a time. Memory is that of
     the graphs of a batch, or of a micro-batch.

@@ -12,26 +12,25 @@ natural gradient method", JMLR 21(146), section 8.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import BatchStructure
-from lightning_sketch.autodiff.losses import LossFn, OutputModel
+from lightning_sketch.autodiff.losses import LossFn, OutputLossName, OutputModel
+from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.autodiff.second_derivatives import Jacobian, nothing_dropped, second_derivative_errors
-from lightning_sketch.curvature.operator import CurvatureOperator, Mode, Product
-
-OutputLossName = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
+from lightning_sketch.curvature.operator import CurvatureOperator, Product
 
 
 class GGN(CurvatureOperator):
     """The Gauss-Newton matrix of the mean loss over batches, at the module's present parameters.
 
     Args:
-        module: the module at whose present parameters the matrix is computed. See `CurvatureOperator` for more about
+        module: The module at whose present parameters the matrix is computed. See `CurvatureOperator` for more about
             this and the arguments from `parameters` on.
-        batches: a list of batches, or any iterable that can be read again and again.
+        batches: A list of batches, or any iterable that can be read again and again.
         model_fn: (module, batch) -> output, a tensor. By default `module(**batch)` for a mapping, else `module(x)`
             with x the first item of the batch. A LightningModule without `forward` is replaced by its only child with
             parameters; from what a Hugging Face model returns, the logits are taken.
@@ -41,19 +40,19 @@ class GGN(CurvatureOperator):
             Hugging Face model returns beside its logits; else the one of the three whose value is that of the training
             loss; if this is not known, cross-entropy for integer labels and squared error for real ones. Labels are
             the batch's "labels", or its last item.
-        loss_fn: the training loss, (module, batch) -> mean loss, with which a default output loss is compared on
+        loss_fn: The training loss, (module, batch) -> mean loss, with which a default output loss is compared on
             every batch. By default the module's own `training_step`; without one nothing is compared.
-        parameters: shell patterns that select parameters by name.
+        parameters: Shell patterns that select parameters by name.
         mode: "eval", or "train" to leave each submodule in its mode.
-        weight_fn: batch -> its weight in the mean; its number of examples by default.
-        num_examples: the number of examples of a batch, or a function batch -> number; by default read off its tensors.
-        batch_dim: the axis of the examples, 1 for (time, batch, ...).
-        micro_batch_size: most examples differentiated at once; larger batches are cut.
-        distributed: whether to sum over the ranks of the default process group, each with its own batches.
+        weight_fn: A function batch -> its weight in the mean; its number of examples by default.
+        num_examples: The number of examples of a batch, or a function batch -> number; by default read off its tensors.
+        batch_dim: The axis of the examples, 1 for (time, batch, ...).
+        micro_batch_size: Most examples differentiated at once; larger batches are cut.
+        distributed: Whether to sum over the ranks of the default process group, each with its own batches.
 
     Raises:
-        TypeError: as in `CurvatureOperator`.
-        ValueError: at a product, if output and labels do not fit, if the default loss of the output is ambiguous or
+        TypeError: As in `CurvatureOperator`.
+        ValueError: At a product, if output and labels do not fit, if the default loss of the output is ambiguous or
             not the training loss, or if an operation of the model cannot be differentiated twice; the message names it.
 
     A product costs two to three gradients, and little more than one for a single batch.

@@ -20,13 +20,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import BatchStructure
+from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.autodiff.second_derivatives import (
     NoSecondDerivative,
     double_backward,
     finite_differences,
     forward_over_reverse,
 )
-from lightning_sketch.curvature.operator import CurvatureOperator, Mode, Product
+from lightning_sketch.curvature.operator import CurvatureOperator, Product
 from lightning_sketch.linalg.lanczos import dot, start_vector
 
 _STEPS_AGREE = 0.02  # largest relative difference between finite differences with two steps
@@ -39,25 +40,25 @@ class Hessian(CurvatureOperator):
 
     Args:
         loss_fn: (module, batch) -> mean loss of the batch, a scalar.
-        module: the module at whose present parameters the Hessian is computed. See `CurvatureOperator` for more about
+        module: The module at whose present parameters the Hessian is computed. See `CurvatureOperator` for more about
             this and the arguments from `parameters` on.
-        batches: a list of batches, or any iterable that can be read again and again.
-        hvp: how products are computed. "double_backward" supports most modules, and keeps the graph of a single batch;
+        batches: A list of batches, or any iterable that can be read again and again.
+        hvp: How products are computed. "double_backward" supports most modules, and keeps the graph of a single batch;
             "forward_over_reverse" needs less memory, and fails where PyTorch has no forward derivative; "auto" is
             the first, or the second where the first is impossible. "finite_differences" needs first derivatives only;
             it has three correct digits on smooth losses, and is refused where two steps disagree, as with ReLU.
-        step: step of finite differences, along a unit vector of parameters.
-        parameters: shell patterns that select parameters by name.
+        step: The step of finite differences, along a unit vector of parameters.
+        parameters: Shell patterns that select parameters by name.
         mode: "eval", or "train" to leave each submodule in its mode.
-        weight_fn: batch -> its weight in the mean; its number of examples by default.
-        num_examples: the number of examples of a batch, or a function batch -> number; by default read off its tensors.
-        batch_dim: the axis of the examples, 1 for (time, batch, ...).
-        micro_batch_size: most examples differentiated at once; larger batches are cut.
-        distributed: whether to sum over the ranks of the default process group, each with its own batches.
+        weight_fn: A function batch -> its weight in the mean; its number of examples by default.
+        num_examples: The number of examples of a batch, or a function batch -> number; by default read off its tensors.
+        batch_dim: The axis of the examples, 1 for (time, batch, ...).
+        micro_batch_size: Most examples differentiated at once; larger batches are cut.
+        distributed: Whether to sum over the ranks of the default process group, each with its own batches.
 
     Raises:
-        TypeError: as in `CurvatureOperator`.
-        ValueError: if `hvp` is unknown or `step` is not positive. At a product, if the loss is no scalar, does not
+        TypeError: As in `CurvatureOperator`.
+        ValueError: If `hvp` is unknown or `step` is not positive. At a product, if the loss is no scalar, does not
             depend on the parameters, or contains an operation that PyTorch cannot differentiate twice; the message
             names it.
 
@@ -179,7 +180,7 @@ def check_hvp(hvp: str) -> None:
     """Refuse an unknown way to compute Hessian products.
 
     Raises:
-        ValueError: if `hvp` is none of `HVP`.
+        ValueError: If `hvp` is none of `HVP`.
     """
     if hvp not in get_args(HVP):
         raise ValueError(f"hvp is one of {', '.join(get_args(HVP))}, got {hvp!r}.")

@@ -9,7 +9,7 @@ A_b    the matrix of that batch, linear in v, which a subclass defines
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,44 +18,42 @@ from torch import Tensor, nn
 from lightning_sketch.autodiff.batches import HALF, BatchStructure
 from lightning_sketch.autodiff.functional import in_float32
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.preserve_state import preserve_state
+from lightning_sketch.autodiff.preserve_state import Mode, preserve_state
 from lightning_sketch.autodiff.second_derivatives import Product, nowhere_else
 from lightning_sketch.curvature._batches import Add, Batches
 from lightning_sketch.operators.base import LinearOperator, check_vectors
-
-Mode = Literal["eval", "train"]
 
 
 class CurvatureOperator(LinearOperator):
     """A symmetric matrix of a module's parameters, averaged over batches.
 
     Args:
-        module: the module at whose present parameters the matrix is computed. `.grad` is never touched; buffers,
+        module: The module at whose present parameters the matrix is computed. `.grad` is never touched; buffers,
             training modes and random state are restored. If it has half-precision tensors, all of them, frozen ones
             too, are copied to float32 during a product.
-        batches: a list of batches, or any iterable that can be read again and again.
-        parameters: shell patterns that select parameters by name.
+        batches: A list of batches, or any iterable that can be read again and again.
+        parameters: Shell patterns that select parameters by name.
         mode: "eval", or "train" to leave dropout and batch normalization in the mode of each submodule; a loss that
             is random at each call has no curvature, and `spectrum` refuses it.
-        weight_fn: batch -> its weight in the mean; its number of examples by default. Where the loss is a mean
-            over tokens, use `lightning_sketch.num_labels`.
-        num_examples: the number of examples of a batch, or a function batch -> number, where the tensors of a batch
+        weight_fn: A function batch -> its weight in the mean; its number of examples by default. Where the loss is a
+            mean over tokens, use `lightning_sketch.num_labels`.
+        num_examples: The number of examples of a batch, or a function batch -> number, where the tensors of a batch
             disagree about it. Or an `autodiff.batches.BatchStructure`, for batches of a class of your own.
-        batch_dim: the axis of the examples, 1 for (time, batch, ...).
-        micro_batch_size: most examples differentiated at once; larger batches are cut. Batches are not cut if None.
+        batch_dim: The axis of the examples, 1 for (time, batch, ...).
+        micro_batch_size: Most examples differentiated at once; larger batches are cut. Batches are not cut if None.
             If memory runs out, the size is halved with a warning until a product fits.
-        distributed: whether to sum over the ranks of the default process group, each with its own batches. All ranks
+        distributed: Whether to sum over the ranks of the default process group, each with its own batches. All ranks
             must then call the same methods in the same order.
 
     Attributes:
-        layout: names and shapes of the selected parameters, in the order of a flat vector.
-        dtype: type of vectors: float64 if a selected parameter is, else float32.
-        device: device of the first selected parameter.
+        layout: Names and shapes of the selected parameters, in the order of a flat vector.
+        dtype: The type of vectors: float64 if a selected parameter is, else float32.
+        device: The device of the first selected parameter.
 
     Raises:
-        TypeError: if `module` is no module, `batches` can be read only once, or a parameter is of another type than
+        TypeError: If `module` is no module, `batches` can be read only once, or a parameter is of another type than
             float16, bfloat16, float32 or float64, or is sharded.
-        ValueError: if a pattern selects no parameter, a parameter is on the meta device, or a number is out of range.
+        ValueError: If a pattern selects no parameter, a parameter is on the meta device, or a number is out of range.
     """
 
     def __init__(
@@ -96,8 +94,8 @@ class CurvatureOperator(LinearOperator):
         """Return v -> A_b v for one batch, in the shapes of the parameters.
 
         Args:
-            batch: a batch, or a part of one.
-            keep: whether the function is called more than once, so that it has to keep its graph.
+            batch: A batch, or a part of one.
+            keep: Whether the function is called more than once, so that it has to keep its graph.
         """
 
     @abstractmethod
@@ -113,8 +111,8 @@ class CurvatureOperator(LinearOperator):
         """Return A x for each vector x along the last axis, one after the other.
 
         Raises:
-            TypeError: if x holds no real floating-point numbers.
-            ValueError: if its last axis has another size than n, there is no example, or the loss cannot be
+            TypeError: If x holds no real floating-point numbers.
+            ValueError: If its last axis has another size than n, there is no example, or the loss cannot be
                 differentiated.
         """
         check_vectors(x, self.layout.n, f"{type(self).__name__}.matvec")
@@ -154,7 +152,7 @@ class CurvatureOperator(LinearOperator):
         The caller promises not to change the parameters inside.
 
         Raises:
-            ValueError: if a selected parameter has been frozen since.
+            ValueError: If a selected parameter has been frozen since.
         """
         if self._inside_hold:
             yield

@@ -24,8 +24,8 @@ class Count(int):
     """A number of eigenvalues, which may be a lower bound; it then prints as >=k.
 
     Args:
-        value: the number.
-        at_least: whether there may be more.
+        value: The number of eigenvalues, or of those that are known.
+        at_least: Whether there may be more.
 
     >>> Count(3), Count(3, at_least=True), Count(3) + 1
     (3, >=3, 4)
@@ -59,23 +59,23 @@ class Spectrum:
 
     Attributes:
         eigenvalues: Ritz values, largest first, (r,).
-        residuals: some eigenvalue lies within this distance of the Ritz value, (r,), in the same unit; the errors of
+        residuals: Some eigenvalue lies within this distance of the Ritz value, (r,), in the same unit; the errors of
             the sketch and of rounding are included.
-        tol: a pair is accepted if residual <= tol · |eigenvalue|.
+        tol: A pair is accepted if residual <= tol · |eigenvalue|.
         linearity_defect: ||A(u + v) - A u - A v|| over the largest of the three norms; rounding for a linear operator.
-        num_products: number of products taken, also those that measured the defect and searched for copies.
-        known: how many ranks from the top and how many from the bottom did not change with a further start vector;
+        num_products: The number of products taken, also those that measured the defect and searched for copies.
+        known: How many ranks from the top and how many from the bottom did not change with a further start vector;
             None if all of them count as known.
-        n: size of the operator.
-        trace: the sum of all eigenvalues, by Hutchinson's estimator; NaN if it was not estimated.
-        trace_sem: standard error of `trace`, from the same few starts: an error of twice as much is not rare.
-        quadrature: nodes and weights that represent all eigenvalues.
-        gradient_shares: shares of the gradient in the spaces of the first 1, 2, ... eigenvectors, (r,); None if no
+        n: The size of the operator.
+        trace: The sum of all eigenvalues, by Hutchinson's estimator; NaN if it was not estimated.
+        trace_sem: The standard error of `trace`, from the same few starts: an error of twice as much is not rare.
+        quadrature: Nodes and weights that represent all eigenvalues.
+        gradient_shares: Shares of the gradient in the spaces of the first 1, 2, ... eigenvectors, (r,); None if no
             gradient was passed.
-        vectors: sketched eigenvectors S x of length one as columns, (dim, k).
-        coefficients: columns c with x = V c, V the Lanczos vectors of all runs, (m, r).
-        krylov: the records of the runs: sketched Lanczos vectors and tridiagonal matrices.
-        sketch: the sketch S of the vectors; None if the vectors themselves were kept. With method "projected" the S of
+        vectors: Sketched eigenvectors S x of length one as columns, (dim, k).
+        coefficients: Columns c with x = V c, V the Lanczos vectors of all runs, (m, r).
+        krylov: The records of the runs: sketched Lanczos vectors and tridiagonal matrices.
+        sketch: The sketch S of the vectors; None if the vectors themselves were kept. With method "projected" the S of
             S A Sᵀ.
         method: "lanczos", or "projected": then eigenvalues, trace and density are those of S A Sᵀ, and n is dim.
     """
@@ -190,11 +190,11 @@ class Spectrum:
         It is estimated from `density_probes` + 1 starts; with one start only its outline is right.
 
         Args:
-            grid: points to evaluate at, in the unit of eigenvalues.
-            sigma: standard deviation of the Gaussians, in the same unit.
+            grid: Points to evaluate at, in the unit of eigenvalues.
+            sigma: Standard deviation of the Gaussians, in the same unit.
 
         Raises:
-            ValueError: if the spectrum has no nodes and weights.
+            ValueError: If the spectrum has no nodes and weights.
         """
         return self._quadrature.density(grid, sigma)
 
@@ -228,10 +228,10 @@ class Spectrum:
 
         Args:
             sketched_vector: `sp.sketch.matvec(g)`, or g itself if `sp.sketch` is None.
-            k: number of eigenvectors; the share is NaN unless all of them have converged.
+            k: Number of eigenvectors; the share is NaN unless all of them have converged.
 
         Raises:
-            ValueError: if the vector has another size than the sketches, or the spectrum has no vectors.
+            ValueError: If the vector has another size than the sketches, or the spectrum has no vectors.
         """
         if self.vectors is None or sketched_vector.shape != self.vectors.shape[:1]:
             size = "nothing: this spectrum kept no vectors" if self.vectors is None else f"size {len(self.vectors)}"
@@ -261,11 +261,11 @@ class Spectrum:
         It is computed from the sketches alone. NaN unless all k have converged in both.
 
         Args:
-            other: a spectrum of an operator of the same size, by the same sketch and method.
-            k: number of eigenvectors.
+            other: A spectrum of an operator of the same size, by the same sketch and method.
+            k: Number of eigenvectors.
 
         Raises:
-            ValueError: if sizes, sketches or methods differ, or one of the spectra has no vectors.
+            ValueError: If sizes, sketches or methods differ, or one of the spectra has no vectors.
         """
         if (
             self.vectors is None
@@ -286,12 +286,12 @@ class Spectrum:
         It costs as many products as the spectrum, 2 (top_k + bottom_k) more, and memory for all these vectors.
 
         Args:
-            operator: the operator that the spectrum was computed from, unchanged.
-            top_k: number of the largest eigenvalues, which come first, largest first.
-            bottom_k: number of the smallest, which come last, smallest first.
+            operator: The operator that the spectrum was computed from, unchanged.
+            top_k: Number of the largest eigenvalues, which come first, largest first.
+            bottom_k: Number of the smallest, which come last, smallest first.
 
         Raises:
-            ValueError: if the spectrum has no Krylov vectors or is a projected one, found fewer eigenvalues, or some
+            ValueError: If the spectrum has no Krylov vectors or is a projected one, found fewer eigenvalues, or some
                 of these have not converged.
         """
         if self.krylov is None or self.coefficients is None:
@@ -331,7 +331,7 @@ class Spectrum:
             A matplotlib Figure.
 
         Raises:
-            ImportError: if matplotlib is not installed.
+            ImportError: If matplotlib is not installed.
         """
         nodes, weights = (part.tolist() for part in self.quadrature) if self.quadrature else ((), ())
         return plots.spectrum(

@@ -41,8 +41,8 @@ def save_spectrum(spectrum: Spectrum, path: str | os.PathLike) -> None:
     """Write a spectrum to a safetensors file, atomically, with its Krylov vectors.
 
     Args:
-        spectrum: what to write.
-        path: path of the file, which is replaced if it exists.
+        spectrum: The spectrum to write.
+        path: The path of the file, which is replaced if it exists.
     """
     plain = to_plain(spectrum)
     if spectrum.quadrature:
@@ -62,10 +62,10 @@ def load_spectrum(path: str | os.PathLike) -> Spectrum:
     """Read a file written by `save_spectrum`; of a saved `Measurement`, the fields of a spectrum.
 
     Args:
-        path: path of the file.
+        path: The path of the file.
 
     Raises:
-        ValueError: if the file contains no spectrum.
+        ValueError: If the file contains no spectrum.
 
     >>> import tempfile
     >>> from lightning_sketch import BlockSRHT, spectrum

@@ -54,26 +54,26 @@ def spectrum(
     is missed.
 
     Args:
-        operator: symmetric, such as a `Hessian`.
-        num_matvecs: largest number of products of the Lanczos run.
-        dim: size of the sketches of its vectors, at least twice `num_matvecs`; if dim >= n, the
+        operator: A symmetric operator, such as a `Hessian`.
+        num_matvecs: The largest number of products of the Lanczos run.
+        dim: The size of the sketches of its vectors, at least twice `num_matvecs`; if dim >= n, the
             vectors themselves are kept.
-        seed: of the start vector and of the sketch.
-        top_k: number of the largest eigenvalues to compute.
-        bottom_k: number of the smallest eigenvalues to compute.
-        tol: largest relative residual of a converged pair; 1e-2 for "converged", 1e-3 for "certified".
-        density_probes: number of further start vectors, for the density of all eigenvalues and a better trace; 3 is
+        seed: The seed of the start vector and of the sketch.
+        top_k: The number of the largest eigenvalues to compute.
+        bottom_k: The number of the smallest eigenvalues to compute.
+        tol: The largest relative residual of a converged pair; 1e-2 for "converged", 1e-3 for "certified".
+        density_probes: The number of further start vectors, for the density of all eigenvalues and a better trace; 3 is
             usual. Each costs `density_matvecs` products.
-        density_matvecs: number of steps of each run that the density is computed from.
+        density_matvecs: The number of steps of each run that the density is computed from.
         method: "lanczos", or "projected" for the method of the paper, which takes S A Sᵀ instead of A, S of size
             dim x n. Residuals then say nothing about A: for four networks of 2,400 to 4,900 parameters the ten largest
             eigenvalues were off by 8 to 18 % at dim 512, and by 4 to 7 % at 2048
             (`benchmarks/projected_vs_lanczos.py`).
-        gradient: a vector of size n, whose share in the space of the top eigenvectors is computed as well.
-        on_product: called as on_product(products taken, largest number of products) after each product of a run.
+        gradient: A vector of size n, whose share in the space of the top eigenvectors is computed as well.
+        on_product: Called as on_product(products taken, largest number of products) after each product of a run.
 
     Raises:
-        ValueError: if the operator is not square, an argument is out of its range, a product is not
+        ValueError: If the operator is not square, an argument is out of its range, a product is not
             finite, or the operator is not linear (`linearity_defect` above 0.05) or not symmetric.
 
     >>> from lightning_sketch.operators import BlockSRHT
@@ -208,18 +208,18 @@ def check_arguments(
     """Refuse arguments of `spectrum` that are out of range or do not fit each other.
 
     Args:
-        num_matvecs: as in `spectrum`, like those up to `method`.
-        dim: size of the sketches.
-        top_k: number of the largest eigenvalues.
-        bottom_k: number of the smallest eigenvalues.
-        tol: largest relative residual.
-        density_probes: number of further start vectors.
-        density_matvecs: number of steps of each run for the density.
-        method: any string; refused unless it is one of `Method`.
-        n: size of the operator, if it is known.
+        num_matvecs: The argument of `spectrum`, as are those up to `method`.
+        dim: The size of the sketches.
+        top_k: The number of the largest eigenvalues.
+        bottom_k: The number of the smallest eigenvalues.
+        tol: The largest relative residual.
+        density_probes: The number of further start vectors.
+        density_matvecs: The number of steps of each run for the density.
+        method: Any string; refused unless it is one of `Method`.
+        n: The size of the operator, if it is known.
 
     Raises:
-        ValueError: with what to pass instead.
+        ValueError: If one is; the message says what to pass instead.
     """
     if method not in get_args(Method):
         raise ValueError(f"method is 'lanczos' or 'projected', got {method!r}.")

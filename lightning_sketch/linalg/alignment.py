@@ -25,8 +25,8 @@ class Share(float):
     """A share between 0 and 1, together with the share that a random direction would have.
 
     Args:
-        value: the share; NaN if unknown.
-        chance: the expected share of a random direction, k / n.
+        value: The share; NaN if unknown.
+        chance: The expected share of a random direction, k / n.
 
     >>> share = Share(0.5, chance=0.01)
     >>> share.chance, share > share.chance
@@ -48,7 +48,7 @@ def shares(vectors: Float[Tensor, "dim r"], sketched: Float[Tensor, " dim"], exa
     Args:
         vectors: S x_i as columns.
         sketched: S g.
-        exact: whether S is the identity, so that nothing is found by chance.
+        exact: Whether S is the identity, so that nothing is found by chance.
     """
     q, _ = torch.linalg.qr(vectors.double())
     found = ((q.T @ sketched) ** 2).cumsum(0) / (sketched @ sketched)

@@ -20,11 +20,11 @@ class Deflated(UnaryOperator):
         spectrum(Deflated(h, top.vectors), top_k=0, bottom_k=5)
 
     Args:
-        of: the symmetric operator A, of size n.
-        vectors: the rows of X, orthonormal, (k, n).
+        of: The symmetric operator A, of size n.
+        vectors: The rows of X, orthonormal, (k, n).
 
     Raises:
-        ValueError: if sizes disagree, or the rows are not orthonormal (to 1e-3).
+        ValueError: If sizes disagree, or the rows are not orthonormal (to 1e-3).
 
     >>> from lightning_sketch.operators import CountSketch
     >>> s = CountSketch(n=2, dim=2, seed=0)

@@ -17,7 +17,7 @@ class EigenPairs(NamedTuple):
 
     Attributes:
         values: Rayleigh quotients θ = xᵀ A x, whose error is that of x squared; (k,), float64, on the CPU.
-        vectors: the eigenvectors x, of length one, as rows; (k, n), in the operator's type and on its device.
+        vectors: The eigenvectors x, of length one, as rows; (k, n), in the operator's type and on its device.
         residuals: ||A x - θ x||; some eigenvalue lies within this distance of θ; (k,), float64, on the CPU.
     """
 
@@ -34,13 +34,13 @@ def eigenvectors(
     Costs as many products as the runs took, 2 k more, and memory for k + 4 vectors of size n.
 
     Args:
-        operator: the operator of the runs; if it has changed since, the residuals are large.
-        krylov: the runs.
-        coefficients: one column c for each vector.
-        top_k: the first so many are returned with falling values, the others with rising ones.
+        operator: The operator of the runs; if it has changed since, the residuals are large.
+        krylov: The runs.
+        coefficients: One column c for each vector.
+        top_k: The first so many are returned with falling values, the others with rising ones.
 
     Raises:
-        ValueError: if the vectors are not independent, as happens for values that have not converged.
+        ValueError: If the vectors are not independent, as happens for values that have not converged.
     """
     k = coefficients.shape[1]
     vectors = torch.zeros(k, operator.shape[1], dtype=operator.dtype, device=operator.device)

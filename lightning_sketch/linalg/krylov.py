@@ -53,9 +53,9 @@ class Krylov:
     """The Lanczos runs on one operator, each from its own start vector.
 
     Attributes:
-        seed: of the start vectors; run i starts from `start_vector(operator, seed, name=f"{i}")`.
-        sketch: the sketch S of the Lanczos vectors; None if the vectors themselves are kept.
-        runs: the records of the runs.
+        seed: The seed of the start vectors; run i starts from `start_vector(operator, seed, name=f"{i}")`.
+        sketch: The sketch S of the Lanczos vectors; None if the vectors themselves are kept.
+        runs: The records of the runs.
     """
 
     seed: int
@@ -72,11 +72,11 @@ class Krylov:
         """Yield v_2, v_3, ... of a run from a new start vector, and record their sketches.
 
         Args:
-            operator: the operator of all runs.
-            gradient: a vector whose products with the v_j are recorded too.
+            operator: The operator of all runs.
+            gradient: A vector whose products with the v_j are recorded too.
 
         Raises:
-            ValueError: if a product is not finite.
+            ValueError: If a product is not finite.
         """
         start = len(self.runs)
         self.runs.append(run := SketchedRun([]))

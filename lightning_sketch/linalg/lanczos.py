@@ -26,10 +26,10 @@ def start_vector(
     """Return a random vector of length one, uniform on the sphere: the same on every device and rank.
 
     Args:
-        operator: an operator of size n; the vector has its `dtype` and `device`.
-        seed: of the random entries.
-        name: distinguishes the vectors of one seed.
-        dtype: type of the vector, if not that of the operator.
+        operator: An operator of size n; the vector has its `dtype` and `device`.
+        seed: The seed of the random entries.
+        name: Distinguishes the vectors of one seed.
+        dtype: The type of the vector, if not that of the operator.
     """
     n = operator.shape[1]
     v = torch.empty(n, dtype=dtype or operator.dtype, device=operator.device)
@@ -53,14 +53,14 @@ def lanczos(
     A V_m = V_{m+1} T̄_m remains true, and eigenvectors orthogonal to the first start become visible.
 
     Args:
-        operator: symmetric, of size n.
-        seed: of the start vector.
-        start: number of the run, which distinguishes the start vectors of one seed.
+        operator: A symmetric operator of size n.
+        seed: The seed of the start vector.
+        start: The number of the run, which distinguishes the start vectors of one seed.
         again: (α_j, β_j) of an earlier run whose vectors are to be yielded again. They are used as they are, since
             the recurrence amplifies any difference once values have converged; for the same reason the order of
             operations must not change.
-        dtype: type of the vectors, if not that of the operator.
-        orthogonal: store all v_j and make each new one orthogonal to them; for small operators only.
+        dtype: The type of the vectors, if not that of the operator.
+        orthogonal: Store all v_j and make each new one orthogonal to them; for small operators only.
     """
     basis: list[Tensor] = []
     v, previous, beta = start_vector(operator, seed, name=f"{start}", dtype=dtype), None, 0.0
@@ -103,10 +103,10 @@ def extreme_ritz_values(
     memory for `num_matvecs` vectors.
 
     Args:
-        operator: symmetric, of size n.
-        num_matvecs: number of products, of which at most n are taken.
-        seed: of the start vector.
-        dtype: type of the vectors, if not that of the operator.
+        operator: A symmetric operator of size n.
+        num_matvecs: The number of products, of which at most n are taken.
+        seed: The seed of the start vector.
+        dtype: The type of the vectors, if not that of the operator.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> s = BlockSRHT(n=64, dim=16, seed=0)

@@ -45,14 +45,14 @@ def checked_defect(
     """Return the defect of linearity of an operator on u and v, or refuse the operator.
 
     Args:
-        operator: a square operator.
-        u: a vector of length one.
+        operator: A square operator.
+        u: A vector of length one.
         v: another.
-        random: whether u and v are independent random vectors. Then uᵀA v is smaller than ||A v|| by a factor √n, as
+        random: Whether u and v are independent random vectors. Then uᵀA v is smaller than ||A v|| by a factor √n, as
             is its asymmetry, which is multiplied by √n before it is judged.
 
     Raises:
-        ValueError: if a product is not finite, the defect of linearity is above 0.05, or the operator is far less
+        ValueError: If a product is not finite, the defect of linearity is above 0.05, or the operator is far less
             symmetric than linear.
     """
     linearity, symmetry = defect(operator, u, v)

@@ -35,8 +35,8 @@ class Quadrature(NamedTuple):
     """Points that represent all eigenvalues: a fraction w of them at each t.
 
     Attributes:
-        nodes: the points t, run after run; (q,), float64, on the CPU.
-        weights: the fractions w, which sum to one; (q,), float64, on the CPU.
+        nodes: The points t, run after run; (q,), float64, on the CPU.
+        weights: The fractions w, which sum to one; (q,), float64, on the CPU.
     """
 
     nodes: Float[Tensor, " q"]
@@ -56,8 +56,8 @@ class Trace(NamedTuple):
     """An estimate of the sum of all eigenvalues.
 
     Attributes:
-        value: the estimate.
-        sem: its standard error.
+        value: The estimate.
+        sem: Its standard error.
     """
 
     value: float
@@ -92,11 +92,11 @@ def trace(
     would have too small a variance, and pull the mean down.
 
     Args:
-        runs: of one operator, from independent random starts.
-        n: size of the operator.
-        values: its Ritz values; without them, `errors` and `converged`, no eigenvalue counts as known.
-        errors: how far each value may be off.
-        converged: which of the values are known.
+        runs: Records of runs on one operator, from independent random start vectors.
+        n: The size of the operator.
+        values: Ritz values of the operator; without them, `errors` and `converged`, no eigenvalue counts as known.
+        errors: How far each value may be off.
+        converged: Which of the values are known.
     """
     if values is None or errors is None or converged is None:
         values = errors = torch.empty(0, dtype=torch.float64)

@@ -34,8 +34,8 @@ class RitzPairs(NamedTuple):
             and among equal ones.
         residuals: c ||S (A x - θ x)|| / ||S x|| plus the error of the products, (r,); some eigenvalue lies within this
             distance of θ.
-        vectors: sketched eigenvectors S x of length one as columns, (dim, r).
-        coefficients: columns c with x = V c, V the Lanczos vectors of all runs one after the other, (m, r).
+        vectors: Sketched eigenvectors S x of length one as columns, (dim, r).
+        coefficients: Columns c with x = V c, V the Lanczos vectors of all runs one after the other, (m, r).
     """
 
     values: Float[Tensor, " r"]
@@ -51,10 +51,10 @@ def rayleigh_ritz(runs: Sequence[SketchedRun], tau: float, defect: float, exact:
     fitted inside the sketch, which makes them too small.
 
     Args:
-        runs: of one operator and one sketch, from independent starts.
-        tau: singular values of S V below tau times the largest are dropped.
-        defect: relative error of a product A v. In A x, with x = V c, it is multiplied by ||c|| / ||x||.
-        exact: whether S is the identity, so that residuals are exact.
+        runs: Records of runs on one operator with one sketch, from independent start vectors.
+        tau: Singular values of S V below tau times the largest are dropped.
+        defect: The relative error of a product A v. In A x, with x = V c, it is multiplied by ||c|| / ||x||.
+        exact: Whether S is the identity, so that residuals are exact.
     """
     basis = torch.cat([run.basis() for run in runs], dim=1)
     u, s, wh = torch.linalg.svd(basis, full_matrices=False)

@@ -21,11 +21,11 @@ def apply(sketch: "Sketch", start: int, stop: int, adjoint: bool, x: Tensor) -> 
     """Return the product of x with the columns [start, stop) of a sketch S, differentiably.
 
     Args:
-        sketch: the sketch S.
-        start: first column.
-        stop: end of the columns.
-        adjoint: whether to multiply by the adjoint of these columns instead.
-        x: vectors along the last axis.
+        sketch: The sketch S.
+        start: The first column.
+        stop: The end of the columns.
+        adjoint: Whether to multiply by the adjoint of these columns instead.
+        x: Vectors along the last axis.
     """
     if torch.compiler.is_compiling():  # traced as one opaque operation: the loops inside do not unroll
         level = cast(int, required(torch.autograd.forward_ad, "_current_level"))

@@ -28,7 +28,7 @@ def hadamard(x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
     """Return H x along the last axis, unnormalized.
 
     Raises:
-        ValueError: if the size of the last axis is no power of two.
+        ValueError: If the size of the last axis is no power of two.
 
     >>> hadamard(torch.tensor([1.0, 2.0, 0.0, 0.0]))
     tensor([ 3., -1.,  3., -1.])

@@ -23,7 +23,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     them.
 
     Args:
-        device: whose autocast is switched off.
+        device: The device whose autocast is switched off.
     """
     global _open, _restore
     with torch.autocast(device.type, enabled=False):

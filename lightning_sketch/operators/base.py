@@ -18,8 +18,8 @@ class LinearOperator(ABC):
     A subclass defines `shape`, `matvec` and `rmatvec`.
 
     Attributes:
-        dtype: type of the vectors that the package makes for this map: start vectors, columns of the identity.
-        device: device of those vectors.
+        dtype: The type of the vectors that the package makes for this map: start vectors, columns of the identity.
+        device: The device of those vectors.
     """
 
     dtype: torch.dtype = torch.float32
@@ -85,7 +85,7 @@ class LinearOperator(ABC):
         It takes and returns NumPy arrays, in float64 if `dtype` is float64, else in float32; products run on `device`.
 
         Raises:
-            ImportError: if SciPy is not installed.
+            ImportError: If SciPy is not installed.
 
         >>> from lightning_sketch.operators import Gaussian
         >>> from scipy.sparse.linalg import svds
@@ -126,8 +126,8 @@ class LinearOperator(ABC):
         """Return the dense matrix, for small problems: n products and m·n numbers.
 
         Args:
-            dtype: type of the columns of the identity that the map is applied to; that of the map if None.
-            device: device of those columns; that of the map if None.
+            dtype: Type of the columns of the identity that the map is applied to; that of the map if None.
+            device: Device of those columns; that of the map if None.
 
         >>> from lightning_sketch.operators import CountSketch
         >>> CountSketch(n=3, dim=3, seed=0).as_matrix(dtype=torch.float64).dtype
@@ -141,7 +141,7 @@ class UnaryOperator(LinearOperator):
     """A map made of one operator A, with the type and the device of A.
 
     Attributes:
-        of: the operator A.
+        of: The operator A.
     """
 
     of: LinearOperator
@@ -167,8 +167,8 @@ class BinaryOperator(LinearOperator):
     """A map made of two operators, A and B.
 
     Attributes:
-        left: the operator A.
-        right: the operator B.
+        left: The operator A.
+        right: The operator B.
     """
 
     left: LinearOperator
@@ -196,7 +196,7 @@ class Transposed(UnaryOperator):
     """The adjoint Aᵀ of an operator.
 
     Args:
-        of: the operator A.
+        of: The operator A.
     """
 
     of: LinearOperator
@@ -225,8 +225,8 @@ class Scaled(UnaryOperator):
     """The multiple c A of an operator.
 
     Args:
-        factor: the number c.
-        of: the operator A.
+        factor: The number c.
+        of: The operator A.
     """
 
     factor: float
@@ -251,11 +251,11 @@ class Composed(BinaryOperator):
     """The product A B of two operators: B is applied first, then A.
 
     Args:
-        left: the operator A.
-        right: the operator B.
+        left: The operator A.
+        right: The operator B.
 
     Raises:
-        ValueError: if A takes vectors of another size than B returns.
+        ValueError: If A takes vectors of another size than B returns.
     """
 
     left: LinearOperator
@@ -287,11 +287,11 @@ class Sum(BinaryOperator):
     """The sum A + B of two operators.
 
     Args:
-        left: the operator A.
-        right: the operator B.
+        left: The operator A.
+        right: The operator B.
 
     Raises:
-        ValueError: if their shapes differ.
+        ValueError: If their shapes differ.
     """
 
     left: LinearOperator
@@ -322,13 +322,13 @@ def check_vectors(x: Tensor, size: int, what: str) -> None:
     """Refuse what is not a real floating-point tensor with `size` numbers along its last axis.
 
     Args:
-        x: the argument to check.
-        size: number of entries of a vector.
-        what: name of the method that was called, for the message.
+        x: The argument to check.
+        size: The number of entries of a vector.
+        what: The name of the method that was called, for the message.
 
     Raises:
-        TypeError: if x is no tensor, or holds integers, booleans or complex numbers.
-        ValueError: if its last axis has another size.
+        TypeError: If x is no tensor, or holds integers, booleans or complex numbers.
+        ValueError: If its last axis has another size.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{what} takes a torch tensor, got {type(x).__name__}; use torch.as_tensor.")

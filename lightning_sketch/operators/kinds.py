@@ -20,13 +20,13 @@ def make_sketch(kind: str, *, n: int, dim: int, seed: int = 0, rng: str = RNG) -
     Args:
         kind: "block_srht", "affd", "afjl", "qk", "ffd", "fjl", "gaussian", "count_sketch", or the `kind` of a
             subclass of `Sketch` of your own.
-        n: size of the vectors to sketch.
-        dim: size of a sketch, 0 < dim <= n.
-        seed: of the random map, 0 <= seed < 2^63.
-        rng: version of the random bits that the sketch was made with.
+        n: The size of the vectors to sketch.
+        dim: The size of a sketch, 0 < dim <= n.
+        seed: The seed of the random map, 0 <= seed < 2^63.
+        rng: The version of the random bits that the sketch was made with.
 
     Raises:
-        ValueError: if the kind or the version of the random bits is unknown, or a number is out of its range.
+        ValueError: If the kind or the version of the random bits is unknown, or a number is out of its range.
 
     >>> make_sketch("affd", n=1000, dim=64, seed=0)
     AFFD(n=1000, dim=64, seed=0)

@@ -25,17 +25,17 @@ class Sketch(LinearOperator):
     store with such rows has to define the kind first. The tests in `lightning_sketch.testing.SketchTests` have to pass.
 
     Args:
-        n: size of the vectors to sketch, e.g. the number of parameters of a model.
-        dim: size of a sketch, at most n.
-        seed: of the random map, 0 <= seed < 2^63.
+        n: The size of the vectors to sketch, e.g. the number of parameters of a model.
+        dim: The size of a sketch, at most n.
+        seed: The seed of the random map, 0 <= seed < 2^63.
 
     Attributes:
-        kind: name of the kind, the same for all sketches of a class.
-        streams: whether `columns(a, b)` costs what its range costs; otherwise it costs as much as the whole sketch.
+        kind: The name of the kind, the same for all sketches of a class.
+        streams: Whether `columns(a, b)` costs what its range costs; otherwise it costs as much as the whole sketch.
 
     Raises:
-        TypeError: if a field is no integer.
-        ValueError: if a field is out of its range.
+        TypeError: If a field is no integer.
+        ValueError: If a field is out of its range.
     """
 
     n: int
@@ -91,7 +91,7 @@ class Sketch(LinearOperator):
         Over ranges that tile [0, n), the sum of `columns(a, b).matvec(x[a:b])` is `matvec(x)`.
 
         Raises:
-            ValueError: if the range is empty or leaves [0, n).
+            ValueError: If the range is empty or leaves [0, n).
         """
         return Columns(self, start, stop)
 
@@ -122,12 +122,12 @@ class Columns(LinearOperator):
     """The columns [start, stop) of a sketch.
 
     Args:
-        of: the sketch S.
-        start: first column.
-        stop: end of the range.
+        of: The sketch S.
+        start: The first column.
+        stop: The end of the range.
 
     Raises:
-        ValueError: if the range is empty or leaves [0, n).
+        ValueError: If the range is empty or leaves [0, n).
     """
 
     of: Sketch

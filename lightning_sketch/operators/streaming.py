@@ -45,10 +45,10 @@ class StreamingSketch(Sketch):
         """Add sum_c M_c x_c to `total`, without the scale; overwrites `chunks` and `spare`.
 
         Args:
-            chunks: the chunks x_c of each row, contiguous.
-            which: index of the first of consecutive chunks, or the index of each chunk, which costs more.
-            spare: two buffers of the size of `chunks` and `FLIP_SLACK` more.
-            total: the sums to add to, (rows, dim).
+            chunks: The chunks x_c of each row, contiguous.
+            which: Index of the first of consecutive chunks, or the index of each chunk, which costs more.
+            spare: Two buffers of the size of `chunks` and `FLIP_SLACK` more.
+            total: The sums to add to, (rows, dim).
         """
 
     @abstractmethod

@@ -13,12 +13,12 @@ class DenseRows:
     """A collector of gradient factors that computes from them the gradient of each example.
 
     Args:
-        parameters: the parameters by name.
-        examples: number of examples.
+        parameters: The parameters by name.
+        examples: The number of examples.
 
     Attributes:
-        rows: gradients by name of the parameter, (examples, numbers of the parameter), float64.
-        factors: all factors that were added.
+        rows: Gradients by name of the parameter, (examples, numbers of the parameter), float64.
+        factors: All factors that were added.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], examples: int):
@@ -55,7 +55,7 @@ class LayerRuleTests:
         """Return a layer and an input with at least two examples along its first axis.
 
         Raises:
-            NotImplementedError: if a subclass does not define it.
+            NotImplementedError: If a subclass does not define it.
         """
         raise NotImplementedError(f"define make() in {type(self).__name__}: return a layer and an input.")
 

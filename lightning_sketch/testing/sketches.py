@@ -21,8 +21,8 @@ class SketchTests:
     """Pytest tests that each kind of sketch has to pass.
 
     Attributes:
-        kind: the class of the sketch, set by the subclass.
-        sizes: pairs (n, dim) to test: trivial, uneven, square, several chunks.
+        kind: The class of the sketch, set by the subclass.
+        sizes: Pairs (n, dim) to test: trivial, uneven, square, several chunks.
 
     Example::
 
