@@ -1,7 +1,7 @@
 """How w grows during a search: the sizes of its blocks, and the optimizer's state at a doubling.
 
 At a doubling D shrinks by √½ and w grows by √2, so that θ stays the same. The gradient of w shrinks as D does, and each
-entry of the optimizer's state must shrink by the power of the gradient that it holds. New coordinates start without
+entry of the optimizer's state must shrink by the power of the gradient that it contains. New coordinates start without
 state and with a step count of zero: with the old count Adam would omit the bias correction of its first averages, and
 step too far. Therefore each doubling adds a block, a parameter with a state of its own.
 """

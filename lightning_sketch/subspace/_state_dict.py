@@ -1,7 +1,7 @@
 """What the state dict of a `SubspaceModule` contains, and the checks when one is loaded.
 
     w, the buffers of the module, parameters trained in full, and frozen ones that the module itself has changed
-    _extra_state: the recipe of the directions, the number in use, and a fingerprint of θ₀
+    _extra_state: the spec of the directions, the number in use, and a fingerprint of θ₀
 
 It contains neither D nor a second copy of the weights. With `save_theta0` it also contains θ₀ and all frozen
 parameters.

@@ -59,7 +59,7 @@ class SubspaceModule(Wrapper):
             is equal, and it is slower.
         lr_scale: The factor for the learning rate of w in the module's own optimizer. Its param groups, and therefore
             LearningRateMonitor, show the rate without this factor.
-        weight_decay: The weight decay of w, which pulls towards θ₀; None is 0, whatever the module's optimizer has.
+        weight_decay: The weight decay of w, which pulls toward θ₀; None is 0, whatever the module's optimizer has.
         optimizer_fn: Makes the optimizer in place of the module's own: a function from a list of parameters to anything
             that `configure_optimizers` may return.
         save_theta0: Whether checkpoints contain θ₀; otherwise they contain its fingerprint, and the module must be made
@@ -258,7 +258,7 @@ class SubspaceModule(Wrapper):
             )
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the recipe of the directions, the number in use, and a fingerprint of θ₀."""
+        """Return the spec of the directions, the number in use, and a fingerprint of θ₀."""
         return {"directions": self.directions.spec(), "dim": self.directions.dim, "theta0": self._fingerprint}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:

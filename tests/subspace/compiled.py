@@ -1,4 +1,4 @@
-"""Run as a program: w after three steps of a module that is not compiled, compiled, and compiled in its wrapper."""
+"""Program: print w after three steps of a module that is not compiled, compiled, and compiled with its wrapper."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Small modules on real digits, and a Trainer that writes nothing."""
+"""Small modules, loaders of real digits, and a Trainer that writes nothing."""
 
 import pytorch_lightning as pl
 import torch
@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 
 def digits(rows=slice(None)):
-    """Pixels from 0 to 16, in an order that is always the same."""
+    """Return images with pixels from 0 to 16, and labels, in a fixed random order."""
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[rows]
     return torch.tensor(images, dtype=torch.float32)[order], torch.tensor(labels)[order]
@@ -25,7 +25,7 @@ def val_loader(rows=slice(1437, None)):
 
 
 class Classifier(pl.LightningModule):
-    """The recipe is Adam's; logs under names of its own."""
+    """A classifier trained by Adam, which logs `train_loss`, `val_acc` and `val_loss`."""
 
     def __init__(self, width: int = 16, lr: float = 3e-3):
         super().__init__()
@@ -58,7 +58,7 @@ class Classifier(pl.LightningModule):
 
 
 class Convolutional(Classifier):
-    """With batch norm and dropout."""
+    """A network with batch norm and dropout."""
 
     def network(self, width):
         return nn.Sequential(
@@ -73,7 +73,7 @@ class Convolutional(Classifier):
 
 
 class Tied(Classifier):
-    """One matrix that reads and writes."""
+    """A network that uses one matrix twice."""
 
     def network(self, width):
         reads, writes = nn.Linear(64, width), nn.Linear(width, 64, bias=False)
@@ -84,7 +84,7 @@ class Tied(Classifier):
 
 
 class Late(Classifier):
-    """Makes its layers where Lightning asks for them."""
+    """A module that makes its layers in `configure_model`."""
 
     def network(self, width):
         return None

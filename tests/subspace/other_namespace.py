@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 
 class InOrder(lp.LightningModule):
-    """A batch is the same rows, however many ranks have their parts of it."""
+    """A module whose batches have the same rows on any number of ranks."""
 
     def __init__(self):
         super().__init__()

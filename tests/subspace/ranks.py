@@ -1,4 +1,4 @@
-"""Run as a program: ten steps in a subspace, on one process or two; what came of it is printed as JSON by each rank.
+"""Program: train ten steps in a subspace, on one process or two; each rank prints w and the weights as JSON.
 
 python ranks.py FOLDER DEVICES alone|ddp|shards [differ]
 
@@ -34,7 +34,7 @@ class Count(Callback):
 
 
 class Model(Classifier):
-    """Seventeen rows on two ranks: nine and eight."""
+    """A classifier with a layer of seventeen rows: nine on one rank, eight on the other."""
 
     def __init__(self):
         super().__init__(width=17)

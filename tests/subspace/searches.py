@@ -1,19 +1,20 @@
-"""Run as a program: a search for the intrinsic dimension, on one process or two; each rank prints what came of it.
+"""Program: search for the intrinsic dimension, on one process or two; each rank prints the result.
 
 python searches.py FOLDER [NAME=JSON ...]
 
 TRAINS DIM SEED    is printed when a run begins, full training as a dim of 0
 WRITES RANK        when a file is renamed
-FOUND JSON         at the end: the result, and of each validation the dim, what it gave on this rank alone, and what
-                   the finder took that for, if there is one
+FOUND JSON         at the end: the result, and for each validation the dim, the metric on this rank alone, and the
+                   value in the finder's history, if there is a finder
 
-steps, lr, devices, and the arguments of `find`.
-shuffle: batches come in the order of a seed, not in that of the rows.
+The options are steps, lr, devices, the arguments of `find`, and:
+
+shuffle: batches are drawn in random order, not in the order of the rows.
 apart: the ranks have folders of their own, as on two machines.
 halved: each rank validates on digits of its own, 0 to 4 or 5 to 9, and monitors the accuracy on these.
 dies=[DIM, STEP]: the process is killed in this step of the run with this dim.
 dies="replace": it is killed when it is about to rename a file.
-full=[DIM, RANK]: this rank has no memory left in the run with this dim.
+full=[DIM, RANK]: this rank runs out of memory in the run with this dim.
 differ: each rank makes other weights.
 largest=BYTES: it is killed in the middle of the first file that becomes longer.
 """
@@ -64,7 +65,7 @@ class Watched(pl.Callback):
 
 
 class InOrder(Classifier):
-    """A batch is the same rows, however many ranks have their parts of it."""
+    """A module whose batches have the same rows on any number of ranks."""
 
     def train_dataloader(self):
         rows, ranks = TensorDataset(*digits(slice(0, 256))), self.trainer.world_size
@@ -73,14 +74,14 @@ class InOrder(Classifier):
 
 
 class Halves(InOrder):
-    """A plain number for each batch: nobody brings those of two ranks together."""
+    """A module that logs a plain number for each batch, which is not reduced over ranks."""
 
     def validation_step(self, batch):
         self.log("own_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
 
 
 def halves():
-    """Small digits in even rows, which the first rank gets, and large ones in odd rows."""
+    """Return a loader with small digits in even rows, for the first rank, and large ones in odd rows."""
     images, labels = digits(slice(1437, None))
     small, large = (labels < 5).nonzero().flatten(), (labels >= 5).nonzero().flatten()
     rows = torch.stack([part[: min(len(small), len(large))] for part in (small, large)], dim=1).flatten()
@@ -157,7 +158,7 @@ def ended(process, timeout=3600):
 
 
 def trained(lines):
-    """[dim, seed, rank] of the runs that were begun."""
+    """Return [dim, seed, rank] of the runs that were started."""
     return [[int(number) for number in rest.split()] for word, rest in lines if word == "TRAINS"]
 
 

@@ -1,4 +1,4 @@
-"""Modules whose validation metric is scripted, and the fits and searches with them that several files share."""
+"""Modules whose validation metric is scripted, and small fits and searches that several files share."""
 
 import json
 
@@ -21,7 +21,7 @@ def nested(kind=Classifier):
 
 
 def descending(**options):
-    """A module in a subspace trained by SGD, whose steps, unlike Adam's, depend on the length of the gradient."""
+    """Make a module that SGD trains in a subspace: its steps, unlike Adam's, depend on the length of the gradient."""
 
     class Model(Classifier):
         def configure_optimizers(self):
@@ -31,7 +31,7 @@ def descending(**options):
 
 
 class Scripted(Classifier):
-    """Validation logs the values of a list, one after the other, and the last one from there on."""
+    """A module whose validation logs the values of a list, one after the other, and then repeats the last one."""
 
     values = (0.1,)
 
@@ -58,7 +58,7 @@ def searched(values, *callbacks, sub=None, steps=16, target=0.9, mode="max", del
 
 
 class ByDimension(Classifier):
-    """Validation logs 0.1 before training, and after it the value of the dimension, and of the seed, or 1."""
+    """A module whose validation logs 0.1 before training, and later the value of the dimension and seed, or 1."""
 
     values: dict[int, float | tuple[float, ...]] = {}  # noqa: RUF012
 
@@ -90,7 +90,7 @@ def search(model, folder, steps=4, callbacks=lambda: (), trainers=None, tuner=No
 
 
 def recorded(folder):
-    """The entries of the file in which a search records its runs."""
+    """Return the entries of the file in which a search records its runs."""
     return json.loads((folder / FILE).read_text())
 
 

@@ -1,4 +1,4 @@
-"""On real digits: d90 of a network of 55 thousand parameters, by the grid and within one run."""
+"""The intrinsic dimension d90 of networks on real digits, by bisection and within one run."""
 
 import pytorch_lightning as pl
 import torch
@@ -25,9 +25,9 @@ class Constant(Classifier):
 
 
 def test_d90_of_digits(tmp_path):
-    """128 for three seeds of an earlier program; 64 and 256 are within the factor of two asked of every seed.
+    """An earlier program found 128 for three seeds; 64 and 256 are within the factor of two allowed for every seed.
 
-    Of the dimensions searched through, the smallest are not enough, and in one run the cap is 4096.
+    The smallest of the dimensions are not enough; within one run the largest is 4096.
     """
     pl.seed_everything(0, verbose=False)
     options = {"max_steps": STEPS, "default_root_dir": tmp_path, "check_val_every_n_epoch": 10}
@@ -48,7 +48,7 @@ def test_d90_of_digits(tmp_path):
 
 
 class CNN(MLP):
-    """With batch norm: its statistics follow the weights that move."""
+    """A network with batch norm, whose statistics follow the weights."""
 
     def network(self, width):
         return nn.Sequential(
@@ -60,7 +60,7 @@ class CNN(MLP):
 
 
 def test_kinds_agree_on_a_network_with_batch_norm(tmp_path):
-    """Within a factor of two, as all kinds do over three seeds in benchmarks/intrinsic_dimension.py."""
+    """They agree within a factor of two, as all kinds do over three seeds in benchmarks/intrinsic_dimension.py."""
     pl.seed_everything(0, verbose=False)
     options = {"max_steps": STEPS // 2, "default_root_dir": tmp_path, "check_val_every_n_epoch": 40}
     train, d90 = train_loader(slice(0, 1437), 64, shuffle=True), {}

@@ -1,4 +1,4 @@
-"""Low-rank adapters in a GPT-2 whose own weights are frozen: they alone move, in a subspace of theirs."""
+"""Low-rank adapters in a GPT-2 whose own weights are frozen: only the adapters are trained, in a subspace of theirs."""
 
 import pytest
 import pytorch_lightning as pl
@@ -16,7 +16,7 @@ LAYERS, WIDTH, RANK = 2, 16, 2
 
 
 class Adapted(nn.Module):
-    """x ↦ base(x) + x A B, with B = 0 at the start."""
+    """The layer x ↦ base(x) + x A B, with B = 0 at the start."""
 
     def __init__(self, base, rank):
         super().__init__()
@@ -30,7 +30,7 @@ class Adapted(nn.Module):
 
 
 class Speaker(pl.LightningModule):
-    """Counts modulo 23; its optimizer is given what is trainable at that time."""
+    """A GPT-2 that learns to count modulo 23; its optimizer gets the parameters that are trainable when it is made."""
 
     def __init__(self, frozen="*"):
         super().__init__()
@@ -83,7 +83,7 @@ def values(module):
 
 
 def moved(before, module):
-    """Names of the parameters that are not the same bits."""
+    """Return the names of the parameters that have changed by any bit."""
     return {name for name, parameter in module.named_parameters() if not torch.equal(before[name], parameter)}
 
 
@@ -152,7 +152,7 @@ def test_patterns_choose_among_what_is_trainable(parameters, n, words):
     ("frozen", "parameters"), [("*.ln_?.*", "*"), ([], ["*.wte.*", "*.wpe.*", "*.attn.*", "*.mlp.*"])]
 )
 def test_all_but_norms(frozen, parameters):
-    """There is no pattern for what is not to be moved: freeze it, or list the rest."""
+    """There is no pattern that excludes parameters: freeze them, or list the others."""
     module = made(frozen)
     before = values(module)
     sub = SubspaceModule(module, 256, parameters=parameters, lr_scale=10)
@@ -163,7 +163,7 @@ def test_all_but_norms(frozen, parameters):
 
 @pytest.mark.parametrize("others", ["frozen", "full"])
 def test_of_the_others_only_those_train_that_were_trainable(others):
-    """Attention's adapters in a subspace, those of the MLP as ever or not at all, the model's own weights never."""
+    """Attention's adapters train in a subspace, those of the MLP in full or not at all, other weights never."""
     module = made()
     before = values(module)
     sub = SubspaceModule(module, 32, parameters="*.attn.*", others=others, lr_scale=10)

@@ -1,4 +1,4 @@
-"""A checkpoint holds w, the buffers and a few integers; it resumes exactly, and goes into no other module."""
+"""A checkpoint contains w, the buffers and a few integers; it resumes exactly, and is refused by other modules."""
 
 import copy
 
@@ -73,14 +73,14 @@ def test_what_the_module_saves_in_a_checkpoint_it_finds_there(tmp_path):
 
 
 class Settled(Convolutional):
-    """Without dropout, whose random state no checkpoint holds."""
+    """A network without dropout, since checkpoints do not contain the random state."""
 
     def network(self, width):
         return nn.Sequential(*(part for part in super().network(width) if not isinstance(part, nn.Dropout)))
 
 
 def in_one_go_and_resumed(folder, kind=Settled, callback=list, **options):
-    """Three epochs, or one, a checkpoint, and two by a module that is made anew; and the checkpoint."""
+    """Train three epochs, and resume a new module after the first; return both modules and the checkpoint."""
     whole, resumed = wrapped(kind, **options), wrapped(kind, **options)
     keep = ModelCheckpoint(folder, every_n_epochs=1, save_top_k=-1)
     long = {"max_epochs": 3, "max_steps": -1}
@@ -93,7 +93,7 @@ def in_one_go_and_resumed(folder, kind=Settled, callback=list, **options):
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("options", [{}, {"implicit": True}, {"parameters": "net.1.*", "others": "full"}])
 def test_resume_is_exact(tmp_path, options):
-    """The same bits, buffers and all."""
+    """All parameters and buffers have the same bits."""
     whole, resumed, _ = in_one_go_and_resumed(tmp_path, **options)
     for (name, one), other in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert one == other if name == "_extra_state" else torch.equal(one, other), name
@@ -116,7 +116,7 @@ def test_resume_of_a_search_is_exact(tmp_path):
     whole, found = run([keep])
     resumed, again = run(path=tmp_path / "epoch=2-step=24.ckpt")
     assert found.history == again.history
-    assert [line["dim"] for line in found.history if line["step"] <= 24][-1] > 8
+    assert [entry["dim"] for entry in found.history if entry["step"] <= 24][-1] > 8
     assert len(found.history) == 6
     assert whole.directions == resumed.directions
     assert torch.equal(whole.coordinates(), resumed.coordinates())
@@ -135,11 +135,11 @@ def test_a_search_resumes_in_the_middle_of_a_window(tmp_path):
 
     whole = run([ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)])
     assert run(path=tmp_path / "epoch=1-step=16.ckpt").history == whole.history
-    assert [line["step"] for line in whole.history] == [6, 12, 18, 24]
+    assert [entry["step"] for entry in whole.history] == [6, 12, 18, 24]
 
 
 def test_a_search_that_is_over_is_over_when_it_is_resumed(tmp_path):
-    """By way of a checkpoint: the answer is kept."""
+    """A checkpoint contains the result."""
     finder, sub, run = searched([0.1, 0.95])
     run.save_checkpoint(tmp_path / "a.ckpt")
     again = IntrinsicDimensionFinder("value", 0.9, every_n_train_steps=4)
@@ -195,7 +195,7 @@ def test_with_theta0_it_is_whole(tmp_path):
 
 
 def test_theta0_that_is_loaded_is_where_the_weights_are_though_w_is_the_same():
-    """Of two that have not been trained w is zero."""
+    """Neither module is trained, so w is zero in both."""
     sub, other = (SubspaceModule(made(seed=seed), 16, save_theta0=True) for seed in (0, 1))
     other.load_state_dict(sub.state_dict())
     assert all(torch.equal(one, same) for one, same in zip(sub.parameters(), other.parameters(), strict=True))
@@ -229,7 +229,7 @@ def test_frozen_weights_that_are_not_saved_must_be_the_same():
 
 
 class Compiled(Classifier):
-    """In part: what is compiled has names of its own."""
+    """A module with a compiled part, whose parameters have a prefix in their names."""
 
     def network(self, width):
         return torch.compile(super().network(width), backend="eager")
@@ -237,7 +237,7 @@ class Compiled(Classifier):
 
 @pytest.mark.parametrize("save_theta0", [False, True])
 @pytest.mark.parametrize("kind", [Tied, Compiled])
-def test_a_weight_that_moves_is_saved_under_none_of_its_names(kind, save_theta0):
+def test_a_weight_that_w_determines_is_saved_under_none_of_its_names(kind, save_theta0):
     options = {"lr_scale": 10, "save_theta0": save_theta0}
     sub, other = SubspaceModule(made(kind), 16, **options), SubspaceModule(made(kind), 16, **options)
     before = copy.deepcopy(sub.state_dict())
@@ -274,7 +274,7 @@ def test_loading_into_a_copy_changes_only_the_copy():
 
 
 class MeanTeacher(Classifier):
-    """A frozen network follows the trained one, and is in the loss."""
+    """A module with a frozen network in its loss, which follows the trained one."""
 
     def __init__(self):
         super().__init__()
@@ -292,7 +292,7 @@ class MeanTeacher(Classifier):
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_frozen_weights_that_the_module_moves_are_kept(tmp_path):
-    """Those that stay as they were are not; resume is exact."""
+    """Frozen weights that the module does not change are not saved; resuming is exact."""
     whole, resumed, checkpoint = in_one_go_and_resumed(tmp_path, MeanTeacher)
     assert {name.split(".")[1] for name in checkpoint["state_dict"] if "." in name} == {"teacher"}
     assert torch.equal(whole.w, resumed.w)
@@ -310,7 +310,7 @@ def test_a_checkpoint_from_before_they_moved_goes_into_a_new_module_only():
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_what_holds_the_wrapper_can_load_it(tmp_path):
-    """Averaged weights, in a module around this one: resumed exactly; another start is refused here too."""
+    """EMAWeightAveraging has the wrapper in a module of its own; other initial weights are refused there too."""
     whole, resumed, _ = in_one_go_and_resumed(tmp_path, callback=lambda: [EMAWeightAveraging(decay=0.9)])
     assert torch.equal(whole.w, resumed.w)
     assert torch.equal(whole.module.net[1].weight, resumed.module.net[1].weight)
@@ -337,7 +337,7 @@ class Backbone(Classifier):
 
 
 def test_frozen_weights_that_were_cast_have_not_been_changed(tmp_path):
-    """They are not saved for that, and what was saved before is loaded."""
+    """They are not saved because of a cast, and an earlier checkpoint can be loaded."""
     sub = wrapped(Backbone)
     path = saved(sub, tmp_path)
     for _ in range(2):

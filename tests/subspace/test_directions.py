@@ -1,4 +1,4 @@
-"""Directions: unbiased for every dim, nested, adjoint; a prefix that no two-sparse vector falls through."""
+"""Directions are unbiased for every dim, nested, and adjoint; no vector of two entries is mapped to zero."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_the_former_directions_are_among_the_doubled():
 
 
 def test_no_vector_of_two_entries_vanishes():
-    """Without the permutation half of the draws map e_0 ± e_64 to zero: rows of a Hadamard matrix have a period."""
+    """Without the permutation half of the draws map e_0 + e_64 to zero: rows of a Hadamard matrix are periodic."""
     n, dim, max_dim = 512, 64, 256
     x = torch.zeros(n, dtype=torch.float64)
     x[0], x[dim] = 1, 1
@@ -67,7 +67,7 @@ def test_all_of_them_are_the_weights_themselves():
 
 
 def test_nested_directions_are_random_up_to_the_last():
-    """Single weights would do for dim = n alone: each of the n entries of a row of the first eight is filled."""
+    """Coordinate axes are right for dim = n alone: all n entries of each of the first eight rows are nonzero."""
     few = Directions.of("block_srht", 64, 8, 0, 64)
     assert few.as_matrix().count_nonzero() == 8 * 64
     assert few.doubled().doubled().doubled().shape == (64, 64)
@@ -79,7 +79,7 @@ def test_nested_directions_are_random_where_all_are_in_use_from_the_start():
 
 @pytest.mark.parametrize("kind", ["block_srht", "gaussian"])
 def test_condition(kind):
-    """Exact with as many products as directions; with fewer a lower bound."""
+    """The estimate is exact with as many products as directions, and a lower bound with fewer."""
     directions = Directions.of(kind, 60, 40, 1)
     singular = torch.linalg.svdvals(directions.as_matrix(dtype=torch.float64))
     exact = float(singular[0] / singular[-1])
@@ -89,7 +89,7 @@ def test_condition(kind):
 
 @pytest.mark.parametrize(("n", "dim"), [(60, 40), (300, 160)])
 def test_condition_is_close_by_default(n, dim):
-    """Of few values of D Dᵀ the Krylov space is small: what rounding adds to it must not be taken for directions."""
+    """If D Dᵀ has few distinct eigenvalues, the Krylov space is small, and rounding errors must not enlarge it."""
     directions = Directions.of("block_srht", n, dim, 1)
     singular = torch.linalg.svdvals(directions.as_matrix(dtype=torch.float64))
     assert directions.condition() == pytest.approx(float(singular[0] / singular[-1]), rel=0.05)
@@ -97,7 +97,7 @@ def test_condition_is_close_by_default(n, dim):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_condition_of_nearly_dependent_directions(seed):
-    """AFJL at dim 20 of 64: condition numbers up to 6629, which a plain recurrence of Lanczos had at 157."""
+    """AFJL at dim 20 of 64 has condition numbers up to 6629; Lanczos without reorthogonalization gave 157."""
     directions = Directions.of("afjl", 64, 20, seed)
     singular = torch.linalg.svdvals(directions.as_matrix(dtype=torch.float64))
     assert directions.condition() == pytest.approx(float(singular[0] / singular[-1]), rel=1e-6)
@@ -113,12 +113,12 @@ def test_dims_that_cannot_be(dim, max_dim, said):
 
 
 def test_the_order_is_pinned():
-    """The row of D that output i of S went to: a checkpoint relies on it."""
+    """Checkpoints rely on the row of D to which each output of S is mapped."""
     directions = Directions.of("block_srht", 8, 8, 0, 8)
     assert directions.expand(torch.arange(8.0)).argsort().tolist() == [7, 5, 0, 6, 2, 1, 3, 4]
 
 
-def test_the_order_is_of_the_seed():
+def test_the_order_depends_on_the_seed():
     orders = {
         tuple(Directions.of("block_srht", 64, 8, seed, 32)._order(torch.device("cpu")).tolist()) for seed in (0, 1)
     }

@@ -1,4 +1,4 @@
-"""A doubling of dim leaves the weights where they are, and the optimizer goes on as if dim had always been so large."""
+"""A doubling of dim changes no weight, and the optimizer continues as if dim had always been so large."""
 
 import pytest
 import pytorch_lightning as pl
@@ -54,8 +54,8 @@ def test_the_state_is_that_of_gradients_that_were_always_so_small(kind, options)
     assert fresh not in optimizer.state
 
 
-def test_what_the_optimizer_remembers_shrinks_with_the_gradient():
-    """D g shrinks by √½ as the directions double, and the mean of Adam with it; the mean of squares by ½."""
+def test_the_state_of_the_optimizer_shrinks_with_the_gradient():
+    """D g shrinks by √½ as the directions double, and so does Adam's mean; its mean of squares shrinks by ½."""
     seen = {}
 
     class Watch(pl.Callback):
@@ -75,7 +75,7 @@ def test_what_the_optimizer_remembers_shrinks_with_the_gradient():
     assert torch.allclose(seen["after"]["exp_avg_sq"], seen["before"]["exp_avg_sq"] / 2)
 
 
-def test_a_state_of_unknown_kind_begins_anew():
+def test_a_state_of_unknown_kind_is_deleted():
     w = nn.Parameter(torch.zeros(6))
     optimizer = torch.optim.Adadelta([w])
     w.grad = torch.ones(6)
@@ -84,8 +84,8 @@ def test_a_state_of_unknown_kind_begins_anew():
     assert w not in optimizer.state
 
 
-def test_a_state_that_is_not_of_one_block_alone_begins_anew():
-    """LBFGS keeps what it knows of all parameters under the first."""
+def test_a_state_that_is_not_of_one_block_alone_is_deleted():
+    """LBFGS stores the state of all parameters under the first one."""
     w, other = nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(2))
     optimizer = torch.optim.LBFGS([w, other])
     optimizer.step(lambda: (w.square().sum() + other.square().sum()).sqrt())
@@ -95,15 +95,15 @@ def test_a_state_that_is_not_of_one_block_alone_begins_anew():
 
 
 def test_new_coordinates_count_their_own_steps():
-    """The first step of Adam along a new direction is lr; by an old count it were several times that, later."""
+    """The first step of Adam along a new direction is lr; with the old step count it would be several times that."""
     finder, sub, run = searched([0.1, 0.1, 0.1, 0.1], steps=13)
-    assert [line["dim"] for line in finder.history] == [8, 8, 16]
+    assert [entry["dim"] for entry in finder.history] == [8, 8, 16]
     counts = [int(run.optimizers[0].state[block]["step"]) for block in sub.blocks]
     assert counts[:3] == [13, 5, 1]
 
 
 def test_once_all_directions_are_in_use_an_optimizer_of_any_kind_is_left_alone():
-    """One that would begin anew at a doubling has taken every step."""
+    """Adadelta, whose state a doubling deletes, has counted every step."""
 
     class Model(Scripted):
         def configure_optimizers(self):

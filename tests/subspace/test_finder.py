@@ -21,16 +21,16 @@ from lightning_sketch.subspace import IntrinsicDimensionFinder, SubspaceModule
 
 
 def dims(finder):
-    return [line["dim"] for line in finder.history]
+    return [entry["dim"] for entry in finder.history]
 
 
 def test_the_rule():
-    """The first value is compared with none; less than delta better doubles; the target ends it."""
+    """The first value has no predecessor; an improvement below delta doubles dim; the target ends the search."""
     values = [0.1, 0.2, 0.22, 0.3, 0.3, 0.5, 0.54, 0.91]
     finder, sub, run = searched(values, steps=40)
     assert dims(finder) == [8, 8, 8, 16, 16, 32, 32, 50]
-    assert [line["step"] for line in finder.history] == [4, 8, 12, 16, 20, 24, 28, 32]
-    assert [line["value"] for line in finder.history] == pytest.approx(values)
+    assert [entry["step"] for entry in finder.history] == [4, 8, 12, 16, 20, 24, 28, 32]
+    assert [entry["value"] for entry in finder.history] == pytest.approx(values)
     assert finder.suggestion() == 50
     assert run.global_step == 32
     assert sub.directions.dim == 50
@@ -44,7 +44,7 @@ def test_just_delta_better_is_better():
 
 def test_no_improvement_is_asked_for_where_delta_is_zero():
     finder, _, _ = searched([0.25, 0.25, 0.125, 0.0], delta=0)
-    assert [line["dim"] for line in finder.history] == [8, 8, 8, 16]
+    assert [entry["dim"] for entry in finder.history] == [8, 8, 8, 16]
 
 
 def test_the_target_itself_is_enough():
@@ -96,8 +96,8 @@ def test_the_mean_of_the_last_half_is_validated_and_training_continues_from_w():
     assert not torch.allclose(sub.module.seen[0], theta0 + sub.directions.rmatvec(ws[4]), atol=1e-5)
 
 
-def test_every_step_of_a_search_is_at_the_present_w():
-    """Also the one after a validation, which is at the mean."""
+def test_every_step_of_a_search_is_at_the_current_w():
+    """This holds for the step after a validation too, which is at the mean."""
     expected = []
 
     class Watch(pl.Callback):
@@ -116,7 +116,7 @@ def test_every_step_of_a_search_is_at_the_present_w():
 
 
 def test_a_search_ends_with_the_w_of_its_last_step():
-    """Also where Lightning validates once more as it stops, after less than half a window."""
+    """This holds too if Lightning validates once more as it stops, after less than half a window."""
     last = []
 
     class Watch(pl.Callback):
@@ -132,7 +132,7 @@ def test_a_search_ends_with_the_w_of_its_last_step():
 
 
 def test_of_accumulated_batches_the_mean_is_over_steps():
-    """Of the last half of every four steps, two batches each: the w after the third and after the fourth, once each."""
+    """With two batches a step and a validation every four steps: the w after the third and after the fourth step."""
     seen, ws = [], {}
 
     class Model(Scripted):
@@ -157,10 +157,10 @@ def test_accumulated_batches_are_one_step():
     finder = IntrinsicDimensionFinder("val_acc", 0.99, every_n_train_steps=3)
     sub = SubspaceModule(Classifier(), 8, max_dim=64, lr_scale=10)
     trainer(finder, max_steps=9, accumulate_grad_batches=2).fit(sub, train_loader(), val_loader())
-    assert [line["step"] for line in finder.history] == [3, 6, 9]
+    assert [entry["step"] for entry in finder.history] == [3, 6, 9]
 
 
-def test_what_reached_the_target_is_what_is_left_and_saved(tmp_path):
+def test_the_mean_that_reached_the_target_is_kept_and_saved(tmp_path):
     """The mean of w, not the last w: validated again, the module and the best checkpoint give the value found."""
     pl.seed_everything(0, verbose=False)
     finder = IntrinsicDimensionFinder("val_acc", 0.6, every_n_train_steps=16)
@@ -222,15 +222,15 @@ def test_the_trainers_schedule_is_restored_and_a_second_fit_starts_a_new_search(
 
 
 def test_a_fit_that_goes_on_goes_on_with_the_search():
-    """The same Trainer with more steps; a new one would begin anew."""
+    """The same Trainer gets more steps; a new Trainer would start a new search."""
     finder, sub, run = searched([0.1, 0.2, 0.3, 0.4], steps=8)
     run.fit_loop.epoch_loop.max_steps = 16
     run.fit(sub, train_loader(), val_loader())
-    assert [line["step"] for line in finder.history] == [4, 8, 12, 16]
+    assert [entry["step"] for entry in finder.history] == [4, 8, 12, 16]
 
 
 def test_a_finder_has_no_part_in_what_is_no_fit():
-    """Modules of any kind can be validated by its Trainer; nothing is judged, and w stays."""
+    """Its Trainer can validate any module; no value is added to the history, and w stays."""
     finder, sub, _ = searched([0.1, 0.1])
     before, history, w = finder.suggestion(), list(finder.history), sub.coordinates().detach().clone()
     trainer(finder).validate(sub, val_loader(), verbose=False)

@@ -13,14 +13,14 @@ ROUNDING = {"16-mixed": 2**-11, "bf16-mixed": 2**-8, "bf16-true": 2**-8}
 
 
 class Descends(Classifier):
-    """By its gradients, at a rate at which nothing grows that was rounded off."""
+    """A module trained by SGD, at a rate at which rounding errors do not grow."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
 class Overflows(Descends):
-    """In the batch of this number."""
+    """A module whose loss is infinite in the batch of this number."""
 
     at, skips = 5, False
 
@@ -36,7 +36,7 @@ class Skips(Overflows):
 
 
 class Watch(pl.Callback):
-    """The gradient before each step, and after it w, the weights that are moved, and the scale of the loss."""
+    """Record the gradient before each step, and after it w, the weights, and the scale of the loss."""
 
     def __init__(self):
         self.gradients, self.w, self.theta, self.scale = [], [], [], []
@@ -59,7 +59,7 @@ class Watch(pl.Callback):
 
 
 def fitted(kind=Descends, precision="32-true", scale=2.0**10, callbacks=(), run_options=(), **options):
-    """Lightning takes float16 on a CPU by a plugin only."""
+    """Train twenty steps; Lightning supports float16 on a CPU by a plugin only."""
     pl.seed_everything(0, verbose=False)
     sub, watch = SubspaceModule(kind(), **{"dim": 64, "lr_scale": 10, **options}), Watch()
     given = {"precision": precision}
@@ -78,7 +78,7 @@ def start_of(sub):
 @pytest.mark.parametrize("options", [{}, {"implicit": True}, {"max_dim": 256}, {"sketch": "gaussian"}])
 @pytest.mark.parametrize("precision", ROUNDING)
 def test_gradients_and_steps_are_those_of_float32_to_a_few_roundings(precision, options):
-    """Of the type that the network computes in: 2 roundings measured, 4 allowed, in the first gradient and after 20."""
+    """Roundings of the network's type: 2 were measured and 4 are allowed, in the first gradient and at the end."""
     sub, watch, _ = fitted(**options)
     rounded, seen, run = fitted(precision=precision, **options)
     for one, other in ((watch.gradients[0], seen.gradients[0]), (sub.coordinates(), rounded.coordinates())):
@@ -102,7 +102,7 @@ def start_loss():
     ],
 )
 def test_a_scale_that_is_too_large_skips_steps_until_it_is_not(options, run_options):
-    """Scaled by 2^30 a gradient of the logits is infinite in float16: then the scale is halved, nothing moves."""
+    """Scaled by 2^30, a gradient of the logits is infinite in float16: the scale is halved, and no weight changes."""
     sub, watch, _ = fitted(precision="16-mixed", scale=2.0**30, run_options=run_options, **options)
     skipped = [after < before for before, after in zip(watch.scale, watch.scale[1:], strict=False)]
     still = [torch.equal(before, after) for before, after in zip(watch.w, watch.w[1:], strict=False)]
@@ -116,10 +116,10 @@ def test_a_scale_that_is_too_large_skips_steps_until_it_is_not(options, run_opti
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
-def test_an_infinite_step_is_one_that_never_was():
-    """As if `training_step` had given no loss for that batch; half the scale only moves where rounding to zero begins.
+def test_a_step_with_infinite_gradients_is_skipped():
+    """The result is as if `training_step` had returned no loss for that batch, up to four roundings.
 
-    Four roundings are allowed for that.
+    These come from half the scale, which changes the numbers that are rounded to zero.
     """
     sub, watch, _ = fitted(Overflows, "16-mixed")
     other, _, _ = fitted(Skips, "16-mixed")
@@ -131,14 +131,14 @@ def test_an_infinite_step_is_one_that_never_was():
 
 
 def test_an_infinite_step_spoils_no_search():
-    """The mean of w that is judged, and what Adam carries over a doubling, stay finite."""
+    """The mean of w and Adam's state stay finite through a doubling."""
     finder = IntrinsicDimensionFinder("val_acc", 0.99, every_n_train_steps=4)
 
     class Adam(Overflows):
         configure_optimizers = Classifier.configure_optimizers
 
     sub, watch, run = fitted(Adam, "16-mixed", callbacks=[finder], dim=8, max_dim=64)
-    assert [line["dim"] for line in finder.history] == sorted(line["dim"] for line in finder.history)
+    assert [entry["dim"] for entry in finder.history] == sorted(entry["dim"] for entry in finder.history)
     assert finder.history[-1]["dim"] > 8
     assert watch.scale[-1] == 2.0**8
     assert sub.coordinates().isfinite().all()
@@ -148,7 +148,7 @@ def test_an_infinite_step_spoils_no_search():
 
 
 def test_a_search_gives_each_run_a_scale_of_its_own(tmp_path):
-    """What ran before, and backed off from too large a scale, does not matter."""
+    """It does not matter that an earlier run has lowered its scale."""
 
     def value_at_128(folder, dims):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
@@ -191,7 +191,7 @@ def test_w_is_of_32_bits_for_weights_of_16():
 
 @pytest.mark.parametrize("implicit", [False, True])
 def test_weights_in_half_precision_are_rounded_once(implicit):
-    """θ₀ + Dᵀ w in float32, for a w in bfloat16, however it is scaled."""
+    """The sum θ₀ + Dᵀ w is computed in float32, for weights in bfloat16."""
     sub = SubspaceModule(made(), 8, max_dim=50).to(torch.bfloat16)
     for block in sub.blocks:
         block.data.normal_()
@@ -205,7 +205,7 @@ def test_weights_in_half_precision_are_rounded_once(implicit):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_a_module_learns_in_half_precision(precision):
-    """Gradients of 8 bits; θ follows w to the rounding of its own type."""
+    """Gradients have 8 bits."""
     sub = SubspaceModule(made(), 64, lr_scale=10)
     run = trainer(precision=precision, max_steps=80)
     run.fit(sub, train_loader(), val_loader())

@@ -1,4 +1,4 @@
-"""Runs are recorded, and found again by a search with the same settings only."""
+"""Finished runs are recorded, and skipped by a search with the same settings only."""
 
 import pytest
 import pytorch_lightning as pl
@@ -11,7 +11,7 @@ from lightning_sketch.subspace._ledger import Ledger
 from lightning_sketch.subspace._runner import FILE
 
 
-def test_a_restart_does_what_is_left(tmp_path):
+def test_a_restart_trains_only_what_is_not_recorded(tmp_path):
     model = made()
     searcher, made_for = tuner(tmp_path)
     first = find(searcher, model, dims=[4, 32])
@@ -19,7 +19,7 @@ def test_a_restart_does_what_is_left(tmp_path):
     again = find(tuner(tmp_path)[0], made(), dims=[4, 32, 128])
     assert again.results["value"][:2] == first.results["value"]
     assert [entry["run"]["dim"] for entry in recorded(tmp_path)] == [first.n, 4, 32, 128]
-    other = find(tuner(tmp_path)[0], made(seed=1), dims=[4])  # other weights: nothing of it is done
+    other = find(tuner(tmp_path)[0], made(seed=1), dims=[4])  # other weights: no recorded run is used
     assert other.results["value"] != first.results["value"][:1]
     find(tuner(tmp_path, lr_scale=20)[0], made(), dims=[4])
     assert len(recorded(tmp_path)) == 4 + 2 + 1
@@ -65,7 +65,7 @@ def test_runs_of_another_module_or_metric_or_of_other_loaders_are_done_again(tmp
 
 
 def test_searches_of_another_rule_start_end_kind_or_seed_are_done_again(tmp_path):
-    """Each is one run where it does not arrive."""
+    """Each search is one run, since none reaches the target."""
     same = {"method": "doubling", "dims": [4, 8], "baseline": 1.0, "threshold": 1.0}
     for options, changed in [
         ({}, {}),
@@ -81,7 +81,7 @@ def test_searches_of_another_rule_start_end_kind_or_seed_are_done_again(tmp_path
 
 
 def test_parameters_may_be_given_as_several_patterns_and_the_runs_are_found_again(tmp_path):
-    """In a folder that nobody had made before."""
+    """The folder does not exist before."""
     folder = tmp_path / "a" / "b"
     for _ in range(2):
         search(made(), folder, tuner={"parameters": ("net.0.*", "net.2.bias")}, dims=[4], baseline=0.9)
@@ -89,10 +89,10 @@ def test_parameters_may_be_given_as_several_patterns_and_the_runs_are_found_agai
 
 
 class Activation:
-    """Told apart by its address, like a function."""
+    """An object whose repr contains its address, like a function's."""
 
 
-def test_hyper_parameters_that_have_an_address_are_known_again(tmp_path):
+def test_runs_are_found_again_though_hyper_parameters_have_an_address(tmp_path):
     class Active(Classifier):
         def __init__(self, activation):
             super().__init__()
@@ -113,7 +113,7 @@ def test_two_searches_in_one_folder_keep_each_others_runs(tmp_path):
 
 
 def test_runs_are_recorded_where_a_logger_writes_in_a_folder_that_is_made(tmp_path):
-    """The first that writes to a folder at all."""
+    """It is the first logger that writes files."""
 
     def trainer_fn(dim):
         folder = tmp_path / "a" / "b"

@@ -14,9 +14,9 @@ from lightning_sketch.subspace import SubspaceModule
 from lightning_sketch.subspace._optimizer import INFO_CACHE
 
 
-def fitted(recipe, steps=8, callbacks=(), **options):
+def fitted(configure, steps=8, callbacks=(), **options):
     class Model(Classifier):
-        configure_optimizers = recipe
+        configure_optimizers = configure
 
     pl.seed_everything(0, verbose=False)
     sub = SubspaceModule(Model(), 16, **{"lr_scale": 10, **options})
@@ -25,9 +25,9 @@ def fitted(recipe, steps=8, callbacks=(), **options):
     return sub, run
 
 
-def expected(recipe_of_w, steps=8):
-    """What w becomes, trained by an optimizer that is given it."""
-    return fitted(lambda self: Adam(self.parameters()), steps, optimizer_fn=recipe_of_w, lr_scale=1)[0].w.detach()
+def expected(configure_w, steps=8):
+    """Return w after training by an optimizer that is made for w itself."""
+    return fitted(lambda self: Adam(self.parameters()), steps, optimizer_fn=configure_w, lr_scale=1)[0].w.detach()
 
 
 def constant(self):
@@ -101,17 +101,17 @@ def one_cycle(scale):
     ("of_module", "of_w"), [(warm_up, warm_up), (one_cycle(1), one_cycle(10))], ids=["warm-up", "one cycle"]
 )
 def test_schedulers_go_on(of_module, of_w):
-    """Relative rates and absolute ones: w sees ten times what the schedule says."""
+    """Schedulers may set relative or absolute rates; the rate of w is ten times the scheduled one."""
 
-    def recipe(rate, schedule):
+    def with_rate(rate, schedule):
         def configure(parameters):
             optimizer = Adam(parameters.parameters() if hasattr(parameters, "parameters") else parameters, lr=rate)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"}}
 
         return configure
 
-    found, _ = fitted(lambda self: recipe(3e-3, of_module)(self))
-    assert torch.allclose(found.w.detach(), expected(recipe(3e-2, of_w)), rtol=1e-4, atol=1e-6)
+    found, _ = fitted(lambda self: with_rate(3e-3, of_module)(self))
+    assert torch.allclose(found.w.detach(), expected(with_rate(3e-2, of_w)), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -131,7 +131,7 @@ def test_an_optimizer_of_named_parameters_resumes(tmp_path):
 
 
 class Counting(SGD):
-    """Keeps its count in its groups, and falls with it, as optimizers without a schedule do."""
+    """An optimizer that stores a count in its param groups and halves its rate, as schedule-free optimizers do."""
 
     def step(self, closure=None):
         loss = super().step(closure)
@@ -149,7 +149,7 @@ def test_what_an_optimizer_writes_into_its_groups_stays():
 
 
 def test_a_warm_up_in_the_modules_own_step():
-    """Written into the groups before the step, it is multiplied like any other rate."""
+    """A rate written into the param groups before the step is multiplied like any other rate."""
 
     class Model(Classifier):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
@@ -169,7 +169,7 @@ def test_a_warm_up_in_the_modules_own_step():
 
 
 class RateFree(Adam):
-    """Makes its own rate."""
+    """An optimizer that computes its own rate."""
 
     def __init__(self, params):
         super().__init__(params)
@@ -177,38 +177,38 @@ class RateFree(Adam):
 
 
 def test_a_plateau_is_seen():
-    def recipe(self):
+    def configure(self):
         optimizer = Adam(self.parameters(), lr=3e-3)
         plateau = ReduceLROnPlateau(optimizer, patience=0, threshold=1e9)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "val_loss"}}
 
-    _, run = fitted(recipe, steps=24)
+    _, run = fitted(configure, steps=24)
     assert run.optimizers[0].param_groups[0]["lr"] < 3e-3
 
 
 def test_decay_of_w_is_off_unless_it_is_given(caplog):
-    def recipe(self):
+    def configure(self):
         return SGD(self.parameters(), lr=0.1, weight_decay=0.5)
 
     INFO_CACHE.clear()
     with caplog.at_level("INFO"):
-        plain, _ = fitted(recipe, lr_scale=1)
-        fitted(recipe, lr_scale=1)
+        plain, _ = fitted(configure, lr_scale=1)
+        fitted(configure, lr_scale=1)
     assert caplog.text.count("weight decay on w") == 1
     assert torch.equal(plain.w, fitted(lambda self: SGD(self.parameters(), lr=0.1), lr_scale=1)[0].w)
-    decayed, _ = fitted(recipe, lr_scale=1, weight_decay=0.5)
+    decayed, _ = fitted(configure, lr_scale=1, weight_decay=0.5)
     same = expected(lambda params: SGD(params, lr=0.1, weight_decay=0.5))
     assert torch.equal(decayed.w.detach(), same)
     assert decayed.w.norm() < plain.w.norm()
 
 
 def test_another_group_keeps_its_options_where_the_others_are_trained_in_full():
-    """Those of w are of the group that it replaces, the second here."""
+    """Those of w are the options of the group that it replaces, the second one here."""
 
-    def recipe(self):
+    def configure(self):
         return SGD([{"params": self.net[2].parameters(), "lr": 0.02}, {"params": self.net[0].parameters()}], lr=0.1)
 
-    sub, run = fitted(recipe, steps=1, parameters="net.0.*", others="full")
+    sub, run = fitted(configure, steps=1, parameters="net.0.*", others="full")
     assert [[p.numel() for p in group["params"]] for group in run.optimizers[0].param_groups] == [[160, 10], [16]]
     head = [p.detach() for p in sub.module.net[2].parameters()]
     same, _ = fitted(
@@ -229,8 +229,8 @@ def test_a_rate_far_below_the_usual_is_warned_of():
 
 
 @pytest.mark.parametrize(("decay", "given"), [(0.0, None), (0.1, 0.1)])
-def test_nothing_is_said_of_decay_or_rate_where_there_is_nothing_to_say(caplog, decay, given):
-    """No decay to leave out, or one that is given; a small rate of an optimizer that is not Adam."""
+def test_decay_and_rate_are_not_mentioned_without_need(caplog, decay, given):
+    """There is no decay to switch off, or it was given; the rate is small, but not Adam's."""
 
     class Model(Classifier):
         def configure_optimizers(self):
@@ -243,7 +243,7 @@ def test_nothing_is_said_of_decay_or_rate_where_there_is_nothing_to_say(caplog, 
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("configure", "said"),
     [
         (
             lambda self: Adam([{"params": self.net[0].parameters(), "lr": 1e-2}, {"params": self.net[2].parameters()}]),
@@ -261,9 +261,9 @@ def test_nothing_is_said_of_decay_or_rate_where_there_is_nothing_to_say(caplog, 
         ),
     ],
 )
-def test_what_cannot_be_reused_asks_for_a_function(recipe, said):
+def test_what_cannot_be_reused_asks_for_a_function(configure, said):
     with pytest.raises(MisconfigurationException, match=said):
-        fitted(recipe)
+        fitted(configure)
 
 
 def test_learning_rate_monitor(tmp_path):
@@ -285,10 +285,10 @@ def test_what_a_step_has_can_be_asked_for():
     assert own.groups(other.optimizers) == other.optimizers[0].param_groups
 
 
-def test_an_optimizer_may_hold_on_to_its_group_over_the_closure():
-    """What it writes into it afterwards stays, and the rate that it reads there is that of w."""
+def test_an_optimizer_may_keep_a_reference_to_its_group_during_the_closure():
+    """What it writes into the group afterwards stays, and the rate that it reads there is that of w."""
 
-    class Held(SGD):
+    class Keeps(SGD):
         def step(self, closure=None):
             (group,) = self.param_groups
             with torch.enable_grad():
@@ -298,7 +298,7 @@ def test_an_optimizer_may_hold_on_to_its_group_over_the_closure():
                 p.data.add_(p.grad, alpha=-group["lr"])
             return loss
 
-    found, run = fitted(lambda self: Held(self.parameters(), lr=0.1), steps=3)
+    found, run = fitted(lambda self: Keeps(self.parameters(), lr=0.1), steps=3)
     assert run.optimizers[0].param_groups[0]["k"] == 3
     assert torch.allclose(found.w.detach(), expected(lambda params: SGD(params, lr=1.0), steps=3), rtol=1e-4, atol=1e-6)
 

@@ -47,7 +47,7 @@ def test_rates_are_the_modules_own_right_after_a_step():
 
 
 def test_a_rate_that_the_module_writes_while_it_trains_is_multiplied_too():
-    """In `training_step` and in hooks, both within the optimizer's step. After one |w| is ten times the rate."""
+    """Both `training_step` and hooks run within the optimizer's step. After one step |w| is ten times the rate."""
 
     class InStep(Classifier):
         def training_step(self, batch, batch_idx):
@@ -78,7 +78,7 @@ def test_a_rate_that_the_module_writes_while_it_trains_is_multiplied_too():
 
 
 def test_what_an_optimizer_writes_of_w_counts_for_a_group_that_holds_others_too():
-    """Nothing else of the group is changed; and what it writes of another group is that one's, at its own rate."""
+    """Its other options are not changed; what the optimizer writes into another group stays there, without lr_scale."""
 
     class Halving(torch.optim.SGD):
         def step(self, closure=None):

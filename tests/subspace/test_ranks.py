@@ -1,4 +1,4 @@
-"""Two processes train what one does, and move `dim` numbers a step."""
+"""Two processes train what one does, and communicate `dim` numbers a step."""
 
 import json
 import os
@@ -25,7 +25,7 @@ def found(folder, *arguments):
 
 
 def test_two_processes_train_what_one_does(tmp_path):
-    """Whole weights on each rank or shards of them; sums in float32 in other orders, over ten steps of Adam."""
+    """Each rank has whole weights or shards; the tolerance is for sums in other orders over ten steps of Adam."""
     (alone,) = found(tmp_path / "alone", 1, "alone")
     for kind in ("ddp", "shards"):
         ranks = found(tmp_path / kind, 2, kind)

@@ -9,7 +9,7 @@ from lightning_sketch.subspace import IntrinsicDimensionResult
 
 
 def of_runs(runs):
-    """Full training gives 0.9, so that 0.81 is the target."""
+    """Make the result of these runs, with a baseline of 0.9 and therefore a target of 0.81."""
     columns = dict(zip(("kind", "dim", "seed", "value"), map(list, zip(*runs, strict=True)), strict=True))
     more = {"steps": [9] * len(runs), "status": ["done"] * len(runs)}
     return IntrinsicDimensionResult(
@@ -24,7 +24,7 @@ def test_means_over_seeds_decide():
 
 
 def test_means_go_from_the_smallest_dimension_on(tmp_path):
-    """Though a search is verified at half of what it found, which comes after it."""
+    """A search is verified at half of the dimension found, which is run after it."""
     assert list(search(by_dimension(), tmp_path, method="doubling", baseline=1.0).means()) == [2, 4]
 
 
@@ -41,7 +41,7 @@ def test_the_target_itself_is_reached(mode, baseline, start):
     ids=["16, 64, 64", "16, 64", "4"],
 )
 def test_searches_of_several_seeds_give_their_median(found, suggested):
-    """Not the luckiest: a dimension that one seed alone tried says nothing of the others. Of two, the larger."""
+    """It is not the smallest: the other seeds did not try that dimension. Of two middle values, it is the larger."""
     runs = []
     for seed, (dim, half, value) in enumerate(found):
         runs += [("search", dim, seed, 0.85), ("fit", half, seed, value)]

@@ -16,7 +16,7 @@ from lightning_sketch.subspace import IntrinsicDimensionTuner
 
 
 def test_runs_are_the_same_alone_or_in_a_row(tmp_path):
-    """Each has its own seed: what ran before does not matter, and the caller's random state is left alone."""
+    """Each run has its own seed: earlier runs do not matter, and the caller's random state is not changed."""
     first = find(tuner(tmp_path / "a")[0], made(), dims=[4, 32], baseline=0.9)
     model, loader, state = made(), train_loader(shuffle=True), torch.get_rng_state()
     second = tuner(tmp_path / "b")[0].find(
@@ -26,10 +26,10 @@ def test_runs_are_the_same_alone_or_in_a_row(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_order_of_a_run_is_of_its_seed_whoever_draws_it(tmp_path):
-    """Python's, numpy's and torch's random numbers: what the caller drew before does not matter, nor what comes next.
+def test_random_numbers_of_a_run_depend_on_its_seed_only(tmp_path):
+    """Python's, numpy's and torch's random numbers are seeded, whatever the caller drew before, and restored.
 
-    What checks types in the tests draws from Python's.
+    Python's state is not compared, since the type checker of the tests draws from it.
     """
     drawn = []
 
@@ -63,7 +63,7 @@ def test_a_function_makes_the_model_and_all_start_alike(tmp_path):
 
 
 def test_a_module_may_save_a_part_of_itself(tmp_path):
-    """Replicas are made of what it holds, not of what it saves."""
+    """Replicas copy all parameters, not only those that are saved."""
     starts = []
 
     class Adapter(Classifier):
@@ -109,7 +109,7 @@ def test_a_module_that_is_compiled_in_place_is_refused(tmp_path, untyped):
 
 
 def test_a_module_that_shards_itself_where_there_is_a_trainer(tmp_path):
-    """Its parameters are there already: `configure_model` is Lightning's to call."""
+    """Its parameters exist already, so `configure_model` is called by Lightning only."""
 
     class Model(ByDimension):
         def configure_model(self):
@@ -132,7 +132,7 @@ def test_data_of_a_data_module(tmp_path):
 
 
 def test_data_without_a_length(tmp_path):
-    """A loader of a stream has no number of batches."""
+    """The loader of a stream has no len."""
 
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -144,7 +144,7 @@ def test_data_without_a_length(tmp_path):
 
 
 def test_an_optimizer_of_ones_own_in_every_method(tmp_path):
-    """A function is not noted; the module's own would be Adam, at another rate."""
+    """The module's own optimizer would be Adam, at another rate."""
     rates = []
 
     class Watch(pl.Callback):
@@ -221,7 +221,7 @@ def test_a_search_has_a_constant_rate_whoever_makes_the_optimizer(tmp_path):
 
 
 def test_the_value_of_a_run_is_that_at_its_end(tmp_path):
-    """Twelve steps with a validation every eight: the last one is of the weights that training ended with."""
+    """After twelve steps with a validation every eight, the final weights are validated once more."""
     ended = []
 
     class Watch(pl.Callback):
@@ -261,7 +261,7 @@ def test_a_callback_may_log_the_metric(tmp_path):
 
 
 class Diverges(Classifier):
-    """No number at dim 4; no memory at dim 32."""
+    """A module whose loss is NaN at dim 4, and that runs out of memory at dim 32."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -289,7 +289,7 @@ def test_what_fails_is_recorded_and_the_search_goes_on(tmp_path):
 
 
 class Fails(ByDimension):
-    """No memory from some step on."""
+    """A module that runs out of memory from some step on."""
 
     at = 0
     error: BaseException = MemoryError()

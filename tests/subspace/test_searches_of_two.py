@@ -1,4 +1,4 @@
-"""A search on two processes: each trains what the other does, decides what the other decides, and one of them notes."""
+"""A search on two processes: both do the same runs and make the same decisions, and one of them records the runs."""
 
 import json
 
@@ -9,7 +9,7 @@ from lightning_sketch.subspace._runner import FILE
 
 
 def ranks_of(folder, *launcher, **options):
-    """What two processes found, and the dims and seeds that each of them trained, full training as a dim of 0."""
+    """Search on two processes; return both results, and [dim, seed] of the runs, full training as a dim of 0."""
     code, lines, errors = ended(start(folder, *launcher, devices=2, **options))
     assert code == 0, errors[-3000:]
     begun = [[run[:2] for run in trained(lines) if run[2] == rank] for rank in (0, 1)]
@@ -21,7 +21,7 @@ def ranks_of(folder, *launcher, **options):
 
 
 def test_two_processes_search_as_one_does_and_torchrun_goes_on_where_they_were(tmp_path):
-    """Whole batches are the same, in two halves, and sums of other orders may turn three of 360 digits."""
+    """The batches are the same, in two halves; sums in other orders may change the class of three of 360 digits."""
     alone = searched(tmp_path / "alone")
     two, _, begun = ranks_of(tmp_path / "two", dims=DIMS[:2])
     assert begun == [[0, 0], [4, 0], [32, 0]]
@@ -36,7 +36,7 @@ def test_two_processes_search_as_one_does_and_torchrun_goes_on_where_they_were(t
 
 
 def test_ranks_that_see_other_metrics_double_and_stop_together(tmp_path):
-    """One validates on the digits 0 to 4, the other on 5 to 9: what counts is the mean, for both."""
+    """One validates on the digits 0 to 4, the other on 5 to 9; both use the mean."""
     options = {"halved": True, "shuffle": True, "method": "doubling", "dims": [4, 512]}
     one, two, begun = ranks_of(tmp_path, **options)
     last, half = one["results"]["dim"]
@@ -57,7 +57,7 @@ def test_ranks_that_see_other_metrics_double_and_stop_together(tmp_path):
     assert again == {**one, "own": []}
 
 
-def test_what_is_noted_on_the_first_machine_holds_for_the_second(tmp_path):
+def test_what_is_recorded_on_the_first_machine_is_valid_for_the_second(tmp_path):
     first, _, _ = ranks_of(tmp_path, apart=True, dims=[4], steps=4)
     again, _, begun = ranks_of(tmp_path, apart=True, dims=[4], steps=4)
     assert begun == []
@@ -72,7 +72,7 @@ def test_ranks_that_would_start_from_different_weights_do_not_start(tmp_path):
 
 
 def test_a_rank_without_memory_ends_the_search_and_the_next_leaves_that_run_out(tmp_path):
-    """The other rank waits for it in a sum of gradients: nothing but an end can help."""
+    """The other rank waits for it in a sum of gradients, so that the search has to end."""
     options = {"steps": 8, "dims": DIMS, "full": [32, 1]}
     code, _, errors = ended(start(tmp_path, devices=2, **options))
     assert code != 0

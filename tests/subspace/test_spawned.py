@@ -1,4 +1,4 @@
-"""Processes that the Trainer makes for one fit, to which the module goes, and comes back, in pickled parts."""
+"""Processes that the Trainer spawns for one fit, to which the module is sent, and from which it returns, pickled."""
 
 import copy
 import importlib
@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def made(namespace):
-    """The module in a subspace, and what makes a Trainer of its namespace."""
+    """Make a module in a subspace, and a function that makes a Trainer of its namespace."""
     lightning = pytest.importorskip(namespace)
     kind = InOrder if lightning is pl else importlib.import_module("other_namespace").InOrder
     pl.seed_everything(0, verbose=False)
@@ -38,7 +38,7 @@ def theta(module):
 
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
 def test_two_spawned_processes_train_what_one_does(namespace):
-    """Ten steps, sums in float32 in other orders; here are w and the weights that it says, and what was logged."""
+    """w, its weights and the logged metrics return; the tolerance is for sums in other orders over ten steps."""
     sub, trainer_of = made(namespace)
     alone = copy.deepcopy(sub)
     trainer_of().fit(alone, val_dataloaders=val_loader())

@@ -41,7 +41,7 @@ def first_gradient(module, **options):
 
 @pytest.mark.parametrize("kind", [Classifier, Tied])
 def test_both_ways_give_the_gradient_of_the_loss(kind):
-    """By dense matrices: D ∇L(θ₀), in float32."""
+    """It is D ∇L(θ₀), computed with dense matrices in float32."""
     module = made(kind)
     layout = Layout.of(module)
     directions = SubspaceModule(copy.deepcopy(module), 24, seed=5).directions
@@ -55,7 +55,7 @@ def test_both_ways_give_the_gradient_of_the_loss(kind):
 
 @pytest.mark.parametrize("sketch", KINDS)
 def test_weights_follow_w(sketch):
-    """After eight steps of Adam, for every kind: θ = θ₀ + Dᵀ w; both ways end alike."""
+    """After eight steps of Adam, for every kind, θ = θ₀ + Dᵀ w, and both ways give the same w."""
     module = made()
     ends = []
     for implicit in (False, True):
@@ -69,7 +69,7 @@ def test_weights_follow_w(sketch):
 
 
 def test_a_step_of_adam_has_one_length_for_all_dims():
-    """‖Dᵀ w‖ = lr √n after one step, where w = ± lr; within √(2 / dim) four times over, for random directions."""
+    """After one step w = ± lr and ‖Dᵀ w‖ = lr √n, within four times √(2 / dim), the spread over random directions."""
     for dim in (32, 128, 512):
         sub = SubspaceModule(made(), dim, lr_scale=10)
         trainer(max_steps=1).fit(sub, train_loader())
@@ -90,7 +90,7 @@ def test_dim_n_is_full_training():
 def test_evaluation_is_at_the_weights_that_w_says_whoever_wrote_it():
     sub = SubspaceModule(made(), 32, lr_scale=10)
     before = trainer().validate(sub, val_loader(), verbose=False)[0]["val_loss"]
-    sub.w.data.add_(0.3)  # no version is counted
+    sub.w.data.add_(0.3)  # this does not increase the tensor's version
     after = trainer().validate(sub, val_loader(), verbose=False)[0]["val_loss"]
     assert after != before
     plain = sub.materialize()
@@ -98,7 +98,7 @@ def test_evaluation_is_at_the_weights_that_w_says_whoever_wrote_it():
 
 
 def start_and_moved(sub):
-    """θ₀ + Dᵀ w by the directions, and the parameters of the module."""
+    """Return θ₀ + Dᵀ w, computed from the directions, and the parameters of the module."""
     steps = sub.weights.layout.unflatten(sub.directions.rmatvec(sub.w.detach()))
     return [start + step for start, step in zip(sub.theta0().values(), steps, strict=True)], sub.weights.parameters()
 
@@ -230,7 +230,7 @@ def test_compiled_inside():
 
 
 def test_compiled_as_a_whole():
-    """In a process of its own: what checks types in the tests cannot be compiled."""
+    """It runs in a process of its own, since the type checker of the tests cannot be compiled."""
     folder = Path(__file__).parent
     done = subprocess.run([sys.executable, "compiled.py"], cwd=folder, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -251,7 +251,7 @@ def test_chosen_parameters_move_and_the_others_stay():
 
 
 def test_the_others_can_be_trained_in_full():
-    """As by their own optimizer: at its rate, not at that of w."""
+    """They train at the optimizer's own rate, not at that of w."""
     rates = {}
 
     class Watch(pl.Callback):

@@ -17,7 +17,7 @@ SHOWN = (Path(__file__).parents[2] / "examples" / "sweeps.md").read_text()
 
 
 def block(name):
-    """The code under a heading."""
+    """Return the code under a heading."""
     return re.search(rf"## {name}\n\n```\w+\n(.*?)```", SHOWN, re.DOTALL)[1]
 
 
@@ -92,7 +92,7 @@ class Data(pl.LightningDataModule):
 
 @pytest.mark.filterwarnings("ignore:`SubspaceModule.configure_optimizers` will be overridden")
 def test_an_optimizer_of_the_command_line_is_put_to_work_on_w(tmp_path, monkeypatch):
-    """It is reused as the module's own would be: after one step of AdamW |w| is lr_scale times its rate; no decay."""
+    """It is used as the module's own would be: after a step of AdamW |w| is lr_scale times its rate, without decay."""
     pytest.importorskip("jsonargparse")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["program.py"])

@@ -42,7 +42,7 @@ def test_a_dict_of_arguments_makes_trainers(tmp_path):
     assert (tmp_path / FILE).exists()
 
 
-def test_trainers_and_modules_of_runs_that_are_done_are_let_go(tmp_path):
+def test_trainers_and_modules_of_finished_runs_are_freed(tmp_path):
     alive = []
 
     def trainer_fn(dim):
@@ -67,7 +67,7 @@ def test_a_trainer_that_has_fitted_something_else_is_refused():
 
 
 def test_loggers_see_training_and_one_last_line(tmp_path):
-    """Nothing of the validation before training, nor of one that is for the value at the end alone."""
+    """They see neither the validation before training nor one that only measures the value at the end."""
     written = []
 
     class Logger(pl.loggers.CSVLogger):
@@ -91,7 +91,7 @@ def test_loggers_see_training_and_one_last_line(tmp_path):
 
 
 def test_callbacks_see_fits_alone(tmp_path):
-    """Not the validation before: a checkpoint callback would look for its folder among loggers that are not there."""
+    """In the validation before training, a checkpoint callback would choose its folder without the loggers."""
     seen = []
 
     class Watch(pl.Callback):
@@ -108,8 +108,8 @@ def test_callbacks_see_fits_alone(tmp_path):
     assert folders == {"dim-8", f"dim-{result.n}"}
 
 
-def test_a_callback_of_ones_own_sees_the_present_w_after_validation(tmp_path):
-    """In a search the mean of w is validated; it is put back before anybody saves it."""
+def test_a_callback_of_the_user_sees_the_current_w_after_validation(tmp_path):
+    """A search validates the mean of w, and restores w before other callbacks may save it."""
     seen = []
 
     class Watch(pl.Callback):
@@ -126,7 +126,7 @@ def test_a_callback_of_ones_own_sees_the_present_w_after_validation(tmp_path):
 
 
 def test_the_validation_before_training_leaves_no_trace(tmp_path):
-    """Neither in the model that is given nor in its copies."""
+    """It changes neither the given model nor its copies."""
     starts = []
 
     class Model(ByDimension):

@@ -17,7 +17,7 @@ from lightning_sketch.subspace import IntrinsicDimensionTuner, SubspaceModule
 
 
 def test_grid(tmp_path):
-    """Every dimension with the same weights at the start and the same order of data; full training first."""
+    """Full training is first; every dimension has the same initial weights and the same order of data."""
     model = made()
     before = copy.deepcopy(model.state_dict())
     searcher, made_for = tuner(tmp_path)
@@ -54,7 +54,7 @@ def test_bisection(tmp_path):
 
 
 def test_the_mean_over_seeds_is_what_a_bisection_judges(tmp_path):
-    """0.5 and 0.9 do not reach 0.8 together, although they would in sum."""
+    """The mean of 0.5 and 0.9 does not reach 0.8."""
     model = by_dimension(dim8=(0.5, 0.9), dim4=(0.0, 0.0))
     result = search(model, tmp_path, method="bisect", dims=[4, 8, 16], seeds=2, threshold=0.8)
     assert result.results["dim"] == [8, 8, 16, 16]
@@ -99,7 +99,7 @@ def test_the_directions_of_a_search_are_of_its_seed(tmp_path):
 
 
 def test_the_rule_of_a_search(tmp_path):
-    """A twentieth of what is gained, every eighth of full training, for twice that; up to the largest of dims."""
+    """A twentieth of the gain of full training is delta, an eighth of its length the interval, twice it the limit."""
     search(by_dimension(dim64=0.2), tmp_path, steps=16, method="doubling", dims=[4, 64], threshold=0.5)
     full, found = (entry["settings"] for entry in recorded(tmp_path))
     assert found["rule"] == [pytest.approx(0.5), pytest.approx((1.0 - 0.1) / 20), 2, 32]
@@ -108,14 +108,14 @@ def test_the_rule_of_a_search(tmp_path):
 
 
 class Halting(Classifier):
-    """Gets better until the last validation of a search of sixteen steps."""
+    """A module that improves until the last validation of a search of sixteen steps."""
 
     def validation_step(self, batch):
         self.log("val_acc", 0.06 * min(self.trainer.global_step, 15))
 
 
-def test_a_search_that_does_not_arrive_says_how_far_it_came(tmp_path):
-    """The dimension that the last value was measured at, although it was doubled after that."""
+def test_a_search_that_does_not_reach_the_target_reports_its_last_value(tmp_path):
+    """The dimension is the one at which the last value was measured, although it was doubled after that."""
     pl.seed_everything(0, verbose=False)
     searcher = tuner(tmp_path, steps=8)[0]
     result = find(searcher, Halting(), method="doubling", dims=[4, 512], baseline=1.0, threshold=1.0)
@@ -141,7 +141,7 @@ def test_a_loss_counts_from_where_it_starts(tmp_path):
 
 
 def test_full_training_and_subspaces_are_of_the_same_parameters(tmp_path):
-    """The last layer alone, or with the first trained in full beside it, in both."""
+    """Both train the last layer alone, or also the first one in full."""
     ends = []
 
     class Watch(pl.Callback):
@@ -178,7 +178,7 @@ def square(width):
     [(8, "grid", [8, 16, 32, 64]), (2, "grid", [4]), (8, "doubling", [8]), (2, "doubling", [4])],
 )
 def test_dims_by_default_are_powers_of_two_and_all(tmp_path, width, method, dims):
-    """Each once, where their number is itself a power of two; nested directions only below it, where there are any."""
+    """A power of two that is n is tried once; doubling stays below n if it can."""
     model = made(square(width))
     model.values = dict.fromkeys((8, 16, 32), 0.2)
     result = search(model, tmp_path, steps=1, dims=None, method=method, baseline=1.0)

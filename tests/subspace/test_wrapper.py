@@ -15,7 +15,7 @@ from lightning_sketch.subspace import SubspaceModule
 
 
 def test_what_the_module_does_it_goes_on_doing():
-    """Names it logs under, metrics, hooks, steps that take no batch_idx, hyper-parameters, mode and buffers."""
+    """This covers names of logs, metrics, hooks, steps without batch_idx, hyper-parameters, train mode and buffers."""
     sub = SubspaceModule(made(Convolutional), 64, lr_scale=10)
     before = {name: buffer.clone() for name, buffer in sub.module.named_buffers()}
     run = trainer(max_steps=16)
@@ -104,7 +104,7 @@ def test_a_step_without_a_loss_is_skipped():
 
 
 class Returns(Classifier):
-    """A dict."""
+    """A module whose step returns a dict."""
 
     returned = ("loss", "more")
 
@@ -123,7 +123,7 @@ def test_what_a_step_returns_beside_its_loss_is_handed_on():
     assert seen == [{"loss", "more"}]
 
 
-def test_a_dict_without_a_loss_is_lightnings_to_refuse():
+def test_a_dict_without_a_loss_is_refused_by_lightning():
     model = made(type("Model", (Returns,), {"returned": ("more",)}))
     with pytest.raises(MisconfigurationException, match="'loss' key needs to be present"):
         trainer(max_steps=1).fit(SubspaceModule(model, 16, lr_scale=10), train_loader())
@@ -147,7 +147,7 @@ def test_names_of_the_wrapper_may_be_names_in_the_module():
 
 
 def test_configure_model_is_called_again_and_the_start_stays():
-    """Lightning calls it at every fit and validation; by then the weights are not those at the start."""
+    """Lightning calls it at every fit and validation; by then the weights are not the initial ones."""
     sub = SubspaceModule(made(Late), 16, lr_scale=10)
     trainer().fit(sub, train_loader())
     start = [tensor.clone() for tensor in sub.theta0().values()]
@@ -189,7 +189,7 @@ def test_a_log_of_the_modules_own():
 
 
 class Rated(Classifier):
-    """Its rate is an attribute, not a hyper-parameter."""
+    """A module whose learning rate is an attribute, not a hyper-parameter."""
 
     def __init__(self):
         super().__init__()
