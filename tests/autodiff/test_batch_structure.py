@@ -328,7 +328,7 @@ def test_vmap_takes_tensors_alone():
 
 
 def test_parts_are_of_the_kind_of_the_batch():
-    """Also of collections that their items cannot rebuild: default dictionaries, fields without init, sparse tensors."""
+    """Also of default dictionaries, fields without init and sparse tensors, which items alone cannot rebuild."""
 
     @dataclass
     class Derived:

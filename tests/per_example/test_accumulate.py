@@ -89,9 +89,13 @@ def test_a_row_of_a_matrix_may_be_longer_than_what_is_formed_at_once(shape):
 
 
 def test_a_chunk_may_be_longer_than_what_is_formed_at_once():
-    module = module_of({"before": (11,), "weight": (1500, 1500)})
-    factor = LowRank(module.weight, random(2, 1, 1500), random(2, 1, 1500, seed=1))
-    assert_sketched("block_srht", 600_000, module, [factor], 2)
+    module = module_of({"before": (11,), "weight": (1500, 1500), "table": (7, 30)})
+    factors = [
+        LowRank(module.weight, random(2, 1, 1500), random(2, 1, 1500, seed=1)),
+        SparseRows(module.table, torch.tensor([[3, 1], [0, 0]]), random(2, 2, 30)),
+    ]
+    for factor in factors:
+        assert_sketched("block_srht", 600_000, module, [factor], 2)
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH_SORT)
