@@ -24,7 +24,7 @@ from lightning_sketch.attribution.indexed_dataset import without_index
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable, on_device
 from lightning_sketch.autodiff.fingerprint import fingerprint
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputModel, usual_loss
+from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName, OutputModel, usual_loss
 from lightning_sketch.autodiff.output_roots import Draws
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
@@ -38,7 +38,7 @@ def fit_ggn(
     layout: Layout,
     *,
     model_fn: Callable[[nn.Module, Any], Any] | None = None,
-    output_loss_fn: str | OutputLoss | None = None,
+    output_loss_fn: OutputLossName | OutputLoss | None = None,
     max_classes: int = 32,
     draws: int = 8,
     seed: int = 0,
@@ -121,14 +121,14 @@ def fit_ggn(
         with preserve_state(module):
             batch = on_device(differentiable(without_index(batch)), weights[0].device)
             with torch.set_grad_enabled(counted is None and given is None):
-                output, own = model.forward(batch)
+                output, own_loss = model.forward(batch)
             _check_rows(output, structure.count(batch))
             if counted is None:
-                loss, which = cast(OutputLoss, model.loss_of(output, own, batch, closed=True)), None
+                loss, which = cast(OutputLoss, model.loss_of(output, own_loss, batch, closed=True)), None
             else:
                 loss, which = given or usual_loss(batch), _checked(counted(batch), output)
             output = output.detach()
-            del own  # and its graph
+            del own_loss  # and its graph
             roots = loss.roots(output, batch, drawn, which)
             rows = [sketches(_Directed(batch, v.to(output)))[0] for v in roots]
         total.add(torch.stack(rows, 1).cpu())

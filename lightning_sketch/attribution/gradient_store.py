@@ -13,7 +13,7 @@ from lightning_sketch.attribution.scores import FOLDER, CurvatureLike, Method, Q
 from lightning_sketch.attribution.self_influence import SelfInfluence, SelfMethod, self_influence
 from lightning_sketch.attribution.sketch_gradients import RowFn, sketch_gradients
 from lightning_sketch.attribution.top_k import TopK, top_k
-from lightning_sketch.autodiff.losses import LossFn, OutputLoss
+from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName
 from lightning_sketch.per_example.example_sketches import Engine
 from lightning_sketch.per_example.reduction import Reduction
 from lightning_sketch.store.row_store import RowStore
@@ -96,7 +96,7 @@ class GradientStore(RowStore):
         *,
         curvature: Literal["ggn"] = "ggn",
         model_fn: Callable[[nn.Module, Any], Any] | None = None,
-        output_loss_fn: str | OutputLoss | None = None,
+        output_loss_fn: OutputLossName | OutputLoss | None = None,
         max_classes: int = 32,
         draws: int = 8,
         seed: int = 0,

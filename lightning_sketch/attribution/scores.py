@@ -135,14 +135,14 @@ def scorers(
     if isinstance(train, RowSource):
         return [_scorer(cast(Queries, queries), train, method, one_curvature, damping)]
     sources = list(train)
-    asked = list(queries) if isinstance(queries, list | tuple) else []
+    members = list(queries) if isinstance(queries, list | tuple) else []
     curvatures = list(curvature) if isinstance(curvature, list | tuple) else [one_curvature] * len(sources)
-    if not sources or len(asked) != len(sources) or len(curvatures) != len(sources):
+    if not sources or len(members) != len(sources) or len(curvatures) != len(sources):
         raise ValueError(
             f"{len(sources)} sources of rows need as many queries and curvatures, in lists: each member's queries are "
-            f"taken at its own weights; got {len(asked)} queries and {len(curvatures)} curvatures."
+            f"taken at its own weights; got {len(members)} queries and {len(curvatures)} curvatures."
         )
-    return [_scorer(q, t, method, c, damping) for q, t, c in zip(asked, sources, curvatures, strict=True)]
+    return [_scorer(q, t, method, c, damping) for q, t, c in zip(members, sources, curvatures, strict=True)]
 
 
 def inverse_of(curvature: CurvatureLike, damping: Damping, rows: RowSource, fingerprint: int) -> Influence:
@@ -160,7 +160,7 @@ def inverse_of(curvature: CurvatureLike, damping: Damping, rows: RowSource, fing
     """
     if isinstance(curvature, Influence):
         if not isinstance(damping, str):
-            raise ValueError("damping is given twice: an Influence brings its own; pass its .curvature instead.")
+            raise ValueError("damping is passed twice: an Influence has one already; pass its .curvature instead.")
         inverse = curvature
     else:
         inverse = Influence(curvature_of(curvature, rows, fingerprint), damping)
@@ -199,12 +199,12 @@ def _scorer(queries: Queries, train: RowSource, method: Method, curvature: Curva
     rows = select(queries, train)
     if isinstance(queries, Mapping):
         return Scorer(rows, train, {step: at.sketches.float() for step, at in queries.items()})
-    asked = queries.sketches
+    vectors = queries.sketches
     if method == "influence":
-        asked = inverse_of(curvature, damping, rows.source, queries.fingerprint)(asked)
+        vectors = inverse_of(curvature, damping, rows.source, queries.fingerprint)(vectors)
     elif method == "cosine":
-        asked = torch.nn.functional.normalize(asked.double(), dim=1, eps=torch.finfo(torch.float64).tiny)
-    return Scorer(rows, train, {0: asked.float()}, cosine=method == "cosine")
+        vectors = torch.nn.functional.normalize(vectors.double(), dim=1, eps=torch.finfo(torch.float64).tiny)
+    return Scorer(rows, train, {0: vectors.float()}, cosine=method == "cosine")
 
 
 def scores(

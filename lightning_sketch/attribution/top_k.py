@@ -88,7 +88,7 @@ def top_k(
     if k < 1:
         raise ValueError(f"need k >= 1, got {k}; ask for at least one example.")
     members = scorers(queries, train, method=method, curvature=curvature, damping=damping)
-    if any(asked.ndim > 2 for member in members for asked in member.queries.values()):
+    if any(vectors.ndim > 2 for member in members for vectors in member.queries.values()):
         raise ValueError("top_k takes one damping, got several; use scores(...) for these.")
     ids = [member.ids for member in members]
     if group is not None and not _each_once(ids):

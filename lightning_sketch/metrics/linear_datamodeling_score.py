@@ -40,7 +40,7 @@ class LinearDatamodelingScore(Metric):
     >>> masks = torch.rand(50, 20, generator=torch.Generator().manual_seed(0)) < 0.5
     >>> metric = LinearDatamodelingScore(masks)
     >>> scores = torch.randn(4, 20)
-    >>> metric.update(scores, losses=-masks.float() @ scores.T)  # a model as linear as the scores say
+    >>> metric.update(scores, losses=-masks.float() @ scores.T)  # a model that is linear in the subsets
     >>> round(float(metric.compute()["lds"]), 3)
     1.0
     """
@@ -124,9 +124,9 @@ class LinearDatamodelingScore(Metric):
                 f"{subsets} subsets of {examples} examples take scores (queries, {examples}) and losses ({subsets}, "
                 f"queries), got {tuple(scores.shape)} and {tuple(losses.shape)}."
             )
-        for name, given in (("scores", scores), ("losses", losses)):
-            if not given.isfinite().all():
-                raise ValueError(f"{int((~given.isfinite()).sum())} of the {name} are not finite; drop their queries.")
+        for name, values in (("scores", scores), ("losses", losses)):
+            if not values.isfinite().all():
+                raise ValueError(f"{int((~values.isfinite()).sum())} of the {name} are not finite; drop their queries.")
 
 
 def _spearman_and_without(

@@ -133,7 +133,7 @@ class StoreSpec:
         """
         path = folder / "spec.json"
         if not path.exists():
-            raise FileNotFoundError(f"{folder} holds no store: there is no spec.json in it; pass the writer's dirpath.")
+            raise FileNotFoundError(f"{folder} has no store, since it has no spec.json; pass the writer's dirpath.")
         stored = json.loads(path.read_text())
         del stored["versions"]
         return cls(**stored)

@@ -1,4 +1,4 @@
-"""Rows for tests: random, or of a small model with everything known."""
+"""Random rows for tests."""
 
 import torch
 
@@ -10,7 +10,7 @@ SKETCH = BlockSRHT(200, DIM)
 
 
 def random_rows(count, seed=0, dim=DIM, sketches=None, **columns):
-    """Float32 normals of dim 16; a column given as one value goes to all rows, a stage by its name."""
+    """Normal float32 rows of dim 16; a column may be one value for all rows, and a stage its name."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(count, dim, generator=generator) if sketches is None else sketches
     if isinstance(columns.get("stage"), str):

@@ -1,4 +1,4 @@
-"""Sign and scale, on problems where the truth can be computed: positive helps the query."""
+"""Sign and scale of scores, on problems where the truth can be computed: a positive score helps the query."""
 
 import copy
 
@@ -32,8 +32,8 @@ test_losses.__test__ = False
 
 
 def trained(keep):
-    """Logistic regression to the end: its loss is the mean over the examples plus decay / 2 |theta|²."""
-    module = nn.Linear(7, 2).double()  # 16 numbers: the sketch of that size is orthogonal, so nothing is lost
+    """Logistic regression, trained to convergence: its loss is the mean over the examples plus decay / 2 |theta|²."""
+    module = nn.Linear(7, 2).double()  # 16 numbers: the sketch of that size is orthogonal and loses nothing
     optimizer = torch.optim.LBFGS(module.parameters(), max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16)
 
     def closure():
@@ -56,12 +56,12 @@ def test_influence_over_n_is_how_much_the_query_loss_rises_when_an_example_is_re
     sketch, layout = BlockSRHT(16, 16), Layout.of(module)
     queries, rows = rows_of(module, sketch, X_TEST, Y_TEST), rows_of(module, sketch)
     curvature = fit_ggn(module, [(X, Y)], sketch, layout)
-    foretold = scores(queries, rows, method="influence", curvature=curvature, damping=DECAY).double()[:, :40] / 300
+    predicted = scores(queries, rows, method="influence", curvature=curvature, damping=DECAY).double()[:, :40] / 300
     true = (
         torch.stack([test_losses(trained(torch.arange(300) != i)) for i in range(40)], 1) - test_losses(module)[:, None]
     )
-    assert torch.corrcoef(torch.stack([foretold.flatten(), true.flatten()]))[0, 1] > 0.99
-    slope = float((foretold * true).sum() / foretold.square().sum())
+    assert torch.corrcoef(torch.stack([predicted.flatten(), true.flatten()]))[0, 1] > 0.99
+    slope = float((predicted * true).sum() / predicted.square().sum())
     assert slope == pytest.approx(1, abs=0.1)
 
 
@@ -79,8 +79,8 @@ def test_lr_times_dot_is_how_much_one_step_on_the_example_lowers_the_query_loss(
         torch.testing.assert_close(found[:, i], test_losses(module) - test_losses(stepped), rtol=1e-3, atol=1e-8)
 
 
-def test_tracin_over_the_batch_size_adds_up_to_what_training_lowered_the_query_loss_by():
-    """First order in the learning rate, with queries at every step: 40 steps of 1e-3 leave a part in a thousand."""
+def test_tracin_over_the_batch_size_adds_up_to_the_decrease_of_the_query_loss():
+    """First order in the learning rate, with queries at every step: 40 steps of 1e-3 are a part in a thousand off."""
     torch.manual_seed(0)
     module, lr, batch = nn.Linear(7, 2).double(), 1e-3, 10
     sketch, start = BlockSRHT(16, 16), copy.deepcopy(module)

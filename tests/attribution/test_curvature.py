@@ -1,4 +1,4 @@
-"""Curvature in sketch space is S G Sᵀ, with G from autograd, dense; its noise is what random halves show."""
+"""Curvature in sketch space is S G Sᵀ, with a dense G from autograd; its noise is the error of random halves."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ LOSSES = {
 
 
 def output_roots(z, loss, max_classes, draws, generator):
-    """Of a loss of the table, by name; labels enter its curvature by their number alone."""
+    """The Hessian of a loss by its name; of the labels it depends on their number alone."""
     return OUTPUT_LOSSES[loss].roots(z, z, Draws(generator, draws, max_classes))
 
 
@@ -96,7 +96,7 @@ def test_rare_labels_are_drawn_by_the_root_of_their_probability():
     assert float((drawn != 0).double().mean()) == pytest.approx(expected, abs=5 * (expected / 20_000) ** 0.5)
 
 
-def test_with_many_classes_labels_are_drawn_as_many_as_asked():
+def test_with_many_classes_draws_labels_are_drawn():
     z = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     assert output_roots(z, "cross_entropy", 32, 4, generator).shape == (4, 7, 33)
@@ -114,7 +114,7 @@ def test_draws_leave_the_global_random_state_alone_and_repeat():
 
 
 def test_for_two_classes_margin_is_ggn():
-    """In float64 to the rounding of prob_true, a float32 column: 1e-4 relative is asked."""
+    """In float64 to the rounding of prob_true, a float32 column: within 1e-4 relative."""
     module, layout, sketch, x = problem(2, examples=40)
     y = (torch.rand(40) < 0.5).long()
 
@@ -141,7 +141,7 @@ def examples(count, rows, dim, seed=0):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_half_noise_is_how_far_random_halves_are_off(rows):
+def test_half_noise_is_the_squared_error_of_random_halves(rows):
     """Mean of 200 halves; its own error is a few percent, 10 % is allowed."""
     given = examples(200, rows, 12)
     total = CurvatureSum(12)
@@ -158,7 +158,7 @@ def test_half_noise_is_how_far_random_halves_are_off(rows):
     assert curvature.effective_samples == pytest.approx(float(t.sum() ** 2 / t.square().sum()))
 
 
-def test_how_the_examples_are_cut_into_blocks_does_not_matter():
+def test_the_size_of_blocks_does_not_matter():
     given, whole, parts = examples(50, 2, 12), CurvatureSum(12), CurvatureSum(12)
     whole.add(given)
     for part in given.split(3):  # 6 rows, then 12: the matrix is formed after the second
@@ -169,7 +169,7 @@ def test_how_the_examples_are_cut_into_blocks_does_not_matter():
         assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-12), name
 
 
-def test_with_fewer_rows_than_dim_the_rows_are_kept_and_traces_are_the_same():
+def test_with_fewer_rows_than_dim_the_root_is_stored_and_traces_are_the_same():
     total = CurvatureSum(12)
     total.add(examples(5, 2, 12))
     few = total.curvature("ggn")
@@ -195,7 +195,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, count):
 
 
 def test_probabilities_of_one_are_capped():
-    """At p = 1 - 1e-6 trak's weight is a million."""
+    """At p = 1 - 1e-6 the factor of trak is a million."""
     rows = random_rows(20, prob_true=torch.tensor([1.0] * 19 + [1 - 1e-5]))
     assert row_curvature(rows, "trak").trace == pytest.approx(
         1e12 * float((rows.sketches.double()[:19] ** 2).sum()) / 20, rel=1e-2
@@ -203,7 +203,7 @@ def test_probabilities_of_one_are_capped():
 
 
 @pytest.mark.parametrize("kind", ["margin", "trak"])
-def test_rows_without_probabilities_are_refused_with_the_way_out(kind):
+def test_rows_without_probabilities_are_refused_with_a_solution(kind):
     with pytest.raises(ValueError, match=r"4 of 4 rows lack; .*row_fn=.*curvature='fisher'"):
         row_curvature(random_rows(4), kind)
     row_curvature(random_rows(4), "fisher")
@@ -211,7 +211,7 @@ def test_rows_without_probabilities_are_refused_with_the_way_out(kind):
         row_curvature(random_rows(2, prob_true=torch.tensor([0.5, 1.5])), kind)
 
 
-def test_what_is_no_curvature_is_refused(untyped):
+def test_bad_kinds_and_rows_are_refused(untyped):
     with pytest.raises(ValueError, match="'ggn' is fitted with fit_ggn"):
         row_curvature(random_rows(4), "ggn")
     with pytest.raises(ValueError, match="taken at 2 different weights"):
@@ -222,7 +222,7 @@ def test_what_is_no_curvature_is_refused(untyped):
         row_curvature(random_rows(2, sketches=torch.full((2, 16), float("nan"))), "fisher")
 
 
-def test_outputs_that_are_no_rows_of_logits_are_refused():
+def test_outputs_that_are_no_rows_of_logits_are_refused(untyped):
     module, layout, sketch, x = problem(3)
     y = torch.zeros(10, dtype=torch.long)
     with pytest.raises(ValueError, match=r"of 10 examples, got shape \(2, 5, 3\)"):
@@ -247,7 +247,7 @@ def test_the_module_is_left_as_it_was():
     assert all(p.grad is None for p in module.parameters())
 
 
-def test_tokens_have_the_mean_of_their_matrices():
+def test_the_matrix_of_an_example_is_the_mean_over_its_tokens():
     """Of two examples with three and two counted tokens, 4000 draws: within five standard errors of ten parts."""
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
@@ -284,7 +284,7 @@ def test_tokens_that_do_not_fit_the_output_are_refused(options, said):
 
 @pytest.mark.parametrize("last", [0, -100], ids=["all", "one ignored"])
 def test_all_tokens_count_unless_their_label_is_ignored(last):
-    """The same draws, so the same numbers."""
+    """Both use the same draws, so the numbers are equal."""
     module = nn.Linear(4, 5)
     layout = Layout.of(module)
     batch = torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [2, 1, last]])

@@ -1,4 +1,4 @@
-"""The damped inverse is exact, primal or dual; the automatic damping is its formula; no damping is refused."""
+"""The damped inverse is exact, primal or dual; automatic damping follows its formula; zero damping is refused."""
 
 import logging
 
@@ -102,7 +102,7 @@ def test_the_damping_in_use_is_an_attribute_and_is_logged_once(caplog):
     assert [record.message for record in caplog.records] == [str(inverse)]
 
 
-def test_a_guess_is_called_a_guess():
+def test_an_automatic_damping_that_is_a_guess_warns():
     """Few examples carry A: seen by the noise of A, or by the effective number of examples."""
     noisy = curvature(12)
     with pytest.warns(UserWarning, match=r"few examples carry the curvature: v = .*calibrate"):
@@ -112,7 +112,7 @@ def test_a_guess_is_called_a_guess():
         torch.randn(3000, 1, 4, generator=torch.Generator().manual_seed(0)) * (torch.arange(3000) < 100)[:, None, None]
     )
     uneven = total.curvature("ggn")
-    assert Influence(uneven, 0.1).noise < 0.1  # a hundred that count: little noise, and yet few of 3000
+    assert Influence(uneven, 0.1).noise < 0.1  # 100 nonzero examples: little noise, but few of 3000
     with pytest.warns(UserWarning, match="few examples carry"):
         Influence(uneven, "auto")
     Influence(noisy, 0.1)  # a damping that was passed does not warn

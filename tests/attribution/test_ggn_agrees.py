@@ -1,4 +1,4 @@
-"""One Gauss-Newton matrix in both rooms: what `fit_ggn` sums up in sketch space is S G Sᵀ of `GGN`, by default too."""
+"""`fit_ggn` and `GGN` agree: the matrix in sketch space is S G Sᵀ of `GGN`, with default losses too."""
 
 import pytest
 import pytorch_lightning as pl
@@ -25,7 +25,7 @@ def net(outputs=3):
 
 
 class Module(pl.LightningModule):
-    """As people write them: without `forward` if it has one part only."""
+    """A typical LightningModule: without `forward` if it has one child only."""
 
     def __init__(self, step, outputs=3):
         super().__init__()
@@ -70,7 +70,7 @@ def both(module, batches, **options):
 
 
 @trained
-def test_the_loss_that_is_trained_is_found_and_both_have_its_matrix(step, y):
+def test_the_trained_loss_is_found_and_both_have_its_matrix(step, y):
     """Truth: the same loss as a function that autograd differentiates, with every label counted."""
     module, x = Module(step), normal(N, 4)
     dense, found = both(module, [(x, y)])
@@ -83,8 +83,8 @@ def test_the_loss_that_is_trained_is_found_and_both_have_its_matrix(step, y):
 
 
 @trained
-def test_it_may_be_given_by_name_or_by_another_function(step, y):
-    """On a plain module, with the loss of another module."""
+def test_the_loss_may_be_passed_by_name_or_as_a_function(step, y):
+    """A plain module, with the loss of another module."""
     plain, x = net(), normal(N, 4)
     named, found = both(plain, [(x, y)], loss_fn=lambda module, batch: step(module(batch[0]), batch[1]))
     expected, same = both(Module(step), [(x, y)])
@@ -106,7 +106,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize(("step", "y"), OTHERS.values(), ids=OTHERS)
-def test_both_refuse_a_loss_that_is_none_of_the_known(step, y):
+def test_both_refuse_a_loss_that_is_not_in_the_table(step, y):
     module, x = Module(step), normal(N, 4)
     layout = Layout.of(module)
     said = r"would be of a loss of .*, but training_step returns .*output_loss_fn"
@@ -121,8 +121,8 @@ def test_both_refuse_a_loss_that_is_none_of_the_known(step, y):
     [(SOFT, "are probabilities.*output_loss_fn="), (MULTI_HOT, "all of them 0 or 1.*output_loss_fn=")],
     ids=["probabilities", "zeros and ones"],
 )
-def test_both_refuse_real_labels_that_may_be_meant_otherwise(y, said):
-    """Of a plain module, whose training is not known."""
+def test_both_refuse_ambiguous_real_labels(y, said):
+    """A plain module, whose trained loss is unknown."""
     module, x = net(), normal(N, 4)
     layout = Layout.of(module)
     with pytest.raises(ValueError, match=said):
@@ -132,7 +132,7 @@ def test_both_refuse_real_labels_that_may_be_meant_otherwise(y, said):
 
 
 def test_every_batch_is_compared_not_the_first_alone():
-    """The third has a class with another weight."""
+    """In the third batch a class has another weight."""
     step = OTHERS["class weights"][0]
     x, y = normal(N, 4), torch.cat([torch.zeros(16, dtype=torch.long), torch.arange(8) % 2])
     batches, layout = list(zip(x.split(8), y.split(8), strict=True)), Layout.of(Module(step))
@@ -144,8 +144,8 @@ def test_every_batch_is_compared_not_the_first_alone():
             ask()
 
 
-def test_two_losses_of_one_value_are_told_apart_or_refused():
-    """All logits zero: plain and shifted cross-entropy are log 3 alike, with other matrices."""
+def test_two_losses_of_one_value_are_distinguished_or_refused():
+    """All logits zero: plain and shifted cross-entropy are both log 3, with different matrices."""
     module = Module(lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()))
     for p in module.net[-1].parameters():
         p.data.zero_()
@@ -156,7 +156,7 @@ def test_two_losses_of_one_value_are_told_apart_or_refused():
 
 
 @pytest.mark.parametrize("shift", [False, True])
-def test_tokens_are_shifted_as_the_training_shifts_them(shift):
+def test_tokens_are_shifted_as_in_training(shift):
     """200 draws of fit_ggn in ten parts: five standard errors of their mean, each example weighing the same."""
 
     def step(z, y):
@@ -178,7 +178,7 @@ def test_tokens_are_shifted_as_the_training_shifts_them(shift):
 
 
 class Named(pl.LightningModule):
-    """Batches are mappings, with keys that no part of the model takes."""
+    """Batches are mappings, with keys that the model does not take."""
 
     def __init__(self, call):
         super().__init__()
@@ -202,7 +202,7 @@ class Keywords(Named):
 
 
 @pytest.mark.parametrize("kind", [Named, Whole, Keywords])
-def test_a_mapping_is_handed_over_as_forward_takes_it(kind):
+def test_a_mapping_is_passed_as_forward_takes_it(kind):
     module, batch = kind(lambda self, batch: self.net(batch["x"])), {"x": normal(N, 4), "labels": CLASSES}
     expected = GGN(module.net, [(batch["x"], CLASSES)]).as_matrix()
     torch.testing.assert_close(GGN(module, [batch]).as_matrix(), expected)
@@ -214,7 +214,7 @@ class Two(Module):
         self.other = nn.Linear(4, 3).double()
 
 
-def test_without_forward_and_with_two_parts_the_error_names_model_fn():
+def test_without_forward_and_with_two_children_the_error_names_model_fn():
     module, batch = Two(), (normal(N, 4), CLASSES)
     layout = Layout.of(module)
     said = r"Two has no forward, and 2 children with parameters \(net, other\).*pass model_fn="
@@ -241,8 +241,8 @@ FLAT = {
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3], ids=["zeros", "nearly"])
 @pytest.mark.parametrize(("step", "y"), FLAT.values(), ids=FLAT)
-def test_losses_of_one_value_at_the_start_are_told_apart_by_their_gradients(step, y, spread):
-    """At equal logits a temperature, and nearly class weights, leave the value of the loss as it is."""
+def test_losses_of_one_initial_value_are_distinguished_by_their_gradients(step, y, spread):
+    """At equal logits a temperature does not change the value of the loss, and class weights hardly do."""
     module, x = Module(step), normal(N, 4)
     for p in module.net[-1].parameters():
         p.data = spread * normal(*p.shape)
@@ -254,8 +254,8 @@ def test_losses_of_one_value_at_the_start_are_told_apart_by_their_gradients(step
         fit_ggn(module, [(x, y)], BlockSRHT(layout.n, 8), layout)
 
 
-def test_weights_that_moved_are_compared_again():
-    """Plain cross-entropy first; later a class counts double."""
+def test_losses_are_compared_again_after_training():
+    """Plain cross-entropy first; later a class has twice the weight."""
     counts = {"double": False}
 
     def step(z, y):
@@ -301,7 +301,7 @@ def test_a_batch_without_labels_says_so():
 
 
 class Sequences(pl.LightningModule):
-    """Time first, as recurrent layers have it."""
+    """The time axis comes first, as in recurrent layers."""
 
     def __init__(self):
         super().__init__()
@@ -317,7 +317,7 @@ class Sequences(pl.LightningModule):
 
 
 def test_time_may_come_first():
-    """The same matrix, and without the axis a refusal, also where the number of examples alone is told."""
+    """The matrix is the same; without `batch_dim`, also with `num_examples` alone, it is refused."""
     module, batch = Sequences(), (normal(7, 6, 4), torch.arange(6) % 3)
     layout = Layout.of(module)
     sketch = BlockSRHT(layout.n, 16)

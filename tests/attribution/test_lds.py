@@ -1,4 +1,4 @@
-"""Retraining agrees: what is measured in `benchmarks/lds.py` at full length, here with fewer and shorter trainings."""
+"""Scores predict retraining: the measurements of `benchmarks/lds.py`, with fewer and shorter training runs."""
 
 from dataclasses import replace
 
@@ -69,13 +69,13 @@ def shortened(name, **changes):
 
 @pytest.fixture(scope="module")
 def regression():
-    """Logistic regression: convex, so a larger rate and fewer steps end in the same place."""
+    """Logistic regression: convex, so that a larger rate and fewer steps have the same result."""
     return Case(shortened("digits LR", steps=250, lr=0.1))
 
 
 @pytest.fixture(scope="module")
 def network():
-    """One training a subset, where the numbers asked for are of the mean of two: that takes .02 off."""
+    """One model per subset, where the benchmark has the mean of two: that lowers the LDS by .02."""
     return Case(shortened("digits", repeats=1))
 
 
@@ -90,7 +90,7 @@ def test_logistic_regression_by_ggn(regression):
     assert share > 0.95
 
 
-def test_a_network_by_ggn_and_by_one_row_an_example(network):
+def test_a_network_by_ggn_and_by_one_row_per_example(network):
     found, share = network.share(network.ggn())
     assert found > 0.56
     assert share > 0.95
@@ -101,7 +101,7 @@ def test_a_network_by_ggn_and_by_one_row_an_example(network):
 
 
 def test_few_examples_that_carry_the_curvature_get_more_damping(cancer):
-    """0.01 e, the rule without the noise, keeps .75 to .83 of the best."""
+    """0.01 e, the rule without the noise, has .75 to .83 of the best."""
     curvature = cancer.ggn()
     found, share = cancer.share(curvature)
     assert found > 0.6
@@ -133,7 +133,7 @@ def test_calibrated_by_short_trainings_on_halves(cancer):
     assert cancer.lds(sweep[6]) > 0.9 * max(cancer.lds(found) for found in sweep)
 
 
-def test_wrong_labels_are_found_by_tracin_of_themselves_and_better_than_by_the_loss():
+def test_wrong_labels_are_found_by_self_influence_better_than_by_the_loss():
     given = flipped(PROBLEMS["breast_cancer"](), 0.1)
     kept = given.train(torch.arange(400)[None], [0], keep=10)
     parts = []

@@ -105,13 +105,13 @@ def test_lists_of_unequal_length_are_refused():
 
 
 def test_half_precision_rows_are_multiplied_in_float32():
-    """A bfloat16 product would keep 8 bits; the rows are widened before."""
+    """A bfloat16 product would have 8 bits; the rows are converted before."""
     train = random_rows(5, sketches=torch.randn(5, DIM, generator=torch.Generator().manual_seed(0)).bfloat16())
     query = random_rows(2, seed=9)
     close(scores(query, train), query.sketches.double() @ train.sketches.double().T)
 
 
-def test_no_shortcut_of_float32_is_taken():
+def test_tf32_is_not_used():
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -157,13 +157,13 @@ def test_the_curvature_must_fit_the_rows():
         )
     with pytest.raises(ValueError, match="the curvature has dim=8, rows have 16"):
         scores(ASKED, TRAIN, method="influence", curvature=row_curvature(random_rows(20, dim=8), "fisher"), damping=0.1)
-    with pytest.raises(ValueError, match="damping is given twice"):
+    with pytest.raises(ValueError, match="damping is passed twice"):
         scores(ASKED, TRAIN, method="influence", curvature=Influence(row_curvature(TRAIN, "fisher"), 0.1), damping=0.2)
     with pytest.raises(ValueError, match="pass curvature=fit_ggn"):
         scores(ASKED, TRAIN, method="influence")
 
 
-def test_an_influence_brings_its_damping():
+def test_an_influence_has_its_damping():
     inverse = Influence(row_curvature(TRAIN, "fisher"), 0.1)
     by_hand = scores(ASKED, TRAIN, method="influence", curvature="fisher", damping=0.1)
     assert torch.equal(scores(ASKED, TRAIN, method="influence", curvature=inverse), by_hand)
@@ -171,8 +171,8 @@ def test_an_influence_brings_its_damping():
 
 @pytest.mark.parametrize("method", ["dot", "cosine", "tracin"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_rows_too_long_to_be_widened_together_score_as_their_dense_products(method, dtype):
-    """Rows of 2^18 numbers are widened four at a time; 11 of them leave a part of three."""
+def test_rows_that_are_converted_in_parts_score_as_their_dense_products(method, dtype):
+    """Rows of 2^18 numbers are converted four at a time; of 11 rows three are left."""
     sketch = BlockSRHT(1 << 19, 1 << 18)
     step, lr = torch.arange(11) % 3, torch.rand(11)
     rows = SketchedGradients(torch.randn(11, sketch.dim).to(dtype), sketch, {"step": step, "lr": lr})

@@ -1,4 +1,4 @@
-"""Rows of batches that are no rows of one tensor are the gradients of their examples alone, or the batch is refused."""
+"""Rows of lists, graphs and time-first batches are the gradients of single examples, or the batch is refused."""
 
 import pytest
 import torch
@@ -91,8 +91,8 @@ def test_engines_that_need_rows_of_tensors_say_so(options, engine):
 TEXTS = [(["the cat sat"], torch.tensor([1])), (["a dog ran"], torch.tensor([1])), (["the cat sat"], torch.tensor([2]))]
 
 
-def test_texts_of_one_label_have_ids_of_their_own():
-    """Alone, in one batch, and in a batch of text alone."""
+def test_texts_of_one_label_have_different_ids():
+    """Single texts, texts in one batch, and batches of nothing but text."""
     alone = [int(batch_ids(batch, "hash")) for batch in TEXTS]
     assert len(set(alone)) == 3
     together = ([text for (text,), _ in TEXTS], torch.cat([label for _, label in TEXTS]))
@@ -102,7 +102,7 @@ def test_texts_of_one_label_have_ids_of_their_own():
 
 
 class Ragged(LightningModule):
-    """Trains on lists of sequences, as a collate function of one's own makes them."""
+    """Trains on lists of sequences, as a custom collate function makes them."""
 
     def __init__(self):
         super().__init__()
@@ -123,14 +123,14 @@ def loader():
 
 
 def test_steps_need_no_number_of_examples(tmp_path):
-    """A row of a step is of the batch as it is."""
+    """The row of a step is that of the whole batch."""
     writer = GradientSketchWriter(tmp_path / "store", dim=8)
     fit(tmp_path, writer, model=Ragged, data=loader(), max_epochs=1)
     assert len(GradientStore.open(writer.dirpath)) == 3
 
 
 def test_a_writer_takes_the_arguments_at_a_checkpoint(tmp_path):
-    """Twelve rows, those that sketch_gradients makes."""
+    """The twelve rows are those of sketch_gradients."""
     module = Ragged()
     writer = GradientSketchWriter(tmp_path / "store", dim=8, dtype="float32", num_examples=len)
     trainer(tmp_path, writer).validate(module, loader(), verbose=False)

@@ -1,4 +1,4 @@
-"""LDS against torchmetrics' Spearman, query by query; batches and processes add up; the interval covers."""
+"""The LDS is the mean of torchmetrics' Spearman; batches and processes add up; the interval covers."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ from lightning_sketch.metrics import LinearDatamodelingScore
 
 
 def problem(queries=12, examples=40, subsets=30, repeats=2, noise=1.0, seed=0):
-    """Losses that fall with the sum of the true scores; what is foretold is the true scores with noise."""
+    """Losses that fall with the sum of the true scores, and predicted scores: the true ones with noise."""
     generator = torch.Generator().manual_seed(seed)
     masks = torch.rand(subsets, examples, generator=generator) < 0.5
     true = torch.randn(queries, examples, generator=generator)
@@ -72,7 +72,7 @@ def test_the_interval_covers():
 
 
 def test_batches_of_queries_add_up():
-    """To the rounding of ranks, which are float32."""
+    """Equal up to the rounding of ranks, which are float32."""
     masks, scores, losses = problem()
     whole = lds(masks, scores, losses)
     metric = LinearDatamodelingScore(masks)
@@ -83,34 +83,34 @@ def test_batches_of_queries_add_up():
 
 def test_two_processes_give_what_one_gives(tmp_path):
     both = [subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)]) for rank in (0, 1)]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    assert [process.wait(timeout=3600) for process in both] == [0, 0]
     torch.testing.assert_close(torch.load(tmp_path / "found.pt"), lds(*problem()), rtol=1e-6, atol=0)
 
 
-def test_queries_whose_losses_never_change_are_left_out_and_counted():
+def test_queries_whose_losses_never_change_are_excluded_and_counted():
     masks, scores, losses = problem()
     rest = lds(masks, scores[2:], losses[:, :, 2:])
-    losses[:, :, :2] = 0.0  # underflown
+    losses[:, :, :2] = 0.0  # underflow
     found = lds(masks, scores, losses)
     assert (int(found["constant"]), int(found["queries"])) == (2, 10)
     for name in ("lds", "low", "high", "ceiling"):
         torch.testing.assert_close(found[name], rest[name])
 
 
-def test_scores_that_say_nothing_count_as_zero():
-    """Leaving them out would flatter a method that has no answer for hard queries."""
+def test_constant_scores_have_a_correlation_of_zero():
+    """Excluding them would favor a method that has no scores for hard queries."""
     masks, scores, losses = problem()
     rho = by_torchmetrics(masks, scores, losses)
     scores[0] = 0.0
     assert float(lds(masks, scores, losses)["lds"]) == pytest.approx(float(rho[1:].sum() / 12), abs=1e-6)
 
 
-def test_harmful_for_helpful_turns_the_sign():
+def test_scores_of_the_opposite_sign_have_the_opposite_lds():
     masks, scores, losses = problem()
     assert float(lds(masks, -scores, losses)["lds"]) == pytest.approx(-float(lds(masks, scores, losses)["lds"]))
 
 
-def test_what_does_not_fit_is_refused():
+def test_wrong_shapes_and_numbers_are_refused():
     masks, scores, losses = problem()
     with pytest.raises(ValueError, match=r"30 subsets of 40 examples take .* got \(12, 39\) and \(2, 30, 12\)"):
         lds(masks, scores[:, 1:], losses)
@@ -127,7 +127,7 @@ def test_what_does_not_fit_is_refused():
 
 
 def half_of_it(folder, rank):
-    """One of two processes, with its share of the queries; rank 0 writes what both together give."""
+    """One of two processes, with its part of the queries; rank 0 writes the result of both."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     masks, scores, losses = problem()
     own = slice(0, 5) if rank == 0 else slice(5, None)

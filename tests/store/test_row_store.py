@@ -216,7 +216,7 @@ def test_bad_specs_and_folders(tmp_path, untyped):
         spec("int8")
     with pytest.raises(ValueError, match="the layout has 100 numbers, the sketch takes n=90"):
         spec(sketch=BlockSRHT(90, 16))
-    with pytest.raises(FileNotFoundError, match="holds no store"):
+    with pytest.raises(FileNotFoundError, match="has no store"):
         GradientStore.open(tmp_path / "nothing")
     written(tmp_path, rows([1]))
     with pytest.raises(ValueError, match="lineage=7 is no fit"):
