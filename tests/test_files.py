@@ -1,4 +1,4 @@
-"""Files are whole or not there: also with several writers, without hard links, and where folders cannot be synced."""
+"""Files are complete or absent, also with several writers, without hard links, and if folders cannot be synced."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from lightning_sketch.operators import BlockSRHT
 
 
 def no_links(monkeypatch, code=errno.ENOTSUP):
-    """As exFAT, a FUSE mount or a network drive answers."""
+    """Fail on hard links, like exFAT, a FUSE mount or a network drive."""
 
     def link(source, target, **_):
         raise OSError(code, os.strerror(code), str(source), None, str(target))
@@ -24,7 +24,7 @@ def no_links(monkeypatch, code=errno.ENOTSUP):
 
 
 def no_folders(monkeypatch):
-    """As Windows answers: folders cannot be opened."""
+    """Fail to open folders, like Windows."""
     real = os.open
 
     def open_(path, *args, **kwargs):
@@ -57,8 +57,8 @@ def test_a_file_is_written_and_replaced_below_new_folders(system, tmp_path):
     assert os.listdir(path.parent) == ["file"]
 
 
-def test_the_first_of_several_writers_wins_and_no_other(system, tmp_path):
-    """Sixteen at once; what is read is one of them, whole, and they agree on which."""
+def test_exactly_one_of_several_writers_succeeds(system, tmp_path):
+    """Of sixteen writers at once exactly one reports success, and the file has its data."""
     path = tmp_path / "new" / "file"
     data = [bytes([i]) * 10_000 for i in range(16)]
     start = threading.Barrier(16)
@@ -90,8 +90,8 @@ def test_a_full_disk_leaves_what_was_there_and_nothing_else(write, tmp_path, mon
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_an_error_of_the_disk_at_the_folder_is_no_missing_ability(tmp_path, monkeypatch):
-    """Only what a system cannot do is passed over."""
+def test_a_disk_error_at_the_folder_is_raised(tmp_path, monkeypatch):
+    """Only errors of systems that cannot sync folders are ignored."""
     real = os.fsync
 
     def broken(handle):
@@ -105,14 +105,14 @@ def test_an_error_of_the_disk_at_the_folder_is_no_missing_ability(tmp_path, monk
 
 
 def test_temporary_names_are_new_each_time(tmp_path, monkeypatch):
-    """A file that is there under the temporary name, of another writer, is never written into."""
+    """An existing file with the temporary name, of another writer, is never overwritten."""
     monkeypatch.setattr(_files.secrets, "token_hex", lambda count: "same")
     (tmp_path / f"file.same{_files.TEMPORARY}").write_bytes(b"another writer's")
     with pytest.raises(FileExistsError):
         commit(tmp_path / "file", b"data")
 
 
-def test_a_spectrum_is_saved_by_it(system, tmp_path):
+def test_spectra_are_saved_atomically(system, tmp_path):
     s = BlockSRHT(n=64, dim=8)
     found = spectrum(s.T @ s, top_k=2, bottom_k=0)
     save_spectrum(found, tmp_path / "new" / "spectrum.safetensors")

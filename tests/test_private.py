@@ -1,4 +1,4 @@
-"""Every private name that the package leans on exists in the versions that are installed."""
+"""Every private name that the package uses exists in the installed versions."""
 
 import importlib
 import importlib.resources
@@ -64,7 +64,7 @@ INSTANCES = {
 
 
 def owner_of(path):
-    """An instance that is made here; a module; an attribute of a module; or the owner's own text for the name."""
+    """Return the owner: an instance made here, a module, an attribute of a module, or a constant that is the name."""
     if path in INSTANCES:
         return INSTANCES[path]()
     parts = path.split(".")
@@ -80,7 +80,7 @@ def owner_of(path):
 
 
 @pytest.mark.parametrize(("owner", "name", "where", "breaks"), NAMES, ids=[f"{row[0]}.{row[1]}" for row in NAMES])
-def test_it_exists(owner, name, where, breaks, monkeypatch, tmp_path):
+def test_the_name_exists(owner, name, where, breaks, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     found = owner_of(owner)
@@ -89,14 +89,14 @@ def test_it_exists(owner, name, where, breaks, monkeypatch, tmp_path):
         assert found.name() == owner
 
 
-def test_one_that_is_missing_is_an_error_that_says_what():
+def test_a_missing_name_is_an_error_that_names_it():
     with pytest.raises(RuntimeError, match=r"Linear has no _gone in the version that is installed, .* report this"):
         required(nn.Linear(1, 1), "_gone")
     with pytest.raises(RuntimeError, match=r"torch.autograd.forward_ad has no _gone"):
         required(torch.autograd.forward_ad, "_gone")
 
 
-def test_the_table_names_files_that_are_there():
+def test_the_table_names_existing_files():
     import lightning_sketch
 
     root = importlib.resources.files(lightning_sketch)

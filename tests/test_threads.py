@@ -1,4 +1,4 @@
-"""What is done in one thread is no other thread's business: hooks, measurements, and what torch keeps per process."""
+"""Threads do not affect each other: hooks, measurements, and the flags of torch that are global to the process."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -18,9 +18,11 @@ from lightning_sketch.autodiff.preserve_state import measurement_depth
 from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.per_example import ExampleHooks
 
+HOUR = 3600  # limit of waits, in seconds
+
 
 class Beside:
-    """A thread that measures another module for as long as the context lasts."""
+    """Measure another module in a thread, for as long as the context lasts."""
 
     def __init__(self, module):
         self.module, self.inside, self.done = module, threading.Event(), threading.Event()
@@ -29,11 +31,11 @@ class Beside:
     def measure(self):
         with preserve_state(self.module):
             self.inside.set()
-            self.done.wait()
+            self.done.wait(HOUR)
 
     def __enter__(self):
         self.thread.start()
-        self.inside.wait()
+        assert self.inside.wait(HOUR)
 
     def __exit__(self, *_):
         self.done.set()
@@ -49,7 +51,7 @@ class Squares:
 
 
 def rows(module, x, accumulator):
-    """From the backward pass, by name."""
+    """Run a backward pass under hooks, and return the supported parameters, and the reasons for the others."""
     hooks = ExampleHooks(module, dict(module.named_parameters()))
     with hooks.recording(accumulator, len(x)):
         loss = module(x).square().mean()
@@ -64,7 +66,7 @@ def encoder():
 
 @pytest.mark.parametrize("make", [lambda: nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), encoder])
 def test_hooks_are_not_muted_by_a_measurement_of_another_module_in_another_thread(make):
-    """To rounding: attention runs by plain operations meanwhile."""
+    """The rows are the same up to rounding: attention uses plain operations during a measurement."""
     module, x = make(), torch.randn(5, 3, 4)
     alone, beside = Squares(), Squares()
     before = rows(module, x, alone)
@@ -98,8 +100,8 @@ def test_a_measurement_of_a_part_mutes_the_hooks_of_that_part_only():
     assert hooks.supported == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
-def test_attention_in_many_threads_hears_of_its_own_products():
-    """Sequences of other numbers and lengths at once: each thread's rows as alone; and the plain function is back."""
+def test_attention_in_many_threads_records_its_own_products():
+    """Each thread has the rows that it has alone, for sequences of different numbers and lengths."""
     plain = F.linear
     problems = [(encoder(), torch.randn(2 + i, 3 + i, 4)) for i in range(8)]
 
@@ -114,7 +116,7 @@ def test_attention_in_many_threads_hears_of_its_own_products():
     assert F.linear is plain
 
 
-def test_precision_is_put_back_by_the_last_of_several_threads():
+def test_precision_is_restored_by_the_last_of_several_threads():
     flag, inside, leave = torch.backends.cuda.matmul, threading.Event(), threading.Event()
     if not hasattr(flag, "fp32_precision"):
         pytest.skip("this PyTorch has the older switch only")
@@ -123,12 +125,12 @@ def test_precision_is_put_back_by_the_last_of_several_threads():
     def other():
         with full_precision(torch.device("cpu")):
             inside.set()
-            leave.wait()
+            leave.wait(HOUR)
 
     thread = threading.Thread(target=other)
     with full_precision(torch.device("cpu")):
         thread.start()
-        inside.wait()
+        assert inside.wait(HOUR)
     meanwhile = flag.fp32_precision
     leave.set()
     thread.join()
@@ -136,8 +138,8 @@ def test_precision_is_put_back_by_the_last_of_several_threads():
     assert flag.fp32_precision == before
 
 
-def test_one_thread_measures_at_a_time():
-    """Else one would put attention's backends back in the middle of the other's measurement."""
+def test_only_one_thread_measures_at_a_time():
+    """Otherwise one would restore attention's backends in the middle of the other's measurement."""
     flags = torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.mem_efficient_sdp_enabled
     before, order = [flag() for flag in flags], []
 
@@ -158,7 +160,7 @@ def test_one_thread_measures_at_a_time():
 
 
 def test_products_in_many_threads_are_those_of_one():
-    """Through attention, which is switched to plain operations for the whole process while one thread measures."""
+    """The modules have attention, which the whole process computes by plain operations while one thread measures."""
     torch.manual_seed(0)
     modules = [nn.Sequential(encoder(), nn.Linear(4, 1)).double() for _ in range(6)]
     x = torch.randn(3, 5, 4, dtype=torch.float64)
@@ -174,7 +176,7 @@ def test_products_in_many_threads_are_those_of_one():
 
 
 class Classifier(LightningModule):
-    """Weights by formula: the global generator is drawn from by all threads."""
+    """A classifier with weights by a formula, since all threads share the global random generator."""
 
     def __init__(self, lr):
         super().__init__()
@@ -189,8 +191,9 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
+@pytest.mark.slow
 def test_a_study_with_two_jobs_has_the_eigenvalues_of_one(tmp_path):
-    """Optuna trains and measures in two threads at once; every measurement is that of the same run alone."""
+    """Optuna trains and measures in two threads at once; every measurement equals that of the trial alone."""
     rates = [0.01, 0.02, 0.05, 0.1]
 
     def eigenvalues(lr):

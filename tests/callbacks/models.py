@@ -1,4 +1,4 @@
-"""Real models, data and Trainers for the tests of the callbacks: handwritten digits."""
+"""Models, data and Trainers for the tests of the callbacks, on handwritten digits."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 
 class Digits(LightningModule):
-    """A network with everything that a careless measurement would disturb."""
+    """A network with everything that a measurement could change: dropout, batch norm, a metric, lists, logs."""
 
     def __init__(self, dropout: float = 0.2):
         super().__init__()
@@ -72,7 +72,7 @@ def trainer(tmp_path, *callbacks, logger=False, **arguments) -> Trainer:
 
 
 def fit(tmp_path, *callbacks, model=None, data=None, logger=False, ckpt_path=None, **arguments) -> LightningModule:
-    """Train `model`, a module or a class that is made after seeding; returns the module, its `trainer` still on it."""
+    """Seed, train a module, or one made from a class after seeding, and return it with its `trainer`."""
     seed_everything(3, verbose=False)
     model = (model or Digits)() if model is None or isinstance(model, type) else model
     run = trainer(tmp_path, *callbacks, logger=logger, **arguments)

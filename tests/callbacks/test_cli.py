@@ -1,4 +1,4 @@
-"""A YAML file with the monitor in it, through the LightningCLI of either namespace, in a process of its own."""
+"""A YAML file that contains the monitor works with the LightningCLI of either namespace, in a process of its own."""
 
 import csv
 import subprocess
@@ -44,6 +44,7 @@ LightningCLI(Small, Data, save_config_kwargs={{"overwrite": True}}, args=sys.arg
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
 def test_fit_from_yaml(tmp_path, namespace):
     pytest.importorskip(namespace)

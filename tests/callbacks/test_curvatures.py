@@ -1,4 +1,4 @@
-"""The monitor's other matrices, its layers, what else it logs: against dense truth by autodiff."""
+"""The monitor's Gauss-Newton and Fisher matrices, layers and further scalars agree with dense matrices by autodiff."""
 
 import math
 
@@ -12,7 +12,7 @@ from lightning_sketch import SpectrumMonitor
 
 
 class Calls(Digits):
-    """With a forward that gives logits."""
+    """Digits with a forward that returns logits."""
 
     def forward(self, images):
         return self.net(images)
@@ -23,7 +23,7 @@ def monitor(**arguments):
 
 
 def jacobian(model, function, examples):
-    """Of each example's outputs with respect to all parameters, (examples, ..., n)."""
+    """Return the Jacobian of each example's outputs with respect to all parameters, (examples, ..., n)."""
     parameters = {k: v.detach() for k, v in model.named_parameters()}
 
     def one(parameters, image, label):
@@ -53,7 +53,7 @@ def test_ggn(tmp_path):
 
 @pytest.mark.parametrize("loss_fn", [None, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none")])
 def test_fisher(tmp_path, loss_fn):
-    """From training_step, one example at a time, and from a loss that gives one number per example."""
+    """The loss is training_step, one example at a time, or a loss_fn that returns one number per example."""
     watch = monitor(curvature="fisher", loss_fn=loss_fn)
     model = fit(tmp_path, watch, model=Calls, data=loader(shuffle=False), max_epochs=1).eval()
     j = jacobian(model, F.cross_entropy, dataset()[:64])
@@ -69,7 +69,7 @@ def test_a_gauss_newton_matrix_of_another_loss_is_refused(tmp_path):
         fit(tmp_path, monitor(curvature="ggn"), model=Regularized)
 
 
-def test_projected_is_named_so_and_off_by_a_few_per_cent(tmp_path):
+def test_the_projected_spectrum_has_its_own_name_and_is_off_by_a_few_percent(tmp_path):
     full, projected = monitor(), monitor(method="projected", dim=256, num_matvecs=64)
     metrics = fit(tmp_path, full, projected, data=loader(shuffle=False), max_epochs=1).trainer.callback_metrics
     ratio = metrics["hessian_projected/lambda_max"] / metrics["hessian/lambda_max"]
@@ -77,6 +77,7 @@ def test_projected_is_named_so_and_off_by_a_few_per_cent(tmp_path):
     assert abs(ratio - 1) > 1e-3
 
 
+@pytest.mark.slow
 def test_each_layer_has_the_spectrum_of_its_own_block(tmp_path):
     everything, patterns = monitor(per_layer=True, name="all"), monitor(per_layer=["net.1.*", "*.weight"])
     model = fit(tmp_path, everything, patterns, data=loader(shuffle=False), max_epochs=1)
@@ -107,8 +108,9 @@ def test_each_layer_has_the_spectrum_of_its_own_block(tmp_path):
         monitor().plot_layers()
 
 
+@pytest.mark.slow
 def test_gradient_overlap_and_stability(tmp_path):
-    """Shares of the gradient against the dense truth; plain SGD with momentum has an edge of stability."""
+    """Shares of the gradient agree with the dense matrix, and SGD with momentum has an edge of stability."""
 
     class Slow(Digits):
         def configure_optimizers(self):
@@ -131,8 +133,8 @@ def test_gradient_overlap_and_stability(tmp_path):
     assert metrics["hessian/sharpness_lr"] == pytest.approx(float(values[-1]) * 1e-3, rel=1e-3)
     assert last.stable_below == pytest.approx(3000)  # 2 (1 + 1/2) / lr
     assert math.isnan(watch.history[0].overlap_with_last)
-    assert last.overlap_with_last > 0.7  # small steps turn eigenvectors little; of two random spaces it is 3 / n
+    assert last.overlap_with_last > 0.7  # small steps hardly rotate eigenvectors; for random spaces it is 3 / n
     assert metrics["hessian/overlap"] == pytest.approx(last.overlap_with_last)
     (line,) = (line for line in watch.plot().axes[0].get_lines() if line.get_label().startswith("edge"))
     assert line.get_ydata() == pytest.approx([3000, 3000])
-    assert watch.plot()._repr_png_().startswith(b"\x89PNG")  # what a notebook asks for
+    assert watch.plot()._repr_png_().startswith(b"\x89PNG")  # as a notebook shows it

@@ -1,4 +1,4 @@
-"""What cannot work is refused at construction, at setup or on the first batch, with the way out."""
+"""Unsupported setups are refused at construction, at setup or on the first batch, and the message says what to do."""
 
 import math
 
@@ -122,7 +122,7 @@ def test_no_trainable_parameter(tmp_path):
 def test_a_module_without_values(tmp_path):
     with torch.device("meta"):
         model = Digits()
-    with pytest.raises(NotImplementedError) as caught:  # Lightning's own teardown fails on top of ours
+    with pytest.raises(NotImplementedError) as caught:  # Lightning's own teardown fails after our error
         fit(tmp_path, SpectrumMonitor(), model=model)
     assert "on the meta device; create them in configure_model" in str(caught.value.__context__)
 
@@ -143,7 +143,7 @@ def test_sharded_parameters(tmp_path):
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])
 def test_a_loss_that_turns_nan_later(tmp_path, on_error):
-    """By default training goes on and NaN is logged; on_error="raise" stops it."""
+    """By default NaN is logged and training continues; on_error="raise" stops it."""
 
     class Diverging(Digits):
         def on_train_epoch_end(self):
@@ -175,7 +175,7 @@ def test_autocast_is_off_inside(tmp_path):
 
 
 class Lists(Digits):
-    """Trains on lists of images of other sizes."""
+    """A network that trains on lists of images of different sizes."""
 
     def __init__(self):
         super().__init__(dropout=0.0)
@@ -185,8 +185,8 @@ class Lists(Digits):
         return torch.stack([self.net(x).square().mean() for x in batch]).mean()
 
 
-def test_batches_that_cannot_be_weighed_are_refused_as_soon_as_they_are_there(tmp_path):
-    """After the second batch, not at the first measurement an epoch later; an argument settles it."""
+def test_batches_of_unknown_weight_are_refused_before_the_first_measurement(tmp_path):
+    """The error comes after the second batch, not at the first measurement; `num_examples` avoids it."""
     images = [torch.randn(1, 6 + i % 3, 8) for i in range(12)]
     data = DataLoader(images, batch_sampler=[[0], [1, 2, 3], *[[4, 5]] * 4], collate_fn=list)
     with pytest.raises(ValueError, match="pass num_examples="):
@@ -196,8 +196,9 @@ def test_batches_that_cannot_be_weighed_are_refused_as_soon_as_they_are_there(tm
     assert len(monitor.history) == 1
 
 
-def test_a_batch_is_weighed_and_cut_by_the_monitor_as_without_it(tmp_path):
-    """Lists of two images of two channels, whose examples `len` alone tells; and what belongs to all, beside others."""
+@pytest.mark.slow
+def test_the_monitor_weighs_and_splits_batches_as_the_operators_do(tmp_path):
+    """Lists of two images need `num_examples`; a mapping has tensors of the examples and one that all share."""
 
     class Images(Lists):
         def __init__(self):

@@ -109,11 +109,11 @@ def test_every_third_step_some_parameters_and_a_key(tmp_path):
     assert found.step.tolist() == [3, 6, 9, 12]
     assert found.sketch.n == 650
     assert found.example_ids[1].tolist() == list(range(80, 96))
-    assert found.loss.tolist() == pytest.approx(model.losses[2::3])  # each step's own
+    assert found.loss.tolist() == pytest.approx(model.losses[2::3])  # of the same step
 
 
 class Sparse(Digits):
-    """Sparse gradients, and a parameter that gets none."""
+    """A module with sparse gradients, and with parameters that get none."""
 
     def __init__(self):
         super().__init__()
@@ -134,7 +134,7 @@ def test_sparse_and_missing_gradients(tmp_path):
 
 
 class Adversarial(LightningModule):
-    """Two optimizers by hand, each for its own half; the other half's gradients stay where they were."""
+    """Manual optimization by two optimizers, each for its own half; the gradients of the other half stay."""
 
     def __init__(self):
         super().__init__()
@@ -156,7 +156,7 @@ class Adversarial(LightningModule):
         return [torch.optim.SGD(part.parameters(), lr=lr) for part, lr in ((self.one, 0.1), (self.two, 0.2))]
 
 
-def test_several_optimizers_by_hand(tmp_path):
+def test_several_optimizers_under_manual_optimization(tmp_path):
     spy = Spy()
     fit(tmp_path, writer(tmp_path), spy, model=Adversarial, max_epochs=1)
     rows = rows_of(tmp_path)
@@ -165,7 +165,7 @@ def test_several_optimizers_by_hand(tmp_path):
     assert_sketched(rows, spy.gradients)
 
 
-def test_closures_that_are_called_several_times_leave_one_row_a_step(tmp_path):
+def test_closures_that_are_called_several_times_give_one_row_per_step(tmp_path):
     class Newton(Digits):
         def configure_optimizers(self):
             return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=4)
@@ -182,12 +182,12 @@ def test_a_gradient_that_is_not_finite_is_marked(tmp_path):
 
     fit(tmp_path, writer(tmp_path), model=Bursting, max_epochs=1)
     rows = rows_of(tmp_path)
-    assert rows.finite.tolist()[:4] == [True, True, False, False]  # Adam has put NaN into the weights
+    assert rows.finite.tolist()[:4] == [True, True, False, False]  # Adam made the weights NaN
     assert not rows.sketches[2].any()
 
 
 def test_queries_are_stored_at_every_validation(tmp_path):
-    """At each epoch's weights, one row per example, by the training loss; the sanity check writes nothing."""
+    """Each epoch writes one row per example, of the training loss; the sanity check writes nothing."""
 
     class Checked(Digits):
         def validation_step(self, batch, batch_idx):
@@ -206,7 +206,7 @@ def test_queries_are_stored_at_every_validation(tmp_path):
 
 
 class Every(Digits):
-    """With all steps; those of evaluation do nothing."""
+    """A module with all evaluation steps, which do nothing."""
 
     def validation_step(self, batch, batch_idx):
         pass
@@ -219,7 +219,7 @@ class Every(Digits):
 
 @pytest.mark.parametrize("stage", ["validate", "test", "predict"])
 def test_rows_of_examples_at_a_checkpoint(tmp_path, stage):
-    """After training, at the final weights, in inference mode; the step and the rate are those of the fit."""
+    """Rows are at the final weights, in inference mode, with the step and the rate of the fit."""
     seed_everything(3, verbose=False)
     model = Every()
     watch = writer(tmp_path, row_fn=lambda m, b: 2 * (F.cross_entropy(m.net(b[0]), b[1], reduction="none"),))
@@ -244,7 +244,7 @@ def test_rows_of_examples_at_a_checkpoint(tmp_path, stage):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # validation needs no ModelCheckpoint
-def test_a_checkpoint_file_tells_its_step_and_rate(tmp_path):
+def test_rows_at_a_checkpoint_file_have_its_step_and_rate(tmp_path):
     save = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, filename="{epoch}")
 
     class Checked(Digits):
@@ -336,7 +336,7 @@ def test_fast_dev_run_writes_nothing(tmp_path, per):
 
 def test_a_second_fit_into_the_same_folder_is_refused(tmp_path):
     fit(tmp_path, writer(tmp_path), max_epochs=1)
-    with pytest.raises(MisconfigurationException, match=r"holds the rows of 1 fits.*ckpt_path"):
+    with pytest.raises(MisconfigurationException, match=r"contains the rows of 1 fits.*ckpt_path"):
         fit(tmp_path, writer(tmp_path), max_epochs=1)
     assert len(rows_of(tmp_path)) == 8
 

@@ -29,6 +29,7 @@ def on_disk(folder):
     return [r["history"]["item"] for r in map(json.loads, lines) if r.get("type") == "history"]
 
 
+@pytest.mark.slow
 def test_wandb(tmp_path, monkeypatch):
     """W&B gets a histogram and a figure at the step of each measurement, and a table at the end."""
     monkeypatch.setenv("WANDB_SILENT", "true")

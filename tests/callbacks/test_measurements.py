@@ -71,6 +71,7 @@ def test_the_initial_weights_are_measured_although_a_buffer_is_registered_later(
     assert [m.step for m in watch.history] == [0, 8]
 
 
+@pytest.mark.slow
 def test_learning_rates_are_those_of_their_steps(tmp_path):
     """Under a warm-up by steps the start is measured four batches later; a decay by epochs precedes the measurement."""
 

@@ -1,4 +1,4 @@
-"""The same callback works in `lightning.pytorch`, whose classes are other classes than those of `pytorch_lightning`."""
+"""The same callback works in `lightning.pytorch`, whose classes differ from those of `pytorch_lightning`."""
 
 import pytest
 import torch

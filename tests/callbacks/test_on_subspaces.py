@@ -1,4 +1,4 @@
-"""A monitor on a SubspaceModule sees the curvature of what trains: D H Dᵀ, by the wrapper's own directions."""
+"""On a SubspaceModule the monitor measures D H Dᵀ, the Hessian of w, and the writer stores gradients of w."""
 
 import pytest
 import pytorch_lightning as pl
@@ -39,7 +39,7 @@ def fitted(*callbacks, steps=6, kind=Small, **options):
 
 
 def test_the_hessian_is_that_of_w():
-    """Eigenvalues against the dense D H Dᵀ, H by autograd at θ; training is the same to the bit."""
+    """Eigenvalues agree with the dense D H Dᵀ, H by autograd at θ; training is the same to the bit."""
     monitor = SpectrumMonitor(num_batches=1, every_n_train_steps=6, bottom_k=1, tol=1e-5, num_matvecs=20)
     sub = fitted(monitor)
     assert torch.equal(sub.w, fitted().w)
@@ -61,14 +61,14 @@ def test_the_hessian_is_that_of_w():
 
 
 def test_the_writer_stores_the_gradients_of_w(tmp_path):
-    """With as many numbers as w has, what is stored is a rotation of its gradient; training is the same to the bit."""
+    """With as many numbers as w has, a row is a rotation of its gradient; training is the same to the bit."""
     writer = GradientSketchWriter(tmp_path, dim=20, dtype="float32")
     sub = fitted(writer)
     assert torch.equal(sub.w, fitted().w)
     rows = GradientStore.open(tmp_path).read()
     assert rows.sketches.shape == (6, 20)
     assert rows.sketches.norm(dim=1).min() > 0
-    assert rows.columns["lr"].tolist() == pytest.approx([3e-2] * 6)  # that of w, ten times the module's
+    assert rows.columns["lr"].tolist() == pytest.approx([3e-2] * 6)  # the rate of w, ten times the module's
 
 
 class Descent(Small):
@@ -76,8 +76,8 @@ class Descent(Small):
         return torch.optim.SGD(self.parameters(), lr=3e-3)
 
 
-def test_sharpness_is_told_by_the_rate_of_w():
-    """λ_max times the rate, and the bound 2 / rate; the module's own rate is a tenth of it."""
+def test_the_edge_of_stability_is_that_of_the_rate_of_w():
+    """The edge is 2 / rate; the module's own rate is a tenth of that of w."""
     monitor = SpectrumMonitor(num_batches=1, every_n_train_steps=2, top_k=3)
     fitted(monitor, steps=2, kind=Descent)
     found = monitor.history[-1]

@@ -34,6 +34,7 @@ def saved_run(tmp_path, **arguments):
     return watch, sorted((tmp_path / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_new_process_continues_the_history(tmp_path):
     watch, files = saved_run(tmp_path)
     assert len(files) == 2

@@ -9,6 +9,8 @@ import torch
 
 from lightning_sketch import GradientStore
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).with_name("sharded.py")
 
 

@@ -1,4 +1,4 @@
-"""The spectrum of a checkpoint through `trainer.validate`, where Lightning runs in inference mode."""
+"""`trainer.validate`, which runs in inference mode, measures the spectrum of a checkpoint."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from lightning_sketch.curvature import Hessian, spectrum
 class Model(Digits):
     def __init__(self):
         super().__init__()
-        self.mean = MeanMetric()  # its state is made in inference mode, and a measurement must not change it
+        self.mean = MeanMetric()  # its state is made in inference mode; a measurement must not change it
 
     def validation_step(self, batch, batch_idx):
         self.mean(F.cross_entropy(self.net(batch[0]), batch[1]))
@@ -44,20 +44,20 @@ def test_a_checkpoint_has_the_spectrum_that_it_has_without_a_trainer(tmp_path, i
     assert watch.history[0].eigenvalues == pytest.approx(plain.eigenvalues, rel=1e-4, abs=1e-4)
     assert run.callback_metrics["hessian/lambda_max"] == pytest.approx(plain.lambda_max, rel=1e-4)
     assert (tmp_path / "lightning_logs/version_0/hessian_spectra/epoch=0-step=0.safetensors").exists()
-    # the user's own numbers, weights and buffers are what they were
+    # the user's own metrics, weights and buffers are unchanged
     expected = F.cross_entropy(model.eval().net(dataset()[:][0]), dataset()[:][1]).detach()
     assert result["val_loss"] == pytest.approx(float(expected), rel=1e-5)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_validation_inside_of_a_fit_is_not_measured(tmp_path):
+def test_validation_within_a_fit_is_not_measured(tmp_path):
     watch = SpectrumMonitor(num_batches=1, num_matvecs=16)
     run = trainer(tmp_path, watch)
     run.fit(Model(), loader(), loader(shuffle=False))
     assert [m.step for m in watch.history] == [8, 16]
 
 
-def test_what_cannot_work_is_said_there_too(tmp_path):
+def test_an_unsupported_training_step_is_refused_there_too(tmp_path):
     class NoLoss(Model):
         def training_step(self, batch, batch_idx):
             return None

@@ -1,4 +1,4 @@
-"""A row per training example from the backward pass that trains: the gradient of the example's own loss."""
+"""A row per training example, from the backward pass of training, is the gradient of the example's own loss."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def writer(tmp_path, **arguments):
 
 
 class Still(LightningModule):
-    """Convolution, group norm, in-place ReLU; the weights stay where they are, so that all rows are at the same."""
+    """Convolution, group norm and in-place ReLU, trained at rate 0, so that all rows are at the same weights."""
 
     def __init__(self):
         super().__init__()
@@ -50,9 +50,9 @@ class Still(LightningModule):
     ids=str,
 )
 def test_rows_are_the_gradients_of_each_example_alone(tmp_path, arguments, tolerance):
-    """Against one example at a time; 128 examples in batches of 24, the last of 8; windows of four batches and of two.
+    """128 examples are in batches of 24, the last of 8, accumulated in windows of four batches and of two.
 
-    In bfloat16, which rounds to 2^-8, a ReLU near zero may switch: a tenth of the rows may be further off.
+    In bfloat16, which rounds to 2^-8, a ReLU near zero may switch, so a tenth of the rows may be further off.
     """
     model = fit(tmp_path, writer(tmp_path), model=Still, data=data(), max_epochs=2, **arguments)
     store = GradientStore.open(tmp_path / "store")
@@ -65,13 +65,13 @@ def test_rows_are_the_gradients_of_each_example_alone(tmp_path, arguments, toler
     assert rows.epoch.tolist() == [0] * 128 + [1] * 128
     assert rows.lr.unique().tolist() == [0.0]
     assert not store.spec.contribution
-    if not arguments:  # at one set of weights the rows of training answer too
+    if not arguments:  # rows of training at the same weights can be scored too
         queries = store.sketch_gradients(model, [dataset(130)[128:]])
         assert store.top_k(queries, 3).example_ids.shape == (2, 3)
 
 
 class Tokens(LightningModule):
-    """A mean over tokens, of which some rows have few."""
+    """A loss that is a mean over tokens, of which examples have different numbers."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ def sentences():
     return [{"x": draw(17), "labels": draw(5).where(torch.arange(6) < 1 + i % 6, -100), "number": i} for i in range(24)]
 
 
-def test_a_mean_over_tokens_needs_its_weights_and_says_so(tmp_path):
+def test_a_mean_over_tokens_needs_a_weight_fn_and_says_so(tmp_path):
     loader = DataLoader(sentences(), batch_size=8)
     keyed = {"index_key": "number", "dim": 64}
     model = fit(tmp_path, writer(tmp_path, weight_fn=num_labels, **keyed), model=Tokens, data=loader, max_epochs=1)
@@ -103,7 +103,7 @@ def test_a_mean_over_tokens_needs_its_weights_and_says_so(tmp_path):
 
 @pytest.mark.parametrize("watched", [False, True])
 def test_training_is_the_same_bit_for_bit(tmp_path, watched):
-    """With dropout and batch norm, accumulation, and a monitor that looks in between; rows are marked as shares."""
+    """With dropout, batch norm, accumulation, and a monitor that measures in between; rows are marked as shares."""
     monitors = lambda: [SpectrumMonitor(num_matvecs=14, dim=64, num_batches=1)] if watched else []  # noqa: E731
     plain = DataLoader(dataset(128), batch_size=24, shuffle=True)
     arguments = {"accumulate_grad_batches": 2}
@@ -116,7 +116,8 @@ def test_training_is_the_same_bit_for_bit(tmp_path, watched):
     assert GradientStore.open(tmp_path / "store").spec.contribution
 
 
-def test_rows_do_not_depend_on_a_monitor_that_looks_in_between(tmp_path):
+@pytest.mark.slow
+def test_rows_do_not_depend_on_a_monitor_that_measures_in_between(tmp_path):
     for name, monitors in (
         ("alone", []),
         ("watched", [SpectrumMonitor(num_matvecs=14, dim=64, every_n_train_steps=2)]),
@@ -137,7 +138,7 @@ class Last(nn.Module):
         return pair[0][:, -1]
 
 
-def test_what_cannot_be_split_is_left_out_by_name(tmp_path):
+def test_parameters_without_a_rule_are_left_out_by_name(tmp_path):
     with pytest.warns(UserWarning, match=r"leave out 4 of 6 .*\n  net.1.weight_ih_l0: LSTM net.1 has no rule"):
         model = fit(tmp_path, writer(tmp_path, dim=32), model=Recurrent, data=data(), max_epochs=1)
     store = GradientStore.open(tmp_path / "store")
@@ -171,7 +172,7 @@ def test_refused_on_the_first_batch(tmp_path):
 
 
 class Thawing(Still):
-    """From the second epoch on the convolution is trained too."""
+    """A network whose convolution is trained only from the second epoch on."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +189,7 @@ def test_parameters_that_are_trained_later_are_named(tmp_path, per):
 
 
 class Turning(Still):
-    """From the second epoch on the examples go through the head one token later: along another axis."""
+    """A network whose head gets the examples along another axis from the second epoch on."""
 
     def __init__(self):
         super().__init__()
@@ -200,13 +201,13 @@ class Turning(Still):
         return F.cross_entropy(self.net(batch[0]) + logits, batch[1])
 
 
-def test_another_way_through_the_module_that_hooks_cannot_follow_is_named(tmp_path):
+def test_a_later_path_through_the_module_that_hooks_do_not_support_warns(tmp_path):
     with pytest.warns(UserWarning, match=r"may lack a part of 2 parameters:\n  head.weight: Linear head was called"):
         fit(tmp_path, writer(tmp_path), model=Turning, data=data())
 
 
 class Placed(LightningModule):
-    """Positions are looked up once for all, as in many language models."""
+    """A network that looks up positions once for all examples, as in many language models."""
 
     def __init__(self):
         super().__init__()
@@ -233,8 +234,8 @@ def test_a_last_batch_of_as_many_examples_as_positions(tmp_path):
 @pytest.mark.filterwarnings("ignore:rows leave out")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("model", [Still, Recurrent])
-def test_a_fit_resumed_within_an_epoch_goes_on_in_its_store(tmp_path, model):
-    """Six batches an epoch, the last smaller; eight steps, then resumed from the seventh with other batches."""
+def test_a_fit_resumed_within_an_epoch_continues_in_its_store(tmp_path, model):
+    """Of six batches per epoch the last is smaller; after eight steps the fit resumes from the seventh."""
     save = lambda: ModelCheckpoint(tmp_path / "saved", filename="{step}", every_n_train_steps=7, save_top_k=-1)  # noqa: E731
     options = {"enable_checkpointing": True, "max_epochs": -1}
     fit(tmp_path, save(), writer(tmp_path, dim=32), model=model, data=data(), max_steps=8, **options)

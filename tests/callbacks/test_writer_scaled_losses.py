@@ -1,4 +1,4 @@
-"""Rows under a GradScaler are gradients of the loss, not of the scaled loss, whoever unscales them."""
+"""Rows under a GradScaler are gradients of the loss itself, whether Lightning or a fused optimizer unscales them."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ OPTIMIZERS = {
 
 
 def rows(folder, name, fused):
-    """Of a fit in float16 whose losses are multiplied by 65,536."""
+    """Return the rows of a fit in float16 whose losses are multiplied by 65,536."""
 
     class Model(Digits):
         def __init__(self):
@@ -36,9 +36,9 @@ def rows(folder, name, fused):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_rows_of_a_fused_optimizer_are_those_of_a_plain_one(tmp_path, name):
-    """A fused one unscales in its own step, after the row was taken.
+    """A fused optimizer unscales in its own step, after the row was computed.
 
-    Weights drift apart by rounding: 2 % are allowed, where a scale that is forgotten is a factor of 65,536.
+    Weights differ by rounding: 2 % are allowed; without unscaling rows would be off by a factor of 65,536.
     """
     plain, _ = rows(tmp_path / "plain", name, fused=False)
     fused, _ = rows(tmp_path / "fused", name, fused=True)
@@ -46,8 +46,8 @@ def test_rows_of_a_fused_optimizer_are_those_of_a_plain_one(tmp_path, name):
     assert (fused - plain).norm() <= 0.02 * plain.norm()
 
 
-def test_a_fused_optimizer_that_does_not_say_so_is_an_error(tmp_path):
-    """As after a rename of the private flag in PyTorch."""
+def test_a_fused_optimizer_without_the_private_flag_is_an_error(tmp_path):
+    """The flag is missing, as after a rename in PyTorch."""
     _, trainer = rows(tmp_path / "rows", "Adam", fused=True)
     (optimizer,) = trainer.optimizers
     assert gradient_scale(trainer, optimizer) == SCALE
@@ -56,8 +56,8 @@ def test_a_fused_optimizer_that_does_not_say_so_is_an_error(tmp_path):
         gradient_scale(trainer, optimizer)
 
 
-def test_groups_of_a_fused_checkpoint_make_no_optimizer_fused(tmp_path):
-    """Lightning unscales for an optimizer that was made without `fused`, whatever its groups say after loading."""
+def test_param_groups_of_a_fused_checkpoint_make_no_optimizer_fused(tmp_path):
+    """Lightning unscales for an optimizer that was made without `fused`, even if its loaded groups have it."""
     _, trainer = rows(tmp_path / "rows", "Adam", fused=False)
     (optimizer,) = trainer.optimizers
     optimizer.load_state_dict(torch.optim.Adam(optimizer.param_groups[0]["params"], fused=True).state_dict())

@@ -36,7 +36,7 @@ class _Batch:
         ids: The ids of its examples.
         duplicate: Whether an example was added by a distributed sampler to even out the ranks.
         scale: The factors that turn shares of the batch's gradient into gradients of the examples' own losses.
-        second: The rows of the second pass, or None without batch.
+        second: The rows of the second pass, or None if there is no such pass.
     """
 
     ids: Int[Tensor, " examples"]

@@ -118,7 +118,7 @@ def _check_fresh(folder: Path) -> None:
     fits = [run.number for run in read_runs(folder) if run.stage == "fit"]
     if fits:
         raise MisconfigurationException(
-            f"{folder} holds the rows of {len(fits)} fits, and this one begins at its first step; resume it with "
+            f"{folder} contains the rows of {len(fits)} fits, and this one starts at its first step; resume with "
             "trainer.fit(ckpt_path=...), or use another dirpath."
         )
 
