@@ -17,7 +17,7 @@ from lightning_sketch.per_example.loop import loop_sketches, vmap_sketches
 from lightning_sketch.per_example.reduction import Reduction, check_reduction, own_scale
 from lightning_sketch.per_example.verify import hooks_fail
 
-ONE_BY_ONE = {"loop": loop_sketches, "vmap": vmap_sketches}
+_ONE_BY_ONE = {"loop": loop_sketches, "vmap": vmap_sketches}
 
 # How per-example gradients are computed.
 Engine = Literal["auto", "hooks", "loop", "vmap"]
@@ -81,7 +81,7 @@ class ExampleSketches:
             self._choose(batch)
         if self._hooks is not None:
             return self._by_hooks(*self._hooks, batch)
-        one_by_one = ONE_BY_ONE[self.engine if self.engine in ONE_BY_ONE else "loop"]
+        one_by_one = _ONE_BY_ONE[self.engine if self.engine in _ONE_BY_ONE else "loop"]
         rows, losses = one_by_one(
             self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn, self.structure
         )

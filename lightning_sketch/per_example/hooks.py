@@ -65,7 +65,7 @@ class ExampleHooks:
     def __init__(self, module: nn.Module, parameters: Mapping[str, nn.Parameter]):
         self._module, self._parameters = module, dict(parameters)
         self._parts()
-        self._pass: HookPass | None = None
+        self._pass: _HookPass | None = None
         self._shared: list[tuple[Any, SharedTensor]] = []
         self._for_all: set[tuple[str, int]] = set()
         self.supported: set[str] = set()
@@ -83,7 +83,7 @@ class ExampleHooks:
         """
         self.detach()
         parts = self._parts()
-        current = self._pass = HookPass(self._module, self._parameters, accumulator, examples)
+        current = self._pass = _HookPass(self._module, self._parameters, accumulator, examples)
         self.supported, self.reasons = current.supported, current.reasons
         for path, part in parts:
             rule = rule_of(part)
@@ -139,7 +139,7 @@ class ExampleHooks:
 
     def _after_layer(
         self,
-        current: "HookPass",
+        current: "_HookPass",
         rule: Rule,
         path: str,
         part: nn.Module,
@@ -180,7 +180,7 @@ class ExampleHooks:
             self._for_all.add((path, input.ndim))
         return fits and (path, input.ndim) not in self._for_all
 
-    def _hook_uses(self, current: "HookPass", graph: Graph, shared: Iterable[tuple[Any, SharedTensor]]) -> None:
+    def _hook_uses(self, current: "_HookPass", graph: Graph, shared: Iterable[tuple[Any, SharedTensor]]) -> None:
         """Install hooks on the operations of a graph that broadcast shared tensors: parameters, or results of nodes."""
         for origin, tensor in shared:
             parameter = current.parameters[tensor.name]
@@ -209,7 +209,7 @@ class ExampleHooks:
         return ""
 
 
-class HookPass:
+class _HookPass:
     """The state of the hooks during one forward and backward pass of a batch.
 
     Args:

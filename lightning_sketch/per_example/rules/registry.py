@@ -29,7 +29,7 @@ _AnyLayerFn = TypeVar("_AnyLayerFn", bound=Callable[[Any, Tensor, Tensor], Seque
 
 @runtime_checkable
 class Recorder(Protocol):
-    """The part of a `HookPass` that a rule with hooks of its own may use.
+    """The state of a recorded pass that a rule with hooks of its own may use.
 
     Attributes:
         examples: The number of examples in the batch.
