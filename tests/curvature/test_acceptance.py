@@ -169,7 +169,7 @@ def test_rneg(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_believed_is_right(case):
+def test_what_has_converged_is_right(case):
     top, bottom = truth(case)
     sp = replace(measured(case, F32, ENDS[case][0]), tol=1e-2)
     high, low = int(sp.converged.cumprod(0).sum()), int(sp.converged.flip(0).cumprod(0).sum())

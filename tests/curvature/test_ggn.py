@@ -103,7 +103,7 @@ def test_the_closed_form_is_that_of_autograd(module, batch, loss, output_loss):
 @pytest.mark.parametrize(
     "loss", [functional.huber_loss, lambda z, y: (z - y).pow(4).mean(), lambda z, y: z.logsumexp(-1).mean()]
 )
-def test_any_convex_loss_of_the_output_serves(loss):
+def test_any_convex_loss_of_the_output_is_supported(loss):
     module, batch = network(), (normal(6, 3), normal(6, 3, seed=1))
     got = GGN(module, [batch], output_loss_fn=lambda z, batch: loss(z, batch[1]))
     torch.testing.assert_close(dense(got), truth(module, batch, loss))

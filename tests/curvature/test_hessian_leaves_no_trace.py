@@ -100,13 +100,13 @@ def test_one_fixed_batch_costs_no_forward_pass_after_the_first_product():
         assert len(calls) == first
 
 
-@pytest.mark.parametrize("held", [True, False])
-def test_the_graph_is_made_anew_when_parameters_have_changed(held):
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_graph_is_made_again_when_parameters_have_changed(inside):
     module = network()
     h = Hessian(squares, module, [X])
     for _ in range(2):
         fresh = Hessian(squares, module, [X]).matvec(direction(h))
-        if held:
+        if inside:
             with h.hold():
                 h.matvec(direction(h))
                 got = h.matvec(direction(h))

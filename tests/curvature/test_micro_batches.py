@@ -59,7 +59,7 @@ def test_parts_make_up_the_whole(make, size):
 def test_no_part_is_larger_than_asked_for():
     seen = []
     h = Hessian(fits(12, seen), network(), [(X[:7], Y[:7]), (X[7:], Y[7:])], micro_batch_size=3)
-    h.matvec(V)  # looks whether the batch may be cut
+    h.matvec(V)  # checks that the batch may be cut
     seen.clear()
     h.matvec(V)
     assert seen == [3, 3, 1, 3, 2]

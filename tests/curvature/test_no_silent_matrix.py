@@ -54,11 +54,11 @@ def test_a_function_marked_once_differentiable_is_named(matrix):
 def test_a_parameter_that_is_reached_past_its_module(way, hidden):
     """The value of such a copy cannot be changed, so the derivative would be zero."""
     module = linear()
-    held = {"tuple": (module.weight,), "dict": {"w": module.weight}, "closure": [module.weight]}[hidden]
-    module.held = None if hidden == "closure" else held
+    hidden_in = {"tuple": (module.weight,), "dict": {"w": module.weight}, "closure": [module.weight]}[hidden]
+    module.hidden_in = None if hidden == "closure" else hidden_in
 
     def loss(module, batch):
-        weight = held["w"] if hidden == "dict" else held[0]
+        weight = hidden_in["w"] if hidden == "dict" else hidden_in[0]
         return (F.linear(batch, weight) ** 3).sum() + module.bias.square().sum()
 
     v = torch.ones(15, dtype=torch.float64)
@@ -111,7 +111,7 @@ def test_a_mapping_that_the_module_cannot_be_called_with():
         GGN(linear(), [{"x": X, "labels": Y}]).matvec(torch.ones(15, dtype=torch.float64))
 
 
-def test_every_batch_is_looked_at_before_it_is_cut():
+def test_every_batch_is_checked_before_it_is_cut():
     """The first may be cut, the second has ignored labels and a mean over the others."""
     ignored = torch.tensor([0, 1, -100, -100, -100, 2])
     h = Hessian(cross_entropy, linear(), [(X, Y), (X, ignored)], micro_batch_size=3)

@@ -1,4 +1,4 @@
-"""What may be believed of a spectrum: residuals, ends, and counts that know what they do not know."""
+"""Properties of a spectrum: which eigenvalues have converged, both ends, counts that may be lower bounds, and plots."""
 
 import math
 
@@ -98,5 +98,5 @@ def test_plot_marks_what_has_not_converged():
     values = torch.tensor([5.0, 2.0, 0.1, -1.0], dtype=torch.float64)
     residuals = torch.tensor([1e-3, 1e-3, 0.5, 1e-3], dtype=torch.float64)
     axes = Spectrum(values, residuals, tol=1e-2, linearity_defect=0.0, num_products=9).plot().axes[0]
-    full, hollow = (container.lines[0].get_ydata().tolist() for container in axes.containers)
-    assert (full, hollow) == ([5.0, 2.0, -1.0], [0.1])
+    filled, white = (container.lines[0].get_ydata().tolist() for container in axes.containers)
+    assert (filled, white) == ([5.0, 2.0, -1.0], [0.1])

@@ -26,7 +26,7 @@ def run(operator, **kwargs):
 
 def test_it_stops_once_what_is_wanted_is_accepted(outliers):
     early, late = run(outliers()), run(outliers(), tol=0.0)
-    assert early.num_products < late.num_products == 64 + 16 + 6  # a quarter looks for copies
+    assert early.num_products < late.num_products == 64 + 16 + 6  # a quarter searches for copies
     assert (early.residuals <= early.tol * early.eigenvalues.abs())[[0, 1, 2, 3, -1]].all()
     torch.testing.assert_close(early.top(4), torch.tensor([5.0, 4, 3, 2]).double(), rtol=1e-2, atol=0.0)
     torch.testing.assert_close(early.bottom(1), torch.tensor([-2.0]).double(), rtol=1e-2, atol=0.0)

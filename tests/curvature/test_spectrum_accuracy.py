@@ -21,7 +21,7 @@ def error(found, true):
     return float(((found - true[: len(found)]) / true[: len(found)]).abs().max()) if len(found) else 0.0
 
 
-def believed(sp):
+def num_converged(sp):
     """Return how many eigenvalues have converged, from the top inwards and from the bottom inwards."""
     return int(sp.converged.cumprod(0).sum()), int(sp.converged.flip(0).cumprod(0).sum())
 
@@ -61,15 +61,15 @@ def test_both_ends_are_right_at_the_start_of_training(case):
 
 
 @pytest.mark.parametrize("num_matvecs", [48, 64])
-def test_what_is_believed_is_right(cases, num_matvecs):
+def test_what_has_converged_is_right(cases, num_matvecs):
     """At tol=1e-2, for up to 14 values at the top and 10 at the bottom, in every run.
 
     Measured over 120 runs: 1.7e-3 and 2.9e-2. Errors above tol come from an eigenvalue that is accepted before
-    a close neighbour has come into view, so that ranks shift.
+    a close neighbor was found, so that ranks shift.
     """
     for case, dtype, seed in itertools.product(cases, DTYPES, range(2)):
         sp = case.spectrum(dtype, num_matvecs, seed)
-        top, bottom = believed(sp)
+        top, bottom = num_converged(sp)
         assert error(sp.top(min(top, 14)), case.eigenvalues) < 0.03
         assert error(sp.bottom(min(bottom, 10)), case.eigenvalues.flip(0)) < 0.05
         assert top >= 5  # the rule does not refuse everything
@@ -79,7 +79,7 @@ def test_what_is_believed_is_right(cases, num_matvecs):
 @pytest.mark.parametrize("seed", range(2))
 def test_a_tight_cluster_at_the_bottom_is_not_claimed(case, seed):
     """Negative eigenvalues are 2 % apart: 64 products cannot separate them, and the result says so."""
-    assert believed(case.spectrum(torch.float32, seed=seed))[1] <= 1
+    assert num_converged(case.spectrum(torch.float32, seed=seed))[1] <= 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -111,7 +111,7 @@ def test_the_number_of_outliers_at_the_start_is_a_lower_bound(case):
     """More eigenvalues than products are above a fifth of the largest, so the number is a lower bound."""
     sp = case.spectrum(torch.float32)
     assert (case.eigenvalues > 0.2 * case.eigenvalues[0]).sum() > 64
-    assert str(sp.num_outliers()) == f">={believed(sp)[0]}"
+    assert str(sp.num_outliers()) == f">={num_converged(sp)[0]}"
     assert sp.num_outliers() >= 10
 
 

@@ -142,20 +142,20 @@ def test_residuals_bound_the_distance_where_the_rank_is_used_up(dense_operator):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("copies", [2, 10])
-def test_copies_are_found_or_the_ranks_below_them_are_not_believed(dense_operator, copies, dtype):
+def test_copies_are_found_or_the_ranks_below_them_do_not_count_as_converged(dense_operator, copies, dtype):
     """At the default tol, which stops early: one start vector finds one copy, and residuals do not count copies."""
     outliers = torch.tensor([10.0, 7, 5, 4]).repeat_interleave(copies)
     bulk = torch.linspace(-0.5, 0.5, 400)
     sp = spectrum(dense_operator(torch.cat([outliers, bulk]).to(dtype).diag()), bottom_k=0, top_k=8)
-    believed = int(sp.converged[:8].cumprod(0).sum())
-    assert believed >= 2
-    torch.testing.assert_close(sp.top(believed), outliers[:believed].double(), rtol=1e-2, atol=0)
+    converged = int(sp.converged[:8].cumprod(0).sum())
+    assert converged >= 2
+    torch.testing.assert_close(sp.top(converged), outliers[:converged].double(), rtol=1e-2, atol=0)
     count = sp.num_outliers()
     assert count <= len(outliers) if count.at_least else count == len(outliers)
     assert sp.converged[:8].all() or copies == 10
 
 
-def test_several_copies_take_several_looks(dense_operator):
+def test_several_copies_take_several_starts(dense_operator):
     """The first run stops early at 10, 8, 6, 5, 4; each further start vector finds one more copy, the last one none."""
     outliers = torch.tensor([10.0, 10, 10, 10, 8, 6, 5, 4])
     sp = spectrum(

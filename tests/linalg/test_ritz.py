@@ -1,4 +1,4 @@
-"""Ritz values from sketches: what the residual says of the vector that was never seen."""
+"""Ritz values from sketches: the residual bounds the error of a vector that is known by its sketch only."""
 
 import itertools
 import math

@@ -50,7 +50,7 @@ def test_compiled_half_inputs_are_sketched_in_float32(vectors):
 
 
 def test_a_batch_of_another_size_needs_no_other_graph(vectors):
-    """Compiled with dynamic shapes, one graph serves every batch."""
+    """Compiled with dynamic shapes, one graph works for every batch."""
     sketch, graphs = BlockSRHT(n=100, dim=33, seed=3), []
 
     def count(graph, _):

@@ -109,7 +109,7 @@ def test_double_backward_through_a_nonlinear_loss(sketch, vectors):
 
 
 def test_a_first_call_in_inference_mode_spoils_nothing(sketch, vectors):
-    """Small tables are cached: those made in inference mode serve a training step as well."""
+    """Small tables are cached: those made in inference mode must work in a training step as well."""
     from lightning_sketch.operators import _hadamard, random
 
     _hadamard._matrix.cache_clear()

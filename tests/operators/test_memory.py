@@ -1,6 +1,6 @@
 """Scratch memory: a few buffers whatever n is for streaming sketches, and one vector of size N for the others.
 
-The most that a process ever held, less what it held before the product. The products run in a process of
+Measured is the peak memory of a process, less its memory before the product. The products run in a process of
 their own, and the kernel's mark is set back before each one (a child of a large process inherits
 `ru_maxrss`, which therefore sees nothing).
 """
@@ -29,7 +29,7 @@ def mb(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 def extra(product, v):
-    open("/proc/self/clear_refs", "w").write("5")  # VmHWM, the most ever held, falls to what is held now
+    open("/proc/self/clear_refs", "w").write("5")  # resets VmHWM, the peak memory, to the present memory
     before = mb("VmHWM")
     out = product(v)
     return mb("VmHWM") - before - 4 * out.numel() / 2**20

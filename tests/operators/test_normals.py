@@ -1,6 +1,6 @@
 """Standard normals are quantiles from one table, the same bits on every machine; integers are uniform.
 
-Statistics are held within five standard errors; seeds are fixed, so that a result never changes.
+Statistics are tested within five standard errors; seeds are fixed, so that a result never changes.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def test_normals_have_the_moments_of_a_normal():
         assert abs((z**power).mean() - moment) < 5 * math.sqrt(variance / count)
 
 
-def test_neighbouring_normals_are_uncorrelated():
+def test_neighboring_normals_are_uncorrelated():
     z = normals(KEY, 0, 200_000, torch.float64)
     for lag in (1, 2, 3, 512):
         assert abs((z[lag:] * z[:-lag]).mean()) < 5 / math.sqrt(len(z) - lag)

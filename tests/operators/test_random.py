@@ -1,6 +1,6 @@
 """Random numbers are a pure function of (seed, stream, index), pinned forever, and as good as independent.
 
-Statistics are held within five standard errors; seeds are fixed, so that a result never changes.
+Statistics are tested within five standard errors; seeds are fixed, so that a result never changes.
 """
 
 import math

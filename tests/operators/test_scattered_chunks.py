@@ -1,4 +1,4 @@
-"""Chunks from anywhere, a different set for each row, are mapped as the columns of the sketch that they stand for."""
+"""Chunks from any place, a different set for each row, are mapped by the corresponding columns of the sketch."""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""Var ||S x||² for ||x|| = 1 is what each kind promises, in units of 2 / dim: dense Gaussian's is 1.
+"""Var ||S x||² for ||x|| = 1 is what its module claims, in units of 2 / dim: dense Gaussian's is 1.
 
-Held within five standard errors of a variance, plus a hundredth for what the formulas leave out.
+Tested within five standard errors of a variance, plus a hundredth for what the formulas leave out.
 Seeds are fixed, so that a result never changes.
 """
 
