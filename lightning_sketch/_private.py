@@ -7,10 +7,8 @@ Each row of `NAMES` is (owner, name, used in, breaks):
     used in    our files
     breaks     what would silently go wrong without it; empty if there is an error
 
-`tests/test_private.py` asserts that each exists in the installed versions. This module imports no other package.
+`tests/test_private.py` asserts that each exists in the installed versions. This module imports nothing.
 """
-
-from typing import Any
 
 NAMES: tuple[tuple[str, str, str, str], ...] = (
     # Lightning
@@ -88,7 +86,7 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
 )
 
 
-def required(owner: object, name: str) -> Any:
+def required(owner: object, name: str):  # of any type, which cannot be named without an import
     """Return a private attribute without which results would be silently wrong.
 
     Raises:
