@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lightning_sketch.curvature import EmpiricalFisher as EmpiricalFisher
     from lightning_sketch.curvature import Hessian as Hessian
     from lightning_sketch.curvature import load_spectrum as load_spectrum
-    from lightning_sketch.curvature import spectrum as spectrum
+    from lightning_sketch.curvature.spectrum import spectrum as spectrum
     from lightning_sketch.operators import AFFD as AFFD
     from lightning_sketch.operators import AFJL as AFJL
     from lightning_sketch.operators import FFD as FFD

@@ -2,7 +2,7 @@
 
 import operator
 from abc import abstractmethod
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -40,7 +40,7 @@ class Sketch(LinearOperator):
 
     n: int
     dim: int
-    seed: int = field(default=0, kw_only=True)
+    seed: int = 0
 
     kind: ClassVar[str]
     streams: ClassVar[bool]
