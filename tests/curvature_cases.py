@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from marks import slow
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -143,7 +144,12 @@ def measured(name, dtype, num_matvecs, seed):
 CASES = ["mlp start", "mlp trained", "cnn start", "cnn trained"]
 
 
-@pytest.fixture(params=CASES)
+def mostly_small(names):
+    """Return these cases for a parametrization: those that are not MLPs run in `make test-all` only."""
+    return [name if name.startswith("mlp") else slow(name) for name in names]
+
+
+@pytest.fixture(params=mostly_small(CASES))
 def case(request):
     return make_case(request.param)
 

@@ -1,14 +1,9 @@
-"""Parametrizations over kinds of sketches: the default kind takes every value, the others one, or all in a full run."""
+"""Parametrizations over kinds of sketches: the default kind takes every value, the others take one."""
 
 import pytest
 
 from lightning_sketch.operators import BlockSRHT
 from lightning_sketch.operators.kinds import KINDS
-
-
-def full(*values):
-    """Return a parameter set that runs in `make test-all` only."""
-    return pytest.param(*values, marks=pytest.mark.full)
 
 
 def each_kind_and(name, first, *more, kinds=None):
@@ -19,7 +14,7 @@ def each_kind_and(name, first, *more, kinds=None):
     cases = []
     for kind in kinds or KINDS.values():
         for place, value in enumerate((first, *more)):
-            marks = pytest.mark.full if place and kind is not BlockSRHT else ()
+            marks = pytest.mark.slow if place and kind is not BlockSRHT else ()
             shown = getattr(value, "__name__", value)
             cases.append(pytest.param(kind, value, marks=marks, id=f"{kind.__name__}-{shown}"))
     return pytest.mark.parametrize(("make", name), cases)

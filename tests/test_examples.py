@@ -13,6 +13,7 @@ from models import Digits, DigitsData
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_example(script, tmp_path):
     """In a process of its own, as a reader runs it; it says what it wrote and writes it."""

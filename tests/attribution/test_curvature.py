@@ -247,6 +247,7 @@ def test_the_module_is_left_as_it_was():
     assert all(p.grad is None for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_the_matrix_of_an_example_is_the_mean_over_its_tokens():
     """Of two examples with three and two counted tokens, 4000 draws: within five standard errors of ten parts."""
     torch.manual_seed(0)

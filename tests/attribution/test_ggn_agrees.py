@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from marks import some
 from torch import nn
 
 from lightning_sketch import GGN, BlockSRHT
@@ -60,6 +61,7 @@ TRAINED = {
     "real labels": (F.mse_loss, normal(N, 3, seed=1)),
 }
 trained = pytest.mark.parametrize(("step", "y"), TRAINED.values(), ids=TRAINED)
+QUICK = ["classes", "some ignored", "multi-label", "real labels"]
 
 
 def both(module, batches, **options):
@@ -82,9 +84,10 @@ def test_the_trained_loss_is_found_and_both_have_its_matrix(step, y):
     torch.testing.assert_close(found.dense() * N / counted, truth)
 
 
-@trained
-def test_the_loss_may_be_passed_by_name_or_as_a_function(step, y):
+@pytest.mark.parametrize("name", some(TRAINED, QUICK))
+def test_the_loss_may_be_passed_by_name_or_as_a_function(name):
     """A plain module, with the loss of another module."""
+    step, y = TRAINED[name]
     plain, x = net(), normal(N, 4)
     named, found = both(plain, [(x, y)], loss_fn=lambda module, batch: step(module(batch[0]), batch[1]))
     expected, same = both(Module(step), [(x, y)])
@@ -155,6 +158,7 @@ def test_two_losses_of_one_value_are_distinguished_or_refused():
     assert GGN(module, [batch], output_loss_fn="cross_entropy").loss() == pytest.approx(1.0986123)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shift", [False, True])
 def test_tokens_are_shifted_as_in_training(shift):
     """200 draws of fit_ggn in ten parts: five standard errors of their mean, each example weighing the same."""

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from models import Digits, dataset, loader
 from torch import nn
 
@@ -33,7 +34,7 @@ def module():
     return Digits()
 
 
-@pytest.mark.parametrize("engine", ["auto", "hooks", "loop", "vmap"])
+@pytest.mark.parametrize("engine", ["auto", "loop", slow("hooks"), slow("vmap")])
 def test_rows_are_sketched_gradients_of_each_example(module, engine):
     """With batch norm and dropout in the module: evaluation mode. Rounding of float32 through a few layers."""
     sketch = BlockSRHT(Layout.of(module).n, 64)

@@ -101,6 +101,7 @@ def test_hashes_of_tensors_are_those_in_stores():
     assert content_hash((torch.arange(6.0).view(2, 3), torch.tensor([1]))) == 7799134863832516803
 
 
+@pytest.mark.slow
 def test_sets_of_strings_hash_alike_in_every_process():
     code = "from lightning_sketch.autodiff.content_hash import content_hash; print(content_hash({'a', 'b', 'c'}))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]

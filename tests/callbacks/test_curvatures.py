@@ -37,6 +37,7 @@ def top(matrix):
     return torch.linalg.eigvalsh(matrix).flip(0)[:3]
 
 
+@pytest.mark.slow
 def test_ggn(tmp_path):
     watch = monitor(curvature="ggn")
     model = fit(tmp_path, watch, model=Calls, data=loader(shuffle=False)).eval()
@@ -69,6 +70,7 @@ def test_a_gauss_newton_matrix_of_another_loss_is_refused(tmp_path):
         fit(tmp_path, monitor(curvature="ggn"), model=Regularized)
 
 
+@pytest.mark.slow
 def test_the_projected_spectrum_has_its_own_name_and_is_off_by_a_few_percent(tmp_path):
     full, projected = monitor(), monitor(method="projected", dim=256, num_matvecs=64)
     metrics = fit(tmp_path, full, projected, data=loader(shuffle=False), max_epochs=1).trainer.callback_metrics

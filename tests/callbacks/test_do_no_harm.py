@@ -6,6 +6,7 @@ import csv
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from models import Digits, DigitsData, fit, loader
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 
@@ -40,7 +41,7 @@ CADENCES = [{"at_start": True}, {"every_n_train_steps": 3}]
 
 
 @pytest.mark.parametrize("cadence", CADENCES, ids=str)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, slow(2)])
 def test_a_shuffled_loader_with_dropout_and_batchnorm(tmp_path, workers, cadence):
     watch = monitor(**cadence)
     watched = fit(tmp_path, watch, data=loader(workers))
@@ -60,6 +61,7 @@ def test_a_datamodule(tmp_path):
     assert_same(outcome(watched), outcome(fit(tmp_path, data=DigitsData())))
 
 
+@pytest.mark.slow
 def test_an_offline_wandb_run_in_both_arms(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
 
@@ -72,6 +74,7 @@ def test_an_offline_wandb_run_in_both_arms(tmp_path, monkeypatch):
     assert_same(run("watched", monitor()), run("alone"))
 
 
+@pytest.mark.slow
 def test_what_the_user_logs_is_logged_as_before(tmp_path):
     """A further call of training_step would overwrite `train_loss` if its logging were not disabled."""
 
@@ -108,6 +111,7 @@ def test_a_step_that_draws_random_numbers(tmp_path):
     assert_same(outcome(fit(tmp_path, monitor(), model=Drawing)), outcome(fit(tmp_path, model=Drawing)))
 
 
+@pytest.mark.slow
 def test_a_step_that_changes_its_batch_in_place(tmp_path):
     """The monitor's copies are independent of the batches of training, in both directions."""
 
@@ -141,6 +145,7 @@ def test_a_teacher_that_follows_in_the_step(tmp_path):
     assert_same(outcome(fit(tmp_path, monitor(), model=Teacher)), outcome(fit(tmp_path, model=Teacher)))
 
 
+@pytest.mark.slow
 def test_a_module_that_wandb_watches(tmp_path, monkeypatch):
     """Hooks of W&B do not count the monitor's products: the histograms are logged at the same steps without it."""
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -190,6 +195,7 @@ def test_a_step_that_logs_to_the_logger_itself(tmp_path):
     assert set(seen) == set(range(8))
 
 
+@pytest.mark.slow
 def test_hooks_on_gradients_do_not_change_the_products(tmp_path):
     """A hook that scales gradients would also scale the eigenvalues."""
 

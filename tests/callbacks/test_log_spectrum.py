@@ -59,6 +59,7 @@ def test_wandb(tmp_path, monkeypatch):
     assert sum(row[6] for row in table["data"] if row[1] == 8 and row[2] == "density node") == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_tensorboard(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     watch = monitor()
@@ -73,6 +74,7 @@ def test_tensorboard(tmp_path):
         assert event.histogram_value.max == pytest.approx(float(nodes.max()))
 
 
+@pytest.mark.slow
 def test_everything_is_saved_beside_a_csv_file(tmp_path):
     """The files include the sketched Krylov vectors, from which eigenvectors can be computed."""
     logger = CSVLogger(tmp_path)
@@ -87,6 +89,7 @@ def test_everything_is_saved_beside_a_csv_file(tmp_path):
         assert m.krylov is None  # in memory the history stays small
 
 
+@pytest.mark.slow
 def test_any_other_logger_gets_the_scalars(tmp_path):
     class Plain(Logger):
         name, version = "plain", 0

@@ -45,6 +45,7 @@ def test_a_new_process_continues_the_history(tmp_path):
     assert done.stdout.strip().endswith(f"[8, 16, 24, 32] {watch.history[0].lambda_max!r}")
 
 
+@pytest.mark.slow
 def test_measurements_after_an_older_checkpoint_are_repeated(tmp_path):
     watch, files = saved_run(tmp_path, max_epochs=3)
     run = trainer(tmp_path, watch, max_epochs=2)
@@ -52,6 +53,7 @@ def test_measurements_after_an_older_checkpoint_are_repeated(tmp_path):
     assert [m.step for m in watch.history] == [8, 16]
 
 
+@pytest.mark.slow
 def test_checkpoints_contain_nothing_of_the_parameters_size(tmp_path):
     _, files = saved_run(tmp_path)
     state = torch.load(files[-1], weights_only=True)
@@ -62,6 +64,7 @@ def test_checkpoints_contain_nothing_of_the_parameters_size(tmp_path):
     assert max(sizes) <= 96 < sum(p.numel() for p in Digits().parameters())
 
 
+@pytest.mark.slow
 def test_other_batches_after_resuming_warn(tmp_path):
     _, files = saved_run(tmp_path)
     watch = SpectrumMonitor(num_batches=2)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from models import Digits, dataset, fit, loader
 from pytorch_lightning import Trainer
 from pytorch_lightning.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
@@ -42,6 +43,7 @@ def test_the_eigenvalues_are_those_of_the_dense_hessian_on_the_first_batches(tmp
     assert last.loss == pytest.approx(F.cross_entropy(model.eval().net(images), labels).item(), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_start_is_measured_at_the_initial_weights(tmp_path):
     """The measurement takes place two batches later, when all probe batches are there."""
     initial = {}
@@ -75,12 +77,12 @@ def test_a_loss_fn_and_a_pattern_of_parameters(tmp_path):
     ("arguments", "trainer_arguments", "steps"),
     [
         ({}, {"max_epochs": 3}, [8, 16, 24]),
-        ({"every_n_epochs": 2}, {"max_epochs": 5}, [16, 32]),
         ({"every_n_train_steps": 3}, {"max_epochs": 2}, [3, 6, 9, 12, 15]),
-        ({"every_n_train_steps": 2}, {"max_epochs": 2, "accumulate_grad_batches": 2}, [2, 4, 6, 8]),
-        ({"every_n_train_steps": 2, "num_batches": 1}, {"max_epochs": 1, "accumulate_grad_batches": 2}, [2, 4]),
-        ({"every_n_train_steps": 1, "num_batches": 4}, {"max_steps": 6, "max_epochs": -1}, [4, 5, 6]),
-        ({"every_n_train_steps": 4, "num_batches": 50}, {"max_epochs": 2}, [12, 16]),
+        slow({"every_n_epochs": 2}, {"max_epochs": 5}, [16, 32]),
+        slow({"every_n_train_steps": 2}, {"max_epochs": 2, "accumulate_grad_batches": 2}, [2, 4, 6, 8]),
+        slow({"every_n_train_steps": 2, "num_batches": 1}, {"max_epochs": 1, "accumulate_grad_batches": 2}, [2, 4]),
+        slow({"every_n_train_steps": 1, "num_batches": 4}, {"max_steps": 6, "max_epochs": -1}, [4, 5, 6]),
+        slow({"every_n_train_steps": 4, "num_batches": 50}, {"max_epochs": 2}, [12, 16]),
     ],
 )
 def test_it_measures_when_it_should(tmp_path, arguments, trainer_arguments, steps):
@@ -93,6 +95,7 @@ def test_it_measures_when_it_should(tmp_path, arguments, trainer_arguments, step
         assert sum(bool(row["hessian/seconds"]) for row in csv.DictReader(file)) == len(steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [16, 128])
 def test_a_second_fit_has_its_own_history_and_its_own_batches(tmp_path, batch_size):
     watch = monitor()
@@ -130,6 +133,7 @@ def test_csv(tmp_path):
     assert {f"hessian/{key}" for key in SCALARS} <= rows[0].keys()
 
 
+@pytest.mark.slow
 def test_steps_are_logged_beside_the_loss_of_their_batch(tmp_path):
     logger = CSVLogger(tmp_path)
     fit(tmp_path, monitor(every_n_train_steps=4), logger=logger, log_every_n_steps=4, max_epochs=1)
@@ -219,12 +223,14 @@ def test_after_a_failure_no_value_of_an_earlier_measurement_remains(tmp_path):
     assert all(math.isnan(value) for value in ours.values())
 
 
+@pytest.mark.slow
 def test_two_monitors_with_two_names(tmp_path):
     head, all_of_it = monitor(name="head", parameters="net.5.*"), monitor()
     metrics = fit(tmp_path, head, all_of_it).trainer.callback_metrics
     assert 0 < metrics["head/lambda_max"] <= metrics["hessian/lambda_max"] * (1 + 1e-5)  # a principal submatrix
 
 
+@pytest.mark.slow
 def test_plot_draws_every_measurement(tmp_path):
     watch = monitor()
     with pytest.raises(ValueError, match="nothing to plot"):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from models import Digits, dataset, fit
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -45,9 +46,9 @@ class Gated(Still):
         return F.cross_entropy(x, batch[1])
 
 
-@pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 3}], ids=str)
+@pytest.mark.parametrize("arguments", [{"accumulate_grad_batches": 3}, slow({})], ids=str)
 @pytest.mark.parametrize(
-    ("model", "unsupported", "fallback"), [(Recurrent, 4, "loop"), (Gated, 1, "loop"), (Gated, 1, "vmap")]
+    ("model", "unsupported", "fallback"), [(Recurrent, 4, "loop"), (Gated, 1, "vmap"), slow(Gated, 1, "loop")]
 )
 def test_rows_cover_all_parameters(tmp_path, model, unsupported, arguments, fallback):
     """Six batches an epoch, the last smaller; windows of three."""
@@ -63,6 +64,7 @@ def test_rows_cover_all_parameters(tmp_path, model, unsupported, arguments, fall
     assert len(rows) == 256
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:fallback='loop' covers")
 def test_a_scaled_loss_scales_the_shares_only(tmp_path):
     """In float16 by hooks, under a scale that grows from 2^10, and by the second pass, without either.

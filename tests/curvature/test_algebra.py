@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from scipy.sparse.linalg import eigsh
 from torch import nn
 
@@ -37,6 +38,7 @@ def dense_hessian(module, batches):
     return torch.func.hessian(mean)(torch.cat([p.flatten() for p in named.values()]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["LA", "SA"])
 def test_scipy_finds_the_extreme_eigenvalues_of_a_hessian(which):
     module, batches = problem()
@@ -47,7 +49,7 @@ def test_scipy_finds_the_extreme_eigenvalues_of_a_hessian(which):
     np.testing.assert_allclose(found, truth[-3:] if which == "LA" else truth[:3], rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, slow(torch.bfloat16)])
 def test_the_spectrum_of_a_sum_is_that_of_the_sum(dtype):
     """H + G / 10 - 2 F; half precision is computed in float32 by each of the three, on the same copies of weights."""
     module, batches = problem(dtype)

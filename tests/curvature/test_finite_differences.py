@@ -40,6 +40,7 @@ def differences(module, step=1e-3):
     return Hessian(cross_entropy, module, [(X, Y)], hvp="finite_differences", step=step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", STEPS)
 def test_they_are_refused_on_every_network_with_kinks(case, dtype, step):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import some
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -68,9 +69,9 @@ CARE = {
 }
 
 
-@pytest.fixture(params=CARE.values(), ids=CARE)
+@pytest.fixture(params=some(CARE, set(CARE) - {"encoder layer"}))
 def problem(request):
-    loss_fn, make, shape = request.param
+    loss_fn, make, shape = CARE[request.param]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return loss_fn, make().double().eval(), normal(*shape)

@@ -28,6 +28,7 @@ print(n, (peak() - before) / (4 * n))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read in the unit of Linux")
 @pytest.mark.parametrize("batches", [1, 2])
 def test_a_run_takes_a_few_vectors_above_a_product(batches):

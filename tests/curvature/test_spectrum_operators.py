@@ -123,6 +123,7 @@ def test_keeping_the_vectors_agrees_with_sketching_them(dense_operator, dtype):
         torch.testing.assert_close(torch.cat([sp.top(5), sp.bottom(3).flip(0)]), expected, rtol=5e-6, atol=0.0)
 
 
+@pytest.mark.slow
 def test_residuals_bound_the_distance_where_the_rank_is_used_up(dense_operator):
     """Small, low rank, float32, more products than dimensions: what is left over is rounding, blown up.
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import pairs, slow
 from torch import nn
 
 from lightning_sketch import GGN, EmpiricalFisher, Hessian
@@ -79,7 +80,7 @@ def test_a_guess_is_refused(loss, batches, counts, count):
 
 
 @cases
-@pytest.mark.parametrize("argument", ["num_examples", "weight_fn"])
+@pytest.mark.parametrize("argument", ["num_examples", slow("weight_fn")])
 def test_an_argument_weighs_them(loss, batches, counts, count, argument):
     found = Hessian(loss, net(), batches, **{argument: count}).as_matrix()
     torch.testing.assert_close(found, truth(loss, batches, counts))
@@ -90,8 +91,7 @@ def test_a_batch_alone_needs_no_weight(loss, batches, counts, count):
     assert Hessian(loss, net(), batches[1:]).as_matrix().isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["ragged", "images", "detection"])
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize(("name", "size"), pairs(["ragged", "images", "detection"], [1, 2, 3]))
 def test_lists_are_cut_by_their_items(name, size):
     loss, batches, counts, count = CASES[name]
     found = Hessian(loss, net(), batches, num_examples=count, micro_batch_size=size).as_matrix()
@@ -124,6 +124,7 @@ def test_time_may_come_first():
         Hessian(of_time_first, net(), batches).as_matrix()
 
 
+@pytest.mark.slow
 def test_every_curvature_takes_the_arguments():
     """A table beside the rows is passed to every part."""
     table = normal(3, 2, seed=5)

@@ -57,6 +57,7 @@ def test_equal_eigenvalues_have_as_many_vectors(dense_operator, dtype, seed):
     torch.testing.assert_close(found @ found.T, torch.eye(10, dtype=dtype), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["mlp trained"], indirect=True)
 def test_of_a_network_they_are_those_of_the_dense_hessian(case):
     """They are computed in float32 and checked in float64: measured residuals of at most 2e-5 of the eigenvalue."""

@@ -60,6 +60,7 @@ def test_the_interval_is_that_of_the_jackknife_over_subsets_and_the_spread_over_
     assert float(found["lds"] - found["low"]) == pytest.approx(float(half), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_interval_covers():
     """The mean over 100 problems is in 95 % of their intervals; the interaction of both, counted twice, adds some."""
     found = [lds(*problem(seed=seed)) for seed in range(100)]
@@ -81,6 +82,7 @@ def test_batches_of_queries_add_up():
     torch.testing.assert_close(metric.compute(), whole, rtol=1e-6, atol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(tmp_path):
     both = [subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)]) for rank in (0, 1)]
     assert [process.wait(timeout=3600) for process in both] == [0, 0]

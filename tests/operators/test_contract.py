@@ -30,7 +30,7 @@ for _kind, _sizes in ONE_SIZE.items():
     globals()[_name] = type(_name, (SketchTests,), {"kind": _kind, "sizes": _sizes})
     if _kind is not BlockSRHT:
         _name += "AtAllSizes"
-        globals()[_name] = pytest.mark.full(type(_name, (SketchTests,), {"kind": _kind}))
+        globals()[_name] = pytest.mark.slow(type(_name, (SketchTests,), {"kind": _kind}))
 
 
 @pytest.fixture

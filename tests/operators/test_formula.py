@@ -7,14 +7,14 @@ import math
 
 import pytest
 import torch
-from sketch_kinds import full
+from marks import slow
 
 from lightning_sketch.operators import AFFD, AFJL, FFD, FJL, QK, BlockSRHT, CountSketch, Gaussian
 from lightning_sketch.operators.random import integers, normals, signs, words
 
 SIZES = [(300, 24), (1, 1), (128, 32), (100, 33)]  # many chunks and padding; trivial; powers of two; neither
 every_size = pytest.mark.parametrize("size", SIZES)
-one_size = pytest.mark.parametrize("size", [SIZES[0], *map(full, SIZES[1:])])  # and the others in `make test-all`
+one_size = pytest.mark.parametrize("size", [SIZES[0], *map(slow, SIZES[1:])])  # and the others in `make test-all`
 
 
 def power_of_two(size):
@@ -141,7 +141,7 @@ def test_gaussian(size):
     agrees(sketch, entries.T / math.sqrt(sketch.dim))
 
 
-@pytest.mark.parametrize("size", [(100, 33), (3000, 48), full((1, 1)), full((4096, 100))])  # one factor, two factors
+@pytest.mark.parametrize("size", [(100, 33), (3000, 48), slow((1, 1)), slow((4096, 100))])  # one factor, two factors
 def test_qk(size):
     """S = √(N / dim) R (Q_1 ⊗ ... ⊗ Q_K) pad; Q_iᵀ is a Gaussian matrix after Gram-Schmidt, hence Haar."""
     sketch = QK(*size, seed=3)

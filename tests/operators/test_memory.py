@@ -52,6 +52,7 @@ def used():
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_scratch_memory_is_bounded(used, kind):
     """16 MB for streaming sketches, of vectors of 64 MB; another N numbers for the others."""
@@ -59,6 +60,7 @@ def test_scratch_memory_is_bounded(used, kind):
     assert max(used[kind]) < 16 + vector
 
 
+@pytest.mark.slow
 def test_the_measurement_sees_a_copy_of_the_input(used):
     """AFFD, with its one vector of size N, must use at least that: otherwise the bounds above mean nothing."""
     assert min(used["affd"]) > 0.9 * 4 * SIZES["affd"] / 2**20

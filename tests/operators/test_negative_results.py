@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from sketch_kinds import full
+from marks import slow
 
 from lightning_sketch.operators import AFFD, AFJL, FFD, QK, BlockSRHT
 
@@ -37,7 +37,8 @@ def in_one_block(values, n):
     return values.new_zeros(n).index_put((torch.arange(7 * size, 8 * size),), values)
 
 
-@pytest.mark.parametrize("dim", [256, full(16)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [256, slow(16)])
 def test_ffd_sends_a_constant_chunk_to_one_chi_square_whatever_dim_is(dim):
     """Theorem 3.1: H x = e_1, so that ||S x||² is one squared normal: mean 1, variance 2, median 0.455."""
     norms = squared_norms(FFD, in_one_block(torch.ones(dim), 10 * dim), dim)
@@ -53,7 +54,8 @@ def test_ffd_keeps_only_one_number_of_a_constant_chunk():
     torch.testing.assert_close(y.square(), y.square()[:1].expand(64))
 
 
-@pytest.mark.parametrize("n", [1 << 10, full(1 << 14)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1 << 10, slow(1 << 14)])
 def test_afjl_sends_two_equal_numbers_at_distance_dim_to_zero_half_of_the_time(n):
     """Two such coordinates share a column of H_D up to sign: what is lost does not depend on n."""
     x = torch.zeros(n, dtype=torch.float64)
@@ -63,7 +65,7 @@ def test_afjl_sends_two_equal_numbers_at_distance_dim_to_zero_half_of_the_time(n
     assert norms[norms > 0].min() > 0.5  # and the other half is doubled
 
 
-@pytest.mark.parametrize("dim", [64, full(256)])
+@pytest.mark.parametrize("dim", [64, slow(256)])
 def test_qk_spreads_on_a_rank_one_matrix_along_its_factors(dim):
     """||S x||² is a product of squared norms of √dim numbers each: variance about 2 · 2 / √dim, not 2 / dim.
 
@@ -78,6 +80,7 @@ def test_qk_spreads_on_a_rank_one_matrix_along_its_factors(dim):
     assert abs(ratio - predicted) < 5 * error
 
 
+@pytest.mark.slow
 def test_affd_repeats_one_profile_in_every_block_when_one_block_holds_the_energy():
     """H B x is then one vector p in every block of length dim, up to sign: p = H (s ∘ x), at any n.
 
@@ -92,6 +95,7 @@ def test_affd_repeats_one_profile_in_every_block_when_one_block_holds_the_energy
     assert error < 0.15  # measured 2.97 ± 0.07 over 4000 seeds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "x",
     [

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from sketch_kinds import full
+from marks import slow
 
 from lightning_sketch.operators import random
 from lightning_sketch.operators.random import Key, flip_, integers, normals, signs, words
@@ -68,7 +68,7 @@ def test_a_slice_does_not_depend_on_the_range_around_it(draw, origin):
     [
         *((torch.float32, start) for start in STARTS),
         (torch.float64, STARTS[-1]),
-        *(full(torch.float64, start) for start in STARTS[:-1]),
+        *(slow(torch.float64, start) for start in STARTS[:-1]),
     ],
 )
 @pytest.mark.parametrize("count", [1, 300, 8192, 20_000])

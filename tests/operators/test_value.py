@@ -47,6 +47,7 @@ def test_every_kind_is_pinned():
     assert set(PINNED) == set(KINDS.values())
 
 
+@pytest.mark.slow
 def test_a_fresh_process_draws_the_same_maps():
     out = subprocess.run([sys.executable, "-c", FRESH], check=True, capture_output=True, text=True).stdout
     x = torch.linspace(-1, 1, 100, dtype=torch.float64)

@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from sketch_kinds import full
+from marks import slow
 
 from lightning_sketch.operators import AFFD, AFJL, FFD, FJL, QK, BlockSRHT, CountSketch, Gaussian
 
@@ -76,13 +76,15 @@ def test_on_a_dense_vector(kind, predicted):
     holds((ratio, error), predicted)
 
 
+@pytest.mark.slow
 def test_gaussian_on_any_vector():
     """Exactly 2 / dim, whatever x is; a small n, since every entry is drawn."""
     x = torch.eye(100)[0] + torch.eye(100)[50:53].sum(0)
     holds(measure(Gaussian, x, dim=33, seeds=1500), 1.0)
 
 
-@pytest.mark.parametrize("dim", [48, full(64)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [48, slow(64)])
 def test_folding_to_a_dim_between_powers_of_two_costs_at_most_an_eighth(dim):
     """Of Block SRHT's outputs b - dim collect two rows, the others one: the ratio is (3 b - 2 dim) dim / b²."""
     predicted = (3 * 64 - 2 * dim) * dim / 64**2
@@ -90,7 +92,7 @@ def test_folding_to_a_dim_between_powers_of_two_costs_at_most_an_eighth(dim):
     holds(measure(BlockSRHT, INPUTS["dense"][:10_000], dim=dim, seeds=600), predicted)
 
 
-@pytest.mark.parametrize("dim", [100, full(200)])
+@pytest.mark.parametrize("dim", [100, slow(200)])
 @pytest.mark.parametrize("kind", [AFFD, CountSketch])
 def test_a_dim_between_powers_of_two_costs_nothing_elsewhere(kind, dim):
     holds(measure(kind, INPUTS["dense"][:10_000], dim=dim), 1.0)
@@ -103,6 +105,7 @@ def test_no_input_is_worse_than_dense_gaussian(kind):
     assert all(ratio < 1.3), dict(zip(INPUTS, ratio.tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_affd_is_as_good_as_dense_gaussian_but_for_one_block():
     inputs = torch.stack([x for name, x in INPUTS.items() if name != "one block"])
     ratio, _ = measure(AFFD, inputs, seeds=500)

@@ -6,8 +6,8 @@ roundings.
 
 import pytest
 import torch
-from cases import pairs, some
 from factors_of_tests import accumulator_of, added, all_factors, assert_near, assert_sketched, dense, module_of, random
+from marks import pairs, some
 from torch.overrides import TorchFunctionMode
 
 from lightning_sketch.operators.kinds import KINDS
@@ -153,6 +153,7 @@ def test_rows_of_a_table_lie_anywhere_among_the_chunks(place, kind):
     assert_near(added(accumulator, [SparseRows(module.table, index.int(), values)], 18), expected, 1e-10)
 
 
+@pytest.mark.slow
 def test_rows_of_a_table_may_be_longer_than_what_is_formed_at_once():
     """They are cut into parts, which lie across two chunks unless their row begins with one."""
     module = module_of({"before": (7,), "table": (3, 1_100_000)})

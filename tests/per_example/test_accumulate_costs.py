@@ -134,6 +134,7 @@ print(json.dumps(used))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the memory from Linux")
 def test_scratch_memory_does_not_depend_on_the_layer():
     """Four buffers of 4 MB and small things, for gradients of 4 times 32 MB."""

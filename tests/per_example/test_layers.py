@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from cases import pairs, some
 from dense_rows import DenseRows, assert_exact, error, losses_of, rows_by_autograd, rows_by_hooks, sum_error, trained
+from marks import pairs, some
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

@@ -14,6 +14,8 @@ from test_row_store import rows, written
 
 from lightning_sketch.attribution import GradientStore
 
+pytestmark = pytest.mark.slow
+
 PROGRAM = Path(__file__).with_name("crash.py")
 
 

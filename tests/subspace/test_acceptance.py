@@ -1,11 +1,14 @@
 """The intrinsic dimension d90 of networks on real digits, by bisection and within one run."""
 
+import pytest
 import pytorch_lightning as pl
 import torch
 from nets import Classifier, train_loader, trainer, val_loader
 from torch import nn
 
 from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
+
+pytestmark = pytest.mark.slow
 
 STEPS, DIMS = 800, [16, 32, 64, 128, 256, 512, 1024]
 

@@ -42,6 +42,7 @@ def test_the_former_directions_are_among_the_doubled():
     assert few.spec() == more.spec()
 
 
+@pytest.mark.slow
 def test_no_vector_of_two_entries_vanishes():
     """Without the permutation half of the draws map e_0 + e_64 to zero: rows of a Hadamard matrix are periodic."""
     n, dim, max_dim = 512, 64, 256

@@ -3,6 +3,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from marks import slow
 from nets import Classifier, train_loader, trainer, val_loader
 from pytorch_lightning.plugins.precision import MixedPrecision
 from small_searches import made
@@ -75,7 +76,7 @@ def start_of(sub):
     return torch.cat([tensor.flatten() for tensor in sub.theta0().values()])
 
 
-@pytest.mark.parametrize("options", [{}, {"implicit": True}, {"max_dim": 256}, {"sketch": "gaussian"}])
+@pytest.mark.parametrize("options", [{}, {"implicit": True}, slow({"max_dim": 256}), slow({"sketch": "gaussian"})])
 @pytest.mark.parametrize("precision", ROUNDING)
 def test_gradients_and_steps_are_those_of_float32_to_a_few_roundings(precision, options):
     """Roundings of the network's type: 2 were measured and 4 are allowed, in the first gradient and at the end."""
@@ -165,6 +166,7 @@ def test_a_search_gives_each_run_a_scale_of_its_own(tmp_path):
     assert value_at_128(tmp_path / "two", [32, 128]) == value_at_128(tmp_path / "one", [128])
 
 
+@pytest.mark.slow
 def test_w_keeps_small_steps_in_half_precision(tmp_path):
     """Six hundred steps of 1e-3, each below the rounding of the sum in bfloat16, end where float32 does."""
 

@@ -3,9 +3,12 @@
 import json
 import signal
 
+import pytest
 from searches import DIMS, ended, found, searched, start, trained
 
 from lightning_sketch.subspace._runner import FILE
+
+pytestmark = pytest.mark.slow
 
 RUNS = [[0, 0], *([dim, seed] for dim in DIMS for seed in range(2))]
 

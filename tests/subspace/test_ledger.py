@@ -11,6 +11,7 @@ from lightning_sketch.subspace._ledger import Ledger
 from lightning_sketch.subspace._runner import FILE
 
 
+@pytest.mark.slow
 def test_a_restart_trains_only_what_is_not_recorded(tmp_path):
     model = made()
     searcher, made_for = tuner(tmp_path)

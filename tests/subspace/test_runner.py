@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from marks import slow
 from nets import Classifier, Late, train_loader, trainer, val_loader
 from small_searches import ByDimension, by_dimension, find, made, recorded, search, tuner
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
@@ -15,6 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR
 from lightning_sketch.subspace import IntrinsicDimensionTuner
 
 
+@pytest.mark.slow
 def test_runs_are_the_same_alone_or_in_a_row(tmp_path):
     """Each run has its own seed: earlier runs do not matter, and the caller's random state is not changed."""
     first = find(tuner(tmp_path / "a")[0], made(), dims=[4, 32], baseline=0.9)
@@ -92,7 +94,7 @@ class Unlogged(Classifier):
 
 @pytest.mark.parametrize(
     "model",
-    [Late, lambda: Late(), lambda: torch.compile(Unlogged(), backend="eager")],
+    [Late, lambda: Late(), slow(lambda: torch.compile(Unlogged(), backend="eager"))],
     ids=["late", "made", "compiled"],
 )
 def test_modules_that_are_made_late_or_compiled(tmp_path, model):

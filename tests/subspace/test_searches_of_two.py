@@ -7,6 +7,8 @@ from searches import DIMS, TORCHRUN, ended, found, searched, start, trained
 
 from lightning_sketch.subspace._runner import FILE
 
+pytestmark = pytest.mark.slow
+
 
 def ranks_of(folder, *launcher, **options):
     """Search on two processes; return both results, and [dim, seed] of the runs, full training as a dim of 0."""

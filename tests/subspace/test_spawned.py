@@ -14,6 +14,7 @@ from searches import InOrder
 from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:It is recommended to use `self.log"),
     pytest.mark.filterwarnings("ignore:Using `DistributedSampler` with the dataloaders"),
 ]

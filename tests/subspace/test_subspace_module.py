@@ -229,6 +229,7 @@ def test_compiled_inside():
     assert torch.allclose(first_gradient(made(Compiled)), first_gradient(made()), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_compiled_as_a_whole():
     """It runs in a process of its own, since the type checker of the tests cannot be compiled."""
     folder = Path(__file__).parent

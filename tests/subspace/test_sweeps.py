@@ -13,6 +13,8 @@ import torch
 from nets import Classifier, train_loader, val_loader
 from pytorch_lightning.cli import LightningCLI
 
+pytestmark = pytest.mark.slow
+
 SHOWN = (Path(__file__).parents[2] / "examples" / "sweeps.md").read_text()
 
 

@@ -42,6 +42,7 @@ def test_a_dict_of_arguments_makes_trainers(tmp_path):
     assert (tmp_path / FILE).exists()
 
 
+@pytest.mark.slow
 def test_trainers_and_modules_of_finished_runs_are_freed(tmp_path):
     alive = []
 

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_sketch.subspace import IntrinsicDimensionTuner, SubspaceModule
 
 
+@pytest.mark.slow
 def test_grid(tmp_path):
     """Full training is first; every dimension has the same initial weights and the same order of data."""
     model = made()
@@ -40,6 +41,7 @@ def flat(module):
     return torch.cat([t.flatten() for t in module.state_dict().values()])
 
 
+@pytest.mark.slow
 def test_without_dims_it_goes_up_until_reached(tmp_path):
     result = find(tuner(tmp_path)[0], made(), dims=None)
     assert result.results["dim"] == [8 * 2**i for i in range(len(result.results["dim"]))]
@@ -61,6 +63,7 @@ def test_the_mean_over_seeds_is_what_a_bisection_judges(tmp_path):
     assert result.suggestion() == 16
 
 
+@pytest.mark.slow
 def test_doubling_is_verified_at_half(tmp_path):
     result = find(tuner(tmp_path, steps=80)[0], made(), method="doubling", dims=[4, 512])
     found, half = result.results["dim"]
@@ -130,6 +133,7 @@ def test_a_search_that_does_not_reach_the_target_reports_its_last_value(tmp_path
     assert result.suggestion() is None
 
 
+@pytest.mark.slow
 def test_a_loss_counts_from_where_it_starts(tmp_path):
     """Target: start - threshold (start - full), start at θ₀."""
     model = made()

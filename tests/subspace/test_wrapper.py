@@ -217,6 +217,7 @@ def test_lr_find_sets_the_rate_of_the_module(kind, name, tmp_path):
     assert run.optimizers[0].param_groups[0]["lr"] == held
 
 
+@pytest.mark.slow
 def test_the_batch_size_finder_sets_that_of_the_module(tmp_path):
     sub = SubspaceModule(made(Rated), 16, lr_scale=10)
     run = trainer(max_steps=2, default_root_dir=tmp_path)
