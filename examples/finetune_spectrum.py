@@ -16,7 +16,7 @@ import ast
 import pydoc_data.topics
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ class SmallGPT(LightningModule):
 
 def docstrings(size):
     """Return the first paragraphs of the docstrings in three packages, each once, without the package's name."""
-    labels = {}
+    labels: dict[str, int] = {}
     for label, package in enumerate(PACKAGES):
         for file in sorted(Path(sysconfig.get_path("stdlib"), package).rglob("*.py")):
             for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -142,13 +142,13 @@ def reference(size):
 
 def train(name, model, dataset, size, out, accelerator):
     """Return the monitor after training, and print the loss before and after."""
-    rest, held_out = random_split(dataset, [len(dataset) - 192, 192], torch.Generator().manual_seed(0))
-    held_out = DataLoader(held_out, batch_size=64)
+    rest, others = random_split(dataset, [len(dataset) - 192, 192], torch.Generator().manual_seed(0))
+    held_out = DataLoader(others, batch_size=64)
     monitor = SpectrumMonitor(
         num_matvecs=size.num_matvecs, num_batches=1, every_n_train_steps=size.every, at_start=True
     )
     wandb_logger = WandbLogger(project="lightning-sketch", name=name, save_dir=out, offline=True)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     trainer = Trainer(
         max_steps=size.steps,
         accelerator=accelerator,

@@ -55,7 +55,7 @@ class Task(LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -103,7 +103,7 @@ def trivial(train, val):
 
 def means(result):
     """Print by dim the metric over the seeds, and its share of full training, or of the gain for a loss."""
-    runs = {}
+    runs: dict[int, list[float]] = {}
     for dim, value in zip(result.results["dim"], result.results["value"], strict=True):
         runs.setdefault(dim, []).append(value)
     start = result.start if result.mode == "min" else 0.0
@@ -119,8 +119,8 @@ def draw(found):
     axes.axhline(90, color=GRAY, lw=1, ls="--")
     for color, (name, result) in zip(COLORS, found.items(), strict=True):
         percent = {100 * dim / result.n: 100 * part for dim, (_, part) in means(result).items()}
-        axes.plot(percent.keys(), percent.values(), "o-", color=color, ms=4)
-        middle = min(percent, key=lambda x, y=percent: abs(y[x] - 55))
+        axes.plot(list(percent), list(percent.values()), "o-", color=color, ms=4)
+        _, middle = min((abs(reached - 55), trained) for trained, reached in percent.items())
         axes.annotate(f"{name}  \nn = {result.n:,}  ", (middle, percent[middle]), color=color, ha="right")
         if d90 := result.suggestion():
             x = 100 * d90 / result.n

@@ -116,9 +116,8 @@ class CurvatureOperator(LinearOperator):
                 differentiated.
         """
         check_vectors(x, self.layout.n, f"{type(self).__name__}.matvec")
-        if x.ndim > 1:
-            with self.hold():
-                return torch.stack([self.matvec(row) for row in x]) if len(x) else torch.empty_like(x)
+        if x.ndim > 1:  # each on its own, with its own random numbers put back, so that all see the same matrix
+            return torch.stack([self.matvec(row) for row in x]) if len(x) else torch.empty_like(x)
         with self.hold(), torch.enable_grad():
             pieces = self.layout.unflatten(x.detach().to(self.dtype))
             return self._averaged(lambda batch: self._product(batch)(pieces), x.device).to(x.dtype)

@@ -95,7 +95,7 @@ class Sketch(LinearOperator):
         """
         return Columns(self, start, stop)
 
-    def spec(self) -> dict[str, int | str]:
+    def spec(self) -> dict[str, Any]:
         """Return the fields as a JSON object; `make_sketch(**sketch.spec()) == sketch`."""
         return {"kind": self.kind, "n": self.n, "dim": self.dim, "seed": self.seed, "rng": RNG}
 

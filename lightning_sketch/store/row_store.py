@@ -47,7 +47,7 @@ class RowStore:
     query_rows: StoredRows
 
     @classmethod
-    def open(cls: type[Store], path: str | Path, lineage: Literal["latest"] | int = "latest") -> Store:
+    def open(cls: type[Store], path: str | Path | None, lineage: Literal["latest"] | int = "latest") -> Store:
         """Open a store as it is now; open it again to see rows that are written later.
 
         Args:
@@ -57,8 +57,10 @@ class RowStore:
         Raises:
             FileNotFoundError: if the folder has no store.
             CorruptShard: if a file is truncated or foreign; `RowStore.verify` lists all such files.
-            ValueError: if there is no such fit.
+            ValueError: if there is no such fit, or `path` is None, the `dirpath` of a writer that has not written.
         """
+        if path is None:
+            raise ValueError("got path=None, which a writer's dirpath is until it has written; run trainer.fit first.")
         path = Path(path)
         spec, runs = StoreSpec.read(path), read_runs(path)
         if lineage != "latest" and not isinstance(lineage, int):

@@ -68,7 +68,10 @@ def both(module, batches, **options):
     layout = Layout.of(module)
     sketch = BlockSRHT(layout.n, layout.n)
     s = sketch.as_matrix(dtype=torch.float64)
-    return s @ GGN(module, batches, **options).as_matrix() @ s.T, fit_ggn(module, batches, sketch, layout, **options)
+    ggn = GGN(module, batches, **options)
+    with ggn.hold():
+        dense = ggn.as_matrix()
+    return s @ dense @ s.T, fit_ggn(module, batches, sketch, layout, **options)
 
 
 @trained

@@ -33,6 +33,21 @@ def random_state():
     return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()
 
 
+def sampled(module, x):
+    """Draw noise in the loss, as a variational autoencoder does."""
+    return module(x + torch.randn(x.shape, dtype=x.dtype)).square().mean()
+
+
+@pytest.mark.parametrize(("loss", "mode"), [(squares, "train"), (sampled, "eval")], ids=["dropout", "noise"])
+@pytest.mark.parametrize("count", [1, 2], ids=["one batch", "two batches"])
+def test_all_columns_are_those_of_one_matrix(loss, mode, count):
+    """Random numbers are put back after each product: a matrix with other noise in each column is not symmetric."""
+    module = network().double()
+    dense = Hessian(loss, module, [X.double(), X[:3].double()][:count], mode=mode).as_matrix()
+    torch.testing.assert_close(dense, dense.T)
+    assert dense.norm() > 0.1
+
+
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("batches", [[X], [X, X[:3]]], ids=["one batch", "two batches"])
 def test_gradients_buffers_modes_and_random_state_stay(untyped, mode, batches):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_sketch import GradientSketchWriter
 from lightning_sketch.attribution import GradientStore, read_shard
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators import AFFD, BlockSRHT
@@ -291,3 +292,8 @@ def test_columns_that_some_rows_have_are_unknown_for_the_others(tmp_path):
     assert columns["mine"][0] == 0.5
     assert columns["mine"][1].isnan()
     assert columns["example_ids"].tolist() == [[4, 5], [-1, -1]]
+
+
+def test_the_folder_of_a_writer_that_has_not_written_is_refused():
+    with pytest.raises(ValueError, match=r"path=None.*run trainer\.fit first"):
+        GradientStore.open(GradientSketchWriter().dirpath)

@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from nets import Classifier, Convolutional, Tied, train_loader, trainer, val_loader
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from small_searches import made, nested, searched
 from torch import nn
 
@@ -311,7 +311,8 @@ def test_a_checkpoint_from_before_they_moved_goes_into_a_new_module_only():
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_what_holds_the_wrapper_can_load_it(tmp_path):
     """EMAWeightAveraging has the wrapper in a module of its own; other initial weights are refused there too."""
-    whole, resumed, _ = in_one_go_and_resumed(tmp_path, callback=lambda: [EMAWeightAveraging(decay=0.9)])
+    averaging = pytest.importorskip("pytorch_lightning.callbacks.weight_averaging", reason="needs Lightning 2.6")
+    whole, resumed, _ = in_one_go_and_resumed(tmp_path, callback=lambda: [averaging.EMAWeightAveraging(decay=0.9)])
     assert torch.equal(whole.w, resumed.w)
     assert torch.equal(whole.module.net[1].weight, resumed.module.net[1].weight)
     with pytest.raises(ValueError, match="other initial weights"):
