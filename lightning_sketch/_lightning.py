@@ -33,7 +33,7 @@ if TYPE_CHECKING or find_spec("lightning") is not None:
         """A callback for `pytorch_lightning` and for `lightning.pytorch`."""
 
     class ModuleBase(pl.LightningModule, lp.LightningModule):  # type: ignore[misc]
-        """A module for `pytorch_lightning` and for `lightning.pytorch`."""
+        """Base class that the Trainers of both namespaces accept as a LightningModule."""
 
     from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as _SpawnLauncher
 
@@ -47,7 +47,7 @@ else:
         """A callback for `pytorch_lightning`."""
 
     class ModuleBase(pl.LightningModule):
-        """A module for `pytorch_lightning`."""
+        """Base class that the Trainer accepts as a LightningModule."""
 
     _MODULES = (pl.LightningModule,)
     _SPAWN_LAUNCHERS = (_MultiProcessingLauncher,)
@@ -132,7 +132,7 @@ class BarText:
             self.bar.refresh()
 
 
-def say(trainer: Trainer, text: str) -> None:
+def print_on_rank_zero(trainer: Trainer, text: str) -> None:
     """Print one line on rank zero, without breaking the progress bar."""
     bar: Any = trainer.progress_bar_callback
     if bar is not None and bar.is_enabled:
@@ -257,13 +257,13 @@ def train_for(trainer: Trainer, steps: int) -> None:
     trainer.fit_loop.max_epochs = -1
 
 
-def rhythm(trainer: Trainer) -> tuple[Any, ...]:
+def validation_schedule(trainer: Trainer) -> tuple[Any, ...]:
     """Return the Trainer's validation schedule and minimum length."""
     loop = trainer.fit_loop
     return trainer.val_check_interval, trainer.check_val_every_n_epoch, loop.min_epochs, loop.epoch_loop.min_steps
 
 
-def set_rhythm(
+def set_validation_schedule(
     trainer: Trainer,
     val_check_interval: float | int,
     check_val_every_n_epoch: int | None = None,
@@ -275,7 +275,7 @@ def set_rhythm(
     trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = min_epochs, min_steps
 
 
-def forgets(trainer: Trainer) -> bool:
+def loses_callback_state(trainer: Trainer) -> bool:
     """Return whether fit runs in spawned processes, whose callback state is lost: ddp_spawn, ddp_fork, ddp_notebook."""
     return isinstance(trainer.strategy.launcher, _SPAWN_LAUNCHERS)
 

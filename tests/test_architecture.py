@@ -41,7 +41,7 @@ def modules():
             yield path, room
 
 
-def test_imports_point_down_and_neighbours_do_not_meet():
+def test_imports_point_down_and_neighbors_do_not_meet():
     wrong = []
     for path, here in modules():
         for name in imports(path):

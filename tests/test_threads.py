@@ -31,7 +31,7 @@ class Beside:
     def measure(self):
         with preserve_state(self.module):
             self.inside.set()
-            self.done.wait(HOUR)
+            self.ended = self.done.wait(HOUR)
 
     def __enter__(self):
         self.thread.start()
@@ -40,6 +40,7 @@ class Beside:
     def __exit__(self, *_):
         self.done.set()
         self.thread.join()
+        assert self.ended
 
 
 class Squares:
@@ -117,7 +118,7 @@ def test_attention_in_many_threads_records_its_own_products():
 
 
 def test_precision_is_restored_by_the_last_of_several_threads():
-    flag, inside, leave = torch.backends.cuda.matmul, threading.Event(), threading.Event()
+    flag, inside, leave, ended = torch.backends.cuda.matmul, threading.Event(), threading.Event(), []
     if not hasattr(flag, "fp32_precision"):
         pytest.skip("this PyTorch has the older switch only")
     before = flag.fp32_precision
@@ -125,7 +126,7 @@ def test_precision_is_restored_by_the_last_of_several_threads():
     def other():
         with full_precision(torch.device("cpu")):
             inside.set()
-            leave.wait(HOUR)
+            ended.append(leave.wait(HOUR))
 
     thread = threading.Thread(target=other)
     with full_precision(torch.device("cpu")):
@@ -134,6 +135,7 @@ def test_precision_is_restored_by_the_last_of_several_threads():
     meanwhile = flag.fp32_precision
     leave.set()
     thread.join()
+    assert ended == [True]
     assert meanwhile == "ieee"
     assert flag.fp32_precision == before
 

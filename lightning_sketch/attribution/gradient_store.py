@@ -60,18 +60,23 @@ class GradientStore(RowStore):
         Args:
             module: The module, which is left as it was.
             batches: Batches of examples as the loss takes them, such as a data loader.
-            loss_fn: As in `attribution.sketch_gradients`, like all further arguments.
-            row_fn: (module, batch) -> (losses, probabilities of the true labels), one per example.
-            engine: "hooks", "vmap", "loop", or "auto".
-            weight_fn: batch -> the weight of the batch in a mean over batches.
+            loss_fn: (module, batch) -> the mean loss of the batch; the module's `training_step` by default.
+            row_fn: (module, batch) -> (losses, probabilities of the true labels), one per example. It fills the columns
+                `loss` and `prob_true`, which the curvatures "margin" and "trak" need.
+            engine: "hooks", from the backward pass of a whole batch; "vmap"; "loop", one example at a time; "auto":
+                hooks if they are exact on the first batch, else the loop.
+            weight_fn: batch -> the weight of the batch in a mean over batches; `num_labels` for a mean over tokens.
             reduction: "mean", or "sum" if the loss is a sum over examples.
-            index_key: Where a batch has the ids of its examples, or "hash".
-            num_examples: The number of examples of a batch, or batch -> this number.
-            batch_dim: The axis of the examples.
-            split_fn: batch -> batches of one example.
+            index_key: Where a batch has the ids of its examples, or "hash" to compute ids from their contents.
+            num_examples: The number of examples of a batch, or batch -> this number, if its tensors disagree.
+            batch_dim: The axis of the examples, 1 for (time, batch, ...), with the loop only.
+            split_fn: batch -> batches of one example, for graphs and packed sequences, with the loop only.
+
+        Returns:
+            The rows, (examples, dim), in the order of the examples.
 
         Raises:
-            ValueError: as `attribution.sketch_gradients`.
+            ValueError: If there are no batches, or no engine can split the gradients.
         """
         return sketch_gradients(
             module,
@@ -113,20 +118,29 @@ class GradientStore(RowStore):
             module: The module, with the weights at which the rows were taken.
             batches: Batches of the training examples.
             curvature: "ggn"; the other kinds are made from the rows when scores are computed.
-            model_fn: (module, batch) -> the output; as in `fit_ggn`, like all further arguments.
-            output_loss_fn: The loss of the output, by name or as an object.
-            max_classes: With more classes, `draws` labels are drawn for each example.
+            model_fn: (module, batch) -> the output, (examples, classes) or (examples, tokens, classes); by default the
+                module is called with the first item of the batch, or with its entries by name.
+            output_loss_fn: The loss of the output: "cross_entropy", "binary_cross_entropy", "squared_error", or an
+                object such as `CrossEntropy(shift=True)`; by default the one that has the value of the trained loss.
+            max_classes: With more classes, and for tokens always, `draws` labels are drawn for each example.
             draws: The number of labels to draw.
             seed: Seed of the draws.
-            engine: "hooks", "vmap", "loop", or "auto".
-            counted: batch -> booleans (examples, tokens), which tokens have a loss.
-            loss_fn: The trained loss, (module, batch) -> mean loss.
-            num_examples: The number of examples of a batch, or batch -> this number.
-            batch_dim: The axis of the examples.
-            split_fn: batch -> batches of one example.
+            engine: "hooks", from the backward pass of a whole batch; "vmap"; "loop", one example at a time; "auto":
+                hooks if they are exact on the first batch, else the loop.
+            counted: batch -> booleans (examples, tokens), which tokens have a loss, if the labels do not mark the
+                others by -100.
+            loss_fn: The trained loss, (module, batch) -> mean loss; the module's `training_step` by default. The
+                default loss of the output is compared with it.
+            num_examples: The number of examples of a batch, or batch -> this number, if its tensors disagree.
+            batch_dim: The axis of the examples, 1 for (time, batch, ...), with the loop only.
+            split_fn: batch -> batches of one example, for graphs and packed sequences, with the loop only.
+
+        Returns:
+            The curvature, which is also saved.
 
         Raises:
-            ValueError: for another curvature, and as `fit_ggn`.
+            ValueError: If `curvature` is not "ggn", the output does not have one row per example, or the loss of the
+                output is not the trained loss or is ambiguous.
         """
         if curvature != "ggn":
             raise ValueError(f"curvature={curvature!r} is made from the rows and need not be fitted; fit 'ggn'.")

@@ -57,7 +57,10 @@ def row_curvature(train: RowSource, kind: RowKind = "margin", *, batch_rows: int
 
 
 def _row_weights(prob_true: Float[Tensor, " rows"], kind: RowKind) -> Float[Tensor, " rows"]:
-    """Return the factor of each row, with p at most 1 - 1e-6."""
+    """Return the factor that scales each row in this kind of curvature, from the probability p of its true label.
+
+    p is clamped to 1 - 1e-6, where the factor would be infinite.
+    """
     p = prob_true.double().clamp(max=_CERTAIN)
     if kind == "margin":
         return (p / (1 - p)).sqrt()

@@ -94,7 +94,10 @@ class CrossEntropy:
         if not self.shift:
             return labels
         if labels.is_floating_point() or labels.ndim < 2:
-            raise ValueError(f"tokens have whole-number labels (examples, tokens), got {tuple(labels.shape)}.")
+            raise ValueError(
+                f"CrossEntropy(shift=True) needs integer labels of shape (examples, tokens), got {labels.dtype} of shape "
+                f"{tuple(labels.shape)}; pass shift=False for other labels."
+            )
         return F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
 
     def _counts(self, output: Tensor, labels: Tensor) -> tuple[int, Tensor]:

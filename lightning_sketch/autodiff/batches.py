@@ -282,7 +282,7 @@ class BatchStructure:
         """Return whether the items of the list at this place were examples in an earlier batch."""
         if path not in self._of_examples:
             raise ValueError(
-                f"{what} may consist of examples, or belong to all examples; pass num_examples=len if the batch is a "
+                f"{what} is ambiguous: one item per example, or shared by all; pass num_examples=len if the batch is a "
                 "list of examples, else split_fn=lambda batch: [...], which makes batches of one example."
             )
         return self._of_examples[path]

@@ -215,7 +215,7 @@ class OutputModel:
     def loss_of(
         self, output: Tensor, own: Tensor | None, batch: Any, *, closed: bool = False, compare: bool = True
     ) -> Callable[[Tensor, Any], Tensor] | None:
-        """Return the loss as a function (output, batch), or None for the model's own loss, which only its graph gives.
+        """Return the loss as a function (output, batch), or None if it is known only as the tensor the model returned.
 
         Args:
             output: The output for the batch; with a graph if `compare`.

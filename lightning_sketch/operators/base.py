@@ -265,7 +265,8 @@ class Composed(BinaryOperator):
         if self.left.shape[1] != self.right.shape[0]:
             raise ValueError(
                 f"cannot compose {self.left.shape} with {self.right.shape}: the left operator takes "
-                f"vectors of size {self.left.shape[1]}, the right one gives size {self.right.shape[0]}."
+                f"vectors of size {self.left.shape[1]}, the right one gives size {self.right.shape[0]}; build both for "
+                "the same size, exchange them, or transpose one with .T."
             )
 
     @property

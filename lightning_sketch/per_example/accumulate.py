@@ -175,7 +175,10 @@ def _copy(values: Float[Tensor, "examples numbers"]) -> _Fill:
 
 
 def _product(left: Float[Tensor, "examples tokens rows"], right: Float[Tensor, "examples tokens columns"]) -> _Fill:
-    """Return what fills in any range of sum_t left_t right_tᵀ: in place for whole rows, else cut out of whole rows."""
+    """Return a function that writes numbers low..high of each example's flattened matrix sum_t left_t right_tᵀ.
+
+    It writes them into a buffer: in place where the range is one of whole rows, else cut out of whole rows.
+    """
     columns, transposed = right.shape[2], left.mT
 
     def fill(target: Tensor, examples: slice, low: int, high: int, add: bool, scratch: Tensor) -> None:
@@ -243,7 +246,10 @@ class _ChunkedSums:
     def write_rows(
         self, start: int, index: Int[Tensor, "examples tokens"], values: Float[Tensor, "examples tokens columns"]
     ) -> None:
-        """Add to rows of a table that begins at coordinate `start`; only the chunks that they touch are sketched."""
+        """Add per-example gradients of single table rows (an embedding's) to the running sketches.
+
+        The table begins at coordinate `start`; only the chunks that the rows touch are sketched.
+        """
         tokens, columns = values.shape[1:]
         if not values.numel():
             return

@@ -181,7 +181,10 @@ class ExampleHooks:
         return fits and (path, input.ndim) not in self._for_all
 
     def _hook_uses(self, current: "_HookPass", graph: Graph, shared: Iterable[tuple[Any, SharedTensor]]) -> None:
-        """Install hooks on the operations of a graph that broadcast shared tensors: parameters, or results of nodes."""
+        """Hook every operation where a tensor without an axis of examples is broadcast against examples.
+
+        Such a tensor is a parameter, or a result computed from one.
+        """
         for origin, tensor in shared:
             parameter = current.parameters[tensor.name]
             node = graph.leaf(origin) if isinstance(origin, nn.Parameter) else origin

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from operator import index
+from typing import Any, Literal, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,7 +48,7 @@ class RowStore:
     query_rows: StoredRows
 
     @classmethod
-    def open(cls: type[Store], path: str | Path | None, lineage: Literal["latest"] | int = "latest") -> Store:
+    def open(cls: type[Store], path: str | Path | None, lineage: Literal["latest"] | SupportsIndex = "latest") -> Store:
         """Open a store as it is now; open it again to see rows that are written later.
 
         Args:
@@ -63,10 +64,7 @@ class RowStore:
             raise ValueError("got path=None, which a writer's dirpath is until it has written; run trainer.fit first.")
         path = Path(path)
         spec, runs = StoreSpec.read(path), read_runs(path)
-        if lineage != "latest" and not isinstance(lineage, int):
-            raise ValueError(f"lineage={lineage!r} is not known; use 'latest', or the number of a fit as an int.")
-        last = None if lineage == "latest" else lineage
-        visible = visible_rows(read_index(rows_folder(path), spec), runs, lineage_of(runs, last))
+        visible = visible_rows(read_index(rows_folder(path), spec), runs, lineage_of(runs, _fit_number(lineage)))
         queries = visible.columns["stage"] == QUERIES
         return cls(path, spec, visible.where(~queries), visible.where(queries))
 

@@ -23,11 +23,11 @@ from lightning_sketch._lightning import (
     LightningModule,
     Trainer,
     batches_done,
-    forgets,
-    rhythm,
-    say,
-    set_rhythm,
+    loses_callback_state,
+    print_on_rank_zero,
+    set_validation_schedule,
     state_key,
+    validation_schedule,
 )
 from lightning_sketch.subspace._doubling import carry_over
 from lightning_sketch.subspace.result import Mode
@@ -149,15 +149,15 @@ class IntrinsicDimensionFinder(CallbackBase):
                 "callback that averages, IntrinsicDimensionFinder validates a mean of w by itself."
             )
         if not state.fast_dev_run:
-            self._schedule = rhythm(trainer)
-            set_rhythm(trainer, self.every_n_train_steps * trainer.accumulate_grad_batches)
+            self._schedule = validation_schedule(trainer)
+            set_validation_schedule(trainer, self.every_n_train_steps * trainer.accumulate_grad_batches)
         if trainer.global_step == 0:
             self.history, self.found, self._window = [], None, [0, 0.0, 0]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the Trainer's own validation schedule."""
         if self._schedule is not None:
-            set_rhythm(trainer, *self._schedule)
+            set_validation_schedule(trainer, *self._schedule)
             self._schedule = None
 
     @torch.no_grad()
@@ -206,12 +206,14 @@ class IntrinsicDimensionFinder(CallbackBase):
         if better * (value - self.target) >= 0:
             self._current = []
             self.found, trainer.should_stop = dim, True
-            say(trainer, f"{self.monitor} {value:.4g} at dim {dim}: the intrinsic dimension is at most {dim}")
+            print_on_rank_zero(
+                trainer, f"{self.monitor} {value:.4g} at dim {dim}: the intrinsic dimension is at most {dim}"
+            )
             return
         self._restore(sub)
         if math.isnan(value):
             trainer.should_stop = True
-            say(trainer, f"{self.monitor} is NaN at dim {dim}: the search ends; lower the learning rate")
+            print_on_rank_zero(trainer, f"{self.monitor} is NaN at dim {dim}: the search ends; lower the learning rate")
         elif better * (value - last) < self.delta:
             self._double(trainer, sub, value)
 
@@ -237,7 +239,9 @@ class IntrinsicDimensionFinder(CallbackBase):
         for optimizer in trainer.optimizers:
             carry_over(optimizer, sub.blocks[:used], sub.blocks[used:], (before / sub.directions.dim) ** 0.5)
         sub.ready()
-        say(trainer, f"{self.monitor} {value:.4g} at dim {before}: continuing with dim {sub.directions.dim}")
+        print_on_rank_zero(
+            trainer, f"{self.monitor} {value:.4g} at dim {before}: continuing with dim {sub.directions.dim}"
+        )
 
     def _searches(self, trainer: Trainer) -> bool:
         """Return whether a validation belongs to the search: it is part of fit, and not Lightning's sanity check."""
@@ -250,7 +254,7 @@ def refuse_spawning(trainer: Trainer) -> None:
     Raises:
         MisconfigurationException: If the Trainer fits in processes that it spawns.
     """
-    if forgets(trainer):
+    if loses_callback_state(trainer):
         raise MisconfigurationException(
             "the result of IntrinsicDimensionFinder would be lost with the processes that are spawned for a fit; use "
             "strategy='ddp' in place of 'ddp_spawn', 'ddp_fork' or 'ddp_notebook'."

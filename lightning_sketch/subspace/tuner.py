@@ -203,9 +203,11 @@ def _ladder(dims: Iterable[int] | None, n: int, method: Method) -> list[int]:
         powers = [1 << k for k in range(3, n.bit_length()) if 1 << k < n]
         return powers if powers and method == "doubling" else [*powers, n]
     dims = [index(dim) for dim in dims]
+    if not dims:
+        raise ValueError(f"dims is empty; pass whole numbers from 1 to {n}, or leave dims out.")
     wrong = [dim for dim in dims if not 0 < dim <= n]
-    if wrong or not dims:
-        raise ValueError(f"need dims from 1 to n={n}, got {wrong or 'none'}.")
+    if wrong:
+        raise ValueError(f"need dims from 1 to n={n}, got {wrong}; leave these out.")
     return sorted(set(dims))
 
 

@@ -274,7 +274,7 @@ def test_numbers_of_the_examples_are_split_with_them_and_sizes_are_not():
     ]
     small = {"x": torch.arange(2.0), "w": [0, 1], "size": [32, 32]}
     assert [(part["w"], part["size"]) for part, _ in structure.parts(small, 1)] == [([0], [32, 32]), ([1], [32, 32])]
-    with pytest.raises(ValueError, match=r"a list of 2 numbers, in a batch of 2 examples, may consist of examples"):
+    with pytest.raises(ValueError, match=r"a list of 2 numbers, in a batch of 2 examples, is ambiguous: one item"):
         list(BatchStructure().parts(small, 1))
 
 

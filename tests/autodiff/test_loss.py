@@ -1,4 +1,4 @@
-"""The loss is the one training minimises, computed without logging and without the arguments of a later batch."""
+"""The loss is the one training minimizes, computed without logging and without the arguments of a later batch."""
 
 import functools
 

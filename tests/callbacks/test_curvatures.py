@@ -37,7 +37,6 @@ def top(matrix):
     return torch.linalg.eigvalsh(matrix).flip(0)[:3]
 
 
-@pytest.mark.slow
 def test_ggn(tmp_path):
     watch = monitor(curvature="ggn")
     model = fit(tmp_path, watch, model=Calls, data=loader(shuffle=False)).eval()

@@ -27,8 +27,8 @@ print([m.step for m in watch.history], repr(watch.history[0].lambda_max))
 """
 
 
-def saved_run(tmp_path, **arguments):
-    watch = SpectrumMonitor(num_batches=2)
+def saved_run(tmp_path, num_matvecs=96, **arguments):
+    watch = SpectrumMonitor(num_batches=2, num_matvecs=num_matvecs)
     checkpoint = ModelCheckpoint(tmp_path / "checkpoints", save_top_k=-1, filename="{epoch}")
     fit(tmp_path, watch, checkpoint, data=loader(shuffle=False), enable_checkpointing=True, **arguments)
     return watch, sorted((tmp_path / "checkpoints").iterdir())
@@ -45,9 +45,8 @@ def test_a_new_process_continues_the_history(tmp_path):
     assert done.stdout.strip().endswith(f"[8, 16, 24, 32] {watch.history[0].lambda_max!r}")
 
 
-@pytest.mark.slow
 def test_measurements_after_an_older_checkpoint_are_repeated(tmp_path):
-    watch, files = saved_run(tmp_path, max_epochs=3)
+    watch, files = saved_run(tmp_path, num_matvecs=16, max_epochs=3)
     run = trainer(tmp_path, watch, max_epochs=2)
     run.fit(Digits(), loader(shuffle=False), ckpt_path=files[0])
     assert [m.step for m in watch.history] == [8, 16]

@@ -53,7 +53,7 @@ def test_they_are_refused_on_every_network_with_kinks(case, dtype, step):
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 3e-3), (torch.float64, 1e-5)])
 @pytest.mark.parametrize("step", [1e-2, 1e-3])
-def test_they_serve_on_a_smooth_transformer(dtype, step, bar):
+def test_finite_differences_are_accurate_on_a_smooth_transformer(dtype, step, bar):
     """Measured 1e-4 and 1e-3 in float32, where rounding is divided by the step; 1e-6 and 1e-8 in float64."""
     module = transformer("gelu", dtype)
     v = torch.randn(sum(p.numel() for p in module.parameters()), generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -75,7 +75,7 @@ def test_a_step_too_long_for_a_smooth_loss_is_refused():
         h.matvec(torch.ones(h.shape[0], dtype=torch.float64))
 
 
-def test_looking_for_kinks_leaves_the_step():
+def test_comparing_two_steps_leaves_the_step_as_it_was():
     h = differences(transformer("gelu", torch.float64), step=1e-2)
     h.matvec(torch.ones(h.shape[0], dtype=torch.float64))
     assert h.step == 1e-2

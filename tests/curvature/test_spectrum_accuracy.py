@@ -7,6 +7,7 @@ import itertools
 
 import pytest
 import torch
+from curvature_cases import mostly_small
 from marks import slow
 
 from lightning_sketch.curvature import spectrum
@@ -14,7 +15,7 @@ from lightning_sketch.linalg.lanczos import lanczos
 
 DTYPES = [torch.float64, torch.float32]
 TRAINED = ["mlp trained", "cnn trained"]
-trained = pytest.mark.parametrize("case", TRAINED, indirect=True)
+trained = pytest.mark.parametrize("case", mostly_small(TRAINED), indirect=True)
 
 
 def error(found, true):

@@ -82,7 +82,7 @@ def test_the_length_of_the_gradient_does_not_matter(outliers):
     assert small.gradient_in_top(4) == pytest.approx(large.gradient_in_top(4), rel=1e-9)
 
 
-def test_chance_is_taken_out_and_told(outliers):
+def test_the_share_of_a_random_direction_is_subtracted_and_reported(outliers):
     """In a sketch of size dim, k directions have a share k / dim of any vector; without a sketch it is k / n."""
     vectors, found = orthonormal(256, 16), []
     for seed in range(200):

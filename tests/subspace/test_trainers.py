@@ -147,6 +147,7 @@ def test_the_validation_before_training_leaves_no_trace(tmp_path):
     assert (starts, model.validated) == ([0, 0, 0], 0)
 
 
+@pytest.mark.slow
 def test_wandb_draws_the_curve(tmp_path, monkeypatch):
     """Real offline runs, one for each dimension, in one group, each with its dimension and metric."""
     wandb = pytest.importorskip("wandb")

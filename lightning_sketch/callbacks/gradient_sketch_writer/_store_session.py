@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_sketch._lightning import Trainer, say
+from lightning_sketch._lightning import Trainer, print_on_rank_zero
 from lightning_sketch.attribution import GradientStore
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.callbacks._validate import Granularity
@@ -97,7 +97,7 @@ def _say_size(trainer: Trainer, name: str, run: StoreRun, every_n_train_steps: i
         rows = max(0, int(steps) - trainer.global_step) // every_n_train_steps * rows_per_step
         bound = "up to " if rows_per_step > 1 else ""  # the last batches of an epoch may be smaller
         sizes = f"{bound}{rows:,} rows of {row / 1e3:.1f} kB, {rows * row / 1e6:,.1f} MB"
-    say(trainer, f"{name}: {sizes}, to {run.folder}")
+    print_on_rank_zero(trainer, f"{name}: {sizes}, to {run.folder}")
 
 
 def _default_folder(trainer: Trainer, name: str) -> Path:

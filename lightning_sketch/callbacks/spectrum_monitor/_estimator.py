@@ -49,7 +49,7 @@ class SpectrumEstimator:
     seed: int
     per_layer: bool | list[str]
     model_fn: Callable[[Any, Any], Any] | None
-    output_loss_fn: Callable[[Tensor, Any], Tensor] | None
+    output_loss_fn: OutputLossName | Callable[[Tensor, Any], Tensor] | None
     weight_fn: Callable[[Any], float] | None
     num_examples: int | Callable[[Any], int] | None
     batch_dim: int

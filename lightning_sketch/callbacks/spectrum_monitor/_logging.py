@@ -37,8 +37,8 @@ def log_figures(
         measurement: What is logged.
         step: The step at which it is logged.
         density: Whether the measurement has a density.
-        unique: Whether the file gets a new name if there is one of the same step; else that is replaced, as when a fit
-            resumes from an earlier step.
+        unique: True to keep an existing file of the same step and write under a new name; False to overwrite it, as
+            when a fit resumes from an earlier step.
     """
     for logger in loggers:
         if _is(logger, "WandbLogger"):

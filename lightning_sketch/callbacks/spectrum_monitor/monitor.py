@@ -16,10 +16,11 @@ from lightning_sketch._lightning import (
     Trainer,
     batches_done,
     muted_loggers,
-    say,
+    print_on_rank_zero,
     state_key,
 )
 from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.losses import OutputLossName
 from lightning_sketch.callbacks._optimizers import UNKNOWN, Stability, stability
 from lightning_sketch.callbacks._validate import check_trainer
 from lightning_sketch.callbacks.spectrum_monitor._estimator import Curvature, InitialWeights, SpectrumEstimator
@@ -90,7 +91,8 @@ class SpectrumMonitor(CallbackBase):
             `hessian_layers/`: True for every module with parameters of its own, or a list of patterns. Costs up to 46
             products per layer.
         model_fn: (module, batch) -> output, for "ggn"; see `GGN` for its default.
-        output_loss_fn: (output, batch) -> mean loss, for "ggn"; see `GGN` for its default.
+        output_loss_fn: (output, batch) -> mean loss, for "ggn"; or "cross_entropy", "binary_cross_entropy" or
+            "squared_error". See `GGN` for its default.
         weight_fn: batch -> its weight in the mean; its number of examples if None. For a mean over tokens `num_labels`.
         micro_batch_size: The maximal number of examples to differentiate at once; halved when memory runs out.
         hvp: How Hessian products are computed, see `Hessian`.
@@ -130,7 +132,7 @@ class SpectrumMonitor(CallbackBase):
         seed: int = 0,
         per_layer: bool | list[str] = False,
         model_fn: Callable[[Any, Any], Any] | None = None,
-        output_loss_fn: Callable[[Tensor, Any], Tensor] | None = None,
+        output_loss_fn: OutputLossName | Callable[[Tensor, Any], Tensor] | None = None,
         weight_fn: Callable[[Any], float] | None = None,
         micro_batch_size: int | None = None,
         hvp: HVP = "auto",
@@ -142,7 +144,8 @@ class SpectrumMonitor(CallbackBase):
             raise ValueError(f"SpectrumMonitor(on_error={on_error!r}) is not known; use 'warn' or 'raise'.")
         if data != "train":
             raise ValueError(
-                f"SpectrumMonitor(data={data!r}) is not known; use 'train', or trainer.validate(model, dataloader)."
+                f"SpectrumMonitor(data={data!r}) is not known; use 'train', or trainer.validate(model, dataloader) for "
+                "other data."
             )
         if every_n_epochs is not None and every_n_train_steps is not None:
             raise ValueError(
@@ -384,7 +387,9 @@ class SpectrumMonitor(CallbackBase):
             self.history = [m.for_history(0) for m in earlier] + [measured.for_history(self.estimator.top_k)]
             scalars = measured.scalars(self._keys)
             cadence = "every_n_train_steps" if self.every_n_train_steps else "every_n_epochs"
-            say(trainer, measured.cost(self.name, math.inf if validating else since, cadence, getattr(self, cadence)))
+            print_on_rank_zero(
+                trainer, measured.cost(self.name, math.inf if validating else since, cadence, getattr(self, cadence))
+            )
         log_scalars(trainer.loggers, scalars, log_step)
         if measured is not None and trainer.is_global_zero:
             self._log_figures(trainer, measured, log_step, unique=validating)
