@@ -95,8 +95,8 @@ class CrossEntropy:
             return labels
         if labels.is_floating_point() or labels.ndim < 2:
             raise ValueError(
-                f"CrossEntropy(shift=True) needs integer labels of shape (examples, tokens), got {labels.dtype} of shape "
-                f"{tuple(labels.shape)}; pass shift=False for other labels."
+                f"CrossEntropy(shift=True) needs integer labels of shape (examples, tokens), got {labels.dtype} of "
+                f"shape {tuple(labels.shape)}; pass shift=False for other labels."
             )
         return F.pad(labels[:, 1:], (0, 1), value=self.ignore_index)
 

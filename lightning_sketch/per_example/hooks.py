@@ -181,7 +181,7 @@ class ExampleHooks:
         return fits and (path, input.ndim) not in self._for_all
 
     def _hook_uses(self, current: "_HookPass", graph: Graph, shared: Iterable[tuple[Any, SharedTensor]]) -> None:
-        """Hook every operation where a tensor without an axis of examples is broadcast against examples.
+        """Put a hook on every operation where a tensor without an axis of examples is broadcast against examples.
 
         Such a tensor is a parameter, or a result computed from one.
         """

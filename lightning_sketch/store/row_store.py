@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from operator import index
+from pathlib import Path
 from typing import Any, Literal, SupportsIndex, TypeVar
 
 import torch
@@ -236,6 +236,22 @@ def read_shard(uri: str) -> SketchedGradients:
     spec = StoreSpec.read(next(parent for parent in path.parents if (parent / "spec.json").exists()))
     bounds = (map(int, run.split("-")) for run in runs.split(","))
     return Shard(path.parents[2], ShardName.of(path), spec).rows(torch.cat([torch.arange(a, b) for a, b in bounds]))
+
+
+def _fit_number(lineage: Any) -> int | None:
+    """Return the number of a fit as an int, or None for "latest".
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if isinstance(lineage, str) and lineage == "latest":
+        return None
+    try:
+        if not isinstance(lineage, bool):
+            return index(lineage)
+    except TypeError:
+        pass
+    raise ValueError(f"lineage={lineage!r} is not known; use 'latest', or the number of a fit as an int.")
 
 
 def _runs(places: list[int], most: int) -> Iterator[tuple[int, int, int]]:

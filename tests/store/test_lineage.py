@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from marks import some
@@ -100,10 +101,18 @@ def test_unknown_weights_are_not_taken_for_equal(tmp_path):
         GradientStore.open(tmp_path, lineage=2)
 
 
-def test_an_unknown_lineage_is_refused_in_words(tmp_path, untyped):
+@pytest.mark.parametrize("lineage", ["newest", True, False, 1.0, None])
+def test_an_unknown_lineage_is_refused_in_words(tmp_path, lineage, untyped):
     written(tmp_path, rows([1]))
-    with pytest.raises(ValueError, match="lineage='newest' is not known; use 'latest'"):
-        GradientStore.open(tmp_path, lineage="newest")
+    with pytest.raises(ValueError, match=f"lineage={lineage!r} is not known; use 'latest'"):
+        GradientStore.open(tmp_path, lineage=lineage)
+
+
+@pytest.mark.parametrize("number", [np.int64(1), torch.tensor(1)])
+def test_the_number_of_a_fit_may_be_any_integer(tmp_path, number):
+    written(tmp_path, rows([1, 2]))
+    written(tmp_path, rows([1, 2, 3]))
+    assert runs_of(GradientStore.open(tmp_path, lineage=number)) == [1, 1]
 
 
 def test_compaction_refuses_a_changed_bit(tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.losses import training_step_loss
+from lightning_sketch.autodiff.losses import OutputLossName, training_step_loss
 from lightning_sketch.callbacks.spectrum_monitor._measurement import LayerCurvature, Measurement
 from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatch
 from lightning_sketch.curvature import GGN, EmpiricalFisher, Hessian, spectrum

@@ -41,7 +41,9 @@ def embedding(module: nn.Embedding, input: Tensor, gradient: Tensor) -> list[Fac
 def looked_up(module: nn.Embedding, index: Tensor, gradient: Tensor) -> SparseRows:
     """Return the gradients of the rows with these indices (examples, tokens); the padding row gets zero."""
     if module.scale_grad_by_freq:
-        raise Unsupported("scale_grad_by_freq divides by counts over the whole batch, so an example's gradient depends on the others")
+        raise Unsupported(
+            "scale_grad_by_freq divides by counts over the whole batch, so an example's gradient depends on the others"
+        )
     if module.max_norm is not None:
         raise Unsupported("max_norm changes the table while it is read")
     values = wide(gradient).reshape(*index.shape, module.embedding_dim)
