@@ -40,6 +40,10 @@ class Calibration:
     tried: tuple[float, ...]
     lds: tuple[float, ...]
 
+    def __repr__(self) -> str:
+        tried = ", ".join(f"{lds:.3f} at {damping:.3g}" for damping, lds in zip(self.tried, self.lds, strict=True))
+        return f"Calibration: damping {self.damping:.3g} (automatic {self.automatic:.3g})\n    LDS: {tried}"
+
     def __str__(self) -> str:
         best, default = max(self.lds), self.lds[self.tried.index(self.automatic)]
         return (

@@ -72,6 +72,13 @@ class Curvature:
         object.__setattr__(self, "trace", float(small.trace()))
         object.__setattr__(self, "trace_of_square", float(small.square().sum()))
 
+    def __repr__(self) -> str:
+        stored = "" if self.root is None else f", stored by {len(self.root)} rows"
+        return (
+            f"Curvature: {self.kind} of {self.examples} examples, {self.dim} x {self.dim}{stored}, trace "
+            f"{self.trace:.4g}, {self.effective_samples:.1f} effective examples"
+        )
+
     @property
     def dim(self) -> int:
         """The dimension of the sketches."""

@@ -113,6 +113,9 @@ class Influence:
             f"v = {self.noise:.3g}, {self.effective_samples:.1f} effective examples)"
         )
 
+    def __repr__(self) -> str:
+        return f"Influence: {self}"
+
     def log(self) -> None:
         """Log the curvature and the damping in use; a second time the same is not logged."""
         _log_once(str(self))

@@ -17,6 +17,9 @@ from lightning_sketch.operators.streaming import StreamingSketch
 # Numbers of the flat vector that are read or written at once.
 _BUFFER = 1 << 20
 
+# Parameters in a repr.
+_SHOWN = 3
+
 # Prefixes that wrappers add to the names of parameters.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
@@ -38,6 +41,11 @@ class Layout:
 
     names: tuple[str, ...]
     shapes: tuple[Size, ...]
+
+    def __repr__(self) -> str:
+        shown = [f"{name} {tuple(shape)}" for name, shape in zip(self.names[:_SHOWN], self.shapes, strict=False)]
+        listed = ", ".join(shown + ["..."] * (len(self.names) > _SHOWN))
+        return f"Layout of {self.n:,} numbers in {len(self.names)} parameters: {listed}"
 
     @classmethod
     def of(cls, module: nn.Module, pattern: str | Sequence[str] = "*") -> "Layout":

@@ -104,6 +104,9 @@ class Hessian(CurvatureOperator):
         self.hvp: HVP = hvp
         self._steps_agree = False  # becomes True once two steps have been compared
 
+    def __repr__(self) -> str:
+        return f"{super().__repr__()}, hvp={self.hvp!r}"
+
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """Return H x for each vector x along the last axis, one after the other."""
         if self.hvp == "finite_differences" and not self._steps_agree:

@@ -89,6 +89,15 @@ class CurvatureOperator(LinearOperator):
         self._seen_at: tuple[int, ...] = ()  # versions of the parameters at the last mean over all batches
         self._cached: Product | None = None  # the product of a single batch
 
+    def __repr__(self) -> str:
+        try:
+            count = len(self.batches.batches)  # type: ignore[arg-type]
+        except TypeError:  # a loader of a stream, without a length
+            batches = "batches"
+        else:
+            batches = "1 batch" if count == 1 else f"{count} batches"
+        return f"{type(self).__name__} of {self.layout.n:,} parameters over {batches}"
+
     @abstractmethod
     def linearize(self, batch: Any, keep: bool) -> Product:
         """Return v -> A_b v for one batch, in the shapes of the parameters.

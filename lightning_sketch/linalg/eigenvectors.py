@@ -11,6 +11,8 @@ from lightning_sketch.linalg.krylov import Krylov, SketchedRun
 from lightning_sketch.linalg.lanczos import dot, lanczos, start_vector
 from lightning_sketch.operators.base import LinearOperator
 
+_SHOWN = 5  # values in a repr
+
 
 class EigenPairs(NamedTuple):
     """Eigenvectors of size n, and how good they are, from one product with each.
@@ -24,6 +26,15 @@ class EigenPairs(NamedTuple):
     values: Float[Tensor, " k"]
     vectors: Float[Tensor, "k n"]
     residuals: Float[Tensor, " k"]
+
+    def __repr__(self) -> str:
+        (k, n), dots = self.vectors.shape, ", ..." if len(self.values) > _SHOWN else ""
+        values, residuals = (
+            ", ".join(f"{number:.4g}" for number in part[:_SHOWN].tolist()) + dots
+            for part in (self.values, self.residuals)
+        )
+        kind = str(self.vectors.dtype).removeprefix("torch.")
+        return f"EigenPairs: {k} eigenvectors of size {n:,} ({kind})\n    values {values}\n    residuals {residuals}"
 
 
 def eigenvectors(

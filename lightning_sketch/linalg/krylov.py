@@ -13,6 +13,8 @@ from lightning_sketch.operators.sketch import Sketch
 
 NOT_FINITE = "a product with the operator is not finite; the loss is NaN or infinite at these parameters."
 
+_SHOWN = 8  # runs in a repr
+
 
 @dataclass
 class SketchedRun:
@@ -29,6 +31,14 @@ class SketchedRun:
     alpha: list[float] = field(default_factory=list)
     beta: list[float] = field(default_factory=list)
     dots: list[float] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"SketchedRun of {len(self.alpha)} products, {len(self.columns)} vectors of {self._size:,} numbers"
+
+    @property
+    def _size(self) -> int:
+        """The size of the sketched vectors, 0 before the first one."""
+        return len(self.columns[0]) if self.columns else 0
 
     def basis(self) -> Float[Tensor, "dim m"]:
         """Return S V_m."""
@@ -61,6 +71,13 @@ class Krylov:
     seed: int
     sketch: Sketch | None
     runs: list[SketchedRun] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        products = [str(len(run.alpha)) for run in self.runs]
+        listed = ", ".join(products[:_SHOWN] + ["..."] * (len(products) > _SHOWN)) or "no"
+        by = "vectors kept whole" if self.sketch is None else f"vectors sketched by {self.sketch}"
+        runs = f"{len(products)} run{'s' if len(products) != 1 else ''}"
+        return f"Krylov: {runs} of {listed} products, seed {self.seed}, {by}"
 
     def sketched(self, v: Float[Tensor, " n"]) -> Float[Tensor, " dim"]:
         """Return S v, or v without a sketch, in float64 on the CPU."""

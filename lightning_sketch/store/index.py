@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_sketch.store.lineage import Run
 from lightning_sketch.store.shards import Shard, ShardName
-from lightning_sketch.store.sketched_gradients import DEFAULTS, STAGES, cat_columns
+from lightning_sketch.store.sketched_gradients import DEFAULTS, STAGES, cat_columns, contents
 from lightning_sketch.store.spec import StoreSpec
 
 QUERIES = STAGES.index("queries")
@@ -35,6 +35,10 @@ class StoredRows:
 
     def __len__(self) -> int:
         return len(self.file)
+
+    def __repr__(self) -> str:
+        files = len(self.file.unique())
+        return f"StoredRows: {len(self)} rows in {files} file{'s' if files != 1 else ''}{contents(self.columns)}"
 
     def where(self, mask: Bool[Tensor, " rows"]) -> "StoredRows":
         """Select the rows where a mask is true, in their order."""

@@ -147,14 +147,16 @@ class SketchedGradients:
 
 def described(columns: Mapping[str, Tensor], dtype: torch.dtype, sketch: Sketch) -> str:
     """Describe a table of rows in a line or two: their number, sketch, stages, and the columns that have values."""
+    kind = str(dtype).removeprefix("torch.")
+    return f"{len(columns['stage'])} rows of {sketch.dim} numbers ({kind}) by {sketch}{contents(columns)}"
+
+
+def contents(columns: Mapping[str, Tensor]) -> str:
+    """Describe the rows of a table, to be appended to a text: their stages, and the columns that have values."""
     stages = columns["stage"]
     counts = ", ".join(f"{STAGES[i]} {int((stages == i).sum())}" for i in stages.unique().tolist())
     known = [name for name, column in columns.items() if not _is_default(name, column)]
-    return (
-        f"{len(stages)} rows of {sketch.dim} numbers ({str(dtype).removeprefix('torch.')}) by {sketch}"
-        + (f"; {counts}" if counts else "")
-        + (f"\n    columns with values: {', '.join(known)}" if known else "")
-    )
+    return (f"; {counts}" if counts else "") + (f"\n    columns with values: {', '.join(known)}" if known else "")
 
 
 def _is_default(name: str, column: Tensor) -> bool:

@@ -65,6 +65,13 @@ class StoreSpec:
         if n != self.sketch["n"]:
             raise ValueError(f"the layout has {n} numbers, the sketch takes n={self.sketch['n']}.")
 
+    def __repr__(self) -> str:
+        left_out = f"; {len(self.left_out)} trainable ones left out" if self.left_out else ""
+        return (
+            f"StoreSpec: {self.dtype} by {self.operator}\n    {self.normalization}"
+            f"{', each the share of its example' if self.contribution else ''}\n    {self.parameters}{left_out}"
+        )
+
     @classmethod
     def of(
         cls,

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 Mode = Literal["max", "min"]
 
+_SHOWN = 8  # means in a repr
+
 
 @dataclass(frozen=True)
 class IntrinsicDimensionResult:
@@ -61,6 +63,17 @@ class IntrinsicDimensionResult:
     baseline: float
     start: float
 
+    def __repr__(self) -> str:
+        means, found = self.means(), self._smallest()
+        shown = [f"{value:.4g} at {dim}" for dim, value in means.items()]
+        some = shown if len(shown) <= _SHOWN else [*shown[: _SHOWN // 2], "...", *shown[-_SHOWN // 2 :]]
+        return (
+            f"IntrinsicDimensionResult: {found if found < math.inf else 'no dimension'} of {self.n:,} reaches "
+            f"{self.monitor} {self.target:.4g}, by {len(self.results['dim'])} runs\n    {self.start:.4g} at the start, "
+            f"{self.baseline:.4g} after full training; mode {self.mode}, threshold {self.threshold:g}\n    means over "
+            f"runs: {', '.join(some)}"
+        )
+
     @property
     def target(self) -> float:
         """The metric to reach: threshold · baseline; with mode="min", start - threshold (start - baseline)."""
@@ -76,15 +89,10 @@ class IntrinsicDimensionResult:
         With threshold=0.9 this is the d90 of Li et al. (2018), "Measuring the intrinsic dimension of objective
         landscapes", ICLR 2018, arXiv:1804.08838.
         """
-        means = self.means()
-        chosen: float
-        if "search" in self.results["kind"]:
-            chosen = statistics.median_high(self._smallest_of_each_seed())
-        else:
-            chosen = min((dim for dim, value in means.items() if self._reached(value)), default=math.inf)
+        chosen = self._smallest()
         if chosen < math.inf:
             return int(chosen)
-        known = {dim: value for dim, value in means.items() if not math.isnan(value)}
+        known = {dim: value for dim, value in self.means().items() if not math.isnan(value)}
         sign = 1 if self.mode == "max" else -1
         best = max(known, key=lambda dim: sign * known[dim], default=0)
         rank_zero_info(
@@ -120,6 +128,12 @@ class IntrinsicDimensionResult:
         return _metric_over_dim(
             runs, self.means(), self.baseline, self.target, self.monitor, suggestion, show=show, axes=ax
         )
+
+    def _smallest(self) -> int | float:
+        """Return the smallest dimension that reaches the target, see `suggestion`; infinity if none does."""
+        if "search" in self.results["kind"]:
+            return statistics.median_high(self._smallest_of_each_seed())
+        return min((dim for dim, value in self.means().items() if self._reached(value)), default=math.inf)
 
     def _smallest_of_each_seed(self) -> list[int | float]:
         """Return the smallest dimension that reached the target for each seed; infinity if none did."""

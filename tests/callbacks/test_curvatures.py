@@ -51,6 +51,18 @@ def test_ggn(tmp_path):
     assert metrics["ggn/rneg"] == 0
 
 
+def test_an_output_loss_may_be_given_by_name(tmp_path):
+    def by_function(output, batch):
+        return F.cross_entropy(output, batch[1])
+
+    tops = []
+    for i, given in enumerate(("cross_entropy", by_function)):
+        watch = SpectrumMonitor("ggn", output_loss_fn=given, num_matvecs=24, dim=48, num_batches=1, top_k=3)
+        fit(tmp_path / str(i), watch, model=Calls, data=loader(shuffle=False), max_epochs=1)
+        tops.append(watch.history[-1].top(3))
+    torch.testing.assert_close(*tops, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("loss_fn", [None, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none")])
 def test_fisher(tmp_path, loss_fn):
     """The loss is training_step, one example at a time, or a loss_fn that returns one number per example."""
