@@ -23,7 +23,7 @@ from lightning_sketch.autodiff.losses import training_step_loss
         ({"density_probes": -1}, "need density_probes >= 0 .* got -1 and 32"),
         ({"density_probes": 30}, "need dim >= 2112, .* got dim=1024"),
         ({"model_fn": len}, "Gauss-Newton matrix, got curvature='hessian'"),
-        ({"data": "val"}, "data='val'.* use 'train', or trainer.validate"),
+        ({"data": "val"}, r"data='val'.* use 'train', or trainer.validate\(model, dataloader\) for other data"),
         ({"on_error": "ignore"}, "on_error='ignore'.* use 'warn' or 'raise'"),
         ({"every_n_epochs": 1, "every_n_train_steps": 10}, "set every_n_epochs or every_n_train_steps, got both"),
         ({"every_n_epochs": 0}, "need every_n_epochs >= 1, got 0"),

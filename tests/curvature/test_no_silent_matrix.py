@@ -1,6 +1,7 @@
 """What would be a plausible wrong matrix is refused, each time, and a refusal leaves nothing behind."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lightning_sketch.autodiff.batches import num_labels
-from lightning_sketch.curvature import GGN, Deflated, EmpiricalFisher, Hessian, SquaredError, spectrum
+from lightning_sketch.curvature import GGN, CrossEntropy, Deflated, EmpiricalFisher, Hessian, SquaredError, spectrum
 
 X = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 2, 0, 1, 2])
@@ -94,6 +95,13 @@ def test_losses_of_another_number_than_that_of_the_examples(batches):
     f.batches.batches = [(X, Y)] * batches
     with pytest.raises(ValueError, match=r"losses of 6 examples, or their mean; got a tensor of shape \(6, 1\)"):
         f.matvec(torch.ones(15, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("labels", [Y, torch.zeros(6, 3)])
+def test_next_tokens_need_integer_labels_of_tokens(labels):
+    found = f"got {labels.dtype} of shape {tuple(labels.shape)}; pass shift=False"
+    with pytest.raises(ValueError, match=re.escape(found)):
+        CrossEntropy(shift=True)(torch.zeros(6, 3), (None, labels))
 
 
 def test_labels_that_may_mean_two_things():

@@ -43,6 +43,13 @@ def test_unequal_shapes_do_not_add(other):
         _ = A + other
 
 
+def test_operators_that_do_not_fit_are_not_composed():
+    with pytest.raises(
+        ValueError, match=r"vectors of size 12, the right one gives size 5; .*transpose one with \.T"
+    ):
+        _ = A @ A
+
+
 @pytest.mark.parametrize("other", [1.0, "a", None, torch.ones(5, 12)])
 def test_what_is_no_operator_is_not_added(other):
     with pytest.raises(TypeError):
