@@ -44,9 +44,7 @@ def test_unequal_shapes_do_not_add(other):
 
 
 def test_operators_that_do_not_fit_are_not_composed():
-    with pytest.raises(
-        ValueError, match=r"vectors of size 12, the right one gives size 5; .*transpose one with \.T"
-    ):
+    with pytest.raises(ValueError, match=r"vectors of size 12, the right one gives size 5; .*transpose one with \.T"):
         _ = A @ A
 
 
