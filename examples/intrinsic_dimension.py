@@ -148,7 +148,7 @@ def main():
     parser.add_argument("--full", action="store_true", help="three seeds, and more training for the language model")
     args = parser.parse_args()
     if args.full:
-        print("--full takes ten minutes on one core; if interrupted, it goes on where it was", flush=True)
+        print("--full takes ten minutes on one core; if interrupted, it continues where it was", flush=True)
     seeds, epochs = (3, 5) if args.full else (1, 1)
     seed_everything(0, verbose=False)
     pieces = text()
