@@ -60,7 +60,6 @@ TRAINED = {
     "indicators by squared error": (F.mse_loss, MULTI_HOT),
     "real labels": (F.mse_loss, normal(N, 3, seed=1)),
 }
-trained = pytest.mark.parametrize(("step", "y"), TRAINED.values(), ids=TRAINED)
 QUICK = ["classes", "some ignored", "multi-label", "real labels"]
 
 
@@ -74,9 +73,10 @@ def both(module, batches, **options):
     return s @ dense @ s.T, fit_ggn(module, batches, sketch, layout, **options)
 
 
-@trained
-def test_the_trained_loss_is_found_and_both_have_its_matrix(step, y):
+@pytest.mark.parametrize("name", some(TRAINED, QUICK))
+def test_the_trained_loss_is_found_and_both_have_its_matrix(name):
     """Truth: the same loss as a function that autograd differentiates, with every label counted."""
+    step, y = TRAINED[name]
     module, x = Module(step), normal(N, 4)
     dense, found = both(module, [(x, y)])
     layout = Layout.of(module)
@@ -161,9 +161,9 @@ def test_two_losses_of_one_value_are_distinguished_or_refused():
     assert GGN(module, [batch], output_loss_fn="cross_entropy").loss() == pytest.approx(1.0986123)
 
 
-@pytest.mark.parametrize("shift", [True, slow(False)])
-def test_tokens_are_shifted_as_in_training(shift):
-    """200 draws of fit_ggn in ten parts: five standard errors of their mean, each example weighing the same."""
+@pytest.mark.parametrize(("shift", "draws"), [(True, 4), slow(True, 20), slow(False, 20)])
+def test_tokens_are_shifted_as_in_training(shift, draws):
+    """Ten times so many draws of fit_ggn: five standard errors of their mean, each example weighing the same."""
 
     def step(z, y):
         z, y = (z[:, :-1], y[:, 1:]) if shift else (z, y)
@@ -178,7 +178,7 @@ def test_tokens_are_shifted_as_in_training(shift):
     g = GGN(module, [(x, y)])
     torch.testing.assert_close(g.as_matrix(), GGN(module, [(x, y)], output_loss_fn=loss).as_matrix())
     assert g.loss() == pytest.approx(step(module.net(x), y).item())
-    parts = [fit_ggn(module, [(x, y)], sketch, layout, draws=20, seed=seed).dense() for seed in range(10)]
+    parts = [fit_ggn(module, [(x, y)], sketch, layout, draws=draws, seed=seed).dense() for seed in range(10)]
     error = torch.stack(parts).std(0) / 10**0.5
     assert ((sum(parts) / 10 - s @ g.as_matrix() @ s.T).abs() <= 5 * error + 1e-12).all()
 
@@ -322,6 +322,7 @@ class Sequences(pl.LightningModule):
         return F.cross_entropy(self(batch[0]), batch[1])
 
 
+@pytest.mark.slow
 def test_time_may_come_first():
     """The matrix is the same; without `batch_dim`, also with `num_examples` alone, it is refused."""
     module, batch = Sequences(), (normal(7, 6, 4), torch.arange(6) % 3)

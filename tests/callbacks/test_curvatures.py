@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from models import Digits, dataset, fit, loader
 from torch.func import functional_call, jacrev, vmap
 
@@ -63,7 +64,9 @@ def test_an_output_loss_may_be_given_by_name(tmp_path):
     torch.testing.assert_close(*tops, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("loss_fn", [None, lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none")])
+@pytest.mark.parametrize(
+    "loss_fn", [slow(None), lambda m, batch: F.cross_entropy(m(batch[0]), batch[1], reduction="none")]
+)
 def test_fisher(tmp_path, loss_fn):
     """The loss is training_step, one example at a time, or a loss_fn that returns one number per example."""
     watch = monitor(curvature="fisher", loss_fn=loss_fn)

@@ -37,7 +37,7 @@ def monitor(**arguments):
     return SpectrumMonitor(num_matvecs=14, dim=64, num_batches=2, **arguments)
 
 
-CADENCES = [{"at_start": True}, {"every_n_train_steps": 3}]
+CADENCES = [{"at_start": True}, slow({"every_n_train_steps": 3})]
 
 
 @pytest.mark.parametrize("cadence", CADENCES, ids=str)

@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from curvature_cases import mostly_small
+from marks import some
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.datasets import load_digits
 from torch import nn
@@ -116,7 +117,7 @@ def on(cases):
     return pytest.mark.parametrize("case", mostly_small(cases))
 
 
-@on(CASES)
+@pytest.mark.parametrize("case", some(CASES, ["mlp trained"]))
 def test_the_top_in_float64(case):
     top, _ = truth(case)
     assert error(measured(case, F64, 96).top(10), top) < 1e-10

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from marks import some
 
 from lightning_sketch.curvature import Spectrum, spectrum
 from lightning_sketch.linalg.alignment import overlap, shares, shares_by_dots
@@ -33,7 +34,7 @@ def orthonormal(dim, k, seed=0):
     return torch.linalg.qr(normal(dim, k, seed=seed))[0]
 
 
-@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("share", some(SHARES, [0.02, 0.5, 1.0]))
 def test_the_share_is_right_from_sketches(outliers, share):
     """Mean of five seeds: within 0.03 where it is large, within 5 % of itself where it is small.
 

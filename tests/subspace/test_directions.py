@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from marks import pairs
 
 from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.subspace.directions import Directions, Identity
@@ -13,10 +14,10 @@ def vector(seed=0, n=N):
     return torch.randn(n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dim", "max_dim"), [(32, None), (16, 128), (128, 128), (N, None), (8, N)])
-def test_adjoint(kind, dim, max_dim):
+@pytest.mark.parametrize(("kind", "dims"), pairs(KINDS, [(32, None), (16, 128), (128, 128), (N, None), (8, N)]))
+def test_adjoint(kind, dims):
     """<D x, w> = <x, Dᵀ w>, to the rounding of a sketch's own float32 tables."""
+    dim, max_dim = dims
     directions = Directions.of(kind, N, dim, 3, max_dim)
     x, w = vector(1), vector(2, dim)
     assert torch.allclose(directions.matvec(x) @ w, x @ directions.rmatvec(w), rtol=1e-6, atol=1e-9)

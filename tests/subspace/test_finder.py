@@ -160,6 +160,7 @@ def test_accumulated_batches_are_one_step():
     assert [entry["step"] for entry in finder.history] == [3, 6, 9]
 
 
+@pytest.mark.slow
 def test_the_mean_that_reached_the_target_is_kept_and_saved(tmp_path):
     """The mean of w, not the last w: validated again, the module and the best checkpoint give the value found."""
     pl.seed_everything(0, verbose=False)
