@@ -97,7 +97,10 @@ def one_fingerprint(columns: Mapping[str, Tensor]) -> int:
     """
     found = columns["fingerprint"][scorable(columns)].unique().tolist()
     if len(found) != 1:
-        raise ValueError(f"the rows were taken at {len(found)} different weights; choose with .where(fingerprint=...).")
+        raise ValueError(
+            f"the rows were taken at {len(found)} different weights; choose with "
+            ".where(stage=...) or .where(fingerprint=...)."
+        )
     return int(found[0])
 
 

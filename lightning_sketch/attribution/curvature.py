@@ -73,7 +73,7 @@ class Curvature:
         object.__setattr__(self, "trace_of_square", float(small.square().sum()))
 
     def __repr__(self) -> str:
-        stored = "" if self.root is None else f", stored by {len(self.root)} rows"
+        stored = "" if self.root is None else f", stored as its {len(self.root)} x {self.dim} root"
         return (
             f"Curvature: {self.kind} of {self.examples} examples, {self.dim} x {self.dim}{stored}, trace "
             f"{self.trace:.4g}, {self.effective_samples:.1f} effective examples"
@@ -127,7 +127,10 @@ class Curvature:
         """
         path = _path(Path(folder), kind, fingerprint)
         if not path.exists():
-            raise FileNotFoundError(f"no curvature {kind!r} at weights {fingerprint} in {folder}; fit it first.")
+            raise FileNotFoundError(
+                f"no curvature {kind!r} at weights {fingerprint} in {folder}; call "
+                "store.fit_curvature(module, batches) first."
+            )
         with safe_open(path, "pt") as file:
             metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
         return cls(

@@ -44,8 +44,8 @@ def row_curvature(train: RowSource, kind: RowKind = "margin", *, batch_rows: int
     """
     if kind not in get_args(RowKind):
         raise ValueError(
-            f"curvature={kind!r} cannot be made from rows; {', '.join(get_args(RowKind))} can, and 'ggn' is fitted "
-            "with fit_ggn(module, batches, sketch, layout)."
+            f"curvature={kind!r} cannot be made from rows; {', '.join(get_args(RowKind))} can, and 'ggn' is made "
+            "by store.fit_curvature(module, batches) or fit_ggn(module, batches, sketch, layout)."
         )
     columns = train.metadata()
     fingerprint, keep = one_fingerprint(columns), scorable(columns)

@@ -104,10 +104,12 @@ class Spectrum:
     def _described(self) -> str:
         pairs = zip(self.eigenvalues.tolist(), self.converged.tolist(), strict=True)
         shown = [f"{value:.4g}{'' if known else '?'}" for value, known in pairs]
+        ends = ", ".join(shown[:5]), ", ".join(shown[:-4:-1])
+        legend = "\n    ? marks what has not converged" if "?" in "".join(ends) else ""
         return (
             f"{int(self.converged.sum())} of {len(shown)} Ritz values converged, of an operator of size {self.n:,}, by "
-            f"{self.num_products} products\n    largest {', '.join(shown[:5])}\n    smallest {', '.join(shown[:-4:-1])}"
-            f"\n    trace {self.trace:.4g} ± {self.trace_sem:.2g}  (? not converged)"
+            f"{self.num_products} products\n    largest {ends[0]}\n    smallest {ends[1]}"
+            f"\n    trace {self.trace:.4g} ± {self.trace_sem:.2g}{legend}"
         )
 
     @property
