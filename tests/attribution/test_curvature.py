@@ -212,7 +212,7 @@ def test_rows_without_probabilities_are_refused_with_a_solution(kind):
 
 
 def test_bad_kinds_and_rows_are_refused(untyped):
-    with pytest.raises(ValueError, match="'ggn' is made by store.fit_curvature"):
+    with pytest.raises(ValueError, match=r"'ggn' is made by store\.fit_curvature"):
         row_curvature(random_rows(4), "ggn")
     with pytest.raises(ValueError, match="taken at 2 different weights"):
         row_curvature(random_rows(2, fingerprint=torch.tensor([1, 2])), "fisher")

@@ -1,13 +1,17 @@
 """The scores of a store, after real training, are those of the same rows in memory."""
 
+import functools
+import inspect
+
 import pytest
 import torch
+import torch.nn.functional as F
 from models import Digits, dataset, trainer
 from pytorch_lightning import seed_everything
 from torch.utils.data import DataLoader, Subset
 
 from lightning_sketch import GradientSketchWriter, GradientStore
-from lightning_sketch.attribution import IndexedDataset, scores, self_influence, top_k
+from lightning_sketch.attribution import IndexedDataset, fit_ggn, scores, self_influence, sketch_gradients, top_k
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +88,52 @@ def test_only_the_gauss_newton_matrix_needs_to_be_fitted(trained, untyped):
     store, model, held_out = trained
     with pytest.raises(ValueError, match="'margin' is made from the rows"):
         store.fit_curvature(model, held_out, curvature="margin")
+
+
+FORWARDED = {
+    "sketch_gradients": (sketch_gradients, {"sketch", "parameters"}),
+    "fit_curvature": (fit_ggn, {"sketch", "layout"}),
+    "scores": (scores, {"train"}),
+    "top_k": (top_k, {"train"}),
+    "self_influence": (self_influence, {"train"}),
+}
+
+
+@pytest.mark.parametrize("name", FORWARDED)
+def test_a_method_takes_what_its_function_takes(name):
+    """All arguments with their defaults, but for those that the store knows itself."""
+    function, known = FORWARDED[name]
+    own = {"self", *(["curvature"] if name == "fit_curvature" else [])}
+    parameters = inspect.signature(getattr(GradientStore, name)).parameters
+    taken = {key: value.default for key, value in parameters.items() if key not in own}
+    assert taken == {k: v.default for k, v in inspect.signature(function).parameters.items() if k not in known}
+
+
+@pytest.mark.filterwarnings("ignore:.*few examples")
+def test_an_argument_of_a_method_reaches_its_function(trained):
+    """Each differs from its default, which gives another answer."""
+    store, model, held_out = trained
+    store = store.where(stage="validate")
+    making = {"loss_fn": lambda m, b: 3 * F.cross_entropy(logits(m, b), b[1]), "engine": "loop", "index_key": "hash"}
+    queries = store.sketch_gradients(model, held_out, **making)
+    same = sketch_gradients(model, held_out, store.sketch, **making)
+    torch.testing.assert_close(queries.sketches, same.sketches)
+    assert torch.equal(queries.example_id, same.example_id)
+
+    fitting = {"model_fn": logits, "max_classes": 2, "draws": 3, "seed": 5}
+    layout = store.spec.parameters
+    dense = fit_ggn(model, held_out, store.sketch, layout, **fitting).dense()
+    torch.testing.assert_close(store.fit_curvature(model, held_out, **fitting).dense(), dense)
+
+    asking = {"method": "influence", "curvature": "fisher", "damping": 0.37, "batch_rows": 7}
+    summed = asking | {"group": "example_id"}
+    torch.testing.assert_close(store.scores(queries, **summed), scores(queries, store, **summed))
+    assert not torch.allclose(store.scores(queries, **asking), store.scores(queries, **asking | {"damping": "auto"}))
+    found, true = (
+        best(k=3, largest=False, group=None, **asking)
+        for best in (functools.partial(store.top_k, queries), functools.partial(top_k, queries, store))
+    )
+    torch.testing.assert_close(found.scores, true.scores)
+    assert torch.equal(found.example_ids, true.example_ids)
+    torch.testing.assert_close(store.self_influence(**asking).scores, self_influence(store, **asking).scores)
+    assert not torch.allclose(store.self_influence(**asking).scores, store.self_influence(method="dot").scores)
