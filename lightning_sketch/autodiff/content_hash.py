@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_sketch.autodiff._nested import items_of, leaves_of
+from lightning_sketch.autodiff.batches import items_of, leaves_of
 
 
 def content_hash(value: Any) -> int:
