@@ -19,6 +19,7 @@ from lightning_sketch import (
 from lightning_sketch.attribution import Calibration, Influence, SelfInfluence, SketchedGradients, TopK
 from lightning_sketch.attribution.curvature import CurvatureSum
 from lightning_sketch.autodiff import Layout
+from lightning_sketch.curvature import Spectrum
 from lightning_sketch.linalg.eigenvectors import EigenPairs
 from lightning_sketch.linalg.krylov import Krylov, SketchedRun
 from lightning_sketch.subspace import IntrinsicDimensionResult
@@ -143,3 +144,10 @@ def test_empty_results_have_one_too():
     assert repr(pairs) == "EigenPairs: 0 eigenvectors of size 7 (float32)\n    values \n    residuals "
     assert repr(TopK(torch.zeros(0, 3), nothing.view(0, 3))) == "TopK of 0 queries, k=3: example (score)"
     assert repr(SelfInfluence(torch.zeros(0), nothing)) == "SelfInfluence of 0, largest: "
+
+
+def test_a_spectrum_explains_its_question_marks_where_it_has_some():
+    values = torch.tensor([3.0, 1.0])
+    for residual, marked in ((0.0, False), (0.5, True)):
+        shown = repr(Spectrum(values, torch.tensor([0.0, residual]), tol=1e-2, linearity_defect=0.0, num_products=2))
+        assert ("1?" in shown) is ("? marks what has not converged" in shown) is marked, shown

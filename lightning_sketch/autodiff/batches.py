@@ -13,7 +13,7 @@ from torch import Tensor
 Array = Tensor | np.ndarray
 
 
-def tensors_of(batch: Any) -> Iterator[Tensor]:
+def _tensors_of(batch: Any) -> Iterator[Tensor]:
     """Return the tensors in a batch, in its order, however deep."""
     return (value for _, _, value in leaves_of(batch) if isinstance(value, Tensor))
 
@@ -25,12 +25,12 @@ def leaves_of(value: Any, name: str = "", depth: int = 0) -> list[tuple[str, int
     return [leaf for path, item in _named_items(value, name) for leaf in leaves_of(item, path, depth + 1)]
 
 
-def lists_in(value: Any, name: str = "") -> Iterator[tuple[str, Sequence[Any]]]:
+def _lists_in(value: Any, name: str = "") -> Iterator[tuple[str, Sequence[Any]]]:
     """Yield the lists and plain tuples in a batch, however deep, each with its name."""
     if isinstance(value, list | tuple) and not hasattr(value, "_fields"):
         yield name, value
     for path, item in _named_items(value, name):
-        yield from lists_in(item, path)
+        yield from _lists_in(item, path)
 
 
 def items_of(value: Any) -> list[Any]:
@@ -38,19 +38,19 @@ def items_of(value: Any) -> list[Any]:
     return [item for _, item in _named_items(value, "")]
 
 
-def path_of(value: Any, name: str, key: Any) -> str:
+def _path_of(value: Any, name: str, key: Any) -> str:
     """Return the name of an item of the collection `value` of this name."""
     return f"{name}.{key}".lstrip(".") if dataclasses.is_dataclass(value) else f"{name}[{key!r}]"
 
 
-def like_images(value: Sequence[Any]) -> bool:
+def _like_images(value: Sequence[Any]) -> bool:
     """Return whether the items of a list are rather images, (channels, height, width), than collated tensors."""
     if len(value) < 2 or not all(isinstance(item, Array) and item.ndim == 3 for item in value):
         return False
     return len(value) > 3 or len({item.shape[1] for item in value}) > 1
 
 
-def kind_of(item: Any) -> str:
+def _kind_of(item: Any) -> str:
     """Return a description of an item, which is equal for all examples of a data set."""
     if isinstance(item, Array):
         return f"a tensor with {item.ndim} axes"
@@ -59,12 +59,14 @@ def kind_of(item: Any) -> str:
     return f"a {type(item).__name__}"
 
 
-def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return the batch with its tensors changed, in the same collections."""
-    return change(value) if isinstance(value, Tensor) else with_items(value, lambda item, _: with_tensors(item, change))
+    return (
+        change(value) if isinstance(value, Tensor) else _with_items(value, lambda item, _: _with_tensors(item, change))
+    )
 
 
-def with_items(value: Any, function: Callable[[Any, Any], Any]) -> Any:
+def _with_items(value: Any, function: Callable[[Any, Any], Any]) -> Any:
     """Return a collection of the same class with the results of `function(item, key)`, and all else unchanged."""
     new: Any
     if dataclasses.is_dataclass(value):
@@ -95,7 +97,7 @@ def _named_items(value: Any, name: str) -> list[tuple[str, Any]]:
         items = list(value.items())
     elif isinstance(value, list | tuple):
         items = list(enumerate(value))
-    return [(path_of(value, name, key), item) for key, item in items]
+    return [(_path_of(value, name, key), item) for key, item in items]
 
 
 def _is_text(value: Any) -> bool:
@@ -244,9 +246,9 @@ class BatchStructure:
 
         def batch_of_one(slices: Sequence[Tensor]) -> Any:
             following = iter(slices)
-            return with_tensors(batch, lambda t: next(following).unsqueeze(0) if has_axis(t) else t)
+            return _with_tensors(batch, lambda t: next(following).unsqueeze(0) if has_axis(t) else t)
 
-        return [tensor for tensor in tensors_of(batch) if has_axis(tensor)], batch_of_one
+        return [tensor for tensor in _tensors_of(batch) if has_axis(tensor)], batch_of_one
 
     def _sizes(self, leaves: Sequence[tuple[str, int, Any]]) -> dict[str, int]:
         """Return the likely number of examples of each tensor and array, or, without any, of each list of strings."""
@@ -266,7 +268,7 @@ class BatchStructure:
     def _check_lists(self, batch: Any, examples: int) -> None:
         """Refuse a list of tensors if its items may be the examples, though each has an axis that may be theirs."""
         leaves = leaves_of(batch)
-        for path, value in lists_in(batch):
+        for path, value in _lists_in(batch):
             within = {name for name, _, _ in leaves_of(value, path)}
             inside = [v for name, _, v in leaves if isinstance(v, Array) and name in within]
             beside = [v for name, _, v in leaves if isinstance(v, Array) and v.ndim and name not in within]
@@ -281,7 +283,7 @@ class BatchStructure:
                 )
             if examples not in (1, 3, 4):
                 self._of_examples[path] = False
-            elif path not in self._of_examples and like_images(value):
+            elif path not in self._of_examples and _like_images(value):
                 shapes = f"{tuple(value[0].shape)}, {tuple(value[1].shape)}, ..."
                 raise ValueError(
                     f"a list of {len(value)} tensors of shapes {shapes} may be one of images; pass num_examples=len if "
@@ -294,7 +296,7 @@ class BatchStructure:
         axes = (self.batch_dim, 0)
         if any(axis < array.ndim and array.shape[axis] == examples for array in arrays for axis in axes):
             return True
-        return (callable(self.num_examples) or not arrays) and any(len(v) == examples for _, v in lists_in(batch))
+        return (callable(self.num_examples) or not arrays) and any(len(v) == examples for _, v in _lists_in(batch))
 
     def _part(self, batch: Any, examples: int, part: slice) -> Any:
         """Return some of the examples of a batch."""
@@ -314,7 +316,7 @@ class BatchStructure:
             return value[(slice(None),) * axis + (part,)]
         if isinstance(value, list | tuple) and self._holds_examples(value, examples, path):
             return type(value)(value[part])
-        return with_items(value, lambda item, key: self._cut(item, examples, part, path_of(value, path, key), most))
+        return _with_items(value, lambda item, key: self._cut(item, examples, part, _path_of(value, path, key), most))
 
     def _axis(self, array: Array, examples: int, path: str, most: int) -> int | None:
         """Return the axis along which an array has the examples, or None."""
@@ -356,7 +358,7 @@ class BatchStructure:
                 self._of_examples[path] = True
             return self._known(path, f"a list of {examples} numbers, in a batch of {examples} examples,")
         inner = [(i, item) for i, item in enumerate(value) if isinstance(item, list | tuple)]
-        return not any(self._holds_examples(item, examples, path_of(value, path, i)) for i, item in inner)
+        return not any(self._holds_examples(item, examples, _path_of(value, path, i)) for i, item in inner)
 
     def _known(self, path: str, what: str) -> bool:
         """Return whether the items of the list at this place were examples in an earlier batch."""
@@ -426,12 +428,12 @@ def _labels(batch: Any) -> Any:
 
 def on_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on this device."""
-    return with_tensors(batch, lambda tensor: tensor.to(device))
+    return _with_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def copied(batch: Any) -> Any:
     """Return a copy of the batch, for a step that changes its batch in place; vmap allows it."""
-    return with_tensors(batch, Tensor.clone)
+    return _with_tensors(batch, Tensor.clone)
 
 
 def differentiable(batch: Any, widen: bool = False) -> Any:
@@ -444,7 +446,7 @@ def differentiable(batch: Any, widen: bool = False) -> Any:
         tensor = tensor.clone() if tensor.is_inference() else tensor
         return tensor.float() if widen and tensor.dtype in HALF else tensor
 
-    return with_tensors(batch, change) if any(map(needs, tensors_of(batch))) else batch
+    return _with_tensors(batch, change) if any(map(needs, _tensors_of(batch))) else batch
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:
@@ -467,7 +469,7 @@ def _check_alike(batch: Any) -> None:
         )
     if not isinstance(batch, list | tuple):
         return
-    kinds = list(dict.fromkeys(map(kind_of, batch)))
+    kinds = list(dict.fromkeys(map(_kind_of, batch)))
     if len(kinds) > 1:
         raise ValueError(
             f"num_examples=len counts the {len(batch)} items of a batch, but these are {' and '.join(kinds)}, not "

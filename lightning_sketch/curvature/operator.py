@@ -29,7 +29,7 @@ from lightning_sketch.operators.base import LinearOperator, check_vectors
 Add = Callable[[Any, float], None]  # adds a part of a batch, times its weight, to a total
 
 
-class Batches:
+class _Batches:
     """Batches over which weighted means are taken.
 
     Args:
@@ -293,7 +293,7 @@ class CurvatureOperator(LinearOperator):
         structure = (
             num_examples if isinstance(num_examples, BatchStructure) else BatchStructure(num_examples, batch_dim)
         )
-        self.batches = Batches(batches, weight_fn, structure, micro_batch_size, distributed, self._widen, self.device)
+        self.batches = _Batches(batches, weight_fn, structure, micro_batch_size, distributed, self._widen, self.device)
         self._originals, self._inside_hold = self.parameters, False
         self._seen_at: tuple[int, ...] = ()  # versions of the parameters at the last mean over all batches
         self._cached: Product | None = None  # the product of a single batch
