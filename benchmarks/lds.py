@@ -135,7 +135,7 @@ def table(name: str, with_peers: bool) -> None:
                 asked = 0.64
             line(f"ours, {kind}, dim {dim}, 1 model", mean, (time.perf_counter() - start) / 3, asked)
     if not linear:
-        print(f"  {'one training foretells another':48} {float(found[0]['ceiling']):6.3f}")
+        print(f"  {'one training predicts another':48} {float(found[0]['ceiling']):6.3f}")
         ensembles(bench)
     best: dict[str, tuple[float, str, dict[str, Tensor], float]] = {}
     for peer, (_, function) in peers(linear).items() if with_peers else ():
