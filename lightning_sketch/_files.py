@@ -1,20 +1,30 @@
-"""Atomic, durable writing of files: after an interruption a file is complete or absent.
+"""Files that are complete or absent after an interruption, that say if they were changed, and locks between processes.
 
     temporary file in the same folder -> write -> fsync -> rename -> fsync of the folder
 
 Once the folder is synced, the file survives a power cut with all its bytes; before the rename it does not exist.
 The temporary name is random and must be new (O_EXCL), so that two writers never share it, nor does one reuse the
 leftover of a writer that was killed. Systems that cannot fsync a folder (Windows, some network mounts) skip that step.
+
+A document is a JSON file of one object with a checksum of its fields. A tensor file is a safetensors file with one
+checksum of its header and one of its contents.
 """
 
 import contextlib
 import errno
+import json
 import os
 import secrets
-from collections.abc import Iterator
+import stat
+import time
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 TEMPORARY = ".tmp"
 
@@ -25,15 +35,41 @@ _UNSUPPORTED = {
 }
 
 
-def commit(path: Path, data: bytes) -> None:
+_LARGEST_DOCUMENT = 1 << 26  # bytes
+_LARGEST_NUMBER = 1 << 62  # of a document; sums of two still fit into int64
+_TRIES, _PAUSE = 5, 0.02  # of a replacement that Windows refuses while a reader has the file open; seconds
+
+
+class CorruptFile(ValueError):
+    """Raised if a file is not what was written: truncated, changed, exchanged, missing, or a link."""
+
+
+class Busy(RuntimeError):
+    """Raised if another process holds a lock."""
+
+
+def commit(path: Path, data: bytes, *, new_folders: bool = True) -> None:
     """Write or replace a file atomically, creating the folders above it.
+
+    Args:
+        path: The path of the file.
+        data: Its contents.
+        new_folders: Whether to create missing folders; else a missing folder is an error.
 
     Raises:
         OSError: If the disk is full or the folder cannot be written; an existing file is then unchanged.
     """
-    make_folder(path.parent)
+    if new_folders:
+        make_folder(path.parent)
     with _written(path, data) as temporary:
-        os.replace(temporary, path)
+        for left in reversed(range(_TRIES)):
+            try:
+                os.replace(temporary, path)
+                break
+            except PermissionError:
+                if not left:
+                    raise
+                time.sleep(_PAUSE)
     sync_folder(path.parent)
 
 
@@ -96,3 +132,136 @@ def _written(path: Path, data: bytes) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_own(path: Path) -> None:
+    """Refuse a file that is a link, a pipe or a device, which may be outside or without end.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CorruptFile: If it is not a regular file.
+    """
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise CorruptFile(f"{path} is a link, pipe or folder, where a file is expected; put the file itself there.")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that is a link or no folder; it may be missing.
+
+    Raises:
+        CorruptFile: If it is one of these.
+    """
+    if os.path.lexists(path) and not stat.S_ISDIR(os.lstat(path).st_mode):
+        raise CorruptFile(f"{path} is a link or a file, where a folder is expected; put the folder itself there.")
+
+
+def write_document(path: Path, fields: Mapping[str, Any], *, once: bool = False, new_folders: bool = True) -> bool:
+    """Write a document atomically; with `once` only if there is none of this name. Return whether it was written.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written.
+    """
+    text = json.dumps({**fields, "checksum": _checksum(fields)}, indent=1).encode()
+    if once:
+        return write_once(path, text)
+    commit(path, text, new_folders=new_folders)
+    return True
+
+
+def read_document(
+    path: Path, types: Mapping[str, Any], expected: Mapping[str, Any] = MappingProxyType({}), *, sealed: bool = True
+) -> dict[str, Any]:
+    """Read a document.
+
+    Args:
+        path: The path of the file.
+        types: The type of each field that is needed, as `isinstance` takes it. Other fields, as a later version may
+            write, are ignored.
+        expected: Values that fields must have in a file of this place.
+        sealed: Whether the document must have a checksum; if it has one, this must match in any case.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CorruptFile: If it is not what was written, or a field is missing or of another type.
+    """
+    check_own(path)
+    if path.stat().st_size > _LARGEST_DOCUMENT:
+        raise CorruptFile(f"{path} is too large for what it should contain; restore it from a copy.")
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptFile(f"{path} is not JSON ({str(error)[:100]}); restore it from a copy.") from error
+    if not isinstance(found, dict):
+        raise CorruptFile(f"{path} contains a {type(found).__name__}, not the fields of an object.")
+    checksum = found.pop("checksum", None)
+    if (sealed or checksum is not None) and checksum != _checksum(found):
+        raise CorruptFile(f"{path}: its contents do not match its checksum; restore it from a copy.")
+    for name, kind in types.items():
+        value = found.get(name)
+        number = isinstance(value, int) and not (isinstance(value, bool) or 0 <= value < _LARGEST_NUMBER)
+        if not isinstance(value, kind) or number or (isinstance(value, bool) and kind is not bool):
+            raise CorruptFile(f"{path}: its field {name!r} is {str(found.get(name, 'missing'))[:60]}, which cannot be.")
+    check_place(path, found, expected)
+    return {name: found.get(name) for name in types}
+
+
+def check_place(
+    path: Path, found: Mapping[str, Any], expected: Mapping[str, Any], error: type[CorruptFile] = CorruptFile
+) -> None:
+    """Refuse a file that was written for another place.
+
+    Raises:
+        CorruptFile: Or rather `error`, if one of its fields is not as expected.
+    """
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise error(
+                f"{path} belongs elsewhere: its {key} is {found.get(key)}, here it is {value}; move it away, or put it "
+                "back where it came from."
+            )
+
+
+def acquire(path: Path, busy: str | None = None) -> FileLock | None:
+    """Acquire a lock file; the end of the process releases it, as does `release()`.
+
+    Args:
+        path: The path of the lock file, in an existing folder.
+        busy: The message of the error if another process holds the lock. If None, wait for it, and say so.
+
+    Returns:
+        The lock, or None where the file system has no locks, which is said.
+
+    Raises:
+        Busy: If the lock is held and `busy` is given.
+    """
+    lock = FileLock(str(path), thread_local=False)
+    try:
+        try:
+            lock.acquire(timeout=0 if busy else 1)
+        except Timeout as error:
+            if busy:
+                raise Busy(busy) from error
+            warnings.warn(f"waiting for {path}, which another process holds; compaction may take minutes", stacklevel=2)
+            lock.acquire()
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _UNSUPPORTED | {errno.ENOLCK}:
+            raise
+        warnings.warn(f"{path.parent} has no file locks ({error}): nothing keeps other processes out.", stacklevel=2)
+        return None
+    return lock
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold a lock file within the context; arguments and errors as in `acquire`."""
+    lock = acquire(path, busy)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _checksum(fields: Mapping[str, Any]) -> int:
+    """Return the checksum of the fields of a document."""
+    return zlib.crc32(json.dumps(fields, sort_keys=True).encode())

@@ -13,17 +13,20 @@ from lightning_sketch.attribution.sketch_gradients import sketch_gradients
 from lightning_sketch.attribution.top_k import TopK, top_k
 from lightning_sketch.store import (
     STAGES,
+    CorruptFile,
     CorruptShard,
     RowAppender,
     RowSource,
     SketchedGradients,
     StoreSpec,
+    Strings,
     read_shard,
 )
 
 __all__ = [
     "STAGES",
     "Calibration",
+    "CorruptFile",
     "CorruptShard",
     "Curvature",
     "GradientStore",
@@ -35,6 +38,7 @@ __all__ = [
     "SelfInfluence",
     "SketchedGradients",
     "StoreSpec",
+    "Strings",
     "TopK",
     "batch_ids",
     "calibrate",

@@ -8,15 +8,15 @@
 Duplicates that a sampler added (padded), rows that are not finite, and stored queries are never scored.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lightning_sketch.store.sketched_gradients import STAGES, UNKNOWN_ID, RowSource, SketchedGradients
+from lightning_sketch.store.sketched_gradients import STAGES, UNKNOWN_ID, RowSource, SketchedGradients, Strings, keys_of
 
 # Queries by the optimizer step of the weights at which they were taken.
 AtCheckpoints = Mapping[int, SketchedGradients]
@@ -47,7 +47,7 @@ class Selected:
         return len(self.positions)
 
 
-def scorable(columns: Mapping[str, Tensor]) -> Bool[Tensor, " rows"]:
+def scorable(columns: Mapping[str, Any]) -> Bool[Tensor, " rows"]:
     """Return a mask of the rows that are finite, no duplicates, and no stored queries.
 
     Raises:
@@ -89,7 +89,7 @@ def select_all(train: RowSource, rates: bool) -> Selected:
     return _selected(train, keep, columns["lr"][keep])
 
 
-def one_fingerprint(columns: Mapping[str, Tensor]) -> int:
+def one_fingerprint(columns: Mapping[str, Any]) -> int:
     """Return the fingerprint of the weights at which all rows were taken.
 
     Raises:
@@ -122,7 +122,7 @@ def check_queries(queries: SketchedGradients, train: RowSource) -> None:
         raise ValueError("there are no queries; pass at least one row.")
 
 
-def _at_weights(fingerprint: int, columns: Mapping[str, Tensor]) -> Bool[Tensor, " rows"]:
+def _at_weights(fingerprint: int, columns: Mapping[str, Any]) -> Bool[Tensor, " rows"]:
     """Return a mask of the scorable rows at the queries' weights: of checkpoints, or else of training steps."""
     there = scorable(columns)
     fit = columns["stage"] == _FIT
@@ -230,13 +230,22 @@ def _few(values: Tensor) -> str:
     return listed + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 
 
-def example_ids(columns: Mapping[str, Tensor], positions: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
-    """Return the ids of the rows at these positions; of rows without, the step of a training step, else the position.
+def as_given(ids: Tensor, sources: Iterable[RowSource]) -> Any:
+    """Return ids as they were given: those of strings as strings, in lists of the same shape."""
+    given = [source.metadata()["example_id"] for source in sources]
+    strings = [column for column in given if isinstance(column, Strings)]
+    if not strings:
+        return ids
+    return Strings(ids, [table for column in strings for table in column.tables]).tolist()
+
+
+def example_ids(columns: Mapping[str, Any], positions: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """Return the ids of the rows at these positions, hashes if they are strings; of rows without, the step or position.
 
     Raises:
         ValueError: if some rows have ids and others do not.
     """
-    ids = columns["example_id"][positions].long()
+    ids = keys_of(columns["example_id"])[positions].long()
     unknown = ids == UNKNOWN_ID
     if not unknown.any():
         return ids

@@ -25,11 +25,10 @@ from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from lightning_sketch._files import commit
+from lightning_sketch._files import check_place
+from lightning_sketch._tensor_file import TensorFile, write_tensors
 
 # Curvatures that are made from the rows alone, and all.
 RowKind = Literal["margin", "fisher", "trak"]
@@ -105,12 +104,11 @@ class Curvature:
             OSError: if the disk is full or the folder cannot be written.
         """
         path = _path(Path(folder), self.kind, self.fingerprint)
-        path.parent.mkdir(parents=True, exist_ok=True)
         name = "root" if self.matrix is None else "matrix"
         numbers = {"examples": self.examples, "mean_square": self.mean_square}
         numbers |= {"effective_samples": self.effective_samples}
         metadata = {"kind": self.kind, "fingerprint": str(self.fingerprint), **{k: repr(v) for k, v in numbers.items()}}
-        commit(path, save({name: getattr(self, name).contiguous()}, metadata))
+        write_tensors(path, {name: getattr(self, name)}, metadata)
         return path
 
     @classmethod
@@ -124,6 +122,7 @@ class Curvature:
 
         Raises:
             FileNotFoundError: if there is none of this kind at these weights.
+            CorruptFile: if the file is not what was written.
         """
         path = _path(Path(folder), kind, fingerprint)
         if not path.exists():
@@ -131,8 +130,10 @@ class Curvature:
                 f"no curvature {kind!r} at weights {fingerprint} in {folder}; call "
                 "store.fit_curvature(module, batches) first."
             )
-        with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        file = TensorFile(path, sealed=False)  # the first version wrote no checksum
+        check_place(path, file.header, {"kind": kind, "fingerprint": str(fingerprint)})
+        file.check()
+        metadata, tensors = file.header, {name: file.tensor(name) for name in file.shapes}
         return cls(
             kind=kind,
             fingerprint=fingerprint,

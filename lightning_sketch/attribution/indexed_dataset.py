@@ -8,13 +8,11 @@ from collections.abc import Mapping, Sized
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.content_hash import content_hash
-from lightning_sketch.store.sketched_gradients import UNKNOWN_ID
+from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, Strings
 
 HASH = "hash"
 
@@ -55,9 +53,7 @@ class IndexedDataset(Dataset):
         return Indexed(self.dataset[index], index)
 
 
-def batch_ids(
-    batch: Any, index_key: str | int | None, *, structure: BatchStructure | None = None
-) -> Int[Tensor, " examples"]:
+def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStructure | None = None) -> Column:
     """Return the id of each example of a batch, on the CPU; -1 if it is unknown.
 
     Args:
@@ -67,10 +63,10 @@ def batch_ids(
         structure: Where the examples of the batch are, if they are not rows of tensors.
 
     Returns:
-        int64, (examples,).
+        int64, (examples,), or `Strings` if the ids are names.
 
     Raises:
-        ValueError: if the batch has no such key, or the ids are not one whole number per example.
+        ValueError: if the batch has no such key, or the ids are not one whole number or one string per example.
 
     >>> batch_ids({"x": torch.zeros(2, 3), "id": torch.tensor([5, 3])}, "id")
     tensor([5, 3])
@@ -87,6 +83,10 @@ def batch_ids(
     except (KeyError, IndexError, TypeError) as error:
         keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise ValueError(f"index_key={index_key!r} is not in the batch, which has {keys}.") from error
+    if isinstance(found, list | tuple) and len(found) and all(isinstance(name, str) for name in found):
+        if len(found) == structure.count(batch):
+            return Strings.of(found)
+        raise ValueError(f"index_key={index_key!r} gives {len(found)} names for {structure.count(batch)} examples.")
     ids = torch.as_tensor(found)
     if ids.is_floating_point() or ids.shape != (structure.count(batch),):
         raise ValueError(

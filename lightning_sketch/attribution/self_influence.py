@@ -5,13 +5,13 @@ tracin       sum over an example's rows of lr |g|²
 influence    gᵀ (A + lambda I)⁻¹ g
 """
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.attribution._row_selection import example_ids, one_fingerprint, select_all, sum_by_id
+from lightning_sketch.attribution._row_selection import as_given, example_ids, one_fingerprint, select_all, sum_by_id
 from lightning_sketch.attribution.influence import Damping
 from lightning_sketch.attribution.scores import CurvatureLike, inverse_of
 from lightning_sketch.store.sketched_gradients import RowSource
@@ -24,15 +24,18 @@ class SelfInfluence(NamedTuple):
 
     Attributes:
         scores: The self-influence, float32, (rows,).
-        example_ids: The ids, int64, (rows,); of rows without ids the step of a training step, else the position.
+        example_ids: The ids, int64, (rows,), or a list of names; of rows without ids the step of a training step, else
+            the position.
     """
 
     scores: Float[Tensor, " rows"]
-    example_ids: Int[Tensor, " rows"]
+    example_ids: Any
 
     def __repr__(self) -> str:
         largest = self.scores.argsort(descending=True)[:5]
-        pairs = zip(self.example_ids[largest].tolist(), self.scores[largest].tolist(), strict=True)
+        named = isinstance(self.example_ids, list)
+        ids = [self.example_ids[i] if named else int(self.example_ids[i]) for i in largest.tolist()]
+        pairs = zip(ids, self.scores[largest].tolist(), strict=True)
         listed = ", ".join(f"{example} ({score:.3g})" for example, score in pairs)
         return f"SelfInfluence of {len(self.scores)}, largest: {listed}"
 
@@ -86,4 +89,6 @@ def self_influence(
         g = block.sketches.double()
         parts.append((g * (g if inverse is None else inverse(g))).sum(1).float())
     found, ids = torch.cat(parts) * rows.weights, example_ids(columns, rows.positions)
-    return SelfInfluence(*sum_by_id(found, ids)) if method == "tracin" else SelfInfluence(found, ids)
+    if method == "tracin":
+        found, ids = sum_by_id(found, ids)
+    return SelfInfluence(found, as_given(ids, [train]))

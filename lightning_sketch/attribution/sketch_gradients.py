@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from lightning_sketch.attribution.indexed_dataset import batch_ids, without_index
@@ -16,7 +15,7 @@ from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.example_sketches import Engine, ExampleSketches
 from lightning_sketch.per_example.reduction import Reduction
-from lightning_sketch.store.sketched_gradients import SketchedGradients
+from lightning_sketch.store.sketched_gradients import Column, SketchedGradients
 
 # (module, batch) -> loss of each example, probability of its true label.
 RowFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -119,13 +118,13 @@ class ExampleRows:
         self.sketches, self.row_fn, self.device = sketches, row_fn, weights[0].device
         self.fingerprint = fingerprint(weights)
 
-    def __call__(self, batch: Any, ids: Int[Tensor, " examples"]) -> SketchedGradients:
+    def __call__(self, batch: Any, ids: Column) -> SketchedGradients:
         """Return the rows, on the CPU."""
         module = self.sketches.module
         with preserve_state(module):
             batch = on_device(differentiable(batch), self.device)
             rows, losses = self.sketches(batch)
-            columns = {"example_id": ids, "fingerprint": torch.full_like(ids, self.fingerprint)}
+            columns = {"example_id": ids, "fingerprint": torch.full((len(ids),), self.fingerprint)}
             if losses is not None:
                 columns["loss"] = losses.float().cpu()
             if self.row_fn is not None:

@@ -6,13 +6,13 @@ Memory: k results per query and one block of rows; if rows of one example are su
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sketch.attribution._row_selection import Group, check_group
+from lightning_sketch.attribution._row_selection import Group, as_given, check_group
 from lightning_sketch.attribution.influence import Damping
 from lightning_sketch.attribution.scores import CurvatureLike, Method, Queries, Scorer, scorers
 from lightning_sketch.store.sketched_gradients import RowSource
@@ -25,18 +25,19 @@ class TopK(NamedTuple):
 
     Attributes:
         scores: The scores, float32, (queries, k).
-        example_ids: The ids of the examples, int64, (queries, k); of rows without ids the step of a training step, else
-            the position in `train`.
+        example_ids: The ids of the examples, int64, (queries, k), or lists of names; of rows without ids the step of a
+            training step, else the position in `train`.
     """
 
     scores: Float[Tensor, "queries k"]
-    example_ids: Int[Tensor, "queries k"]
+    example_ids: Any
 
     def __repr__(self) -> str:
         queries, k = self.scores.shape
         lines = [f"TopK of {queries} queries, k={k}: example (score)"]
         for i in range(min(queries, _SHOWN)):
-            pairs = zip(self.example_ids[i, :_SHOWN].tolist(), self.scores[i, :_SHOWN].tolist(), strict=True)
+            ids = list(self.example_ids[i][:_SHOWN])
+            pairs = zip(map(_plain, ids), self.scores[i, :_SHOWN].tolist(), strict=True)
             best = ", ".join(f"{example} ({score:.3g})" for example, score in pairs)
             lines.append(f"    query {i}: {best}{', ...' if k > _SHOWN else ''}")
         return "\n".join(lines + (["    ..."] if queries > _SHOWN else []))
@@ -94,13 +95,13 @@ def top_k(
     if group is not None and not _each_once(ids):
         best = _Best(k, largest)
         best.add(*_sums(members, torch.cat(ids), batch_rows))
-        return best.found()
+        return best.found(members)
     if any(not torch.equal(own, ids[0]) for own in ids[1:]):
         raise ValueError("members of the list have other rows, or in another order; use group='example_id'.")
     best = _Best(k, largest)
     for place, found in _means(members, batch_rows):
         best.add(found, ids[0][place])
-    return best.found()
+    return best.found(members)
 
 
 class _Best:
@@ -120,9 +121,15 @@ class _Best:
             best_ids = best_ids.gather(1, place)
         self.best = best, best_ids
 
-    def found(self) -> TopK:
+    def found(self, members: list[Scorer]) -> TopK:
         """Return the best of all columns that were added, which are one at least."""
-        return TopK(*cast(tuple[Tensor, Tensor], self.best))
+        scores, ids = cast(tuple[Tensor, Tensor], self.best)
+        return TopK(scores, as_given(ids, (member.train for member in members)))
+
+
+def _plain(example: Any) -> Any:
+    """Return the id of an example as a number or a name."""
+    return example.item() if isinstance(example, Tensor) else example
 
 
 def _means(members: list[Scorer], batch_rows: int) -> Iterator[tuple[slice, Float[Tensor, "queries rows"]]]:

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from lightning_sketch._files import commit
+from lightning_sketch._tensor_file import TensorFile, write_tensors
 from lightning_sketch.curvature.result import Spectrum
 from lightning_sketch.linalg.krylov import Krylov, SketchedRun
 from lightning_sketch.linalg.quadrature import Quadrature
@@ -53,9 +51,9 @@ def save_spectrum(spectrum: Spectrum, path: str | os.PathLike) -> None:
             plain[f"columns.{i}"] = torch.stack(run.columns)
             for name in ("alpha", "beta", "dots"):
                 plain[f"{name}.{i}"] = torch.tensor(getattr(run, name), dtype=torch.float64)
-    tensors = {name: value.contiguous() for name, value in plain.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in plain.items() if isinstance(value, Tensor)}
     rest = {name: value for name, value in plain.items() if not isinstance(value, Tensor)}
-    commit(Path(path), save(tensors, {"spectrum": json.dumps(rest, default=asdict)}))
+    write_tensors(Path(path), tensors, {"spectrum": json.dumps(rest, default=asdict)})
 
 
 def load_spectrum(path: str | os.PathLike) -> Spectrum:
@@ -65,6 +63,7 @@ def load_spectrum(path: str | os.PathLike) -> Spectrum:
         path: The path of the file.
 
     Raises:
+        CorruptFile: If the file is not what was written.
         ValueError: If the file contains no spectrum.
 
     >>> import tempfile
@@ -75,15 +74,15 @@ def load_spectrum(path: str | os.PathLike) -> Spectrum:
     ...     load_spectrum(f"{folder}/spectrum.safetensors").top(2)
     tensor([8.0000, 8.0000], dtype=torch.float64)
     """
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-        if "spectrum" not in metadata:
-            raise ValueError(
-                f"{path} contains no spectrum; such files are written by save_spectrum, and by SpectrumMonitor beside "
-                "a CSV log."
-            )
-        plain = json.loads(metadata["spectrum"])
-        plain |= {name: file.get_tensor(name) for name in file.keys()}
+    file = TensorFile(Path(path), sealed=False)  # the first version wrote no checksum
+    if "spectrum" not in file.header:
+        raise ValueError(
+            f"{path} contains no spectrum; such files are written by save_spectrum, and by SpectrumMonitor beside a "
+            "CSV log."
+        )
+    file.check()
+    plain = json.loads(file.header["spectrum"])
+    plain |= {name: file.tensor(name) for name in file.shapes}
     runs = [
         SketchedRun(
             list(plain.pop(f"columns.{i}")), *(plain.pop(f"{n}.{i}").tolist() for n in ("alpha", "beta", "dots"))

@@ -1,14 +1,16 @@
 """Tables of sketched gradients, in memory and in files that are written atomically; without Lightning."""
 
-from lightning_sketch.store.lineage import Run
+from lightning_sketch._files import Busy, CorruptFile
+from lightning_sketch.store.format import CorruptShard, Run
 from lightning_sketch.store.row_store import RowStore, read_shard
-from lightning_sketch.store.shards import CorruptShard
-from lightning_sketch.store.sketched_gradients import STAGES, RowSource, SketchedGradients
+from lightning_sketch.store.sketched_gradients import STAGES, RowSource, SketchedGradients, Strings
 from lightning_sketch.store.spec import StoreSpec
 from lightning_sketch.store.writer import RowAppender
 
 __all__ = [
     "STAGES",
+    "Busy",
+    "CorruptFile",
     "CorruptShard",
     "RowAppender",
     "RowSource",
@@ -16,5 +18,6 @@ __all__ = [
     "Run",
     "SketchedGradients",
     "StoreSpec",
+    "Strings",
     "read_shard",
 ]

@@ -1,125 +1,207 @@
-"""The index of a store: the columns and the place of every row, without its sketch, and which rows are visible."""
+"""The index of a store: the columns and the place of every row, without its sketch, and which rows are visible.
 
+A fit that resumes from a checkpoint has a parent: the run that was writing when the checkpoint was saved, and the step
+of the checkpoint. The lineage of a fit is the chain of runs that it resumed through. A row of a run in the lineage is
+visible if its step is not beyond the steps at which the later runs branched off:
+
+    visible(row) = row.step <= min of run.parent_step over the later runs of the lineage
+
+so each step of a lineage has its rows exactly once. Runs that measure a checkpoint (validate, test, predict) have no
+parent: of several in one stage at the same weights, the last is visible. Runs are ordered by number, not by clock.
+"""
+
+import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
-from jaxtyping import Bool, Int
 from torch import Tensor
 
-from lightning_sketch.store.lineage import Run
-from lightning_sketch.store.shards import Shard, ShardName
-from lightning_sketch.store.sketched_gradients import DEFAULTS, STAGES, cat_columns, contents
-from lightning_sketch.store.spec import StoreSpec
+from lightning_sketch._files import CorruptFile, check_folder
+from lightning_sketch.store.format import (
+    FOLDERS,
+    FOREVER,
+    MANIFEST,
+    CorruptShard,
+    Manifest,
+    Run,
+    Shard,
+    ShardName,
+    Snapshot,
+)
+from lightning_sketch.store.sketched_gradients import DEFAULTS, Column, cat_columns
 
-QUERIES = STAGES.index("queries")
 
-
-@dataclass(frozen=True, eq=False)
-class StoredRows:
-    """Rows of a store without their sketches.
+@dataclass
+class Inventory:
+    """The shards of a snapshot, and what is wrong with its files.
 
     Args:
-        columns: The columns of the rows, by name.
-        files: The names of the store's files of rows.
-        file: For each row, the index of its file in `files`.
-        place: For each row, its position in that file.
+        shards: The shards that can be opened, ordered by run, rank and time.
+        missing: The files that were written and are not there, in words.
+        wrong: What else is not as it was written.
     """
 
-    columns: Mapping[str, Tensor]
-    files: Sequence[ShardName]
-    file: Int[Tensor, " rows"]
-    place: Int[Tensor, " rows"]
+    shards: list[Shard] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    wrong: list[CorruptFile] = field(default_factory=list)
 
-    def __len__(self) -> int:
-        return len(self.file)
+    @classmethod
+    def of(cls, snapshot: Snapshot, runs: Sequence[Run]) -> "Inventory":
+        """Open the shards of a snapshot, and compare them with its manifests and runs."""
+        found = cls()
+        manifests = found._manifests(snapshot)  # read first: a writer who goes on meanwhile makes no shard missing
+        written = found._written(snapshot.folder)
+        for run, rank in sorted({*manifests, *written}):
+            folder = (snapshot.folder / ShardName(run, rank, 0).path).parent
+            if not 1 <= run <= len(runs):
+                found.wrong.append(CorruptFile(f"{folder} has rows of run {run}, whose record in attempts is missing."))
+            elif snapshot.store and (run, rank) not in manifests:
+                found.wrong.append(CorruptFile(f"{snapshot.folder / Manifest.path(rank, run)} is missing; restore it."))
+            else:
+                manifest = manifests.get((run, rank), Manifest())
+                found._add(snapshot, run, rank, manifest, written.get((run, rank), set()))
+        return found
 
-    def __repr__(self) -> str:
-        files = len(self.file.unique())
-        return f"StoredRows: {len(self)} rows in {files} file{'s' if files != 1 else ''}{contents(self.columns)}"
+    def _manifests(self, snapshot: Snapshot) -> dict[tuple[int, int], Manifest]:
+        """Read the manifests, by run and rank."""
+        found = {}
+        folder = snapshot.folder / "manifests"
+        for name in self._names(folder) if snapshot.store else ():
+            matched = MANIFEST.fullmatch(name)
+            if matched is not None:
+                rank, run = map(int, matched.groups())
+                found[run, rank] = Manifest()
+                try:
+                    found[run, rank] = snapshot.manifest(rank, run)
+                except CorruptFile as error:
+                    self.wrong.append(error)
+        return found
 
-    def where(self, mask: Bool[Tensor, " rows"]) -> "StoredRows":
-        """Select the rows where a mask is true, in their order."""
-        columns = {name: column[mask] for name, column in self.columns.items()}
-        return StoredRows(columns, self.files, self.file[mask], self.place[mask])
+    def _written(self, folder: Path) -> dict[tuple[int, int], set[int]]:
+        """Return the numbers of the shards that are there, by run and rank."""
+        found: dict[tuple[int, int], set[int]] = {}
+        for rank in self._names(folder):
+            for run in self._names(folder / rank) if FOLDERS[0].fullmatch(rank) else ():
+                for name in self._names(folder / rank / run) if FOLDERS[1].fullmatch(run) else ():
+                    if name.endswith(".safetensors"):
+                        try:
+                            shard = ShardName.of(folder / rank / run / name)
+                            found.setdefault((shard.run, shard.rank), set()).add(shard.sequence)
+                        except CorruptFile as error:
+                            self.wrong.append(error)
+        return found
 
-    @staticmethod
-    def cat(one: "StoredRows", other: "StoredRows") -> "StoredRows":
-        """Concatenate two indexes of one store."""
-        columns = {name: torch.cat([one.columns[name], other.columns[name]]) for name in one.columns}
-        files, places = (torch.cat([getattr(one, key), getattr(other, key)]) for key in ("file", "place"))
-        return StoredRows(columns, one.files, files, places)
+    def _names(self, folder: Path) -> list[str]:
+        """Return the names in a folder, none if it is missing; a link is wrong."""
+        try:
+            check_folder(folder)
+            return sorted(os.listdir(folder))
+        except FileNotFoundError:
+            return []
+        except CorruptFile as error:
+            self.wrong.append(error)
+            return []
 
-    def by_file(self) -> Iterator[tuple[ShardName, list[int], dict[str, Tensor]]]:
-        """Yield each file's name, the positions of the rows in it, in rising order, and their columns."""
-        for i in self.file.unique().tolist():
-            (here,) = (self.file == i).nonzero(as_tuple=True)
-            here = here[self.place[here].argsort()]
-            yield self.files[i], self.place[here].tolist(), {name: c[here] for name, c in self.columns.items()}
+    def _add(self, snapshot: Snapshot, run: int, rank: int, manifest: Manifest, written: set[int]) -> None:
+        """Open the shards of a rank's run, and compare each with the one before it, and the last with the manifest."""
+        count = max([manifest.files, *(number + 1 for number in written)])
+        if count > len(written):
+            first = next(i for i in range(count) if i not in written)
+            others = f" and {count - len(written) - 1} more" if count > len(written) + 1 else ""
+            self.missing.append(f"{snapshot.folder / ShardName(run, rank, first).path}{others}")
+        seals = {-1: ""}
+        for sequence in sorted(written):
+            name = ShardName(run, rank, sequence)
+            try:
+                shard = Shard(snapshot, name)
+            except FileNotFoundError:
+                self.missing.append(str(snapshot.folder / name.path))
+                continue
+            except CorruptFile as error:
+                self.wrong.append(error)
+                continue
+            before = shard.header.get("previous")  # not in format 1
+            if before != seals.get(sequence - 1, before):
+                self.wrong.append(CorruptShard(f"{shard.path} or the file before it was exchanged; restore both."))
+            if sequence == manifest.files - 1 and shard.seal != manifest.seal:
+                self.wrong.append(CorruptShard(f"{shard.path} or its manifest was exchanged; restore both."))
+            seals[sequence] = shard.seal
+            self.shards.append(shard)
 
 
-def missing_files(names: Iterable[ShardName]) -> list[ShardName]:
-    """Return the names that their writers must have used before later ones, but that are not among `names`."""
-    found = set(names)
-    before = {replace(name, sequence=i) for name in found for i in range(name.sequence)}
-    return sorted(before - found)
+def read_index(snapshot: Snapshot, runs: Sequence[Run]) -> tuple[dict[str, Column], list[ShardName], Tensor, Tensor]:
+    """Read the index of all rows of a snapshot, visible or not, ordered by run, rank and time.
 
-
-def read_index(folder: Path, spec: StoreSpec) -> StoredRows:
-    """Read the index of all rows below a folder, visible or not, ordered by run, rank and time.
+    Returns:
+        The columns; the names of the shards; for each row the index of its shard, and its position there.
 
     Raises:
-        CorruptShard: if a file is truncated, foreign, or has a name that no store uses.
+        CorruptFile: if a file is truncated, changed, foreign, or has a name that no store uses.
     """
-    names = sorted(ShardName.of(path) for path in folder.rglob("*.safetensors"))
-    missing = missing_files(names)
-    if missing:
-        listed = ", ".join(str(folder / name.path) for name in missing)
-        warnings.warn(f"rows are missing, since later files of their writers exist: {listed}.", stacklevel=2)
-    parts, files, places = [_no_columns()], [], []
-    for i, name in enumerate(names):
-        shard = Shard(folder, name, spec)
-        parts.append(shard.columns() | {"attempt": torch.full((len(shard),), name.run)})
-        files.append(torch.full((len(shard),), i))
-        places.append(torch.arange(len(shard)))
+    inventory = Inventory.of(snapshot, runs)
+    if inventory.wrong:
+        raise inventory.wrong[0]
+    if inventory.missing:
+        listed = ", ".join(inventory.missing)
+        warnings.warn(f"rows are missing, since these files were written and are gone: {listed}.", stacklevel=3)
     nothing = torch.zeros(0, dtype=torch.int64)
-    return StoredRows(
-        cat_columns(parts if len(parts) == 1 else parts[1:]),
-        names,
-        torch.cat([nothing, *files]),
-        torch.cat([nothing, *places]),
-    )
+    parts: list[dict[str, Column]] = [{name: torch.full((0,), value) for name, value in DEFAULTS.items()}]
+    parts[0]["attempt"] = nothing
+    for shard in inventory.shards:
+        parts.append(shard.columns() | {"attempt": torch.full((len(shard),), shard.name.run)})
+    lengths = torch.tensor([len(shard) for shard in inventory.shards], dtype=torch.int64)
+    file = torch.arange(len(lengths)).repeat_interleave(lengths)
+    place = torch.arange(len(file)) - (lengths.cumsum(0) - lengths)[file]
+    return cat_columns(parts[1:] or parts), [shard.name for shard in inventory.shards], file, place
 
 
-def visible_rows(rows: StoredRows, runs: Sequence[Run], lineage: Mapping[int, int]) -> StoredRows:
-    """Select the rows that are visible in a lineage, see the module `lineage`.
+def lineage_of(runs: Sequence[Run], last: int | None = None) -> dict[int, int]:
+    """Return the runs of a fit's lineage, in order, each with the last of its steps that is visible.
 
     Args:
-        rows: All rows of a store.
+        runs: All runs of a store.
+        last: Number of the fit whose lineage it is; the latest if None.
+
+    Raises:
+        ValueError: if there is no such fit.
+
+    >>> lineage_of([Run(1), Run(2, parent=1, parent_step=50), Run(3, parent=1, parent_step=20)])[1]
+    20
+    """
+    by_number = {run.number: run for run in runs}
+    fits = [run.number for run in runs if run.stage == "fit"]
+    if last is not None and last not in fits:
+        raise ValueError(f"lineage={last} is no fit of the store; its fits are {fits}.")
+    current = last if last is not None else max(fits, default=None)
+    lineage, until = {}, FOREVER
+    while current is not None:  # ends, since a parent has a smaller number
+        lineage[current] = until
+        run = by_number[current]
+        until = min(until, FOREVER if run.parent_step is None else run.parent_step)
+        current = run.parent
+    return dict(sorted(lineage.items()))
+
+
+def visible(columns: Mapping[str, Column], runs: Sequence[Run], lineage: Mapping[int, int]) -> Tensor:
+    """Return a mask of the rows that are visible in a lineage.
+
+    Args:
+        columns: The columns of all rows of a store.
         runs: All runs of the store.
         lineage: The runs of the lineage, each with its last visible step, as `lineage_of` returns it.
     """
-    stages = {run.number: run.stage for run in runs}
-    number, step, fingerprint = (rows.columns[name] for name in ("attempt", "step", "fingerprint"))
-    keep = torch.zeros(len(rows), dtype=torch.bool)
-    newest: dict[tuple[str, int], int] = {}
-    for run in number.unique().tolist():
-        own = number == run
-        if stages.get(run) == "fit":
-            keep |= own & (step <= lineage.get(run, -1))
-            continue
-        keep |= own
-        for weights in set(fingerprint[own].tolist()) - {0}:  # 0 is unknown, and not equal to another 0
-            key = (stages.get(run, ""), weights)
-            if key in newest:
-                keep &= ~((number == newest[key]) & (fingerprint == weights))
-            newest[key] = run
-    return rows.where(keep)
-
-
-def _no_columns() -> dict[str, Tensor]:
-    """Return the columns of no rows."""
-    columns = {name: torch.full((0,), value) for name, value in DEFAULTS.items()}
-    return columns | {"attempt": torch.zeros(0, dtype=torch.int64)}
+    number, step, weights = (cast(Tensor, columns[name]) for name in ("attempt", "step", "fingerprint"))
+    stages = [""] + [run.stage for run in runs]
+    until = torch.tensor([lineage.get(i, -1) if stage == "fit" else FOREVER for i, stage in enumerate(stages)])
+    keep = step <= until[number]
+    kind = torch.tensor([sorted(set(stages)).index(stage) for stage in stages])[number]
+    fits = torch.tensor([stage == "fit" for stage in stages])[number]
+    (measured,) = (~fits & (weights != 0)).nonzero(as_tuple=True)  # 0 is unknown, and not equal to another 0
+    _, key = torch.stack([kind[measured], weights[measured]]).unique(dim=1, return_inverse=True)
+    newest = torch.zeros_like(measured).scatter_reduce(0, key, number[measured], "amax")
+    keep[measured] = number[measured] == newest[key]
+    return keep

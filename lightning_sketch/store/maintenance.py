@@ -1,82 +1,177 @@
-"""Maintenance of a store: verify its files, compact it, export its rows."""
+"""Maintenance of a store: verify its files, compact it, delete it."""
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
+from torch import Tensor
 
-from lightning_sketch._files import sync_folder
-from lightning_sketch.store.index import StoredRows, missing_files
-from lightning_sketch.store.lineage import lineage_of, read_runs
-from lightning_sketch.store.manifest import next_folder, rows_folder, switch
-from lightning_sketch.store.shards import CorruptShard, Shard, ShardName
-from lightning_sketch.store.sketched_gradients import SketchedGradients
-from lightning_sketch.store.spec import StoreSpec
+from lightning_sketch._files import CorruptFile, check_folder, locked, sync_folder
+from lightning_sketch.store.format import (
+    FOLDERS,
+    FOREVER,
+    LOCK,
+    MANIFEST,
+    WRITER_LOCK,
+    CorruptShard,
+    Shard,
+    ShardName,
+    Snapshot,
+    create_store,
+    read_runs,
+)
+from lightning_sketch.store.index import Inventory, lineage_of
 from lightning_sketch.store.writer import RowAppender
 
 _NEVER = 1e6  # seconds: while compacting, files are cut by size alone
+_SNAPSHOT = re.compile(r"rows(-\d+)?")
+_OWN = {  # the names of a store's files in its folders, whose other files are the user's
+    "attempts": re.compile(r"\d{8}\.json(\.\w+\.tmp)?"),
+    "curvature": re.compile(r"[a-z]+_[0-9a-f]{16}\.safetensors(\.\w+\.tmp)?"),
+    "manifests": re.compile(rf"{MANIFEST.pattern}(\.\w+\.tmp)?"),
+    "run": re.compile(r"\d{8}\.safetensors(\.\w+\.tmp)?|writer\.lock"),
+}
 
 
-def verify(path: Path, spec: StoreSpec) -> int:
+def verify(path: Path) -> int:
     """Read every file of rows, compare its checksum, and return the number of rows, visible or not.
 
     Raises:
-        CorruptShard: if files are truncated, changed, foreign or missing; the message names all. Nothing is repaired.
+        CorruptFile: if files are truncated, changed, foreign or missing; the message names all. Nothing is repaired.
     """
-    folder, wrong, rows = rows_folder(path), [], 0
-    names = []
-    for file in sorted(folder.rglob("*.safetensors")):
+    snapshot = Snapshot.read(path)
+    inventory = Inventory.of(snapshot, read_runs(snapshot))
+    wrong = [str(error) for error in inventory.wrong]
+    wrong += [f"{name} is missing: it was written, and is gone." for name in inventory.missing]
+    for shard in inventory.shards:
         try:
-            shard = Shard(folder, ShardName.of(file), spec)
-            shard.verify()
-            names.append(shard.name)
-            rows += len(shard)
-        except CorruptShard as error:
+            shard.check()
+        except CorruptFile as error:
             wrong.append(str(error))
-            names += [ShardName.of(file)] if "is not a file of a store" not in str(error) else []
-    wrong += [f"{folder / name.path} is missing: a later file of its writer exists." for name in missing_files(names)]
     if wrong:
         raise CorruptShard(f"{len(wrong)} files of {path} are not as they were written:\n" + "\n".join(wrong))
-    return rows
+    return sum(map(len, inventory.shards))
 
 
-def compact(path: Path, spec: StoreSpec, visible: StoredRows, shard_bytes: int) -> None:
-    """Replace the rows of a store by its visible ones, in files of about `shard_bytes` bytes.
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep compactions and writers out of a store.
 
-    Killed at any point, the store is as before or as after. No other process may write at the same time.
+    Raises:
+        Busy: if another process compacts the store or writes to it.
     """
-    old, new = rows_folder(path), next_folder(path)
-    appenders: dict[tuple[int, int], RowAppender] = {}
-    for name, places, _ in visible.by_file():
-        shard = Shard(old, name, spec)
-        shard.verify()  # a changed bit would get a new, matching checksum
-        key = (name.rank, name.run)
-        if key not in appenders:
-            for appender in appenders.values():
-                appender.close()
-            appenders = {
-                key: RowAppender(new, spec, rank=name.rank, run=name.run, shard_bytes=shard_bytes, flush_seconds=_NEVER)
-            }
-        appenders[key].put(shard.rows(torch.tensor(places)))
-    for appender in appenders.values():
-        appender.close()
-    for folder in (*new.rglob("*/"), new, path):
-        sync_folder(folder)
-    runs = read_runs(path)
-    lineage = lineage_of(runs)
-    switch(path, {run.number: lineage.get(run.number, 0) for run in runs if run.stage == "fit"})
+    with locked(path / LOCK, f"{path} is being compacted by another process; try again when it has ended."):
+        for file in sorted(path.glob(f"rows*/r*/a*/{WRITER_LOCK}")):
+            run = f"rank {int(file.parts[-3][1:])} of run {int(file.parts[-2][1:])}"
+            with locked(file, f"{run} in {path} is being written; try again when that fit or validation has ended."):
+                pass
+        yield
 
 
-def export_npy(blocks: Iterable[SketchedGradients], columns: dict[str, torch.Tensor], dim: int, folder: Path) -> None:
-    """Write `sketches.npy`, (rows, dim) in float32, and a file per column, with one block in memory at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    count = len(columns["step"])
-    for name, column in columns.items():
-        np.save(folder / f"{name}.npy", column.numpy())
-    out = np.lib.format.open_memmap(folder / "sketches.npy", mode="w+", dtype=np.float32, shape=(count, dim))
-    start = 0
-    for block in blocks:
-        out[start : start + len(block)] = block.sketches.float().numpy()
-        start += len(block)
-    out.flush()
+def compact(path: Path, kept_rows: Callable[[], Mapping[ShardName, Tensor]], shard_bytes: int) -> None:
+    """Replace the rows of a store by some of them, in files of about `shard_bytes` bytes.
+
+    Killed at any point, the store is as before or as after.
+
+    Args:
+        path: The folder of the store.
+        kept_rows: Returns the positions of the rows to keep in each file, in order; called once nobody writes.
+        shard_bytes: Bytes of rows in a file.
+
+    Raises:
+        Busy: if another process compacts the store or writes to it.
+        CorruptFile: if a file is missing or has changed: a new, matching checksum would hide that.
+    """
+    create_store(path, Snapshot.read(path).spec)  # brings format 1 up to date
+    with alone(path):
+        old = Snapshot.read(path)
+        runs = read_runs(old)
+        inventory = Inventory.of(old, runs)
+        if inventory.wrong or inventory.missing:
+            raise CorruptShard(
+                f"compact() would make a loss final: call verify() on {path}, and restore what it names."
+            )
+        lineage = lineage_of(runs)
+        kept = {run.number: lineage.get(run.number, 0) for run in runs if run.stage == "fit"}
+        kept = {run: min(step, old.kept.get(run, FOREVER)) for run, step in kept.items()}
+        new = replace(old, number=old.number + 1, kept=kept)
+        try:
+            _copy(old, new, kept_rows(), shard_bytes)
+            for folder in (*new.folder.rglob("*/"), new.folder, path):
+                sync_folder(folder)
+            new.write()
+        except BaseException:
+            if Snapshot.read(path).number == old.number:
+                _remove_rows(new.folder)
+            raise
+        for folder in path.iterdir():
+            if _SNAPSHOT.fullmatch(folder.name) and folder != new.folder:
+                _remove_rows(folder)
+
+
+def _copy(old: Snapshot, new: Snapshot, rows: Mapping[ShardName, Tensor], shard_bytes: int) -> None:
+    """Copy rows of one snapshot to another, rank by rank and run by run."""
+    check_folder(new.folder)
+    _remove_rows(new.folder)  # left by a compaction that was killed
+    appender: RowAppender | None = None
+    (new.folder / "manifests").mkdir(parents=True)
+    with contextlib.ExitStack() as stack:
+        for name, places in rows.items():
+            if appender is None or (appender.rank, appender.run) != (name.rank, name.run):
+                stack.close()
+                appender = RowAppender(new, rank=name.rank, run=name.run, shard_bytes=shard_bytes, flush_seconds=_NEVER)
+                stack.enter_context(appender)
+            shard = Shard(old, name)
+            shard.check()
+            appender.put(shard.rows(places))
+
+
+def erase(path: Path) -> None:
+    """Delete the store of a folder, if there is one, but no file that is not of a store.
+
+    Raises:
+        Busy: if another process compacts the store or writes to it.
+    """
+    if not path.is_dir():
+        return
+    with alone(path):
+        for name in ("spec.json", "generation.json"):  # without spec.json there is no store
+            (path / name).unlink(missing_ok=True)
+        for folder in path.iterdir():
+            if _SNAPSHOT.fullmatch(folder.name):
+                _remove_rows(folder)
+        _remove(path / "attempts", _OWN["attempts"])
+        _remove(path / "curvature", _OWN["curvature"])
+        sync_folder(path)
+
+
+def _remove_rows(folder: Path) -> None:
+    """Remove the files of a snapshot."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for rank in folder.iterdir():
+        for run in rank.iterdir() if FOLDERS[0].fullmatch(rank.name) and not rank.is_symlink() else ():
+            if FOLDERS[1].fullmatch(run.name):
+                _remove(run, _OWN["run"])
+        _remove_empty(rank)
+    _remove(folder / "manifests", _OWN["manifests"])
+    _remove_empty(folder)
+
+
+def _remove(folder: Path, own: re.Pattern[str]) -> None:
+    """Remove a store's files from a folder, and the folder if it is empty then; follow no link."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    for file in folder.iterdir():
+        if own.fullmatch(file.name):
+            with contextlib.suppress(PermissionError):  # open in another process on Windows; the next time removes it
+                file.unlink()
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    if not folder.is_symlink() and folder.is_dir():
+        with contextlib.suppress(OSError):  # it has files of the user
+            folder.rmdir()

@@ -1,25 +1,81 @@
 """A store of sketched gradients on disk, read lazily."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, TypeVar
 
+import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.store import maintenance
-from lightning_sketch.store.index import QUERIES, StoredRows, read_index, visible_rows
-from lightning_sketch.store.lineage import Run, RunStage, begin_run, lineage_of, read_runs
-from lightning_sketch.store.manifest import rows_folder
-from lightning_sketch.store.shards import Shard, ShardName
-from lightning_sketch.store.sketched_gradients import SketchedGradients, described, matching
+from lightning_sketch.store import export, maintenance
+from lightning_sketch.store.format import (
+    CorruptShard,
+    Run,
+    RunStage,
+    Shard,
+    ShardName,
+    Snapshot,
+    begin_run,
+    create_store,
+    read_runs,
+)
+from lightning_sketch.store.index import lineage_of, read_index, visible
+from lightning_sketch.store.sketched_gradients import (
+    STAGES,
+    Column,
+    SketchedGradients,
+    contents,
+    described,
+    keys_of,
+    matching,
+)
 from lightning_sketch.store.spec import DTYPES, StoreSpec
 from lightning_sketch.store.writer import RowAppender
 
 Store = TypeVar("Store", bound="RowStore")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Rows of a store without their sketches, in the order of their files.
+
+    Args:
+        columns: The columns of the rows, by name.
+        files: The names of the store's files of rows.
+        file: For each row, the index of its file in `files`.
+        place: For each row, its position in that file.
+    """
+
+    columns: Mapping[str, Column]
+    files: Sequence[ShardName]
+    file: Int[Tensor, " rows"]
+    place: Int[Tensor, " rows"]
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def __repr__(self) -> str:
+        files = len(self.file.unique())
+        return f"StoredRows: {len(self)} rows in {files} file{'s' if files != 1 else ''}{contents(self.columns)}"
+
+    def where(self, mask: Tensor) -> "StoredRows":
+        """Select the rows where a mask, (rows,), is true."""
+        columns = {name: column[mask] for name, column in self.columns.items()}
+        return StoredRows(columns, self.files, self.file[mask], self.place[mask])
+
+    def by_file(self) -> Iterator[tuple[ShardName, slice]]:
+        """Yield the name of each file with the slice of the rows that are in it."""
+        start = 0
+        for i, count in zip(
+            *(found.tolist() for found in self.file.unique_consecutive(return_counts=True)), strict=True
+        ):
+            yield self.files[i], slice(start, start := start + count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,9 +85,11 @@ class RowStore:
     `len`, `metadata`, `where` and `blocks` see the visible rows: those of the latest fit and of the runs that it
     resumed, each step once, and those taken at checkpoints; not the `queries`, which are stored beside them.
 
+    Made by `open` or `create`. It reads the files that were there then, each of which is compared with its checksum
+    when it is first read. After `compact()`, by whatever process, it says that it must be opened again.
+
     Args:
-        path: The folder of the store.
-        spec: The sketch, parameters and number type of the rows.
+        snapshot: Which store, and which files of it.
         rows: Index of the visible rows.
         query_rows: Index of the visible rows of stored queries.
 
@@ -42,10 +100,10 @@ class RowStore:
             print(block.step, block.sketches.float().norm(dim=1))
     """
 
-    path: Path
-    spec: StoreSpec
+    snapshot: Snapshot
     rows: StoredRows
     query_rows: StoredRows
+    _checked: set[ShardName] = field(default_factory=set, repr=False)
 
     @classmethod
     def open(cls: type[Store], path: str | Path | None, lineage: Literal["latest"] | SupportsIndex = "latest") -> Store:
@@ -57,29 +115,43 @@ class RowStore:
 
         Raises:
             FileNotFoundError: if the folder has no store.
-            CorruptShard: if a file is truncated or foreign; `RowStore.verify` lists all such files.
+            CorruptFile: if a file is truncated, changed or foreign; `RowStore.verify` lists all such files.
             ValueError: if there is no such fit, or `path` is None, the `dirpath` of a writer that has not written.
         """
         if path is None:
             raise ValueError("got path=None, which a writer's dirpath is until it has written; run trainer.fit first.")
-        path = Path(path)
-        spec, runs = StoreSpec.read(path), read_runs(path)
-        visible = visible_rows(read_index(rows_folder(path), spec), runs, lineage_of(runs, _fit_number(lineage)))
-        queries = visible.columns["stage"] == QUERIES
-        return cls(path, spec, visible.where(~queries), visible.where(queries))
+        folder, last = Path(path).absolute(), _fit_number(lineage)
+        while True:
+            snapshot = Snapshot.read(folder)
+            runs = read_runs(snapshot)
+            try:
+                found = StoredRows(*read_index(snapshot, runs))
+            except CorruptShard:
+                if Snapshot.read(folder).number == snapshot.number:
+                    raise
+                continue  # compaction has removed the files meanwhile
+            if Snapshot.read(folder).number == snapshot.number:
+                break
+        rows = found.where(visible(found.columns, runs, lineage_of(runs, last)))
+        queries = keys_of(rows.columns["stage"]) == STAGES.index("queries")
+        return cls(snapshot, rows.where(~queries), rows.where(queries))
 
     @classmethod
-    def create(cls: type[Store], path: str | Path, spec: StoreSpec) -> Store:
+    def create(cls: type[Store], path: str | Path, spec: StoreSpec, *, overwrite: bool = False) -> Store:
         """Create a store in a folder, or open the store that the folder has, if its spec is equal.
 
         Args:
             path: The folder.
             spec: The sketch, parameters and number type of the rows.
+            overwrite: Whether to delete the store that the folder has; files that are not of a store stay.
 
         Raises:
             ValueError: if the folder has a store of another spec; the message shows both.
+            CorruptFile: if the folder has a part of a store.
         """
-        spec.write(Path(path))
+        if overwrite:
+            maintenance.erase(Path(path))
+        create_store(Path(path), spec)
         return cls.open(path)
 
     def begin_run(
@@ -99,6 +171,16 @@ class RowStore:
         return begin_run(self.path, stage, parent, parent_step, world_size)
 
     @property
+    def path(self) -> Path:
+        """The folder of the store."""
+        return self.snapshot.path
+
+    @property
+    def spec(self) -> StoreSpec:
+        """The sketch, parameters and number type of the rows."""
+        return self.snapshot.spec
+
+    @property
     def sketch(self) -> Sketch:
         """The sketch that made the rows."""
         return self.spec.operator
@@ -111,31 +193,67 @@ class RowStore:
         queries = f"\n    {len(self.query_rows)} rows of stored queries" if len(self.query_rows) else ""
         return f"{type(self).__name__} in {self.path}: {rows}{queries}"
 
-    def metadata(self) -> dict[str, Tensor]:
-        """Return the columns of the visible rows by name, such as `step`, `example_id`, `loss`; no sketch is read."""
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the sketches as an array; bfloat16 and float16 are widened to float32."""
+        return self.read().__array__(dtype)
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the columns of the visible rows by name, tensors or `Strings`; no sketch is read."""
         return dict(self.rows.columns)
 
-    def where(self: Store, mask: Tensor | None = None, **equal: Any) -> Store:
+    def to_pandas(self) -> Any:
+        """Return the columns of the visible rows as a pandas DataFrame, with the stages in words; no sketch is read."""
+        return export.to_pandas(self.rows.columns)
+
+    def where(self: Store, mask: Any = None, **equal: Any) -> Store:
         """Select the rows where a mask is true and columns have given values; no sketch is read.
 
         Args:
             mask: Booleans, one per visible row.
-            **equal: Column names with the value that the rows must have; a stage is given by its name.
+            **equal: Column names with the value that the rows must have, or a list of such values; a stage is given by
+                its name. A column of lists, such as `example_ids`, must contain one of the values.
 
         Raises:
-            ValueError: if a column or a stage is unknown.
+            ValueError: if a column or a stage is unknown, the mask is not one boolean per row, or a value cannot be in
+                its column.
         """
         return replace(self, rows=self.rows.where(matching(self.rows.columns, len(self), mask, equal)))
 
     def blocks(self, batch_rows: int = 4096) -> Iterator[SketchedGradients]:
-        """Yield the rows in order, at most `batch_rows` at a time; bfloat16 and float32 are not copied in memory."""
-        folder = rows_folder(self.path)
-        for name, places, columns in self.rows.by_file():
-            shard = Shard(folder, name, self.spec)
-            scale = shard.scale()
-            for start, stop, begin in _runs(places, batch_rows):
-                part = {key: column[begin : begin + stop - start] for key, column in columns.items()}
-                yield SketchedGradients(shard.sketches(start, stop, scale), self.sketch, part)
+        """Yield the rows in order, at most `batch_rows` at a time; adjacent ones in bfloat16 or float32 are not copied.
+
+        Raises:
+            CorruptFile: if a file is not what was written; it is compared with its checksum before its first block.
+            RuntimeError: if the store was compacted since it was opened.
+        """
+        if batch_rows < 1:
+            raise ValueError(f"need batch_rows >= 1, got {batch_rows}.")
+        parts = list(self.rows.by_file())
+        with ThreadPoolExecutor(1, "check of a shard") as pool:  # the next file, while the last is worked on
+            following = [pool.submit(self._open_shard, parts[0][0])] if parts else []
+            for i, (_, rows) in enumerate(parts):
+                shard = following.pop().result()
+                following = [pool.submit(self._open_shard, name) for name, _ in parts[i + 1 : i + 2]]
+                for start in range(rows.start, rows.stop, batch_rows):
+                    part = slice(start, min(start + batch_rows, rows.stop))
+                    columns = {key: column[part] for key, column in self.rows.columns.items()}
+                    yield SketchedGradients(shard.sketches(_span(self.rows.place[part])), self.sketch, columns)
+
+    def _open_shard(self, name: ShardName) -> Shard:
+        """Open a file, and compare it with its checksum when it is first read."""
+        try:
+            shard = Shard(self.snapshot, name)
+        except FileNotFoundError as error:
+            if Snapshot.read(self.path).folder == self.snapshot.folder:
+                raise CorruptShard(f"{self.snapshot.folder / name.path} is gone since the store was opened.") from error
+            raise RuntimeError(
+                f"the store in {self.path} was compacted since this object was opened, which reads the files that were "
+                f"there before; open it again: {type(self).__name__}.open(path), or use what compact() returned."
+            ) from error
+        if name not in self._checked:
+            shard.check()
+            self._checked.add(name)
+        return shard
 
     def read(self) -> SketchedGradients:
         """Read all rows into memory."""
@@ -146,7 +264,7 @@ class RowStore:
 
     def queries(self) -> dict[int, SketchedGradients]:
         """Read the validation examples' rows that were written during training, by the step of their checkpoint."""
-        steps = self.query_rows.columns["step"].unique().tolist()
+        steps = keys_of(self.query_rows.columns["step"]).unique().tolist()
         return {step: replace(self, rows=self.query_rows).where(step=step).read() for step in steps}
 
     def appender(
@@ -167,9 +285,8 @@ class RowStore:
             flush_seconds: or when its first row is this old.
             queue_bytes: Most bytes that wait for the disk.
         """
-        return RowAppender(
-            rows_folder(self.path),
-            self.spec,
+        return RowAppender.open(
+            self.path,
             rank=rank,
             run=run.number,
             shard_bytes=shard_bytes,
@@ -181,25 +298,34 @@ class RowStore:
         """Read every file, compare its checksum, and return the number of rows, visible or not.
 
         Raises:
-            CorruptShard: if files are truncated, changed, foreign or missing; the message names all.
+            CorruptFile: if files are truncated, changed, foreign or missing; the message names all.
         """
-        return maintenance.verify(self.path, self.spec)
+        return maintenance.verify(self.path)
 
     def compact(self: Store, shard_bytes: int = 256 << 20) -> Store:
         """Delete the rows that are not visible, merge small files, and return the store as it is then.
 
-        Only the latest lineage is left. Killed at any point, the store is as before or as after. No run may write to it
-        at the same time.
+        Only the latest lineage is left. Killed at any point, the store is as before or as after. Objects that have the
+        store open, this one too, must be opened again.
 
         Args:
             shard_bytes: Bytes of rows in a file.
 
         Raises:
-            CorruptShard: if a file has changed since it was written.
+            Busy: if another process compacts the store or writes to it.
+            CorruptFile: if a file is missing or has changed since it was written.
         """
-        whole = self.open(self.path)
-        maintenance.compact(self.path, self.spec, StoredRows.cat(whole.rows, whole.query_rows), shard_bytes)
+        maintenance.compact(self.path, self._visible_places, shard_bytes)
         return self.open(self.path)
+
+    def _visible_places(self) -> dict[ShardName, Tensor]:
+        """Return the positions of the rows of each file that are visible now, those of queries too."""
+        now = self.open(self.path)
+        found: dict[ShardName, Tensor] = {}
+        for rows in (now.rows, now.query_rows):
+            for name, part in rows.by_file():
+                found[name] = torch.cat([found.get(name, rows.place[:0]), rows.place[part]]).sort()[0]
+        return dict(sorted(found.items()))
 
     def export(self, kind: Literal["npy"], folder: str | Path) -> None:
         """Export the rows to files of another format.
@@ -213,13 +339,18 @@ class RowStore:
         """
         if kind != "npy":
             raise ValueError(f"export({kind!r}) is not known; use 'npy'.")
-        maintenance.export_npy(self.blocks(), self.metadata(), self.sketch.dim, Path(folder))
+        export.to_npy(self.blocks(), self.rows.columns, self.sketch.dim, Path(folder))
 
     def shards(self) -> list[str]:
         """Return one string per file of visible rows, which `read_shard` reads in any process that sees the file."""
-        folder = rows_folder(self.path)
-        parts = ((name, _runs(places, len(places))) for name, places, _ in self.rows.by_file())
-        return [f"{folder / name.path}#{','.join(f'{a}-{b}' for a, b, _ in runs)}" for name, runs in parts]
+        uris = []
+        for name, rows in self.rows.by_file():
+            places = self.rows.place[rows]
+            (jumps,) = (places.diff() != 1).nonzero(as_tuple=True)
+            bounds = zip([0, *(jumps + 1).tolist()], [*jumps.tolist(), -1], strict=True)
+            runs = ",".join(f"{places[a]}-{places[b] + 1}" for a, b in bounds)
+            uris.append(f"{self.snapshot.folder / name.path}#{runs}")
+        return uris
 
 
 def read_shard(uri: str) -> SketchedGradients:
@@ -229,13 +360,18 @@ def read_shard(uri: str) -> SketchedGradients:
         uri: One of the strings that `store.shards()` returns.
 
     Raises:
-        CorruptShard: if the file is truncated or foreign.
+        FileNotFoundError: if the store was compacted since.
+        CorruptFile: if the file is truncated, changed or foreign.
     """
     file, _, runs = uri.rpartition("#")
     path = Path(file)
-    spec = StoreSpec.read(next(parent for parent in path.parents if (parent / "spec.json").exists()))
+    folder = path.parents[2]
+    snapshot = Snapshot.read(folder.parent)
+    number = int(folder.name.partition("-")[2] or 1)
+    shard = Shard(replace(snapshot, number=number), ShardName.of(path))
+    shard.check()
     bounds = (map(int, run.split("-")) for run in runs.split(","))
-    return Shard(path.parents[2], ShardName.of(path), spec).rows(torch.cat([torch.arange(a, b) for a, b in bounds]))
+    return shard.rows(torch.cat([torch.arange(a, b) for a, b in bounds]))
 
 
 def _fit_number(lineage: Any) -> int | None:
@@ -254,10 +390,7 @@ def _fit_number(lineage: Any) -> int | None:
     raise ValueError(f"lineage={lineage!r} is not known; use 'latest', or the number of a fit as an int.")
 
 
-def _runs(places: list[int], most: int) -> Iterator[tuple[int, int, int]]:
-    """Yield rising positions in a file as ranges (start, stop) of at most `most`, each with the index of its first."""
-    begin = 0
-    for i in range(1, len(places) + 1):
-        if i == len(places) or places[i] != places[i - 1] + 1 or i - begin == most:
-            yield places[begin], places[i - 1] + 1, begin
-            begin = i
+def _span(places: Int[Tensor, " rows"]) -> slice | Tensor:
+    """Return rising positions as a slice if they are adjacent."""
+    first, last = int(places[0]), int(places[-1])
+    return slice(first, last + 1) if last - first == len(places) - 1 else places

@@ -1,14 +1,18 @@
 """In-memory table of sketched gradients: one row per gradient, with columns such as its step, example and loss."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_sketch.autodiff.content_hash import content_hash
 from lightning_sketch.operators.sketch import Sketch
 
 # Where a row comes from: "fit" from training; "validate", "test" and "predict" from an example at a checkpoint;
@@ -20,7 +24,7 @@ UNKNOWN_ID = -1
 
 # The columns of every row, with the value that means "unknown":
 #
-#     example_id    the user's number of the example
+#     example_id    the user's number or name of the example
 #     stage         index into STAGES
 #     step          optimizer steps done, counting the row's own step; or when the checkpoint was saved
 #     epoch
@@ -46,6 +50,74 @@ DEFAULTS: dict[str, int | float | bool] = {
 }
 
 
+class Strings:
+    """A column of strings: a hash of 63 bits for each row, and a table of the distinct strings.
+
+    Args:
+        keys: The hash of each row's string, int64, (rows,); -1 for the empty string, which means "unknown".
+        tables: Distinct hashes with their strings, as JSON in bytes; a table may have more than the rows need.
+
+    >>> column = Strings.of(["wiki", "books", "wiki"])
+    >>> column[:2].tolist(), (column.keys == column.keys[0]).tolist()
+    (['wiki', 'books'], [True, False, True])
+    """
+
+    def __init__(self, keys: Tensor, tables: Sequence[tuple[Tensor, Tensor]]):
+        self.keys, self.tables = keys, list(tables)
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> "Strings":
+        """Make a column of strings."""
+        listed = list(strings)
+        names = {Strings.key(text): text for text in dict.fromkeys(listed)}
+        keys = {text: key for key, text in names.items()}
+        texts = torch.frombuffer(bytearray(json.dumps(list(names.values())).encode()), dtype=torch.uint8)
+        return cls(
+            torch.tensor([keys[text] for text in listed], dtype=torch.long), [(torch.tensor(list(names)), texts)]
+        )
+
+    @staticmethod
+    def key(text: str) -> int:
+        """Return the hash of a string."""
+        return content_hash(text) if text else UNKNOWN_ID
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """The string of each hash.
+
+        Raises:
+            ValueError: if two strings have one hash.
+        """
+        found: dict[int, str] = {UNKNOWN_ID: ""}
+        for keys, texts in self.tables:
+            for key, text in zip(keys.tolist(), json.loads(texts.numpy().tobytes()), strict=True):
+                if found.setdefault(key, text) != text:
+                    raise ValueError(f"{text!r} and {found[key]!r} have one hash; rename one of them.")
+        return found
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, index: Any) -> "Strings":
+        return Strings(self.keys[index], self.tables)
+
+    def __repr__(self) -> str:
+        return f"Strings({self[:5].tolist()}{', ...' if len(self) > 5 else ''}, {len(self)} rows)"
+
+    def tolist(self) -> list[Any]:
+        """Return the strings as a list, or as lists of the shape of the keys."""
+        flat = [self.names[key] for key in self.keys.flatten().tolist()]
+        return np.array(flat, dtype=object).reshape(self.keys.shape).tolist()
+
+
+Column = Tensor | Strings
+
+
+def keys_of(column: Column) -> Tensor:
+    """Return the numbers of a column, or the hashes of its strings."""
+    return column.keys if isinstance(column, Strings) else column
+
+
 @dataclass(frozen=True, eq=False)
 class SketchedGradients:
     """A table of sketched gradients: one row per gradient, and columns of the same length.
@@ -55,11 +127,12 @@ class SketchedGradients:
     Args:
         sketches: The sketched gradients, (rows, dim), in any floating-point type.
         sketch: The sketch that made them.
-        columns: Tensors with one value per row. Missing ones of `example_id`, `stage`, `step`, `epoch`, `lr`, `loss`,
-            `prob_true`, `fingerprint`, `rank`, `padded` and `finite` are filled with the value that means "unknown".
+        columns: Tensors, arrays or lists with one number, boolean or string per row. Missing ones of `example_id`,
+            `stage`, `step`, `epoch`, `lr`, `loss`, `prob_true`, `fingerprint`, `rank`, `padded` and `finite` are filled
+            with the value that means "unknown".
 
     Raises:
-        ValueError: if the lengths disagree, or the width of `sketches` is not `sketch.dim`.
+        ValueError: if the lengths disagree, the width of `sketches` is not `sketch.dim`, or a column has other values.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> rows = SketchedGradients(torch.eye(4), BlockSRHT(100, 4), {"example_id": torch.arange(4)})
@@ -69,14 +142,17 @@ class SketchedGradients:
 
     sketches: Float[Tensor, "rows dim"]
     sketch: Sketch
-    columns: Mapping[str, Tensor] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         count, dim = self.sketches.shape
         if dim != self.sketch.dim:
             raise ValueError(f"sketches have {dim} numbers a row, {self.sketch} gives {self.sketch.dim}.")
-        columns = {name: torch.full((count,), value) for name, value in DEFAULTS.items() if name not in self.columns}
-        columns |= self.columns
+        columns: dict[str, Column] = {
+            name: torch.full((count,), value) for name, value in DEFAULTS.items() if name not in self.columns
+        }
+        for name, values in self.columns.items():
+            columns[name] = values if isinstance(values, Tensor | Strings) else as_column(values, name)
         for name, column in columns.items():
             if len(column) != count:
                 raise ValueError(f"column {name} has {len(column)} values for {count} rows.")
@@ -88,11 +164,21 @@ class SketchedGradients:
     def __repr__(self) -> str:
         return f"SketchedGradients: {described(self.columns, self.sketches.dtype, self.sketch)}"
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the sketches as an array; bfloat16 and float16 are widened to float32."""
+        wide = self.sketches.float() if self.sketches.dtype.itemsize < 4 else self.sketches
+        return wide.detach().cpu().numpy().astype(dtype or wide.cpu().numpy().dtype, copy=False)
+
+    def __getattr__(self, name: str) -> Any:
         columns = self.__dict__.get("columns", {})
         if name not in columns:
             raise AttributeError(f"{type(self).__name__} has no attribute and no column {name!r}")
         return columns[name]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the sketches and columns, strings aside."""
+        return self.sketches.nbytes + sum(keys_of(column).nbytes for column in self.columns.values())
 
     @property
     def dim(self) -> int:
@@ -114,19 +200,33 @@ class SketchedGradients:
             )
         return found[0] if found else 0
 
-    def metadata(self) -> dict[str, Tensor]:
-        """Return the columns by name."""
+    def metadata(self) -> dict[str, Any]:
+        """Return the columns by name: tensors, or `Strings`."""
         return dict(self.columns)
 
-    def where(self, mask: Tensor | None = None, **equal: Any) -> "SketchedGradients":
+    def to_pandas(self) -> Any:
+        """Return the columns as a pandas DataFrame, with the stages in words."""
+        from lightning_sketch.store import export  # knows tables, which are defined here
+
+        return export.to_pandas(self.columns)
+
+    def to_arrow(self) -> Any:
+        """Return the columns and the sketches, widened to float32, as a pyarrow Table."""
+        from lightning_sketch.store import export
+
+        return export.to_arrow(self)
+
+    def where(self, mask: Any = None, **equal: Any) -> "SketchedGradients":
         """Select the rows where a mask is true and columns have given values.
 
         Args:
             mask: Booleans, one per row.
-            **equal: Column names with the value that the rows must have; a stage is given by its name.
+            **equal: Column names with the value that the rows must have, or a list of such values; a stage is given by
+                its name. A column of lists, such as `example_ids`, must contain one of the values.
 
         Raises:
-            ValueError: if a column or a stage is unknown.
+            ValueError: if a column or a stage is unknown, the mask is not one boolean per row, or a value cannot be in
+                its column.
         """
         keep = matching(self.columns, len(self), mask, equal)
         if keep.all():
@@ -141,67 +241,22 @@ class SketchedGradients:
 
     @staticmethod
     def cat(parts: "list[SketchedGradients]") -> "SketchedGradients":
-        """Concatenate tables of one sketch; where a table lacks a column, its values are unknown."""
+        """Concatenate tables of one sketch; where a table lacks a column, its values are unknown.
+
+        Raises:
+            ValueError: if there are no tables, or they are of several sketches.
+        """
+        sketches = dict.fromkeys(part.sketch for part in parts)
+        if len(sketches) != 1:
+            raise ValueError(f"cat() takes tables of one sketch, got {', '.join(map(str, sketches)) or 'no table'}.")
         columns = cat_columns([part.columns for part in parts])
         return SketchedGradients(torch.cat([part.sketches for part in parts]), parts[0].sketch, columns)
 
 
-def described(columns: Mapping[str, Tensor], dtype: torch.dtype, sketch: Sketch) -> str:
+def described(columns: Mapping[str, Column], dtype: torch.dtype, sketch: Sketch) -> str:
     """Describe a table of rows in a line or two: their number, sketch, stages, and the columns that have values."""
     kind = str(dtype).removeprefix("torch.")
     return f"{len(columns['stage'])} rows of {sketch.dim} numbers ({kind}) by {sketch}{contents(columns)}"
-
-
-def contents(columns: Mapping[str, Tensor]) -> str:
-    """Describe the rows of a table, to be appended to a text: their stages, and the columns that have values."""
-    stages = columns["stage"]
-    counts = ", ".join(f"{STAGES[i]} {int((stages == i).sum())}" for i in stages.unique().tolist())
-    known = [name for name, column in columns.items() if not _is_default(name, column)]
-    return (f"; {counts}" if counts else "") + (f"\n    columns with values: {', '.join(known)}" if known else "")
-
-
-def _is_default(name: str, column: Tensor) -> bool:
-    """Return whether a column has no information: the default everywhere (for the stage: always)."""
-    if name not in DEFAULTS or name == "stage":
-        return name == "stage"
-    default = DEFAULTS[name]
-    return bool(column.isnan().all() if default != default else (column == default).all())
-
-
-def cat_columns(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate columns; a missing column is unknown there, and lists of ids are padded to the longest with -1."""
-    columns = {}
-    for name, like in {name: column for part in parts for name, column in part.items()}.items():
-        tensors = [part[name] if name in part else _unknown(like, len(part["step"])) for part in parts]
-        if like.ndim == 2:
-            width = max(tensor.shape[1] for tensor in tensors)
-            tensors = [pad(tensor, (0, width - tensor.shape[1]), value=UNKNOWN_ID) for tensor in tensors]
-        columns[name] = torch.cat(tensors)
-    return columns
-
-
-def _unknown(like: Tensor, count: int) -> Tensor:
-    """Return `count` unknown values of a column, by its type: -1, NaN or False."""
-    value = torch.nan if like.is_floating_point() else False if like.dtype == torch.bool else UNKNOWN_ID
-    return like.new_full((count, *like.shape[1:]), value)
-
-
-def matching(columns: Mapping[str, Tensor], count: int, mask: Tensor | None, equal: Mapping[str, Any]) -> Tensor:
-    """Return booleans for `count` rows: whether the mask is true and the columns have the values in `equal`.
-
-    Raises:
-        ValueError: if a column or a stage is unknown.
-    """
-    keep = torch.ones(count, dtype=torch.bool) if mask is None else mask.clone()
-    for name, value in equal.items():
-        if name not in columns:
-            raise ValueError(f"no column {name!r}; there are {', '.join(columns)}.")
-        if name == "stage" and isinstance(value, str):
-            if value not in STAGES:
-                raise ValueError(f"no stage {value!r}; use one of {', '.join(STAGES)}.")
-            value = STAGES.index(value)
-        keep &= columns[name] == value
-    return keep
 
 
 @runtime_checkable
@@ -215,11 +270,136 @@ class RowSource(Protocol):
     def __len__(self) -> int:
         """Return the number of rows."""
 
-    def metadata(self) -> dict[str, Tensor]:
+    def metadata(self) -> dict[str, Any]:
         """Return the columns by name, without reading the sketches."""
 
-    def where(self, mask: Tensor | None = None, **equal: Any) -> "RowSource":
+    def where(self, mask: Any = None, **equal: Any) -> "RowSource":
         """Select the rows where the mask is true and columns have the values in `equal`, in their order."""
 
     def blocks(self, batch_rows: int = 4096) -> Iterator[SketchedGradients]:
         """Yield the rows in order, at most `batch_rows` at a time."""
+
+
+def as_column(values: Any, name: str) -> Column:
+    """Convert a tensor, an array, or a list of numbers or strings to a column.
+
+    Raises:
+        ValueError: if the values are none of these.
+    """
+    if isinstance(values, Tensor | Strings):
+        return values
+    listed = values.tolist() if isinstance(values, np.ndarray) else list(values) if isinstance(values, Iterable) else 0
+    if isinstance(listed, list) and listed and all(isinstance(value, str) for value in listed):
+        return Strings.of(listed)
+    try:
+        return torch.as_tensor(np.asarray(values) if listed else torch.zeros(0))
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(
+            f"column {name!r} has {str(values)[:60]}; give one number, boolean or string per row, all of one type."
+        ) from error
+
+
+def cat_columns(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
+    """Concatenate columns; a missing column is unknown there, and lists of ids are padded to the longest with -1.
+
+    Raises:
+        ValueError: if a column has strings in one part and numbers in another.
+    """
+    columns: dict[str, Column] = {}
+    for name, like in {name: column for part in parts for name, column in part.items()}.items():
+        found = [part[name] if name in part else _unknown(like, len(part["step"])) for part in parts]
+        strings = [column for column in found if isinstance(column, Strings)]
+        tensors = [column for column in found if isinstance(column, Tensor)]
+        if strings and all((column == UNKNOWN_ID).all() for column in tensors):  # as ids are that nobody gave
+            strings = [column if isinstance(column, Strings) else Strings(column, []) for column in found]
+        elif strings:
+            raise ValueError(f"column {name!r} has strings in some rows and numbers in others; use two stores.")
+        if strings:
+            tables = {id(table): table for column in strings for table in column.tables}
+            columns[name] = Strings(torch.cat([column.keys for column in strings]), list(tables.values()))
+            continue
+        if tensors[0].ndim == 2:
+            width = max(tensor.shape[1] for tensor in tensors)
+            tensors = [pad(tensor, (0, width - tensor.shape[1]), value=UNKNOWN_ID) for tensor in tensors]
+        columns[name] = torch.cat(tensors)
+    return columns
+
+
+def _unknown(like: Column, count: int) -> Column:
+    """Return `count` unknown values of a column, by its type: "", -1, NaN or False."""
+    if isinstance(like, Strings):
+        return Strings(torch.full((count,), UNKNOWN_ID), [])
+    value = torch.nan if like.is_floating_point() else False if like.dtype == torch.bool else UNKNOWN_ID
+    return like.new_full((count, *like.shape[1:]), value)
+
+
+def matching(columns: Mapping[str, Column], count: int, mask: Any, equal: Mapping[str, Any]) -> Tensor:
+    """Return booleans for `count` rows: whether the mask is true and the columns have one of the values in `equal`.
+
+    Raises:
+        ValueError: if a column or a stage is unknown, the mask is not one boolean per row, or a value cannot be in its
+            column.
+    """
+    keep = torch.ones(count, dtype=torch.bool)
+    if mask is not None:
+        given = f"a {type(mask).__name__}"
+        if not isinstance(mask, str | Mapping):
+            mask = torch.as_tensor(mask)
+            given = f"{mask.dtype} of shape {tuple(mask.shape)}"
+        if isinstance(mask, str | Mapping) or mask.dtype != torch.bool or mask.shape != keep.shape:
+            raise ValueError(
+                f"where() takes a mask of {count} booleans, one per row, got {given}; name a column to select by its "
+                "values, such as where(stage='fit') or where(example_id=[3, 7])."
+            )
+        keep &= mask
+    for name, value in equal.items():
+        if name not in columns:
+            raise ValueError(f"no column {name!r}; there are {', '.join(columns)}.")
+        column, wanted = columns[name], _values(columns[name], name, value)
+        found = torch.isin(keys_of(column), wanted)
+        keep &= found.any(1) if found.ndim == 2 else found
+    return keep
+
+
+def _values(column: Column, name: str, value: Any) -> Tensor:
+    """Return the value, or the values of a list, as they are in the column."""
+    plain = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
+    values = list(plain) if isinstance(plain, list | tuple | set | frozenset | range) else [plain]
+    if name == "stage":
+        unknown = [item for item in values if isinstance(item, str) and item not in STAGES]
+        if unknown:
+            raise ValueError(f"no stage {unknown[0]!r}; use one of {', '.join(STAGES)}.")
+        values = [STAGES.index(item) if isinstance(item, str) else item for item in values]
+    if isinstance(column, Strings):
+        fits = all(isinstance(item, str) for item in values)
+        return_values = [Strings.key(item) for item in values] if fits else []
+    else:
+        numbers = int if not column.is_floating_point() else int | float
+        fits = all(isinstance(item, numbers) for item in values)
+        return_values = values
+    if not fits:
+        kind = "strings" if isinstance(column, Strings) else str(column.dtype).removeprefix("torch.")
+        raise ValueError(f"column {name!r} has {kind}, where() got {str(value)[:60]!r}; give a value of this type.")
+    dtype = torch.long if isinstance(column, Strings) else column.dtype
+    try:
+        return torch.tensor(return_values, dtype=dtype)
+    except (OverflowError, RuntimeError) as error:
+        raise ValueError(f"column {name!r} cannot have {str(value)[:60]}: it is stored as {dtype}.") from error
+
+
+def contents(columns: Mapping[str, Column]) -> str:
+    """Describe the rows of a table, to be appended to a text: their stages, and the columns that have values."""
+    stages = columns["stage"]
+    assert isinstance(stages, Tensor)
+    counts = ", ".join(f"{STAGES[i]} {int((stages == i).sum())}" for i in stages.unique().tolist())
+    order = [*DEFAULTS, *sorted(set(columns) - set(DEFAULTS))]
+    known = [name for name in order if name in columns and not _is_default(name, columns[name])]
+    return (f"; {counts}" if counts else "") + (f"\n    columns with values: {', '.join(known)}" if known else "")
+
+
+def _is_default(name: str, column: Column) -> bool:
+    """Return whether a column has no information: the default everywhere (for the stage: always)."""
+    if name not in DEFAULTS or name == "stage" or isinstance(column, Strings):
+        return name == "stage"
+    default = DEFAULTS[name]
+    return bool(column.isnan().all() if default != default else (column == default).all())

@@ -1,24 +1,21 @@
-"""The specification of a store: which sketch, parameters and number type its rows have; written once, then compared."""
+"""The specification of a store: which sketch, parameters and number type its rows have."""
 
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from lightning_sketch._files import write_once
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators.kinds import make_sketch
 from lightning_sketch.operators.sketch import Sketch
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 DTYPES: dict[str, torch.dtype] = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_FORMAT = 1
-_VERSIONS = ("torch", "pytorch-lightning", "safetensors", "lightning-sketch")
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,9 @@ class StoreSpec:
         left_out: Trainable parameters that the rows do not cover: their names, each with the reason.
         contribution: Whether batch statistics couple the examples, so that a row is the example's share of the
             gradient of its batch rather than the gradient of the example's own loss.
-        format: Version of the file format.
 
     Raises:
-        ValueError: if `dtype` or `format` is unknown, or sketch and layout disagree about the number of parameters.
+        ValueError: if `dtype` is unknown, or sketch and layout disagree about the number of parameters.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> spec = StoreSpec(BlockSRHT(12, 4).spec(), [["weight", [3, 4]]], dtype="float32")
@@ -51,17 +47,11 @@ class StoreSpec:
     normalization: str = "gradient of the mean loss"
     left_out: Mapping[str, str] = field(default_factory=dict)
     contribution: bool = False
-    format: int = _FORMAT
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is not known; use {', '.join(map(repr, DTYPES))}.")
-        if self.format != _FORMAT:
-            raise ValueError(
-                f"the store has format {self.format}, this version of lightning_sketch reads {_FORMAT}; install the "
-                "version that wrote it."
-            )
-        n = sum(torch.Size(shape).numel() for _, shape in self.layout)
+        n = self.parameters.n
         if n != self.sketch["n"]:
             raise ValueError(f"the layout has {n} numbers, the sketch takes n={self.sketch['n']}.")
 
@@ -83,19 +73,7 @@ class StoreSpec:
         left_out: Mapping[str, str] | None = None,
         contribution: bool = False,
     ) -> "StoreSpec":
-        """Build the spec of the rows that a sketch makes of gradients in a layout.
-
-        Args:
-            sketch: The sketch of the rows.
-            layout: The parameters that the rows cover.
-            dtype: As in the class.
-            normalization: As in the class.
-            left_out: As in the class; empty if None.
-            contribution: As in the class.
-
-        Raises:
-            ValueError: if `dtype` is unknown, or sketch and layout disagree about the number of parameters.
-        """
+        """Build the spec of the rows that a sketch makes of gradients in a layout; arguments as in the class."""
         pairs = [[name, list(shape)] for name, shape in zip(layout.names, layout.shapes, strict=True)]
         return cls(
             sketch.spec(),
@@ -106,44 +84,20 @@ class StoreSpec:
             contribution=contribution,
         )
 
-    @property
+    @cached_property
     def operator(self) -> Sketch:
         """The sketch as an operator, built from its spec."""
         return make_sketch(**self.sketch)
 
-    @property
+    @cached_property
     def parameters(self) -> Layout:
         """The layout of the parameters that the rows cover."""
         return Layout(*zip(*((name, torch.Size(shape)) for name, shape in self.layout), strict=True))
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The hash of the compared fields, which every file of rows carries."""
-        return hashlib.sha256(json.dumps(self._compared(), sort_keys=True).encode()).hexdigest()
-
-    def write(self, folder: Path) -> None:
-        """Write `spec.json` into a folder, with the versions of the libraries, unless the file exists.
-
-        Raises:
-            ValueError: if the file exists and has another spec.
-        """
-        text = json.dumps({**asdict(self), "versions": {name: _version(name) for name in _VERSIONS}}, indent=1)
-        if not write_once(folder / "spec.json", text.encode()):
-            self.check_equal(StoreSpec.read(folder), folder)
-
-    @classmethod
-    def read(cls, folder: Path) -> "StoreSpec":
-        """Read the spec from a folder's `spec.json`.
-
-        Raises:
-            FileNotFoundError: if the folder has no store.
-        """
-        path = folder / "spec.json"
-        if not path.exists():
-            raise FileNotFoundError(f"{folder} has no store, since it has no spec.json; pass the writer's dirpath.")
-        stored = json.loads(path.read_text())
-        del stored["versions"]
-        return cls(**stored)
+        return hashlib.sha256(json.dumps(self._compared() | {"format": 1}, sort_keys=True).encode()).hexdigest()
 
     def check_equal(self, other: "StoreSpec", folder: Path) -> None:
         """Refuse a spec that differs: mixing rows of two sketches would give plausible but wrong scores.
@@ -160,19 +114,13 @@ class StoreSpec:
                 for name in differ
             )
             raise ValueError(
-                f"the store in {folder} has another spec:{both}\nUse another folder, or the same settings."
+                f"the store in {folder} has another spec:{both}\nUse another folder, the same settings, or "
+                "overwrite=True, which deletes the rows that are there."
             )
 
     def _compared(self) -> dict[str, Any]:
         """Return the fields to compare; of `left_out` only the names, since a reason may mention the batch size."""
         return {**asdict(self), "left_out": sorted(self.left_out)}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _short(value: Any, other: Any) -> str:

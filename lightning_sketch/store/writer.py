@@ -8,11 +8,20 @@ import queue
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
-from lightning_sketch._files import TEMPORARY
-from lightning_sketch.store.shards import ShardName, narrowed, write_shard
+from lightning_sketch._files import TEMPORARY, acquire, check_folder, locked, make_folder
+from lightning_sketch.store.format import (
+    LOCK,
+    WRITER_LOCK,
+    Manifest,
+    Shard,
+    ShardName,
+    Snapshot,
+    narrowed,
+    write_shard,
+)
 from lightning_sketch.store.sketched_gradients import SketchedGradients
-from lightning_sketch.store.spec import StoreSpec
 
 _WAIT = 0.1  # seconds between checks of the thread's error
 
@@ -20,9 +29,10 @@ _WAIT = 0.1  # seconds between checks of the thread's error
 class RowAppender:
     """Appends the rows of one process of a run to a store, in a background thread; see `RowStore.appender`.
 
+    It holds a lock until it is closed: a second appender of its rank and run is refused, and so is compaction.
+
     Args:
-        folder: The folder of the store's rows, see `manifest.rows_folder`.
-        spec: The spec of the store.
+        snapshot: The snapshot that the rows are added to.
         rank: Rank of this process.
         run: Number of the run.
         shard_bytes: Write a file when its rows have this many bytes,
@@ -34,6 +44,7 @@ class RowAppender:
 
     Raises:
         RuntimeError: from `put`, `flush` and `close`, if a file could not be written. Committed rows stay intact.
+        Busy: if another process writes the rows of this rank and run.
 
     Example::
 
@@ -44,8 +55,7 @@ class RowAppender:
 
     def __init__(
         self,
-        folder: Path,
-        spec: StoreSpec,
+        snapshot: Snapshot,
         *,
         rank: int,
         run: int,
@@ -53,18 +63,33 @@ class RowAppender:
         flush_seconds: float = 60.0,
         queue_bytes: int = 256 << 20,
     ):
-        self.folder, self.spec, self.rank, self.run = folder, spec, rank, run
+        self.snapshot, self.rank, self.run = snapshot, rank, run
         self.shard_bytes, self.flush_seconds, self.queue_bytes = shard_bytes, flush_seconds, queue_bytes
         self.rows, self._closed = 0, False
         self._bytes, self._room = 0, threading.Condition()
         self._queue: queue.SimpleQueue[SketchedGradients | threading.Event | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
-        own = (self.folder / ShardName(run, rank, 0).path).parent
-        for left in own.parent.glob(f"*/*{TEMPORARY}"):
+        own = (snapshot.folder / ShardName(run, rank, 0).path).parent
+        for folder in (snapshot.folder, own.parent, own, snapshot.folder / "manifests"):
+            check_folder(folder)
+            make_folder(folder)
+        self._lock = acquire(
+            own / WRITER_LOCK,
+            f"rank {rank} of run {run} in {snapshot.path} is being written by another process, which holds "
+            f"{own / WRITER_LOCK}; end it, or begin another run.",
+        )
+        for left in own.glob(f"*{TEMPORARY}"):
             left.unlink()
-        self._first = 1 + max((ShardName.of(path).sequence for path in own.glob("*.safetensors")), default=-1)
+        self._manifest = self._committed()
+        self._manifest.write(snapshot, rank, run)
         self._thread = threading.Thread(target=self._write_queue, name="sketch store", daemon=True)
         self._thread.start()
+
+    @classmethod
+    def open(cls, path: Path, *, rank: int, run: int, **sizes: Any) -> "RowAppender":
+        """Open the appender of a rank's run in the store of a folder, after a compaction that is under way."""
+        with locked(path / LOCK):
+            return cls(Snapshot.read(path), rank=rank, run=run, **sizes)
 
     def put(self, rows: SketchedGradients) -> None:
         """Queue a copy of rows for writing; waits only while the queue is full.
@@ -77,8 +102,8 @@ class RowAppender:
             raise RuntimeError("the appender is closed; begin another run for more rows.")
         if not len(rows):
             return
-        narrow = narrowed(rows, self.spec.dtype)
-        size = _size(narrow)
+        narrow = narrowed(rows, self.snapshot.spec.dtype)
+        size = narrow.nbytes
         if self._bytes + size > self.queue_bytes:
             self._queue.put(threading.Event())  # makes the thread write what it has, which makes room
         with self._room:
@@ -112,6 +137,8 @@ class RowAppender:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
+        if self._lock is not None:
+            self._lock.release()
         self._check()
 
     def __enter__(self) -> "RowAppender":
@@ -120,54 +147,65 @@ class RowAppender:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _committed(self) -> Manifest:
+        """Return the manifest of what is there; a writer that was killed may have committed one shard more."""
+        manifest = self.snapshot.manifest(self.rank, self.run)
+        try:
+            last = Shard(self.snapshot, ShardName(self.run, self.rank, manifest.files))
+        except FileNotFoundError:
+            return manifest
+        return Manifest(manifest.files + 1, manifest.rows + len(last), last.seal)
+
     def _check(self) -> None:
         """Raise the thread's error, if it had one."""
         if self._error is not None:
             raise RuntimeError(
-                f"rows could not be written to {self.folder}: {self._error}. Rows committed before are intact; make "
-                "room, or choose another dirpath, and resume from a checkpoint."
+                f"rows could not be written to {self.snapshot.path}: {self._error}. Rows committed before are intact; "
+                "make room, or choose another dirpath, and resume from a checkpoint."
             ) from self._error
+
+    def _write(self, pending: list[SketchedGradients], size: int) -> None:
+        """Write pending rows of this size as one file, then the manifest.
+
+        The folders are not made anew, and the manifest must be as it was: rows do not go to a store that was deleted,
+        or to another one in its place.
+        """
+        before, snapshot = self._manifest, self.snapshot
+        there = (snapshot.folder / Manifest.path(self.rank, self.run)).exists()
+        if not there or snapshot.manifest(self.rank, self.run) != before:
+            raise FileNotFoundError("the store was deleted, moved or replaced while it was being written")
+        rows = pending[0] if len(pending) == 1 else SketchedGradients.cat(pending)
+        seal = write_shard(snapshot, ShardName(self.run, self.rank, before.files), rows, before.seal)
+        self._manifest = Manifest(before.files + 1, before.rows + len(rows), seal)
+        self._manifest.write(snapshot, self.rank, self.run)
+        with self._room:
+            self._bytes -= size
+            self._room.notify_all()
 
     def _write_queue(self) -> None:
         """Write the rows of the queue until a None comes: the body of the thread."""
-        sequence, since = self._first, 0.0
         pending: list[SketchedGradients] = []
-
-        def write() -> None:
-            """Write the pending rows as one file."""
-            nonlocal sequence, pending
-            if pending:
-                name = ShardName(self.run, self.rank, sequence)
-                rows = pending[0] if len(pending) == 1 else SketchedGradients.cat(pending)
-                write_shard(self.folder, name, self.spec, rows)
-                sequence += 1
-                with self._room:
-                    self._bytes -= sum(map(_size, pending))
-                    self._room.notify_all()
-                pending = []
-
+        size, due = 0, float("inf")  # bytes of the pending rows, and when the first of them is to be on the disk
+        limit = min(self.shard_bytes, self.queue_bytes // 2)
         try:
             while True:
+                item: SketchedGradients | threading.Event | None
                 try:
-                    item = self._queue.get(timeout=self.flush_seconds if pending else None)
+                    item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if pending else None)
                 except queue.Empty:
-                    write()
-                    continue
+                    item = threading.Event()
                 if isinstance(item, SketchedGradients):
-                    since = since if pending else time.monotonic()
+                    due = due if pending else time.monotonic() + self.flush_seconds
                     pending.append(item)
-                    full = sum(map(_size, pending)) >= min(self.shard_bytes, self.queue_bytes // 2)
-                    if full or time.monotonic() - since > self.flush_seconds:
-                        write()
-                    continue
-                write()
+                    size += item.nbytes
+                    if size < limit and time.monotonic() < due:
+                        continue
+                if pending:
+                    self._write(pending, size)
+                    pending, size = [], 0
                 if item is None:
                     return
-                item.set()
+                if isinstance(item, threading.Event):
+                    item.set()
         except BaseException as error:  # raised in the training thread by _check
             self._error = error
-
-
-def _size(rows: SketchedGradients) -> int:
-    """Return the bytes of rows."""
-    return rows.sketches.nbytes + sum(column.nbytes for column in rows.columns.values())

@@ -324,23 +324,6 @@ def test_the_size_is_printed_at_the_start(tmp_path, caplog, arguments, rows):
     assert len(rows_of(tmp_path)) == int(rows.split()[-1])
 
 
-@pytest.mark.parametrize("per", ["step", "example"])
-def test_fast_dev_run_writes_nothing(tmp_path, per):
-    run = trainer(tmp_path, writer(tmp_path, per=per, queries="val"), fast_dev_run=True)
-    model, data = Every(), DataLoader(IndexedDataset(dataset(40)), batch_size=16)
-    run.fit(model, data, data)
-    for evaluate in (run.validate, run.test, run.predict):
-        evaluate(model, data)
-    assert not (tmp_path / "store").exists()
-
-
-def test_a_second_fit_into_the_same_folder_is_refused(tmp_path):
-    fit(tmp_path, writer(tmp_path), max_epochs=1)
-    with pytest.raises(MisconfigurationException, match=r"contains the rows of 1 fits.*ckpt_path"):
-        fit(tmp_path, writer(tmp_path), max_epochs=1)
-    assert len(rows_of(tmp_path)) == 8
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -10,7 +10,7 @@ from marks import some
 from test_row_store import rows, spec, written
 
 from lightning_sketch.attribution import GradientStore
-from lightning_sketch.store.shards import CorruptShard
+from lightning_sketch.store.format import CorruptShard
 
 
 def steps(store):

@@ -6,13 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_sketch._lightning import Trainer, evaluated_loader, muted_loggers
 from lightning_sketch.attribution.sketch_gradients import ExampleRows
 from lightning_sketch.callbacks._optimizers import common_lr, param_groups
 from lightning_sketch.callbacks.gradient_sketch_writer._store_session import DuplicateFinder, StoreRun
-from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, SketchedGradients, Stage
+from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, Stage, keys_of
 
 
 class CheckpointRows:
@@ -37,7 +36,7 @@ class CheckpointRows:
         self.rows, self.run, self.stage, self.position, self.hashed = rows, run, stage, position, hashed
         self.duplicates: dict[int, DuplicateFinder] = {}
 
-    def write(self, trainer: Trainer, batch: Any, ids: Tensor, loader: int) -> None:
+    def write(self, trainer: Trainer, batch: Any, ids: Column, loader: int, own: Mapping[str, Column]) -> None:
         """Write a row for each example of a batch.
 
         Args:
@@ -45,6 +44,7 @@ class CheckpointRows:
             batch: The batch, as the Trainer got it.
             ids: The ids of its examples.
             loader: The index of the data loader that it comes from.
+            own: The user's columns.
         """
         if loader not in self.duplicates:  # batches of another loader may have another structure
             self.rows.sketches.structure = replace(self.rows.sketches.structure)
@@ -55,15 +55,15 @@ class CheckpointRows:
             self._check_ids(ids, loader)
         rows.columns["padded"][:] = self.duplicates[loader].among(len(rows))
         rows = SketchedGradients(
-            rows.sketches, rows.sketch, {**rows.columns, "dataloader": torch.full_like(ids, loader)}
+            rows.sketches, rows.sketch, {**rows.columns, "dataloader": torch.full((len(ids),), loader), **own}
         )
         lr = common_lr(param_groups(trainer, trainer.optimizers))
         now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "lr": lr}
         self.run.put(rows, self.stage, **(self.position or now))
 
-    def _check_ids(self, ids: Tensor, loader: int) -> None:
+    def _check_ids(self, ids: Column, loader: int) -> None:
         """Warn of a second data loader, whose ids may equal those of the first for other examples; hashes may not."""
-        if loader == 1 and not self.hashed and (ids != UNKNOWN_ID).any():
+        if loader == 1 and not self.hashed and (keys_of(ids) != UNKNOWN_ID).any():
             warnings.warn(
                 "the examples of several data loaders are written, which may have the same ids, and scores add up "
                 "the rows of one id. Use store.where(dataloader=0), or index_key='hash'.",

@@ -4,12 +4,11 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from torch import Tensor
-
 from lightning_sketch._lightning import LightningModule, changed_batches
 from lightning_sketch.attribution import batch_ids
 from lightning_sketch.attribution.indexed_dataset import HASH, Indexed, without_index
 from lightning_sketch.autodiff.batches import BatchStructure
+from lightning_sketch.store.sketched_gradients import Column
 
 
 class ExampleIds:
@@ -23,10 +22,10 @@ class ExampleIds:
     def __init__(self, index_key: str | int | None, structure: Callable[[], BatchStructure] = BatchStructure):
         self.index_key, self.new_structure = index_key, structure
         self.structures: dict[Any, BatchStructure] = {}
-        self.from_dataset: Tensor | None = None
+        self.from_dataset: Column | None = None
         self.attached = ExitStack()
 
-    def __call__(self, batch: Any, loader: Any = None) -> Tensor:
+    def __call__(self, batch: Any, loader: Any = None) -> Column:
         """Return the ids of the batch that the Trainer works on.
 
         Args:

@@ -1,12 +1,12 @@
 """Rows for the examples of a training batch, computed during the backward pass of training."""
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.example_sketches import ExampleSketches
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.reduction import Reduction, own_scale
-from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, SketchedGradients
+from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, keys_of
 
 _MAX_SUM_ERROR = 5e-2  # relative distance of the sum of the shares from the gradient
 
@@ -37,12 +37,14 @@ class _Batch:
         duplicate: Whether an example was added by a distributed sampler to even out the ranks.
         scale: The factors that turn shares of the batch's gradient into gradients of the examples' own losses.
         second: The rows of the second pass, or None if there is no such pass.
+        own: The user's columns.
     """
 
-    ids: Int[Tensor, " examples"]
+    ids: Column
     duplicate: Bool[Tensor, " examples"]
     scale: Float[Tensor, " examples"]
     second: Float[Tensor, "examples dim"] | None
+    own: Mapping[str, Column]
 
 
 class TrainingExamples:
@@ -98,19 +100,20 @@ class TrainingExamples:
         self.batch: _Batch | None = None
         self.epoch, self.duplicates = -1, DuplicateFinder(None, 0)
 
-    def begin_batch(self, trainer: Trainer, batch: Any, ids: Tensor, recorded: bool) -> None:
+    def begin_batch(self, trainer: Trainer, batch: Any, ids: Column, own: Mapping[str, Column], recorded: bool) -> None:
         """Run the second pass and attach the hooks, if the batch is to be recorded.
 
         Args:
             trainer: The Trainer that runs the fit.
             batch: The batch.
             ids: The ids of its examples.
+            own: The user's columns.
             recorded: Whether the batch gets rows.
 
         Raises:
             MisconfigurationException: If an example has no id.
         """
-        if (ids == UNKNOWN_ID).any():
+        if (keys_of(ids) == UNKNOWN_ID).any():
             raise MisconfigurationException(
                 "per='example' needs an id for each example: pass index_key=... for one that the batch contains, "
                 "index_key='hash' for hashes of the contents, or wrap the data set in IndexedDataset."
@@ -122,7 +125,7 @@ class TrainingExamples:
         if not recorded:
             return
         scale = own_scale(batch, self.reduction, self.weight_fn, self.structure)
-        self.batch = _Batch(ids, duplicate, scale, None if self.second is None else self.second(batch))
+        self.batch = _Batch(ids, duplicate, scale, None if self.second is None else self.second(batch), own)
         examples = self.structure.count(batch)
         self.accumulator.start(examples)
         self.hooks.attach(self.accumulator, examples)
@@ -159,6 +162,7 @@ class TrainingExamples:
             "epoch": torch.full((count,), trainer.current_epoch),
             "lr": torch.full((count,), lr),
             "fingerprint": torch.full((count,), fingerprint(self.weights)),
+            **batch.own,
         }
         return SketchedGradients(rows, self.sketch, columns)
 

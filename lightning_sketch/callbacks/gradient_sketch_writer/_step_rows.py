@@ -1,5 +1,6 @@
 """The row of an optimizer step: the sketch of the gradient that the step uses."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from lightning_sketch.autodiff.fingerprint import fingerprint
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.callbacks._optimizers import common_lr, param_groups
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, SketchedGradients
+from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, keys_of
 
 
 class StepRows:
@@ -27,14 +28,19 @@ class StepRows:
         self.parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
         self.loss: Tensor | None = None
         self.ids: list[Tensor] = []
+        self.own: Mapping[str, Column] = {}
         self.steps_done = -1
         self.pending: dict[int, SketchedGradients] = {}
 
-    def begin_batch(self, trainer: Trainer, ids: Tensor) -> None:
-        """Add the ids of the next batch; the first batch after a step begins the next step."""
+    def begin_batch(self, trainer: Trainer, ids: Column, own: Mapping[str, Column]) -> None:
+        """Add the ids and the user's columns of the next batch; the first batch after a step begins the next step.
+
+        Of the columns of several accumulated batches the last ones remain.
+        """
         if trainer.global_step != self.steps_done:
             self.steps_done, self.loss, self.ids = trainer.global_step, None, []
-        self.ids.append(ids)
+        self.ids.append(keys_of(ids))
+        self.own = own
 
     def add_loss(self, trainer: Trainer, loss: Tensor) -> None:
         """Add the loss of a batch as it is differentiated: divided by the number of accumulated batches, and scaled."""
@@ -66,7 +72,9 @@ class StepRows:
         }
         # If a closure is called several times, as by LBFGS, the row of its last call remains.
         self.pending[step] = SketchedGradients(
-            row[None].float(), self.sketch, {key: torch.tensor([value]) for key, value in columns.items()}
+            row[None].float(),
+            self.sketch,
+            {**{key: torch.tensor([value]) for key, value in columns.items()}, **self.own},
         )
 
     def _fingerprint(self) -> int:

@@ -1,22 +1,25 @@
 """The store of a writer: where it is, what its rows are, and which run resumes which."""
 
+import atexit
+import os
+import shutil
+import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import DistributedSampler
 
-from lightning_sketch._lightning import Trainer, print_on_rank_zero
-from lightning_sketch.attribution import GradientStore
+from lightning_sketch._lightning import Trainer, is_dev_run, print_on_rank_zero
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.callbacks._validate import Granularity
 from lightning_sketch.operators.kinds import make_sketch
-from lightning_sketch.store.lineage import Run, RunStage, read_runs
+from lightning_sketch.store.format import Run, RunStage, Snapshot, begin_run, create_store, read_runs
+from lightning_sketch.store.maintenance import erase
 from lightning_sketch.store.sketched_gradients import STAGES, SketchedGradients, Stage
 from lightning_sketch.store.spec import DTYPES, Dtype, StoreSpec
 from lightning_sketch.store.writer import RowAppender
@@ -27,40 +30,24 @@ _NORMALIZATION: dict[Granularity, str] = {
 }
 
 
+OnError = Literal["raise", "warn"]
+
+
 class StoreRun:
     """A run that writes to a store, with the appender of this rank.
 
     Args:
         trainer: The Trainer, whose ranks all write.
-        folder: The folder of the store.
-        spec: The spec of its rows.
-        stage: "fit", "validate", "test" or "predict".
-        parent: The number of the run that a fit resumes, at the Trainer's step; None if it does not resume.
-
-    Raises:
-        ValueError: If the store has another spec, or the parent does not exist.
-        MisconfigurationException: If the fit does not resume, and the store contains another fit.
+        snapshot: The store.
+        run: The run.
+        on_error: Whether rows that cannot be written end the training, or are left out from then on.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path, spec: StoreSpec, stage: RunStage, parent: int | None = None):
-        parent_step = None if parent is None else trainer.global_step
-        run: Run | None = None
-        failure: Exception | None = None
-        if trainer.is_global_zero:
-            try:
-                if stage == "fit" and parent is None:
-                    _check_fresh(folder)
-                store = GradientStore.create(folder, spec)
-                run = store.begin_run(stage, parent=parent, parent_step=parent_step, world_size=trainer.world_size)
-            except (ValueError, OSError, MisconfigurationException) as error:  # else the other ranks would wait forever
-                failure = error
-        run, failure = trainer.strategy.broadcast((run, failure))
-        if failure is not None:
-            raise failure
-        assert run is not None
-        self.run = run
-        self.folder, self.spec, self.stage, self.warned = folder, spec, stage, False
-        self.appender: RowAppender = GradientStore.open(folder).appender(run, trainer.global_rank)
+    def __init__(self, trainer: Trainer, snapshot: Snapshot, run: Run, on_error: OnError):
+        self.folder, self.spec, self.store = snapshot.path, snapshot.spec, snapshot.store
+        self.run, self.stage, self.on_error = run, run.stage, on_error
+        self.warned = self.failed = False
+        self.appender = RowAppender.open(snapshot.path, rank=trainer.global_rank, run=run.number)
 
     def put(self, rows: SketchedGradients, stage: Stage | None = None, **columns: float | int) -> None:
         """Append rows to the store.
@@ -73,7 +60,28 @@ class StoreRun:
         count = len(rows)
         columns |= {"stage": STAGES.index(stage or self.stage), "rank": self.appender.rank}
         filled = {key: rows.columns[key].new_full((count,), value) for key, value in columns.items()}
-        self.appender.put(SketchedGradients(rows.sketches, rows.sketch, {**rows.columns, **filled}))
+        full = SketchedGradients(rows.sketches, rows.sketch, {**rows.columns, **filled})
+        self._attempt(lambda: self.appender.put(full))
+
+    def flush(self) -> None:
+        """Wait until all rows are on the disk."""
+        self._attempt(self.appender.flush)
+
+    def close(self) -> None:
+        """Write all rows, and end the run."""
+        self._attempt(self.appender.close)
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Write; with on_error="warn", an error is said, and from then on nothing is written."""
+        if self.failed:
+            return
+        try:
+            write()
+        except RuntimeError as error:
+            if self.on_error == "raise":
+                raise
+            self.failed = True
+            warnings.warn(f"training goes on without rows (on_error='warn'): {error}", stacklevel=2)
 
     def check_covers(self, layout: Layout) -> None:
         """Warn, once, of parameters that are trainable now but were frozen when the store was opened."""
@@ -107,20 +115,6 @@ def _default_folder(trainer: Trainer, name: str) -> Path:
     logger = trainer.loggers[0]
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / name
-
-
-def _check_fresh(folder: Path) -> None:
-    """Check that a store contains no fit yet, as a fit that does not resume requires.
-
-    Raises:
-        MisconfigurationException: If there is one.
-    """
-    fits = [run.number for run in read_runs(folder) if run.stage == "fit"]
-    if fits:
-        raise MisconfigurationException(
-            f"{folder} contains the rows of {len(fits)} fits, and this one starts at its first step; resume with "
-            "trainer.fit(ckpt_path=...), or use another dirpath."
-        )
 
 
 class DuplicateFinder:
@@ -157,18 +151,20 @@ class StoreSession:
 
     Args:
         dirpath: The folder of the store. If None it is beside that of ModelCheckpoint, or, when a fit resumes, the one
-            that the checkpoint names.
+            that the checkpoint names. A relative one is below the present working directory, also if that changes.
         name: The name of the folder if `dirpath` is None.
         per: Whether a row of a fit is of a step or of an example.
         dtype: The type of the stored numbers.
         kind: The kind of the sketch.
         dim: The numbers in a row; reduced to the number of parameters if there are fewer.
         seed: The seed of the sketch.
+        overwrite: Whether to delete a store that is in the folder of the first one, unless a checkpoint belongs to it.
+        on_error: Whether rows that cannot be written end the training, or are left out from then on.
 
     Attributes:
         dirpath: The folder of the store that was opened last.
-        resumed: The number (`attempt`) and the folder (`dirpath`) of the run that writes now, or of the run that a
-            checkpoint belongs to.
+        resumed: The number (`attempt`), the folder (`dirpath`) and the store's UUID (`store`) of the run that writes
+            now, or of the run that a checkpoint belongs to.
     """
 
     def __init__(
@@ -181,11 +177,15 @@ class StoreSession:
         kind: str,
         dim: int,
         seed: int,
+        overwrite: bool,
+        on_error: OnError,
     ):
-        self.dirpath = self._requested = None if dirpath is None else str(dirpath)
+        self.dirpath = self._requested = None if dirpath is None else os.path.abspath(Path(dirpath).expanduser())
         self.name, self.per, self.dtype = name, per, dtype
         self.kind, self.dim, self.seed = kind, dim, seed
+        self.overwrite, self.on_error = overwrite, on_error
         self.resumed: dict[str, Any] | None = None
+        self._throw_away: str | None = None
 
     def open_fit(
         self,
@@ -208,11 +208,8 @@ class StoreSession:
             contribution: Whether rows are shares of a batch whose examples are coupled.
         """
         parent = self.resumed if trainer.global_step > 0 else None
-        if self._requested is None and parent is not None and Path(parent["dirpath"]).exists():
-            self.dirpath = parent["dirpath"]
-        number = parent["attempt"] if parent else None
-        opened = self._open(trainer, layout, "fit", number, left_out=left_out, contribution=contribution)
-        self.resumed = {"attempt": opened.run.number, "dirpath": self.dirpath}
+        opened = self._open(trainer, layout, "fit", parent, left_out=left_out, contribution=contribution)
+        self.resumed = {"attempt": opened.run.number, "dirpath": self.dirpath, "store": opened.store}
         _say_size(trainer, self.name, opened, every_n_train_steps, rows_per_step)
         return opened
 
@@ -220,8 +217,8 @@ class StoreSession:
         """Open the store for rows at a checkpoint, with the layout of the rows of training if these are of examples."""
         left_out: Mapping[str, str] | None = None
         contribution = False
-        if self.per == "example" and self.dirpath is not None and (Path(self.dirpath) / "spec.json").exists():
-            spec = StoreSpec.read(Path(self.dirpath))
+        if self.per == "example" and self.dirpath is not None and not self.overwrite and _has_store(self.dirpath):
+            spec = Snapshot.read(Path(self.dirpath)).spec
             layout, left_out, contribution = spec.parameters, spec.left_out, spec.contribution
         assert trainer.state.fn is not None
         stage = cast(RunStage, trainer.state.fn.value)
@@ -232,14 +229,12 @@ class StoreSession:
         trainer: Trainer,
         layout: Layout,
         stage: RunStage,
-        parent: int | None = None,
+        parent: Mapping[str, Any] | None = None,
         *,
         left_out: Mapping[str, str] | None,
         contribution: bool,
     ) -> StoreRun:
-        """Begin a run in the store, creating the store if there is none."""
-        if self.dirpath is None:
-            self.dirpath = trainer.strategy.broadcast(str(_default_folder(trainer, self.name)))
+        """Begin a run in the store, creating the store if there is none; rank 0 decides, and all ranks write."""
         spec = StoreSpec.of(
             make_sketch(self.kind, n=layout.n, dim=min(self.dim, layout.n), seed=self.seed),
             layout,
@@ -248,4 +243,93 @@ class StoreSession:
             left_out=left_out,
             contribution=contribution,
         )
-        return StoreRun(trainer, Path(self.dirpath), spec, stage, parent)
+        decided: tuple[Snapshot, Run] | None = None
+        failure: Exception | None = None
+        if trainer.is_global_zero:
+            try:
+                decided = self._begin(trainer, spec, stage, parent)
+            except (ValueError, OSError, RuntimeError) as error:  # else the other ranks would wait forever
+                failure = error
+        decided, failure = trainer.strategy.broadcast((decided, failure))
+        if failure is not None:
+            raise failure
+        assert decided is not None
+        snapshot, run = decided
+        self.dirpath, self.overwrite = str(snapshot.path), False
+        return StoreRun(trainer, snapshot, run, self.on_error)
+
+    def _begin(
+        self, trainer: Trainer, spec: StoreSpec, stage: RunStage, parent: Mapping[str, Any] | None
+    ) -> tuple[Snapshot, Run]:
+        """Find or create the store, on rank 0, and record the run.
+
+        Raises:
+            ValueError: If the store has another spec, or is another one than that of the checkpoint.
+            CorruptFile: If a file of the store is not what was written.
+        """
+        folder = self._folder(trainer, parent)
+        resumes = parent is not None and _is_in(folder, parent)
+        if self.overwrite and not (self.resumed and _is_in(folder, self.resumed)):
+            erase(folder)
+        if parent is not None and not resumes:
+            _check_new_lineage(folder, parent, trainer.global_step)
+        snapshot = create_store(folder, spec)
+        fits = [run.number for run in read_runs(snapshot) if run.stage == "fit"]
+        if stage == "fit" and fits and not resumes:
+            warnings.warn(
+                f"{folder} has the rows of {len(fits)} fits, and this one starts at step {trainer.global_step} without "
+                "them: from now on the store shows the new fit. GradientStore.open(path, lineage=NUMBER) shows another "
+                f"one, of {fits}, until compact() deletes it; overwrite=True deletes all at the start.",
+                stacklevel=2,
+            )
+        if parent is None or not resumes:
+            return snapshot, begin_run(folder, stage, world_size=trainer.world_size)
+        return snapshot, begin_run(folder, stage, int(parent["attempt"]), trainer.global_step, trainer.world_size)
+
+    def _folder(self, trainer: Trainer, parent: Mapping[str, Any] | None) -> Path:
+        """Return the folder of the store."""
+        if is_dev_run(trainer):
+            if self._throw_away is None:
+                self._throw_away = tempfile.mkdtemp(prefix="lightning_sketch_")
+                atexit.register(shutil.rmtree, self._throw_away, ignore_errors=True)
+                print_on_rank_zero(
+                    trainer,
+                    f"{self.name}: under fast_dev_run rows go to {self._throw_away}, which is deleted at the end of "
+                    "the process.",
+                )
+            return Path(self._throw_away)
+        if self._throw_away is not None and self.dirpath == self._throw_away:
+            self.dirpath = self._requested
+        if self._requested is None and parent is not None and _is_in(Path(parent["dirpath"]), parent):
+            return Path(parent["dirpath"])
+        return Path(self.dirpath or os.path.abspath(_default_folder(trainer, self.name)))
+
+
+def _has_store(folder: str | Path) -> bool:
+    return (Path(folder) / "spec.json").exists()
+
+
+def _is_in(folder: Path, parent: Mapping[str, Any]) -> bool:
+    """Return whether the store of a folder is the one that a checkpoint was saved with."""
+    wanted = parent.get("store")  # the first version saved none
+    return _has_store(folder) and (wanted is None or Snapshot.read(folder).store == wanted)
+
+
+def _check_new_lineage(folder: Path, parent: Mapping[str, Any], step: int) -> None:
+    """Say that a fit that resumes does so without the rows of its earlier steps.
+
+    Raises:
+        ValueError: If there is another store in the folder.
+    """
+    if _has_store(folder):
+        raise ValueError(
+            f"the checkpoint was saved with the store {parent.get('store')} in {parent['dirpath']}, and {folder} has "
+            f"another one, {Snapshot.read(folder).store}: the rows of two trainings would be mixed. Use dirpath="
+            f"{parent['dirpath']!r}, an empty folder, or overwrite=True, which deletes the rows that are there."
+        )
+    warnings.warn(
+        f"the rows of steps 1 to {step} are not in {folder}: the checkpoint was saved with the store in "
+        f"{parent['dirpath']}. A new store begins at step {step + 1}; to continue the old one, put it back and start "
+        "again.",
+        stacklevel=2,
+    )

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_sketch._lightning import CallbackBase, LightningModule, Trainer, batches_done, is_dev_run, state_key
+from lightning_sketch._lightning import CallbackBase, LightningModule, Trainer, batches_done, state_key
 from lightning_sketch.attribution.sketch_gradients import ExampleRows, RowFn
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
@@ -22,7 +22,8 @@ from lightning_sketch.callbacks.gradient_sketch_writer._example_ids import Examp
 from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import TrainingExamples
 from lightning_sketch.callbacks.gradient_sketch_writer._fallback import Fallback, unsupported_by_hooks, without
 from lightning_sketch.callbacks.gradient_sketch_writer._step_rows import StepRows
-from lightning_sketch.callbacks.gradient_sketch_writer._store_session import StoreRun, StoreSession
+from lightning_sketch.callbacks.gradient_sketch_writer._store_session import OnError, StoreRun, StoreSession
+from lightning_sketch.callbacks.gradient_sketch_writer._user_columns import UserColumns
 from lightning_sketch.callbacks.spectrum_monitor._logging import log_scalars
 from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.per_example.example_sketches import ENGINES, Engine, ExampleSketches
@@ -50,7 +51,8 @@ class GradientSketchWriter(CallbackBase):
 
     Args:
         dirpath: The folder of the store. If None it is beside that of ModelCheckpoint, or, when a fit resumes, the one
-            that the checkpoint names.
+            that the checkpoint names. If it has a store already, the rows are added to that. Under `fast_dev_run` it is
+            a temporary folder, deleted at the end of the process.
         dim: The numbers in a row; reduced to the number of parameters if there are fewer.
         sketch: The kind of the sketch S, as in `make_sketch`.
         per: "step" for a row per optimizer step; "example" for a row per training example, from the same backward pass,
@@ -60,8 +62,8 @@ class GradientSketchWriter(CallbackBase):
             examples are coupled, and marked so.
         every_n_train_steps: The number of optimizer steps between two rows during training.
         parameters: Which parameters to include, as a shell pattern on their names.
-        index_key: The key or position of the ids in a batch, or "hash" for ids that are hashes of the examples'
-            contents, which differ each time where augmentation is random. An `IndexedDataset` needs none.
+        index_key: The key or position of the ids in a batch, numbers or strings, or "hash" for ids that are hashes of
+            the examples' contents, which differ each time where augmentation is random. An `IndexedDataset` needs none.
         queries: "val" to write rows of the validation examples too, at each validation during training, so that TracIn
             needs no saved checkpoints.
         dtype: The type of the stored numbers: "bfloat16", "float16" or "float32".
@@ -79,11 +81,17 @@ class GradientSketchWriter(CallbackBase):
         num_examples: The number of examples in a batch, or batch -> this number, see `sketch_gradients`.
         batch_dim: The axis of the examples, see `sketch_gradients`.
         split_fn: batch -> batches of one example, see `sketch_gradients`.
+        columns_fn: batch -> {name: values}, columns of your own, such as the source or the class of each example: a
+            number, boolean or string for each example, or one for all. The row of a step takes one value, that of the
+            first rank's last batch. `store.where(source="wiki")` selects by them.
+        overwrite: Whether to delete the store that is in the folder when the first run begins, unless it is resumed.
+        on_error: What to do if rows cannot be written, as on a full disk: "raise" ends the training at the next file;
+            "warn" goes on without rows.
 
     Raises:
-        ValueError: If an argument is out of its range.
-        MisconfigurationException: Before training, if the Trainer or the module is not supported, or the store contains
-            another fit.
+        ValueError: If an argument is out of its range; before training, if the folder has a store of other rows or, on
+            resuming, of another training.
+        MisconfigurationException: Before training, if the Trainer or the module is not supported.
         RuntimeError: At the next hook, if a file could not be written; rows that were committed before are intact.
 
     Example::
@@ -118,6 +126,9 @@ class GradientSketchWriter(CallbackBase):
         num_examples: int | Callable[[Any], int] | None = None,
         batch_dim: int = 0,
         split_fn: Callable[[Any], Iterable[Any]] | None = None,
+        columns_fn: Callable[[Any], Mapping[str, Any]] | None = None,
+        overwrite: bool = False,
+        on_error: OnError = "raise",
     ):
         super().__init__()
         for argument, value, known in (
@@ -128,6 +139,7 @@ class GradientSketchWriter(CallbackBase):
             ("reduction", reduction, REDUCTIONS),
             ("engine", engine, ENGINES),
             ("fallback", fallback, (*get_args(Fallback), None)),
+            ("on_error", on_error, get_args(OnError)),
         ):
             if value not in known:
                 raise ValueError(
@@ -139,10 +151,21 @@ class GradientSketchWriter(CallbackBase):
         self.loss_fn, self.row_fn, self.weight_fn, self.reduction = loss_fn, row_fn, weight_fn, reduction
         self.engine, self.fallback, self.queries, self.name = engine, fallback, queries, name or "sketches"
 
-        self._session = StoreSession(dirpath, name=self.name, per=per, dtype=dtype, kind=sketch, dim=dim, seed=seed)
+        self._session = StoreSession(
+            dirpath,
+            name=self.name,
+            per=per,
+            dtype=dtype,
+            kind=sketch,
+            dim=dim,
+            seed=seed,
+            overwrite=overwrite,
+            on_error=on_error,
+        )
         self._structure = partial(BatchStructure, num_examples, batch_dim, split_fn)
         self._structure()  # raises if an argument is out of its range
         self._example_ids = ExampleIds(index_key, self._structure)
+        self._own_columns = UserColumns(columns_fn)
         self._position: dict[str, Any] = {}
         self._run: StoreRun | None = None
         self._steps: StepRows | None = None
@@ -195,25 +218,24 @@ class GradientSketchWriter(CallbackBase):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store for rows of steps."""
-        if self.per == "step" and not is_dev_run(trainer):
+        if self.per == "step":
             layout = Layout.of(pl_module, self.parameters)
             self._run = self._session.open_fit(trainer, layout, self.every_n_train_steps)
             self._steps = StepRows(pl_module, layout, self._run.spec.operator)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Collect the ids of the examples, and attach hooks if rows of examples are recorded in this step."""
-        if is_dev_run(trainer):
-            return
         has_ids = self.per == "example" or self._example_ids.known
         ids = self._example_ids(batch) if has_ids else torch.tensor([UNKNOWN_ID])
         if batch_idx == 0 and self._run is not None:
             self._run.check_covers(Layout.of(pl_module, self.parameters))
         if self._steps is not None:
-            self._steps.begin_batch(trainer, ids)
+            self._steps.begin_batch(trainer, ids, self._own_columns(batch, 1))
             return
         if self._training is None:
             self._training = self._begin_examples(trainer, pl_module, batch)
-        self._training.begin_batch(trainer, batch, ids, self._is_recorded(trainer))
+        own = self._own_columns(batch, len(ids))
+        self._training.begin_batch(trainer, batch, ids, own, self._is_recorded(trainer))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Collect the loss."""
@@ -255,7 +277,7 @@ class GradientSketchWriter(CallbackBase):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Commit, on every rank, the rows that the checkpoint relies on, before it is written."""
         if self._run is not None:
-            self._run.appender.flush()
+            self._run.flush()
             trainer.strategy.barrier()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -271,16 +293,17 @@ class GradientSketchWriter(CallbackBase):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store for rows at a checkpoint."""
-        if not is_dev_run(trainer):
-            self._run = self._session.open_checkpoint(trainer, Layout.of(pl_module, self.parameters))
-            self._checkpoint = self._checkpoint_rows(pl_module, self._run, self._run.stage)
+        self._run = self._session.open_checkpoint(trainer, Layout.of(pl_module, self.parameters))
+        self._checkpoint = self._checkpoint_rows(pl_module, self._run, self._run.stage)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Store a row for each example of the batch."""
         if self._checkpoint is not None:
-            self._checkpoint.write(trainer, batch, self._example_ids(batch, dataloader_idx), dataloader_idx)
+            ids = self._example_ids(batch, dataloader_idx)
+            own = self._own_columns(batch, len(ids))
+            self._checkpoint.write(trainer, batch, ids, dataloader_idx, own)
 
     on_predict_start = on_test_start
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
@@ -329,4 +352,4 @@ class GradientSketchWriter(CallbackBase):
             self._training.stop()
         run, self._run, self._steps, self._training, self._checkpoint = self._run, None, None, None, None
         if run is not None:
-            run.appender.close()
+            run.close()

@@ -1,0 +1,416 @@
+"""The files of a store: what each contains, and how it is written.
+
+    spec.json                                       which store this is (a UUID), and the sketch of what its rows are
+    attempts/00000003.json                          run 3: its stage, and the run that it resumes
+    generation.json                                 which snapshot is the store now: 1 is rows/, 2 is rows-2/, ...
+    rows/r00002/a00000003/00000017.safetensors      the 18th file of rows (a shard) of rank 2 in run 3
+    rows/manifests/r00002-a00000003.json            how many shards rank 2 has committed in run 3, the last one's seal
+    curvature/                                      see `attribution.Curvature`
+    store.lock, rows/r00002/a00000003/writer.lock   held while the store, or this rank's run, is changed
+
+Every file but the locks has a checksum and the UUID, and each shard has the seal of the one before it, so that a file
+that is missing, changed or exchanged is seen. A shard is committed once it is in place; its manifest follows, and is
+behind by one shard if the writer was killed in between. Format 1, of the first version, had no UUID and no manifests;
+such stores are read as they are, and get both before anything is written to them.
+
+Each row in float16 has a scale, its largest magnitude, so that gradients of any size fit. Rounding: 2^-9 of a number in
+bfloat16, 2^-11 of the largest number of the row in float16.
+"""
+
+import re
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_sketch._files import CorruptFile, check_folder, check_place, locked, read_document, write_document
+from lightning_sketch._tensor_file import TensorFile, write_tensors
+from lightning_sketch.store.sketched_gradients import Column, SketchedGradients, Strings
+from lightning_sketch.store.spec import DTYPES, Dtype, StoreSpec
+
+RunStage = Literal["fit", "validate", "test", "predict"]
+
+LOCK, WRITER_LOCK = "store.lock", "writer.lock"
+FOLDERS = re.compile(r"r\d{5}"), re.compile(r"a\d{8}")  # of a rank, and in it of a run
+SHARD = re.compile(r"r(\d{5})/a(\d{8})/(\d{8})\.safetensors")
+MANIFEST = re.compile(r"r(\d{5})-a(\d{8})\.json")
+
+_FORMAT = 2
+FOREVER = 1 << 62
+_VERSIONS = ("torch", "pytorch-lightning", "safetensors", "lightning-sketch")
+_SKETCHES, _SCALE = "sketches", "scale"
+_KEYS, _TEXTS = ".keys", ".texts"  # of a column of strings
+
+
+class CorruptShard(CorruptFile):
+    """Raised if a file of rows is not what was written."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a store consists of at a moment: compaction replaces it by another one.
+
+    Args:
+        path: The folder of the store.
+        spec: The spec of its rows.
+        store: The UUID of the store; empty in format 1.
+        number: 1, 2, ...: how often the store was compacted, plus 1.
+        kept: The last step of each fit that compaction has kept, by run; fits that are not listed are complete.
+    """
+
+    path: Path
+    spec: StoreSpec
+    store: str
+    number: int = 1
+    kept: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Snapshot":
+        """Read which snapshot is the current one.
+
+        Raises:
+            FileNotFoundError: if the folder has no store.
+            CorruptFile: if a file of the store is not what was written.
+            ValueError: if a later version of lightning_sketch has written the store.
+        """
+        file, generation = path / "spec.json", path / "generation.json"
+        try:
+            found = read_document(file, {"format": int}, sealed=False)["format"]
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path} has no store, since it has no spec.json; pass the writer's dirpath."
+            ) from error
+        if found not in (1, _FORMAT):
+            raise ValueError(
+                f"{path} has format {found}, this version of lightning_sketch reads 1 and {_FORMAT}; install the "
+                "version that wrote it."
+            )
+        sealed = found > 1
+        types: dict[str, Any] = {"sketch": dict, "layout": list, "dtype": str, "normalization": str, "left_out": dict}
+        types |= {"contribution": bool} | ({"store": str} if sealed else {})
+        fields = read_document(file, types, sealed=sealed)
+        store = fields.pop("store", "")
+        try:
+            spec = StoreSpec(**fields)
+            repr(spec)  # builds the sketch and the layout
+        except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
+            raise CorruptFile(f"{file} describes no rows ({str(error)[:100]}); restore it from a copy.") from error
+        if not sealed and not generation.exists():
+            return cls(path, spec, store)
+        try:
+            expected = {"store": store} if sealed else {}
+            now = read_document(generation, {"generation": int, "kept": dict}, expected, sealed=sealed)
+        except FileNotFoundError as error:
+            raise CorruptFile(f"{generation} is missing; restore it from a copy.") from error
+        kept = {int(run): int(step) for run, step in now["kept"].items()}
+        return cls(path, spec, store, now["generation"], kept)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the rows."""
+        return self.path / ("rows" if self.number == 1 else f"rows-{self.number}")
+
+    def manifest(self, rank: int, run: int) -> "Manifest":
+        """Read the manifest of a rank's run, which counts no shard if there is none.
+
+        Raises:
+            CorruptFile: if it is not what was written, or of another store or place.
+        """
+        path = self.folder / Manifest.path(rank, run)
+        try:
+            types = {"files": int, "rows": int, "seal": str}
+            expected = {"store": self.store, "generation": self.number, "run": run, "rank": rank}
+            found = read_document(path, types, expected)
+        except FileNotFoundError:
+            return Manifest()
+        return Manifest(found["files"], found["rows"], found["seal"])
+
+    def write(self) -> None:
+        """Make this snapshot the current one."""
+        kept = {str(run): step for run, step in self.kept.items()}
+        write_document(self.path / "generation.json", {"store": self.store, "generation": self.number, "kept": kept})
+
+    def write_spec(self) -> None:
+        """Write spec.json, with the versions of the libraries."""
+        versions = {name: _version(name) for name in _VERSIONS}
+        fields = {**asdict(self.spec), "format": _FORMAT, "store": self.store, "versions": versions}
+        write_document(self.path / "spec.json", fields)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What one rank has committed in a run.
+
+    Args:
+        files: The number of its shards.
+        rows: The number of their rows.
+        seal: The seal of the last one; empty if there is none.
+    """
+
+    files: int = 0
+    rows: int = 0
+    seal: str = ""
+
+    @staticmethod
+    def path(rank: int, run: int) -> Path:
+        """Return the path of a manifest, relative to the folder of the rows."""
+        return Path("manifests", f"r{rank:05d}-a{run:08d}.json")
+
+    def write(self, snapshot: Snapshot, rank: int, run: int, *, new_folders: bool = False) -> None:
+        """Write the manifest of a rank's run; a folder that has vanished is an error."""
+        fields = {"store": snapshot.store, "generation": snapshot.number, "run": run, "rank": rank, **asdict(self)}
+        write_document(snapshot.folder / self.path(rank, run), fields, new_folders=new_folders)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of a Trainer that writes rows.
+
+    Args:
+        number: 1, 2, ... in the order in which runs began.
+        stage: "fit", "validate", "test" or "predict".
+        parent: Number of the run that this one resumes, if any.
+        parent_step: Optimizer steps done at the checkpoint that this run resumes from.
+        world_size: Number of processes that write.
+    """
+
+    number: int
+    stage: RunStage = "fit"
+    parent: int | None = None
+    parent_step: int | None = None
+    world_size: int = 1
+
+
+def begin_run(
+    path: Path, stage: RunStage, parent: int | None = None, parent_step: int | None = None, world_size: int = 1
+) -> Run:
+    """Record a new run under the next free number; see `RowStore.begin_run`."""
+    if stage not in get_args(RunStage):
+        raise ValueError(f"stage={stage!r} does not write a run; use one of {', '.join(get_args(RunStage))}.")
+    snapshot = Snapshot.read(path)
+    if not snapshot.store:
+        snapshot = create_store(path, snapshot.spec)
+    known = {run.number for run in read_runs(snapshot)}
+    if parent is not None and parent not in known:
+        raise ValueError(
+            f"the checkpoint resumes run {parent}, which is not in {path} (it has {sorted(known)}); use the folder "
+            "that was written when the checkpoint was saved, or another one, where a new lineage begins."
+        )
+    kept = FOREVER if parent is None else snapshot.kept.get(parent, FOREVER)
+    if parent_step is not None and parent_step > kept:
+        raise ValueError(
+            f"the checkpoint resumes run {parent} at step {parent_step}, but compact() has kept only the first {kept} "
+            "steps of that run, those that the latest fit resumed from; use a later checkpoint, or another folder."
+        )
+    number = max(known, default=0)
+    while True:
+        number += 1
+        run = Run(number, stage, parent, parent_step, world_size)
+        if write_document(_run_path(path, number), {**asdict(run), "store": snapshot.store}, once=True):
+            return run
+
+
+def read_runs(snapshot: Snapshot) -> list[Run]:
+    """Read all runs of a store, in order of their numbers.
+
+    Raises:
+        CorruptFile: if a file is missing, or not what was written.
+    """
+    folder = snapshot.path / "attempts"
+    check_folder(folder)
+    files, sealed = sorted(folder.glob("*.json")), snapshot.store != ""
+    runs: list[Run] = []
+    number_or_none = int | None
+    types = {"number": int, "stage": str, "parent": number_or_none, "parent_step": number_or_none, "world_size": int}
+    for file in files:
+        place = _run_path(snapshot.path, len(runs) + 1)
+        if file != place:
+            raise CorruptFile(f"{place} is missing, or {file} is not a file of a store; restore it from a copy.")
+        expected = {"number": len(runs) + 1} | ({"store": snapshot.store} if sealed else {})
+        run = Run(**read_document(file, types, expected, sealed=sealed))
+        if run.stage not in get_args(RunStage) or not 0 <= (run.parent or 0) < run.number or run.parent == 0:
+            raise CorruptFile(f"{file} has stage {run.stage} and parent {run.parent}, which cannot be.")
+        runs.append(run)
+    return runs
+
+
+def create_store(path: Path, spec: StoreSpec) -> Snapshot:
+    """Create a store in a folder, or return that which the folder has, if its spec is equal; see `RowStore.create`."""
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path / LOCK):
+        try:
+            snapshot = Snapshot.read(path)
+        except FileNotFoundError:
+            left = [name for name in ("attempts", "rows", "generation.json") if (path / name).exists()]
+            if left == ["generation.json"]:  # creation was interrupted before spec.json, its last step
+                left = []
+            if left:
+                raise CorruptFile(
+                    f"{path} has parts of a store ({', '.join(left)}) but no spec.json; restore it, use another "
+                    "folder, or overwrite=True, which deletes the rows that are there."
+                ) from None
+            snapshot = Snapshot(path, spec, str(uuid.uuid4()))
+            snapshot.write()
+            snapshot.write_spec()
+            return snapshot
+        spec.check_equal(snapshot.spec, path)
+        return snapshot if snapshot.store else _upgraded(snapshot)
+
+
+def _upgraded(old: Snapshot) -> Snapshot:
+    """Give a store of format 1 a UUID and manifests; killed at any point, it has one of the formats and its rows."""
+    snapshot, runs = replace(old, store=str(uuid.uuid4())), read_runs(old)
+    shards: dict[tuple[int, int], list[Shard]] = {}
+    for file in sorted(old.folder.glob("r*/a*/*.safetensors")):
+        shard = Shard(old, ShardName.of(file))
+        shards.setdefault((shard.name.rank, shard.name.run), []).append(shard)
+    for (rank, run), own in shards.items():
+        manifest = Manifest(own[-1].name.sequence + 1, sum(map(len, own)), own[-1].seal)
+        manifest.write(snapshot, rank, run, new_folders=True)
+    for record in runs:
+        write_document(_run_path(old.path, record.number), {**asdict(record), "store": snapshot.store})
+    snapshot.write()
+    snapshot.write_spec()
+    return snapshot
+
+
+@dataclass(frozen=True, order=True)
+class ShardName:
+    """The name of a file of rows: which process of which run wrote it, and as which of its files.
+
+    Args:
+        run: Number of the run.
+        rank: Rank of the process.
+        sequence: 0, 1, ... in the order of writing.
+    """
+
+    run: int
+    rank: int
+    sequence: int
+
+    @property
+    def path(self) -> Path:
+        """The path of the file, relative to the folder of the rows."""
+        return Path(f"r{self.rank:05d}", f"a{self.run:08d}", f"{self.sequence:08d}.safetensors")
+
+    @classmethod
+    def of(cls, path: Path) -> "ShardName":
+        """Parse a path; the inverse of the property `path`.
+
+        Raises:
+            CorruptShard: if no store names a file so.
+        """
+        found = SHARD.fullmatch("/".join(path.parts[-3:]))
+        if found is None:
+            raise CorruptShard(f"{path} is not a file of a store; move it away.")
+        rank, run, sequence = map(int, found.groups())
+        return cls(run, rank, sequence)
+
+
+def write_shard(snapshot: Snapshot, name: ShardName, rows: SketchedGradients, previous: str) -> str:
+    """Write rows, which are on the CPU and in the spec's type, as one file, atomically, and return its seal.
+
+    Args:
+        snapshot: The snapshot that the file belongs to.
+        name: The name of the file, in an existing folder.
+        rows: The rows.
+        previous: The seal of the writer's file before, empty for its first.
+
+    Raises:
+        OSError: if the disk is full or the folder cannot be written; no file is left then.
+    """
+    tensors: dict[str, Tensor] = {_SKETCHES: rows.sketches}
+    for key, column in rows.columns.items():
+        if isinstance(column, Strings):
+            distinct = Strings.of(sorted(set(column.tolist())))
+            tensors |= {key: column.keys, key + _KEYS: distinct.tables[0][0], key + _TEXTS: distinct.tables[0][1]}
+        else:
+            tensors[key] = column
+    header = {"spec": snapshot.spec.id, "store": snapshot.store, "previous": previous}
+    header |= {"attempt": str(name.run), "rank": str(name.rank), "sequence": str(name.sequence), "rows": str(len(rows))}
+    return write_tensors(snapshot.folder / name.path, tensors, header, new_folders=False)
+
+
+def narrowed(rows: SketchedGradients, dtype: Dtype) -> SketchedGradients:
+    """Copy rows to the CPU in a stored type; a row that is not finite becomes zero, with the column `finite` False.
+
+    >>> from lightning_sketch.operators import BlockSRHT
+    >>> rows = narrowed(SketchedGradients(torch.tensor([[1e9, 5e8]]), BlockSRHT(9, 2)), "float16")
+    >>> rows.sketches, rows.scale
+    (tensor([[1.0000, 0.5000]], dtype=torch.float16), tensor([1.0000e+09]))
+    """
+    columns: dict[str, Column] = {
+        key: column if isinstance(column, Strings) else column.detach().to("cpu", copy=True)
+        for key, column in rows.columns.items()
+    }
+    sketches = rows.sketches.detach().to("cpu", copy=True)
+    limit = torch.finfo(torch.float32 if dtype == "float16" else DTYPES[dtype]).max
+    finite = (sketches.abs() <= limit).all(1)
+    if not finite.all():
+        sketches = sketches.where(finite[:, None], 0)
+        columns["finite"] = rows.finite.cpu() & finite
+    if dtype == "float16":
+        largest = sketches.abs().amax(1).float()
+        scale = largest.where(largest > 0, 1.0)
+        columns[_SCALE], sketches = scale, sketches / scale[:, None]
+    return SketchedGradients(sketches.to(DTYPES[dtype]), rows.sketch, columns)
+
+
+class Shard(TensorFile):
+    """An open file of rows, read lazily: opening it reads the header only.
+
+    Args:
+        snapshot: The snapshot that it belongs to.
+        name: The name of the file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CorruptShard: if the file is truncated, changed, or belongs to another store or place.
+    """
+
+    def __init__(self, snapshot: Snapshot, name: ShardName):
+        super().__init__(snapshot.folder / name.path, error=CorruptShard)
+        self.name, self.spec = name, snapshot.spec
+        expected = {"spec": snapshot.spec.id, "attempt": name.run, "rank": name.rank, "sequence": name.sequence}
+        if "store" in self.header:  # not in format 1
+            expected["store"] = snapshot.store
+        check_place(self.path, self.header, {key: str(value) for key, value in expected.items()}, CorruptShard)
+
+    def __len__(self) -> int:
+        return int(self.header["rows"])
+
+    def columns(self) -> dict[str, Column]:
+        """Read all columns but the sketches and their scale."""
+        found: dict[str, Column] = {}
+        for key in self.shapes:
+            if key + _KEYS in self.shapes:
+                found[key] = Strings(self.tensor(key), [(self.tensor(key + _KEYS), self.tensor(key + _TEXTS))])
+            elif key not in (_SKETCHES, _SCALE) and not key.endswith((_KEYS, _TEXTS)):
+                found[key] = self.tensor(key)
+        return found
+
+    def rows(self, places: slice | Tensor) -> SketchedGradients:
+        """Read the rows at these positions."""
+        columns = {key: column[places] for key, column in self.columns().items()}
+        return SketchedGradients(self.sketches(places), self.spec.operator, columns)
+
+    def sketches(self, places: slice | Tensor) -> Tensor:
+        """Read the sketches at these positions: of a slice without a copy, or in float16 as float32 times the scale."""
+        stored = self.tensor(_SKETCHES)[places]
+        return stored.float().mul_(self.tensor(_SCALE)[places, None]) if _SCALE in self.shapes else stored
+
+
+def _run_path(path: Path, number: int) -> Path:
+    return path / "attempts" / f"{number:08d}.json"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
