@@ -88,11 +88,13 @@ class TensorFile:
         """Return a tensor, which is mapped from the file, not copied.
 
         Raises:
+            FileNotFoundError: If the file was removed before its first tensor was read; later that does not matter.
             CorruptFile: If it cannot be read.
         """
         try:
             return self._open.get_tensor(key)
-        except (SafetensorError, OSError, KeyError, TypeError) as reason:
+        except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as reason:
+            self.path.lstat()  # safetensors opens the file again for its first tensor; it may have been removed
             raise self.error(f"{self.path}: {key} cannot be read ({str(reason)[:200]}).") from reason
 
     def check(self) -> None:

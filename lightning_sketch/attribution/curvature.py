@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch._files import check_place
+from lightning_sketch._files import CorruptFile
 from lightning_sketch._tensor_file import TensorFile, write_tensors
 
 # Curvatures that are made from the rows alone, and all.
@@ -130,10 +130,21 @@ class Curvature:
                 f"no curvature {kind!r} at weights {fingerprint} in {folder}; call "
                 "store.fit_curvature(module, batches) first."
             )
+        return cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> "Curvature":
+        """Read the curvature in a file whose name is that of its kind and fingerprint.
+
+        Raises:
+            CorruptFile: if the file is not what was written.
+        """
         file = TensorFile(path, sealed=False)  # the first version wrote no checksum
-        check_place(path, file.header, {"kind": kind, "fingerprint": str(fingerprint)})
-        file.check()
         metadata, tensors = file.header, {name: file.tensor(name) for name in file.shapes}
+        kind, fingerprint = cast(Kind, metadata.get("kind", "")), int(metadata.get("fingerprint", 0))
+        if path != _path(path.parent, kind, fingerprint):
+            raise CorruptFile(f"{path} belongs elsewhere: it has {kind!r} at weights {fingerprint}; put it back there.")
+        file.check()
         return cls(
             kind=kind,
             fingerprint=fingerprint,

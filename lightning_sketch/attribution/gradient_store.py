@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lightning_sketch._files import CorruptFile
 from lightning_sketch.attribution._row_selection import Group
 from lightning_sketch.attribution.curvature import Curvature
 from lightning_sketch.attribution.ggn import fit_ggn
@@ -16,6 +17,7 @@ from lightning_sketch.attribution.top_k import TopK, top_k
 from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName
 from lightning_sketch.per_example.example_sketches import Engine
 from lightning_sketch.per_example.reduction import Reduction
+from lightning_sketch.store.format import CorruptShard
 from lightning_sketch.store.row_store import RowStore
 from lightning_sketch.store.sketched_gradients import SketchedGradients
 
@@ -26,9 +28,10 @@ class GradientStore(RowStore):
     `len`, `metadata`, `where` and `blocks` see the visible rows: those of the latest fit and of the runs that it
     resumed, each step once, and those taken at checkpoints; not the `queries`, which are stored beside them.
 
+    Made by `open` or `create`, see `RowStore`.
+
     Args:
-        path: The folder of the store.
-        spec: The sketch, parameters and number type of the rows.
+        snapshot: Which store, and which files of it.
         rows: Index of the visible rows.
         query_rows: Index of the visible rows of stored queries.
 
@@ -163,6 +166,26 @@ class GradientStore(RowStore):
         )
         found.save(self.path / FOLDER)
         return found
+
+    def verify(self) -> int:
+        """Read every file, curvatures too, compare its checksum, and return the number of rows, visible or not.
+
+        Raises:
+            CorruptFile: if files are truncated, changed, exchanged, foreign or missing; the message names all.
+        """
+        wrong, rows = [], 0
+        try:
+            rows = super().verify()
+        except CorruptFile as error:
+            wrong.append(str(error))
+        for path in sorted((self.path / FOLDER).glob("*.safetensors")):
+            try:
+                Curvature.read(path)
+            except CorruptFile as error:
+                wrong.append(str(error))
+        if wrong:
+            raise CorruptShard("\n".join(wrong))
+        return rows
 
     def scores(
         self,

@@ -21,6 +21,7 @@ import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -28,7 +29,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_sketch._files import CorruptFile, check_folder, check_place, locked, read_document, write_document
+from lightning_sketch._files import (
+    CorruptFile,
+    check_folder,
+    check_place,
+    locked,
+    make_folder,
+    read_document,
+    write_document,
+)
 from lightning_sketch._tensor_file import TensorFile, write_tensors
 from lightning_sketch.store.sketched_gradients import Column, SketchedGradients, Strings
 from lightning_sketch.store.spec import DTYPES, Dtype, StoreSpec
@@ -110,7 +119,7 @@ class Snapshot:
         kept = {int(run): int(step) for run, step in now["kept"].items()}
         return cls(path, spec, store, now["generation"], kept)
 
-    @property
+    @cached_property
     def folder(self) -> Path:
         """The folder of the rows."""
         return self.path / ("rows" if self.number == 1 else f"rows-{self.number}")
@@ -232,10 +241,11 @@ def read_runs(snapshot: Snapshot) -> list[Run]:
         if file != place:
             raise CorruptFile(f"{place} is missing, or {file} is not a file of a store; restore it from a copy.")
         expected = {"number": len(runs) + 1} | ({"store": snapshot.store} if sealed else {})
-        run = Run(**read_document(file, types, expected, sealed=sealed))
-        if run.stage not in get_args(RunStage) or not 0 <= (run.parent or 0) < run.number or run.parent == 0:
-            raise CorruptFile(f"{file} has stage {run.stage} and parent {run.parent}, which cannot be.")
-        runs.append(run)
+        found = read_document(file, types, expected, sealed=sealed)
+        parents = [None, *range(1, found["number"])]  # the order of the numbers excludes a cycle
+        if found["stage"] not in get_args(RunStage) or found["parent"] not in parents:
+            raise CorruptFile(f"{file} has stage {found['stage']} and parent {found['parent']}, which cannot be.")
+        runs.append(Run(**found))
     return runs
 
 
@@ -246,15 +256,15 @@ def create_store(path: Path, spec: StoreSpec) -> Snapshot:
         try:
             snapshot = Snapshot.read(path)
         except FileNotFoundError:
-            left = [name for name in ("attempts", "rows", "generation.json") if (path / name).exists()]
-            if left == ["generation.json"]:  # creation was interrupted before spec.json, its last step
-                left = []
+            # no files yet if creation was interrupted, whose last step is spec.json
+            left = [name for name in ("attempts", "rows") if any((path / name).rglob("*.*"))]
             if left:
                 raise CorruptFile(
                     f"{path} has parts of a store ({', '.join(left)}) but no spec.json; restore it, use another "
                     "folder, or overwrite=True, which deletes the rows that are there."
                 ) from None
             snapshot = Snapshot(path, spec, str(uuid.uuid4()))
+            make_folder(snapshot.folder / "manifests")
             snapshot.write()
             snapshot.write_spec()
             return snapshot
@@ -385,13 +395,13 @@ class Shard(TensorFile):
         return int(self.header["rows"])
 
     def columns(self) -> dict[str, Column]:
-        """Read all columns but the sketches and their scale."""
+        """Read all columns but the sketches and their scale; tensors are copied, so that the file can be closed."""
         found: dict[str, Column] = {}
         for key in self.shapes:
             if key + _KEYS in self.shapes:
                 found[key] = Strings(self.tensor(key), [(self.tensor(key + _KEYS), self.tensor(key + _TEXTS))])
             elif key not in (_SKETCHES, _SCALE) and not key.endswith((_KEYS, _TEXTS)):
-                found[key] = self.tensor(key)
+                found[key] = self.tensor(key).clone()
         return found
 
     def rows(self, places: slice | Tensor) -> SketchedGradients:
@@ -401,8 +411,10 @@ class Shard(TensorFile):
 
     def sketches(self, places: slice | Tensor) -> Tensor:
         """Read the sketches at these positions: of a slice without a copy, or in float16 as float32 times the scale."""
-        stored = self.tensor(_SKETCHES)[places]
-        return stored.float().mul_(self.tensor(_SCALE)[places, None]) if _SCALE in self.shapes else stored
+        found = [self.tensor(key) for key in (_SKETCHES, _SCALE) if key in self.shapes]
+        # index_select copies whole rows, indexing copies number by number
+        found = [x[places] if isinstance(places, slice) else x.index_select(0, places) for x in found]
+        return found[0] if len(found) == 1 else found[0].float().mul_(found[1][:, None])
 
 
 def _run_path(path: Path, number: int) -> Path:

@@ -11,8 +11,7 @@ parent: of several in one stage at the same weights, the last is visible. Runs a
 """
 
 import os
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -40,19 +39,30 @@ class Inventory:
     """The shards of a snapshot, and what is wrong with its files.
 
     Args:
-        shards: The shards that can be opened, ordered by run, rank and time.
         missing: The files that were written and are not there, in words.
         wrong: What else is not as it was written.
     """
 
-    shards: list[Shard] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     wrong: list[CorruptFile] = field(default_factory=list)
 
+    def problems(self) -> list[str]:
+        """Return all that is not as it was written, in words."""
+        gone = [f"{name} is missing: it was written, and is gone." for name in self.missing]
+        return [str(error) for error in self.wrong] + gone
+
     @classmethod
-    def of(cls, snapshot: Snapshot, runs: Sequence[Run]) -> "Inventory":
-        """Open the shards of a snapshot, and compare them with its manifests and runs."""
+    def of(cls, snapshot: Snapshot, runs: Sequence[Run], visit: Callable[[Shard], object]) -> "Inventory":
+        """Open the shards of a snapshot, one at a time, and compare them with its manifests and runs.
+
+        Args:
+            snapshot: The snapshot.
+            runs: The runs of the store.
+            visit: Called with each shard that can be opened, ordered by run, rank and time; may find it corrupt.
+        """
         found = cls()
+        if snapshot.store and not snapshot.folder.is_dir():
+            found.wrong.append(CorruptFile(f"{snapshot.folder} is missing, with all rows; restore it from a copy."))
         manifests = found._manifests(snapshot)  # read first: a writer who goes on meanwhile makes no shard missing
         written = found._written(snapshot.folder)
         for run, rank in sorted({*manifests, *written}):
@@ -63,7 +73,7 @@ class Inventory:
                 found.wrong.append(CorruptFile(f"{snapshot.folder / Manifest.path(rank, run)} is missing; restore it."))
             else:
                 manifest = manifests.get((run, rank), Manifest())
-                found._add(snapshot, run, rank, manifest, written.get((run, rank), set()))
+                found._compare(snapshot, run, rank, manifest, written.get((run, rank), set()), visit)
         return found
 
     def _manifests(self, snapshot: Snapshot) -> dict[tuple[int, int], Manifest]:
@@ -106,7 +116,15 @@ class Inventory:
             self.wrong.append(error)
             return []
 
-    def _add(self, snapshot: Snapshot, run: int, rank: int, manifest: Manifest, written: set[int]) -> None:
+    def _compare(
+        self,
+        snapshot: Snapshot,
+        run: int,
+        rank: int,
+        manifest: Manifest,
+        written: set[int],
+        visit: Callable[[Shard], object],
+    ) -> None:
         """Open the shards of a rank's run, and compare each with the one before it, and the last with the manifest."""
         count = max([manifest.files, *(number + 1 for number in written)])
         if count > len(written):
@@ -118,6 +136,7 @@ class Inventory:
             name = ShardName(run, rank, sequence)
             try:
                 shard = Shard(snapshot, name)
+                visit(shard)
             except FileNotFoundError:
                 self.missing.append(str(snapshot.folder / name.path))
                 continue
@@ -125,38 +144,41 @@ class Inventory:
                 self.wrong.append(error)
                 continue
             before = shard.header.get("previous")  # not in format 1
-            if before != seals.get(sequence - 1, before):
+            if before is not None and before != seals.get(sequence - 1, before):
                 self.wrong.append(CorruptShard(f"{shard.path} or the file before it was exchanged; restore both."))
             if sequence == manifest.files - 1 and shard.seal != manifest.seal:
                 self.wrong.append(CorruptShard(f"{shard.path} or its manifest was exchanged; restore both."))
             seals[sequence] = shard.seal
-            self.shards.append(shard)
 
 
-def read_index(snapshot: Snapshot, runs: Sequence[Run]) -> tuple[dict[str, Column], list[ShardName], Tensor, Tensor]:
+def read_index(
+    snapshot: Snapshot, runs: Sequence[Run]
+) -> tuple[list[str], dict[str, Column], list[ShardName], Tensor, Tensor]:
     """Read the index of all rows of a snapshot, visible or not, ordered by run, rank and time.
 
     Returns:
-        The columns; the names of the shards; for each row the index of its shard, and its position there.
+        The files that are missing; the columns; the names of the shards; for each row the index of its shard, and its
+        position there.
 
     Raises:
         CorruptFile: if a file is truncated, changed, foreign, or has a name that no store uses.
     """
-    inventory = Inventory.of(snapshot, runs)
-    if inventory.wrong:
-        raise inventory.wrong[0]
-    if inventory.missing:
-        listed = ", ".join(inventory.missing)
-        warnings.warn(f"rows are missing, since these files were written and are gone: {listed}.", stacklevel=3)
     nothing = torch.zeros(0, dtype=torch.int64)
     parts: list[dict[str, Column]] = [{name: torch.full((0,), value) for name, value in DEFAULTS.items()}]
     parts[0]["attempt"] = nothing
-    for shard in inventory.shards:
+    names: list[ShardName] = []
+
+    def read(shard: Shard) -> None:
+        names.append(shard.name)
         parts.append(shard.columns() | {"attempt": torch.full((len(shard),), shard.name.run)})
-    lengths = torch.tensor([len(shard) for shard in inventory.shards], dtype=torch.int64)
+
+    inventory = Inventory.of(snapshot, runs, read)
+    if inventory.wrong:
+        raise inventory.wrong[0]
+    lengths = torch.tensor([len(part["attempt"]) for part in parts[1:]], dtype=torch.int64)
     file = torch.arange(len(lengths)).repeat_interleave(lengths)
     place = torch.arange(len(file)) - (lengths.cumsum(0) - lengths)[file]
-    return cat_columns(parts[1:] or parts), [shard.name for shard in inventory.shards], file, place
+    return inventory.missing, cat_columns(parts[1:] or parts), names, file, place
 
 
 def lineage_of(runs: Sequence[Run], last: int | None = None) -> dict[int, int]:

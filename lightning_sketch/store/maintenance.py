@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_sketch._files import CorruptFile, check_folder, locked, sync_folder
+from lightning_sketch._files import check_folder, locked, sync_folder
 from lightning_sketch.store.format import (
     FOLDERS,
     FOREVER,
@@ -42,17 +42,19 @@ def verify(path: Path) -> int:
         CorruptFile: if files are truncated, changed, foreign or missing; the message names all. Nothing is repaired.
     """
     snapshot = Snapshot.read(path)
-    inventory = Inventory.of(snapshot, read_runs(snapshot))
-    wrong = [str(error) for error in inventory.wrong]
-    wrong += [f"{name} is missing: it was written, and is gone." for name in inventory.missing]
-    for shard in inventory.shards:
-        try:
-            shard.check()
-        except CorruptFile as error:
-            wrong.append(str(error))
-    if wrong:
-        raise CorruptShard(f"{len(wrong)} files of {path} are not as they were written:\n" + "\n".join(wrong))
-    return sum(map(len, inventory.shards))
+    rows = 0
+
+    def check(shard: Shard) -> None:
+        nonlocal rows
+        shard.check()
+        rows += len(shard)
+
+    problems = Inventory.of(snapshot, read_runs(snapshot), check).problems()
+    if problems and Snapshot.read(path).number != snapshot.number:
+        return verify(path)  # compaction has removed the files meanwhile
+    if problems:
+        raise CorruptShard(f"{len(problems)} files of {path} are not as they were written:\n" + "\n".join(problems))
+    return rows
 
 
 @contextlib.contextmanager
@@ -84,15 +86,16 @@ def compact(path: Path, kept_rows: Callable[[], Mapping[ShardName, Tensor]], sha
         Busy: if another process compacts the store or writes to it.
         CorruptFile: if a file is missing or has changed: a new, matching checksum would hide that.
     """
-    create_store(path, Snapshot.read(path).spec)  # brings format 1 up to date
+    snapshot = Snapshot.read(path)
+    if not snapshot.store:
+        create_store(path, snapshot.spec)
     with alone(path):
         old = Snapshot.read(path)
         runs = read_runs(old)
-        inventory = Inventory.of(old, runs)
-        if inventory.wrong or inventory.missing:
-            raise CorruptShard(
-                f"compact() would make a loss final: call verify() on {path}, and restore what it names."
-            )
+        problems = Inventory.of(old, runs, Shard.check).problems()
+        if problems:
+            listed = "\n".join(problems)
+            raise CorruptShard(f"compaction of {path} would make losses final; restore these files before:\n{listed}")
         lineage = lineage_of(runs)
         kept = {run.number: lineage.get(run.number, 0) for run in runs if run.stage == "fit"}
         kept = {run: min(step, old.kept.get(run, FOREVER)) for run, step in kept.items()}
@@ -123,9 +126,7 @@ def _copy(old: Snapshot, new: Snapshot, rows: Mapping[ShardName, Tensor], shard_
                 stack.close()
                 appender = RowAppender(new, rank=name.rank, run=name.run, shard_bytes=shard_bytes, flush_seconds=_NEVER)
                 stack.enter_context(appender)
-            shard = Shard(old, name)
-            shard.check()
-            appender.put(shard.rows(places))
+            appender.put(Shard(old, name).rows(places))
 
 
 def erase(path: Path) -> None:
@@ -149,22 +150,20 @@ def erase(path: Path) -> None:
 
 def _remove_rows(folder: Path) -> None:
     """Remove the files of a snapshot."""
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    for rank in folder.iterdir():
-        for run in rank.iterdir() if FOLDERS[0].fullmatch(rank.name) and not rank.is_symlink() else ():
-            if FOLDERS[1].fullmatch(run.name):
-                _remove(run, _OWN["run"])
-        _remove_empty(rank)
-    _remove(folder / "manifests", _OWN["manifests"])
+    if not folder.is_symlink() and folder.is_dir():
+        for rank in folder.iterdir():
+            if FOLDERS[0].fullmatch(rank.name):
+                for run in rank.iterdir() if not rank.is_symlink() else ():
+                    if FOLDERS[1].fullmatch(run.name):
+                        _remove(run, _OWN["run"])
+                _remove_empty(rank)
+        _remove(folder / "manifests", _OWN["manifests"])
     _remove_empty(folder)
 
 
 def _remove(folder: Path, own: re.Pattern[str]) -> None:
     """Remove a store's files from a folder, and the folder if it is empty then; follow no link."""
-    if folder.is_symlink() or not folder.is_dir():
-        return
-    for file in folder.iterdir():
+    for file in folder.iterdir() if not folder.is_symlink() and folder.is_dir() else ():
         if own.fullmatch(file.name):
             with contextlib.suppress(PermissionError):  # open in another process on Windows; the next time removes it
                 file.unlink()
@@ -172,6 +171,9 @@ def _remove(folder: Path, own: re.Pattern[str]) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    if not folder.is_symlink() and folder.is_dir():
+    """Remove a folder if it is empty; of a link to a folder, the link."""
+    if folder.is_symlink():
+        folder.unlink()
+    elif folder.is_dir():
         with contextlib.suppress(OSError):  # it has files of the user
             folder.rmdir()

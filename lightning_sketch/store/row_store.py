@@ -1,5 +1,6 @@
 """A store of sketched gradients on disk, read lazily."""
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lightning_sketch._files import CorruptFile
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.store import export, maintenance
 from lightning_sketch.store.format import (
@@ -125,14 +127,18 @@ class RowStore:
             snapshot = Snapshot.read(folder)
             runs = read_runs(snapshot)
             try:
-                found = StoredRows(*read_index(snapshot, runs))
-            except CorruptShard:
+                missing, columns, names, file, place = read_index(snapshot, runs)
+            except CorruptFile:
                 if Snapshot.read(folder).number == snapshot.number:
                     raise
                 continue  # compaction has removed the files meanwhile
             if Snapshot.read(folder).number == snapshot.number:
                 break
-        rows = found.where(visible(found.columns, runs, lineage_of(runs, last)))
+        if missing:
+            listed = ", ".join(missing)
+            warnings.warn(f"rows are missing, since these files were written and are gone: {listed}.", stacklevel=2)
+        mask = visible(columns, runs, lineage_of(runs, last))
+        rows = StoredRows(columns, names, file, place).where(mask)
         queries = keys_of(rows.columns["stage"]) == STAGES.index("queries")
         return cls(snapshot, rows.where(~queries), rows.where(queries))
 
@@ -243,6 +249,10 @@ class RowStore:
         """Open a file, and compare it with its checksum when it is first read."""
         try:
             shard = Shard(self.snapshot, name)
+            if name not in self._checked:
+                shard.check()
+                self._checked.add(name)
+            shard.sketches(slice(0, 0))  # maps the file, which stays readable then if it is removed
         except FileNotFoundError as error:
             if Snapshot.read(self.path).folder == self.snapshot.folder:
                 raise CorruptShard(f"{self.snapshot.folder / name.path} is gone since the store was opened.") from error
@@ -250,9 +260,6 @@ class RowStore:
                 f"the store in {self.path} was compacted since this object was opened, which reads the files that were "
                 f"there before; open it again: {type(self).__name__}.open(path), or use what compact() returned."
             ) from error
-        if name not in self._checked:
-            shard.check()
-            self._checked.add(name)
         return shard
 
     def read(self) -> SketchedGradients:

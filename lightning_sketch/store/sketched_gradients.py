@@ -355,8 +355,10 @@ def matching(columns: Mapping[str, Column], count: int, mask: Any, equal: Mappin
     for name, value in equal.items():
         if name not in columns:
             raise ValueError(f"no column {name!r}; there are {', '.join(columns)}.")
-        column, wanted = columns[name], _values(columns[name], name, value)
-        found = torch.isin(keys_of(column), wanted)
+        column, wanted = keys_of(columns[name]), _values(columns[name], name, value)
+        if column.dtype == torch.bool:
+            column, wanted = column.byte(), wanted.byte()  # isin() takes numbers only
+        found = torch.isin(column, wanted)
         keep &= found.any(1) if found.ndim == 2 else found
     return keep
 
@@ -383,7 +385,7 @@ def _values(column: Column, name: str, value: Any) -> Tensor:
     dtype = torch.long if isinstance(column, Strings) else column.dtype
     try:
         return torch.tensor(return_values, dtype=dtype)
-    except (OverflowError, RuntimeError) as error:
+    except (OverflowError, RuntimeError, ValueError) as error:
         raise ValueError(f"column {name!r} cannot have {str(value)[:60]}: it is stored as {dtype}.") from error
 
 

@@ -10,7 +10,6 @@ from models import Digits, dataset, fit, loader, trainer
 from pytorch_lightning import LightningModule, seed_everything
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_do_no_harm import assert_same, outcome
 from torch import nn
 from torch.utils.data import DataLoader

@@ -1,0 +1,556 @@
+"""What is missing, changed or exchanged is seen, and processes that share a store do not harm each other."""
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import filelock
+import pytest
+import torch
+from test_files import no_folders, no_links
+from test_row_store import SKETCH, rows, spec, written
+
+from lightning_sketch.attribution import Curvature, GradientStore, SketchedGradients
+from lightning_sketch.store import Busy, CorruptFile, CorruptShard
+
+
+def several(path, **options):
+    """Two runs of a file per row: steps 1 to 5, of which the second resumes at 3 and goes to 6."""
+    written(path, *(rows([step]) for step in range(1, 6)), **options)
+    return written(path, *(rows([step]) for step in range(4, 7)), parent=1, parent_step=3, **options)
+
+
+def shard(store, run, sequence, rank=0):
+    return store.snapshot.folder / f"r{rank:05d}" / f"a{run:08d}" / f"{sequence:08d}.safetensors"
+
+
+def exchange(one, other):
+    one.rename(one.with_suffix(".away"))
+    other.rename(one)
+    one.with_suffix(".away").rename(other)
+
+
+@pytest.mark.parametrize(
+    ("gone", "named"),
+    [
+        ("rows/r00000/a00000002/00000002.safetensors", "a00000002/00000002.safetensors"),
+        ("rows/r00000/a00000001", "a00000001/00000000.safetensors and 4 more"),
+        ("rows/r00000", "a00000001/00000000.safetensors and 4 more"),
+    ],
+)
+def test_missing_rows_are_said_at_opening(tmp_path, gone, named):
+    """The last file, all of a run, all of a rank: what remains can be read; verify() and compact() refuse."""
+    store = several(tmp_path)
+    (shutil.rmtree if (tmp_path / gone).is_dir() else os.unlink)(tmp_path / gone)
+    with pytest.warns(UserWarning, match=rf"rows are missing.*{named}"):
+        rest = GradientStore.open(tmp_path)
+    assert set(rest.metadata()["step"].tolist()) < set(range(1, 7))
+    with pytest.raises(CorruptFile, match=f"{named.split(' ')[0]}.* is missing"):
+        store.verify()
+    with pytest.raises(CorruptFile, match="would make losses final"):
+        store.compact()
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"),
+    [
+        ("rows/manifests", r"r00000-a00000001\.json is missing"),
+        ("rows/manifests/r00000-a00000002.json", r"r00000-a00000002\.json is missing"),
+        ("rows", "rows.* is missing"),
+        ("generation.json", r"generation\.json is missing"),
+        ("attempts/00000001.json", r"00000001\.json is missing"),
+        ("attempts/00000002.json", r"rows of run 2, whose record in attempts is missing"),
+        ("attempts", "rows of run 1, whose record"),
+    ],
+)
+def test_missing_records_are_refused(tmp_path, gone, words):
+    several(tmp_path)
+    (shutil.rmtree if (tmp_path / gone).is_dir() else os.unlink)(tmp_path / gone)
+    with pytest.raises(CorruptFile, match=words):
+        GradientStore.open(tmp_path)
+
+
+@pytest.mark.parametrize(("one", "other"), [((1, 1), (1, 3)), ((1, 1), (2, 1)), ((1, 0), (1, 4))])
+def test_exchanged_files_are_refused(tmp_path, one, other):
+    store = several(tmp_path)
+    exchange(shard(store, *one), shard(store, *other))
+    with pytest.raises(CorruptShard, match="belongs elsewhere: its"):
+        GradientStore.open(tmp_path)
+
+
+def test_files_of_another_store_with_the_same_name_are_refused(tmp_path):
+    """Equal in all but the store's UUID: a shard, a manifest, a run."""
+    one, other = several(tmp_path / "one"), several(tmp_path / "other")
+    for name in (
+        "rows/r00000/a00000001/00000001.safetensors",
+        "rows/manifests/r00000-a00000001.json",
+        "attempts/00000001.json",
+        "generation.json",
+    ):
+        mine = (one.path / name).read_bytes()
+        shutil.copy(other.path / name, one.path / name)
+        with pytest.raises(CorruptFile, match="belongs elsewhere: its store is"):
+            GradientStore.open(one.path)
+        (one.path / name).write_bytes(mine)
+    assert one.verify() == 8
+
+
+def test_an_older_copy_of_a_file_is_refused(tmp_path):
+    """A store that was copied after the first rows went another way than its copy; the last file says so."""
+    written(tmp_path / "one", rows([1]))
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    for name, step in (("one", 2), ("copy", 3)):
+        store = GradientStore.open(tmp_path / name)
+        run = store.begin_run("fit", parent=1, parent_step=1)
+        with store.appender(run, shard_bytes=1) as appender:
+            for later in range(3):
+                appender.put(rows([step + 10 * later]))
+    store = GradientStore.open(tmp_path / "one")
+    for sequence in range(3):
+        mine = shard(store, 2, sequence).read_bytes()
+        shutil.copy(shard(GradientStore.open(tmp_path / "copy"), 2, sequence), shard(store, 2, sequence))
+        with pytest.raises(CorruptShard, match="was exchanged; restore both"):
+            GradientStore.open(tmp_path / "one")
+        shard(store, 2, sequence).write_bytes(mine)
+    assert store.verify() == 4
+
+
+def test_a_manifest_that_is_behind_loses_nothing(tmp_path):
+    """Its writer was killed between a shard and the manifest, or an older copy was restored."""
+    store = several(tmp_path)
+    manifest = tmp_path / "rows/manifests/r00000-a00000002.json"
+    latest = manifest.read_bytes()
+    for count in (0, 1, 2):
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        again = GradientStore.create(tmp_path / "again", spec())
+        with again.appender(again.begin_run("fit"), shard_bytes=1) as appender:
+            for step in range(count):
+                appender.put(rows([step]))
+        document = json.loads((tmp_path / "again/rows/manifests/r00000-a00000001.json").read_text())
+        assert document["files"] == count
+    manifest.write_bytes(latest)
+    run = next(run for run in [store.begin_run("fit", parent=2, parent_step=6)])
+    with store.appender(run) as appender:
+        appender.put(rows([7]))
+        appender.flush()
+        before = (tmp_path / "rows/manifests/r00000-a00000003.json").read_bytes()
+        appender.put(rows([8]))
+    (tmp_path / "rows/manifests/r00000-a00000003.json").write_bytes(before)
+    assert GradientStore.open(tmp_path).metadata()["step"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    with store.appender(run) as appender:
+        appender.put(rows([9]))
+    assert GradientStore.open(tmp_path).metadata()["step"].tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert store.verify() == 11
+
+
+def test_a_changed_number_is_refused_when_it_is_first_read(tmp_path):
+    """Each file once: what was checked is not checked again, also by a selection of the rows."""
+    store = written(tmp_path, *(rows([step]) for step in range(1, 4)), dtype="bfloat16")
+    store.where(step=1).read()
+    for sequence in (0, 1):
+        data = bytearray(shard(store, 1, sequence).read_bytes())
+        data[-3] ^= 4
+        shard(store, 1, sequence).write_bytes(data)
+    store.where(step=[1, 3]).read()
+    with pytest.raises(CorruptShard, match=r"00000001\.safetensors: its contents do not match"):
+        store.read()
+    with pytest.raises(CorruptShard, match=r"00000000\.safetensors: its contents do not match"):
+        GradientStore.open(tmp_path).top_k(rows([1]), 1)
+
+
+def test_curvatures_are_checked(tmp_path):
+    """Exchanged, or with a changed bit: at load and in verify()."""
+    store = several(tmp_path)
+    for mark in (1, 2):
+        Curvature(
+            kind="fisher",
+            fingerprint=mark,
+            examples=9,
+            mean_square=1.0,
+            effective_samples=2.0,
+            matrix=torch.eye(16).double() * mark,
+        ).save(tmp_path / "curvature")
+    assert store.verify() == 8
+    one, two = sorted((tmp_path / "curvature").iterdir())
+    exchange(one, two)
+    with pytest.raises(CorruptFile, match="belongs elsewhere"):
+        Curvature.load(tmp_path / "curvature", "fisher", fingerprint=1)
+    with pytest.raises(CorruptFile, match=f"{one.name}(.|\n)*{two.name}"):
+        store.verify()
+    exchange(one, two)
+    data = bytearray(one.read_bytes())
+    data[-1] ^= 1
+    one.write_bytes(data)
+    for check in (store.verify, lambda: Curvature.load(tmp_path / "curvature", "fisher", fingerprint=1)):
+        with pytest.raises(CorruptFile, match=f"{one.name}: its contents do not match"):
+            check()
+
+
+@pytest.mark.parametrize(
+    "name", ["spec.json", "generation.json", "attempts/00000001.json", "rows/manifests/r00000-a00000001.json"]
+)
+def test_json_that_changed_is_refused_with_the_file_s_name(tmp_path, name):
+    several(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    fields = json.loads(whole)
+    broken = [whole[:20], b"", b"null", b"[" * 100_000, b"\xff\xfe", b"[]", b'{"a": 1}']
+    for key, value in fields.items():
+        for other in ({k: v for k, v in fields.items() if k != key}, {**fields, key: None}, {**fields, key: [value]}):
+            broken += [json.dumps(other).encode()] if other != fields else []
+    for data in broken:
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(CorruptFile, match=Path(name).name):
+            GradientStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "endless", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "spec.json",
+        "generation.json",
+        "attempts/00000001.json",
+        "rows/manifests/r00000-a00000001.json",
+        "rows/r00000/a00000001/00000000.safetensors",
+    ],
+)
+def test_what_is_no_file_is_refused_at_once(tmp_path, name, kind):
+    several(tmp_path / "store")
+    path = tmp_path / "store" / name
+    path.rename(tmp_path / "moved")
+    {
+        "fifo": lambda: os.mkfifo(path),
+        "link": lambda: path.symlink_to(tmp_path / "moved"),
+        "endless": lambda: path.symlink_to("/dev/zero"),
+        "folder": path.mkdir,
+    }[kind]()
+    with pytest.raises(CorruptFile, match=f"{path.name} is a link, pipe or folder"):
+        GradientStore.open(tmp_path / "store")
+
+
+@pytest.mark.parametrize("name", ["rows", "rows/r00000", "rows/r00000/a00000001", "rows/manifests", "attempts"])
+def test_linked_folders_are_neither_read_nor_written_through(tmp_path, name):
+    store = several(tmp_path / "store")
+    outside = Path(shutil.move(tmp_path / "store" / name, tmp_path / "outside"))
+    (tmp_path / "store" / name).symlink_to(outside)
+    (outside / "mine.tmp").write_text("mine")
+    with pytest.raises(CorruptFile, match="is a link or a file, where a folder is expected"):
+        GradientStore.open(tmp_path / "store")
+    with pytest.raises(CorruptFile, match=r"is a link or a file|losses final"):
+        store.compact()
+    GradientStore.create(tmp_path / "store", spec(), overwrite=True)
+    assert (outside / "mine.tmp").read_text() == "mine"
+    assert len(list(outside.rglob("*"))) > 1
+
+
+def test_a_cycle_of_runs_and_a_huge_number_end(tmp_path):
+    store = several(tmp_path)
+    copy = shard(store, 2, 99_999_999)
+    shutil.copy(shard(store, 2, 2), copy)
+    with pytest.raises(CorruptShard, match="belongs elsewhere: its sequence is 2, here it is 99999999"):
+        GradientStore.open(tmp_path)
+
+
+def test_a_store_object_that_outlives_a_compaction_says_so(tmp_path):
+    """In each file, of the object that compacted and of another; never the numbers of other rows."""
+    several(tmp_path, shard_bytes=1)
+    first, second = GradientStore.open(tmp_path), GradientStore.open(tmp_path)
+    compacted = first.compact(shard_bytes=300)
+    for store in (first, second):
+        for read in (store.read, store.where(step=2).read, lambda s=store: s.top_k(rows([1]), 1)):
+            with pytest.raises(RuntimeError, match=r"was compacted since.*open it again: GradientStore\.open"):
+                read()
+    assert torch.equal(compacted.read().sketches, rows(range(1, 7)).sketches)
+    assert compacted.compact().metadata()["step"].tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_store_object_does_not_read_another_store_in_its_place(tmp_path):
+    store = several(tmp_path)
+    GradientStore.create(tmp_path, spec(), overwrite=True)
+    several(tmp_path)
+    with pytest.raises(CorruptShard, match="belongs elsewhere: its store"):
+        store.read()
+
+
+def test_compaction_removes_its_own_files_only(tmp_path):
+    several(tmp_path)
+    shutil.copytree(tmp_path / "rows", tmp_path / "rows_backup")
+    (tmp_path / "rows" / "notes.txt").write_text("mine")
+    (tmp_path / "rows" / "r00000" / "a00000001" / "notes.txt").write_text("mine")
+    (tmp_path / "rows.csv").write_text("mine")
+    GradientStore.open(tmp_path).compact()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "store.lock") == [
+        "attempts",
+        "generation.json",
+        "rows",
+        "rows-2",
+        "rows.csv",
+        "rows_backup",
+        "spec.json",
+    ]
+    assert len(list((tmp_path / "rows_backup").rglob("*.safetensors"))) == 8
+    assert [path.name for path in (tmp_path / "rows").rglob("*") if path.is_file()] == ["notes.txt", "notes.txt"]
+
+
+def test_a_compaction_that_fails_leaves_no_half_folder(tmp_path, monkeypatch):
+    store = several(tmp_path)
+    real, calls = os.fsync, iter(range(1000))
+
+    def full(handle):
+        if next(calls) == 7:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises((OSError, RuntimeError), match="No space left"):
+        store.compact(shard_bytes=1)
+    monkeypatch.setattr(os, "fsync", real)
+    assert sorted(path.name for path in tmp_path.glob("rows*")) == ["rows"]
+    assert torch.equal(store.read().sketches, rows(range(1, 7)).sketches)
+    assert store.compact().verify() == 6
+
+
+def test_one_writer_per_rank_and_run(tmp_path):
+    store = several(tmp_path)
+    run = store.begin_run("fit")
+    with store.appender(run) as first:
+        with pytest.raises(Busy, match=r"rank 0 of run 3 in .* is being written by another process.*begin another run"):
+            store.appender(run)
+        with store.appender(run, rank=1) as beside, store.appender(store.begin_run("validate")):
+            first.put(rows([1]))
+            beside.put(rows([1]))
+    with store.appender(run) as again:
+        again.put(rows([2]))
+    assert GradientStore.open(tmp_path).metadata()["step"].tolist() == [1, 2, 1]
+
+
+def test_no_compaction_beside_a_writer(tmp_path):
+    store = several(tmp_path)
+    with store.appender(store.begin_run("fit", parent=2, parent_step=6)) as appender:
+        appender.put(rows([7]))
+        with pytest.raises(Busy, match=r"rank 0 of run 3 in .* is being written; try again"):
+            store.compact()
+        with pytest.raises(Busy, match=r"is being written; try again"):
+            GradientStore.create(tmp_path, spec(), overwrite=True)
+    assert store.compact().metadata()["step"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.slow
+def test_a_writer_waits_for_a_compaction(tmp_path):
+    store = several(tmp_path)
+    run = store.begin_run("fit", parent=2, parent_step=6)
+    lock = filelock.FileLock(tmp_path / "store.lock")
+    with lock:
+        with pytest.raises(Busy, match="is being compacted by another process"):
+            store.compact()
+        process = multiprocessing.get_context("spawn").Process(target=_append, args=(tmp_path, run))
+        process.start()
+        while not (tmp_path / "started").exists():
+            time.sleep(0.05)
+        time.sleep(1.5)
+        assert not (tmp_path / "done").exists()
+    process.join(timeout=3600)
+    assert (tmp_path / "done").read_text() == "waited"
+    assert GradientStore.open(tmp_path).metadata()["step"].tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def _append(folder, run):
+    store = GradientStore.open(folder)
+    (folder / "started").touch()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with store.appender(run) as appender:
+            appender.put(rows([7]))
+    (folder / "done").write_text("waited" if any("waiting for" in str(w.message) for w in said) else "")
+
+
+def _compact(folder, times):
+    for _ in range(times):
+        try:
+            GradientStore.open(folder).compact(shard_bytes=300)
+        except Busy:
+            time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_compactions_at_once_lose_nothing(tmp_path):
+    """Two processes and readers beside them."""
+    written(tmp_path, rows(range(1, 60)), shard_bytes=1)
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_compact, args=(tmp_path, 4)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    opened = 0
+    while any(process.is_alive() for process in processes):
+        assert len(GradientStore.open(tmp_path)) == 59
+        opened += 1
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    store = GradientStore.open(tmp_path)
+    assert opened
+    assert store.verify() == 59
+    assert torch.equal(store.read().sketches, rows(range(1, 60)).sketches)
+
+
+def test_a_beginning_writer_leaves_the_files_of_others_alone(tmp_path):
+    """Temporary files of another run are being written."""
+    store = several(tmp_path)
+    being_written = shard(store, 2, 3).with_suffix(".safetensors.0123.tmp")
+    being_written.write_bytes(b"half")
+    with store.appender(store.begin_run("validate")):
+        assert being_written.exists()
+    GradientStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("system", [no_links, no_folders, lambda m: (no_links(m), no_folders(m))])
+def test_other_file_systems(tmp_path, monkeypatch, system):
+    """Without hard links, without handles of folders: all of a store's life."""
+    system(monkeypatch)
+    store = several(tmp_path)
+    assert store.compact().verify() == 6
+    assert written(tmp_path, rows([7]), parent=2, parent_step=6).metadata()["step"].tolist() == list(range(1, 8))
+
+
+@pytest.mark.parametrize("error", [NotImplementedError("no flock"), OSError(errno.ENOLCK, "No locks available")])
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, error):
+    def unsupported(*_, **__):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", unsupported)
+    with pytest.warns(UserWarning, match="has no file locks .*nothing keeps other processes out"):
+        store = several(tmp_path)
+    assert store.verify() == 8
+
+
+def test_windows_may_refuse_to_replace_or_remove_open_files(tmp_path, monkeypatch):
+    """A reader has the file open for a moment, or an old shard for good."""
+    store = several(tmp_path)
+    replace, refused = os.replace, iter([True, True, False] * 1000)
+
+    def sometimes(*args):
+        if next(refused):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return replace(*args)
+
+    unlink = Path.unlink
+
+    def in_use(path, **kwargs):
+        if path.suffix == ".safetensors":
+            raise PermissionError(errno.EACCES, "in use", str(path))
+        unlink(path, **kwargs)
+
+    monkeypatch.setattr(os, "replace", sometimes)
+    monkeypatch.setattr(Path, "unlink", in_use)
+    compacted = store.compact()
+    assert compacted.verify() == 6
+    assert torch.equal(store.read().sketches, rows(range(1, 7)).sketches)  # the old files are still there
+    monkeypatch.undo()
+    assert compacted.compact().verify() == 6
+    assert sorted(path.name for path in tmp_path.glob("rows*")) == ["rows-3"]
+
+
+@pytest.mark.slow
+def test_rows_wait_no_longer_than_said(tmp_path):
+    """A row that comes shortly before the first one is due does not put that off by another period, to 1.9 periods."""
+    store = GradientStore.create(tmp_path, spec())
+    with store.appender(store.begin_run("fit"), flush_seconds=5.0) as appender:
+        begin = time.monotonic()
+        appender.put(rows([1]))
+        time.sleep(4.5)
+        appender.put(rows([2]))
+        while not len(GradientStore.open(tmp_path)) and time.monotonic() - begin < 3600:
+            time.sleep(0.01)
+        assert time.monotonic() - begin < 1.6 * 5.0
+
+
+@pytest.mark.parametrize(
+    ("found", "selection"),
+    [
+        ([2, 3], {"step": [2, 3, 99]}),
+        ([1, 4], {"example_id": torch.tensor([10, 40])}),
+        ([5], {"step": 5, "stage": ["fit", "validate"]}),
+        ([1, 2], {"lr": [1 / 2, torch.tensor(1 / 3).item()]}),
+        ([6], {"example_id": {60}}),
+        ([], {"step": []}),
+        ([2], {"finite": True, "step": range(2, 3)}),
+    ],
+    ids=str,
+)
+def test_rows_are_selected_by_value_or_by_a_list_of_values(tmp_path, found, selection):
+    for source in (several(tmp_path), several(tmp_path / "again").read()):
+        assert source.where(**selection).metadata()["step"].tolist() == found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("validate",), r"mask of 6 booleans.*got a str.*where\(stage='fit'\)"),
+        (([True, False],), r"got torch.bool of shape \(2,\)"),
+        ((torch.tensor([0, 1, 0, 0, 0, 0]),), r"got torch.int64 of shape \(6,\)"),
+    ],
+    ids=str,
+)
+def test_a_mask_is_one_boolean_per_row(tmp_path, arguments, words):
+    for source in (several(tmp_path), several(tmp_path / "again").read()):
+        with pytest.raises(ValueError, match=words):
+            source.where(*arguments)
+        assert len(source.where([True] * 6)) == 6
+
+
+def test_values_that_a_column_cannot_have_are_refused(tmp_path):
+    store = several(tmp_path)
+    for selection, words in (
+        ({"step": "two"}, "column 'step' has int64, where.. got 'two'"),
+        ({"step": 2.5}, "column 'step' has int64"),
+        ({"step": 1 << 70}, "column 'step' cannot have"),
+        ({"lr": "high"}, "column 'lr' has float32"),
+        ({"stage": ["fit", "train"]}, "no stage 'train'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            store.where(**selection)
+
+
+def test_strings_and_numbers_leave_for_pandas_arrow_and_numpy(tmp_path):
+    """bfloat16, which none of them has, becomes float32 without a change of the numbers."""
+    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
+    part = rows(range(1, 4))
+    own = {"source": ["wiki", "", "wiki"], "example_ids": torch.tensor([[1, 2], [3, -1], [4, 5]])}
+    store = written(
+        tmp_path / "store", SketchedGradients(part.sketches, SKETCH, {**part.columns, **own}), dtype="bfloat16"
+    )
+    held = store.read()
+    assert held.sketches.dtype == torch.bfloat16
+    exact = held.sketches.float().numpy()
+    for source in (store, held):
+        frame = source.to_pandas()
+        assert isinstance(frame, pandas.DataFrame)
+        assert frame["stage"].tolist() == ["fit"] * 3
+        assert frame["source"].tolist() == ["wiki", "", "wiki"]
+        assert frame["example_ids"].tolist() == [[1, 2], [3, -1], [4, 5]]
+        assert (torch.tensor(source.__array__()).numpy() == exact).all()
+    table = held.to_arrow()
+    assert isinstance(table, pyarrow.Table)
+    assert table["sketch"].to_pylist() == exact.tolist()
+    assert table["step"].to_pylist() == [1, 2, 3]
+    assert len(store.where(source="wiki")) == len(held.where(source=["wiki", "books"])) == 2
+    store.export("npy", tmp_path / "out")
+    assert sorted(path.stem for path in (tmp_path / "out").iterdir()) >= ["attempt", "epoch"]
+
+
+def test_columns_of_one_type_only(tmp_path):
+    part = rows([1])
+    named = SketchedGradients(part.sketches, SKETCH, {**part.columns, "source": ["wiki"]})
+    numbered = SketchedGradients(part.sketches, SKETCH, {**part.columns, "source": [3]})
+    assert SketchedGradients.cat([part, named]).source.tolist() == ["", "wiki"]
+    with pytest.raises(ValueError, match="column 'source' has strings in some rows and numbers in others"):
+        SketchedGradients.cat([named, numbered])
+    with pytest.raises(ValueError, match=r"column 'source' has \[None\]"):
+        SketchedGradients(part.sketches, SKETCH, {"source": [None]})
+    with pytest.raises(ValueError, match="tables of one sketch, got no table"):
+        SketchedGradients.cat([])
