@@ -69,8 +69,8 @@ def test_killed_in_each_step_of_a_commit(tmp_path, kill):
         assert not lines
         return
     check(tmp_path, printed(lines, "FLUSHED") or 0)
-    store = written(tmp_path)  # the next writer of this rank removes temporary files
-    assert not list(store.path.rglob("rows/**/*.tmp"))
+    store = written(tmp_path).compact()  # removes temporary files, which may be those of another process before
+    assert not list(store.path.glob("rows*/**/*.tmp"))
 
 
 @pytest.mark.parametrize("kill", [1, 2, 4, 7, 11, 16, 20, 22, 23, 24, 25, 26, 28, 30, 33])
@@ -114,7 +114,7 @@ def test_put_waits_for_the_disk_only_when_the_queue_is_full(tmp_path, monkeypatc
 
     def stopped(*args):
         assert disk.wait(timeout=3600)
-        quick(*args)
+        return quick(*args)
 
     class Room(threading.Condition):
         """Reports that put() waits."""
