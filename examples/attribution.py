@@ -74,9 +74,7 @@ def main():
     train = IndexedDataset(TensorDataset(images[:TRAINING], labels))
 
     # One callback in the Trainer that trains anyway; then one pass over the training images.
-    store_at = OUT / "store"
-    number = len(list(OUT.glob("store*")))
-    writer = GradientSketchWriter(f"{store_at}_{number}", dim=512, row_fn=losses_and_probabilities)
+    writer = GradientSketchWriter(OUT / "store", dim=512, row_fn=losses_and_probabilities, overwrite=True)
     trainer = Trainer(
         max_epochs=10,
         accelerator="cpu",

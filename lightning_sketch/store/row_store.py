@@ -122,6 +122,10 @@ class RowStore:
         """
         if path is None:
             raise ValueError("got path=None, which a writer's dirpath is until it has written; run trainer.fit first.")
+        if not isinstance(path, str | Path):
+            raise ValueError(
+                f"open() takes the folder of a store, such as writer.dirpath, got a {type(path).__name__}."
+            )
         folder, last = Path(path).absolute(), _fit_number(lineage)
         while True:
             snapshot = Snapshot.read(folder)

@@ -100,3 +100,31 @@ def test_two_processes_write_every_example_and_mark_the_duplicate(tmp_path):
     assert store.where(padded=True).metadata()["example_id"].tolist() == [0]
     assert sorted(columns["rank"].unique().tolist()) == [0, 1]
     assert len(columns["fingerprint"].unique()) == 1
+
+
+def test_killed_before_the_first_checkpoint_and_started_again_as_it_was(tmp_path, uninterrupted):
+    """As a scheduler does that puts a job back into its queue, twice."""
+    for step in (3, 5):
+        process = start(tmp_path, 1, 40, f"die={step}")
+        process.communicate(timeout=3600)
+        assert process.returncode == 9
+    store = finished(tmp_path, 1, 40)
+    assert_same_rows(store, uninterrupted)
+    assert store.metadata()["attempt"].unique().tolist() == [3]
+    assert len(GradientStore.open(tmp_path / "store", lineage=2)) <= 5
+
+
+def test_restarted_by_torchrun_before_and_after_the_first_checkpoint(tmp_path, uninterrupted):
+    """One of two processes dies at step 3, where there is no checkpoint, and at step 13, after that of step 8."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    command += [PROGRAM, tmp_path, "2", "16", "die=3", "die=13"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "died-13").exists()
+    store = GradientStore.open(tmp_path / "store")
+    store.verify()
+    columns = store.metadata()
+    assert columns["step"].tolist() == list(range(1, 17))
+    assert columns["attempt"].tolist() == [2] * 8 + [3] * 8
+    ids = columns["example_ids"].sort(1)[0]
+    assert torch.equal(ids[:8].flatten().sort()[0], torch.arange(128))

@@ -94,6 +94,22 @@ def test_overwrite_deletes_the_store_once_and_nothing_else(tmp_path):
     assert model.trainer.global_step == 2
 
 
+def test_a_store_without_rows_does_not_hold_up_the_corrected_fit(tmp_path):
+    """A first batch that fails leaves one; other settings then replace it, and are refused once there are rows."""
+
+    class Fails(Digits):
+        def training_step(self, batch, batch_idx):
+            raise ArithmeticError("a mistake")
+
+    with pytest.raises(ArithmeticError):
+        fit(tmp_path, writer(tmp_path), model=Fails, max_epochs=1)
+    fit(tmp_path, writer(tmp_path, dim=64), max_epochs=1)
+    assert GradientStore.open(tmp_path / "store").sketch.dim == 64
+    with pytest.raises(ValueError, match=r"another spec(.|\n)*overwrite=True"):
+        fit(tmp_path, writer(tmp_path), max_epochs=1)
+    assert len(GradientStore.open(tmp_path / "store")) == 8
+
+
 def test_overwrite_does_not_delete_what_a_fit_resumes(tmp_path):
     saved = interrupted(tmp_path)
     assert steps(resumed(tmp_path, saved, tmp_path / "store", overwrite=True)) == list(range(1, 17))

@@ -1,11 +1,13 @@
 """Program that trains with a writer and checkpoints, to be killed and resumed by tests.
 
-python writing.py FOLDER DEVICES STEPS [validate]
+python writing.py FOLDER DEVICES STEPS [validate] [die=K ...]
 
 It resumes from the newest checkpoint in FOLDER/saved, if there is one. Checkpoints are made at the ends of epochs, of 8
 steps, since samplers restart on resuming. It prints STEP k after each step. validate: only write rows of 125 examples.
+die=K: the process of the last rank dies after step K, once.
 """
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -38,7 +40,18 @@ class Slow(Callback):
         time.sleep(0.02)
 
 
-def main(folder: Path, devices: int, steps: int, validate: bool):
+class Dies(Callback):
+    def __init__(self, folder, step):
+        self.mark, self.step = folder / f"died-{step}", step
+
+    def on_train_batch_end(self, trainer, *args):
+        last = trainer.global_rank == trainer.world_size - 1
+        if last and trainer.global_step == self.step and not self.mark.exists():
+            self.mark.touch()
+            os._exit(9)
+
+
+def main(folder: Path, devices: int, steps: int, validate: bool, dies: list[int]):
     torch.set_num_threads(1)
     seed_everything(3, verbose=False)
     saved = sorted((folder / "saved").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
@@ -47,6 +60,7 @@ def main(folder: Path, devices: int, steps: int, validate: bool):
     run = trainer(
         folder,
         *([] if validate else [save, Slow()]),
+        *(Dies(folder, step) for step in dies),
         writer,
         devices=devices,
         strategy="ddp" if devices > 1 else "auto",
@@ -64,4 +78,5 @@ def main(folder: Path, devices: int, steps: int, validate: bool):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "validate" in sys.argv)
+    die = [int(option.removeprefix("die=")) for option in sys.argv if option.startswith("die=")]
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "validate" in sys.argv, die)

@@ -269,7 +269,7 @@ class StoreSession:
         """
         folder = self._folder(trainer, parent)
         resumes = parent is not None and _is_in(folder, parent)
-        if self.overwrite and not (self.resumed and _is_in(folder, self.resumed)):
+        if (self.overwrite and not (self.resumed and _is_in(folder, self.resumed))) or _is_unused(folder, spec):
             erase(folder)
         if parent is not None and not resumes:
             _check_new_lineage(folder, parent, trainer.global_step)
@@ -307,6 +307,14 @@ class StoreSession:
 
 def _has_store(folder: str | Path) -> bool:
     return (Path(folder) / "spec.json").exists()
+
+
+def _is_unused(folder: Path, spec: StoreSpec) -> bool:
+    """Return whether a folder has a store of another spec without rows, as left by a fit that failed at once."""
+    if not _has_store(folder):
+        return False
+    snapshot = Snapshot.read(folder)
+    return snapshot.spec != spec and not any(snapshot.folder.rglob("*.safetensors"))
 
 
 def _is_in(folder: Path, parent: Mapping[str, Any]) -> bool:
