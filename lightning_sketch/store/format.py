@@ -114,9 +114,11 @@ class Snapshot:
         try:
             expected = {"store": store} if sealed else {}
             now = read_document(generation, {"generation": int, "kept": dict}, expected, sealed=sealed)
+            kept = {int(run): int(step) for run, step in now["kept"].items()}
         except FileNotFoundError as error:
             raise CorruptFile(f"{generation} is missing; restore it from a copy.") from error
-        kept = {int(run): int(step) for run, step in now["kept"].items()}
+        except TypeError as error:
+            raise CorruptFile(f"{generation}: its field 'kept' has no steps ({error}).") from error
         return cls(path, spec, store, now["generation"], kept)
 
     @cached_property
@@ -204,7 +206,13 @@ def begin_run(
     snapshot = Snapshot.read(path)
     if not snapshot.store:
         snapshot = create_store(path, snapshot.spec)
-    known = {run.number for run in read_runs(snapshot)}
+    with locked(path / LOCK):  # compaction keeps the lineage of the latest fit, so this one comes before or after it
+        return _next_run(Snapshot.read(path), stage, parent, parent_step, world_size)
+
+
+def _next_run(snapshot: Snapshot, stage: RunStage, parent: int | None, parent_step: int | None, world_size: int) -> Run:
+    """Record a run under the next free number."""
+    path, known = snapshot.path, {run.number for run in read_runs(snapshot)}
     if parent is not None and parent not in known:
         raise ValueError(
             f"the checkpoint resumes run {parent}, which is not in {path} (it has {sorted(known)}); use the folder "
@@ -216,12 +224,10 @@ def begin_run(
             f"the checkpoint resumes run {parent} at step {parent_step}, but compact() has kept only the first {kept} "
             "steps of that run, those that the latest fit resumed from; use a later checkpoint, or another folder."
         )
-    number = max(known, default=0)
-    while True:
-        number += 1
-        run = Run(number, stage, parent, parent_step, world_size)
-        if write_document(_run_path(path, number), {**asdict(run), "store": snapshot.store}, once=True):
-            return run
+    run = Run(max(known, default=0) + 1, stage, parent, parent_step, world_size)
+    while not write_document(_run_path(path, run.number), {**asdict(run), "store": snapshot.store}, once=True):
+        run = replace(run, number=run.number + 1)  # where there are no locks, another process was quicker
+    return run
 
 
 def read_runs(snapshot: Snapshot) -> list[Run]:
@@ -242,8 +248,8 @@ def read_runs(snapshot: Snapshot) -> list[Run]:
             raise CorruptFile(f"{place} is missing, or {file} is not a file of a store; restore it from a copy.")
         expected = {"number": len(runs) + 1} | ({"store": snapshot.store} if sealed else {})
         found = read_document(file, types, expected, sealed=sealed)
-        parents = [None, *range(1, found["number"])]  # the order of the numbers excludes a cycle
-        if found["stage"] not in get_args(RunStage) or found["parent"] not in parents:
+        older = found["parent"] is None or 1 <= found["parent"] < found["number"]  # so that there is no cycle
+        if found["stage"] not in get_args(RunStage) or not older:
             raise CorruptFile(f"{file} has stage {found['stage']} and parent {found['parent']}, which cannot be.")
         runs.append(Run(**found))
     return runs
