@@ -345,6 +345,8 @@ def change_field(trial: Trial, change: Callable[[Any], Any], sealed: bool, kind:
     for key in above:
         place = place[key]
     found = change(place[last])
+    if found is None and sealed and last in ("parent", "parent_step"):  # null there is that of a run without a parent
+        found = {}
     if found is remove:
         del place[last]
     else:
