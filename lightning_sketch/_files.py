@@ -199,10 +199,10 @@ def read_document(
     for name, kind in types.items():
         value = found.get(name)
         number = isinstance(value, int) and not (isinstance(value, bool) or 0 <= value < _LARGEST_NUMBER)
-        if not isinstance(value, kind) or number or (isinstance(value, bool) and kind is not bool):
+        if name not in found or not isinstance(value, kind) or number or (isinstance(value, bool) and kind is not bool):
             raise CorruptFile(f"{path}: its field {name!r} is {str(found.get(name, 'missing'))[:60]}, which cannot be.")
     check_place(path, found, expected)
-    return {name: found.get(name) for name in types}
+    return {name: found[name] for name in types}
 
 
 def check_place(

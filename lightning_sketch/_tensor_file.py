@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from lightning_sketch._files import CorruptFile, check_own, commit
 
+_SMALL = 1 << 20  # bytes of a file that is read as a whole, which is faster than mapping each of its tensors
 _CHECKSUMS = ("header_crc32", "crc32")
 
 
@@ -38,9 +39,18 @@ def write_tensors(
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     shapes = {key: list(tensor.shape) for key, tensor in sorted(contiguous.items())}
     plain = {**header, "columns": json.dumps(shapes)}
-    full = plain | {"header_crc32": _header_checksum(plain), "crc32": _checksum(contiguous)}
+    full = plain | {"header_crc32": _header_checksum(plain), "crc32": checksum(contiguous)}
     commit(path, save(contiguous, full), new_folders=new_folders)
     return _seal(full)
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """Return the checksum of the names, types and bytes of tensors, which are contiguous."""
+    crc = 0
+    for key in sorted(tensors):
+        crc = zlib.crc32(f"{key} {tensors[key].dtype}".encode(), crc)
+        crc = zlib.crc32(tensors[key].view(-1).view(torch.uint8).numpy().data, crc)
+    return str(crc)
 
 
 class TensorFile:
@@ -63,6 +73,7 @@ class TensorFile:
     def __init__(self, path: Path, *, sealed: bool = True, error: type[CorruptFile] = CorruptFile):
         check_own(path)
         self.path, self.error = path, error
+        self._loaded: dict[str, Tensor] = {}
         try:
             self._open = safe_open(path, framework="pt")
             self.header: dict[str, str] = self._open.metadata() or {}
@@ -85,14 +96,18 @@ class TensorFile:
         return _seal(self.header)
 
     def tensor(self, key: str) -> Tensor:
-        """Return a tensor, which is mapped from the file, not copied.
+        """Return a tensor, which is mapped from the file unless that is small, not copied.
 
         Raises:
             FileNotFoundError: If the file was removed before its first tensor was read; later that does not matter.
             CorruptFile: If it cannot be read.
         """
         try:
-            return self._open.get_tensor(key)
+            if not self._loaded and self.path.stat().st_size <= _SMALL:
+                self._loaded = load(self.path.read_bytes())
+            return self._loaded[key] if self._loaded else self._open.get_tensor(key)
+        except FileNotFoundError:
+            raise
         except (SafetensorError, OSError, KeyError, TypeError, RuntimeError) as reason:
             self.path.lstat()  # safetensors opens the file again for its first tensor; it may have been removed
             raise self.error(f"{self.path}: {key} cannot be read ({str(reason)[:200]}).") from reason
@@ -103,7 +118,7 @@ class TensorFile:
         Raises:
             CorruptFile: If a bit has changed.
         """
-        if self.sealed and self.header.get("crc32") != _checksum({key: self.tensor(key) for key in self.shapes}):
+        if self.sealed and self.header.get("crc32") != checksum({key: self.tensor(key) for key in self.shapes}):
             raise self.error(
                 f"{self.path}: its contents do not match its checksum; restore it from a copy, or delete it."
             )
@@ -115,12 +130,3 @@ def _seal(header: Mapping[str, str]) -> str:
 
 def _header_checksum(header: Mapping[str, str]) -> str:
     return str(zlib.crc32(json.dumps(dict(sorted(header.items()))).encode()))
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """Return the checksum of the names, types and bytes of tensors."""
-    crc = 0
-    for key in sorted(tensors):
-        crc = zlib.crc32(f"{key} {tensors[key].dtype}".encode(), crc)
-        crc = zlib.crc32(tensors[key].reshape(-1).view(torch.uint8).numpy().data, crc)
-    return str(crc)

@@ -27,8 +27,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch._files import CorruptFile
+from lightning_sketch._files import CorruptFile, check_place
 from lightning_sketch._tensor_file import TensorFile, write_tensors
+from lightning_sketch.store.format import Snapshot
 
 # Curvatures that are made from the rows alone, and all.
 RowKind = Literal["margin", "fisher", "trak"]
@@ -108,6 +109,7 @@ class Curvature:
         numbers = {"examples": self.examples, "mean_square": self.mean_square}
         numbers |= {"effective_samples": self.effective_samples}
         metadata = {"kind": self.kind, "fingerprint": str(self.fingerprint), **{k: repr(v) for k, v in numbers.items()}}
+        metadata["store"] = _store_of(path)
         write_tensors(path, {name: getattr(self, name)}, metadata)
         return path
 
@@ -144,6 +146,7 @@ class Curvature:
         kind, fingerprint = cast(Kind, metadata.get("kind", "")), int(metadata.get("fingerprint", 0))
         if path != _path(path.parent, kind, fingerprint):
             raise CorruptFile(f"{path} belongs elsewhere: it has {kind!r} at weights {fingerprint}; put it back there.")
+        check_place(path, {"store": metadata.get("store") or _store_of(path)}, {"store": _store_of(path)})
         file.check()
         return cls(
             kind=kind,
@@ -214,6 +217,14 @@ class CurvatureSum:
             rows, self._rows = torch.cat(self._rows), []
             self._matrix = rows.new_zeros(self.dim, self.dim)
         self._matrix.addmm_(rows.T, rows)
+
+
+def _store_of(path: Path) -> str:
+    """Return the UUID of the store that a file is in a folder of, if there is one: another has another sketch."""
+    try:
+        return Snapshot.read(path.absolute().parents[1]).store
+    except FileNotFoundError:
+        return ""
 
 
 def _path(folder: Path, kind: Kind, fingerprint: int) -> Path:

@@ -38,7 +38,7 @@ from lightning_sketch._files import (
     read_document,
     write_document,
 )
-from lightning_sketch._tensor_file import TensorFile, write_tensors
+from lightning_sketch._tensor_file import TensorFile, checksum, write_tensors
 from lightning_sketch.store.sketched_gradients import Column, SketchedGradients, Strings
 from lightning_sketch.store.spec import DTYPES, Dtype, StoreSpec
 
@@ -114,11 +114,11 @@ class Snapshot:
         try:
             expected = {"store": store} if sealed else {}
             now = read_document(generation, {"generation": int, "kept": dict}, expected, sealed=sealed)
-            kept = {int(run): int(step) for run, step in now["kept"].items()}
+            if not all(run.isdecimal() and isinstance(step, int) for run, step in now["kept"].items()):
+                raise CorruptFile(f"{generation}: its field 'kept' has {str(now['kept'])[:60]}, which are no steps.")
+            kept = {int(run): step for run, step in now["kept"].items()}
         except FileNotFoundError as error:
             raise CorruptFile(f"{generation} is missing; restore it from a copy.") from error
-        except TypeError as error:
-            raise CorruptFile(f"{generation}: its field 'kept' has no steps ({error}).") from error
         return cls(path, spec, store, now["generation"], kept)
 
     @cached_property
@@ -347,7 +347,10 @@ def write_shard(snapshot: Snapshot, name: ShardName, rows: SketchedGradients, pr
             tensors |= {key: column.keys, key + _KEYS: distinct.tables[0][0], key + _TEXTS: distinct.tables[0][1]}
         else:
             tensors[key] = column
+    tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    own = {key: tensor for key, tensor in tensors.items() if key != _SKETCHES}
     header = {"spec": snapshot.spec.id, "store": snapshot.store, "previous": previous}
+    header["columns_crc32"] = checksum(own)  # so that an index need not read the sketches
     header |= {"attempt": str(name.run), "rank": str(name.rank), "sequence": str(name.sequence), "rows": str(len(rows))}
     return write_tensors(snapshot.folder / name.path, tensors, header, new_folders=False)
 
@@ -401,13 +404,20 @@ class Shard(TensorFile):
         return int(self.header["rows"])
 
     def columns(self) -> dict[str, Column]:
-        """Read all columns but the sketches and their scale; tensors are copied, so that the file can be closed."""
+        """Read all columns but the sketches and their scale, as copies, so that the file can be closed.
+
+        Raises:
+            CorruptShard: if a bit of them has changed; of format 1 only `check` sees that.
+        """
+        own = {key: self.tensor(key).clone() for key in self.shapes if key != _SKETCHES}
+        if "columns_crc32" in self.header and self.header["columns_crc32"] != checksum(own):
+            raise CorruptShard(f"{self.path}: its columns do not match their checksum; restore it from a copy.")
         found: dict[str, Column] = {}
-        for key in self.shapes:
-            if key + _KEYS in self.shapes:
-                found[key] = Strings(self.tensor(key), [(self.tensor(key + _KEYS), self.tensor(key + _TEXTS))])
-            elif key not in (_SKETCHES, _SCALE) and not key.endswith((_KEYS, _TEXTS)):
-                found[key] = self.tensor(key).clone()
+        for key, column in own.items():
+            if key + _KEYS in own:
+                found[key] = Strings(column, [(own[key + _KEYS], own[key + _TEXTS])])
+            elif key != _SCALE and not key.endswith((_KEYS, _TEXTS)):
+                found[key] = column
         return found
 
     def rows(self, places: slice | Tensor) -> SketchedGradients:

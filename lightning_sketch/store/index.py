@@ -61,7 +61,12 @@ class Inventory:
             visit: Called with each shard that can be opened, ordered by run, rank and time; may find it corrupt.
         """
         found = cls()
-        if snapshot.store and not snapshot.folder.is_dir():
+        try:
+            check_folder(snapshot.folder)
+        except CorruptFile as error:
+            found.wrong.append(error)
+            return found
+        if snapshot.store and not snapshot.folder.exists():
             found.wrong.append(CorruptFile(f"{snapshot.folder} is missing, with all rows; restore it from a copy."))
         manifests = found._manifests(snapshot)  # read first: a writer who goes on meanwhile makes no shard missing
         written = found._written(snapshot.folder)
@@ -74,6 +79,10 @@ class Inventory:
             else:
                 manifest = manifests.get((run, rank), Manifest())
                 found._compare(snapshot, run, rank, manifest, written.get((run, rank), set()), visit)
+        if snapshot.store and snapshot.number == 1:  # compaction leaves no manifest of a rank without rows
+            for run in {run for (run, _), manifest in manifests.items() if manifest.files and run <= len(runs)}:
+                ranks = [rank for rank in range(runs[run - 1].world_size) if (run, rank) not in manifests]
+                found.missing += [f"all files of rank {rank} in run {run} in {snapshot.folder}" for rank in ranks]
         return found
 
     def _manifests(self, snapshot: Snapshot) -> dict[tuple[int, int], Manifest]:
@@ -173,6 +182,8 @@ def read_index(
         parts.append(shard.columns() | {"attempt": torch.full((len(shard),), shard.name.run)})
 
     inventory = Inventory.of(snapshot, runs, read)
+    if len(inventory.wrong) > 1:
+        raise CorruptShard(f"{len(inventory.wrong)} files are wrong:\n" + "\n".join(map(str, inventory.wrong)))
     if inventory.wrong:
         raise inventory.wrong[0]
     lengths = torch.tensor([len(part["attempt"]) for part in parts[1:]], dtype=torch.int64)
