@@ -487,9 +487,11 @@ class StoreMachine(RuleBasedStateMachine):
         run.at = max(run.at, steps[-1]) if stage != "queries" else run.at
 
         def operation():
+            for rank in range(run.world):  # all of them before the first row, see the last tests
+                self.appender(number, rank, form["shard_bytes"])
             for rank in ranks:
                 key = number, rank
-                appender = self.appender(number, rank, form["shard_bytes"])
+                appender = self.open[key]
                 for part in [steps] if form["at_once"] else [[step] for step in steps]:
                     rows = [self.make(key, step, stage, form, i) for i, step in enumerate(part)]
                     self.model.put.setdefault(key, []).extend(rows)  # before: part of a put may be written at once
@@ -640,7 +642,7 @@ class StoreMachine(RuleBasedStateMachine):
         names += [str(name) for name in changed] + ["spec.json"] * (file.name == "spec.json")
         names += ["record in attempts is missing"] * (how == "delete" and file.parent.name == "attempts")
         try:
-            self.check_refused(file, names, compacts and not self.open)
+            self.check_refused(names, compacts and not self.open)
         finally:
             for name, before in changed.items():
                 name.write_bytes(before)
@@ -663,7 +665,7 @@ class StoreMachine(RuleBasedStateMachine):
             return int(file.stem) >= json.loads(manifest.read_text())["files"]
         return False
 
-    def check_refused(self, file, names, compacts):
+    def check_refused(self, names, compacts):
         """`verify` raises; what `open` returns and does not warn of is right; compaction makes no loss final."""
         refusals = CorruptFile, FileNotFoundError
         with pytest.raises(refusals) as refused:
@@ -677,17 +679,10 @@ class StoreMachine(RuleBasedStateMachine):
         assert all(any(name in message for name in names) for message in messages)
         if len(messages) == 1:
             visible = [row for row in self.model.visible(self.model.rows(self.on_disk())) if row.stage != "queries"]
-            hidden = self.rows_of(file) if len(found) < len(visible) else []  # see the last tests
-            self.check_rows(found, [row for row in visible if row not in hidden])
+            self.check_rows(found, visible)
         if compacts:
             with pytest.raises(refusals):
                 self.store.compact()
-
-    def rows_of(self, file):
-        """The rows that a file has."""
-        before = sum(numbers(other) for other in file.parent.glob("*.safetensors") if other.stem < file.stem)
-        rows = self.model.put[int(file.parts[-2][1:]), int(file.parts[-3][1:])]
-        return rows[before : before + numbers(file)]
 
 
 CALM = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=True)
@@ -723,7 +718,6 @@ def test_a_writer_that_could_not_open_leaves_its_place_free(tmp_path, monkeypatc
     assert kept
 
 
-@pytest.mark.xfail(strict=True, reason="a changed column hides all rows of the file, which is not read then")
 @pytest.mark.parametrize(("column", "place"), [("stage", 16), ("step", 55)])
 def test_a_changed_column_is_seen_when_it_hides_the_file(tmp_path, column, place):
     store = written(tmp_path, rows_at([1]), rows_at([2]))
@@ -747,3 +741,12 @@ def test_a_resume_before_the_first_step_has_its_queries(tmp_path):
     store = written(tmp_path, rows_at([1])).compact()
     store.begin_run("fit", parent=1, parent_step=0)
     assert len(store.open(tmp_path).queries()) == 1
+
+
+@pytest.mark.xfail(raises=UserWarning, strict=True, reason="a rank that has not begun to write is taken for lost")
+def test_a_rank_that_was_killed_before_it_wrote_is_not_missing(tmp_path):
+    store = RowStore.create(tmp_path, spec())
+    with store.appender(store.begin_run("fit", world_size=2), 0) as appender:
+        appender.put(rows_at([1]))
+    assert len(RowStore.open(tmp_path)) == 1
+    assert store.verify() == 1
