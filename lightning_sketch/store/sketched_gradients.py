@@ -302,27 +302,32 @@ def as_column(values: Any, name: str) -> Column:
 def cat_columns(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
     """Concatenate columns; a missing column is unknown there, and lists of ids are padded to the longest with -1.
 
-    Raises:
-        ValueError: if a column has strings in one part and numbers in another.
+    Where a column has strings in one part and numbers in another, as two runs may have written it, all become strings.
     """
     columns: dict[str, Column] = {}
-    for name, like in {name: column for part in parts for name, column in part.items()}.items():
+    for name in dict.fromkeys(name for part in parts for name in part):
+        given = [part[name] for part in parts if name in part]
+        like = next((column for column in given if isinstance(column, Strings)), given[0])
         found = [part[name] if name in part else _unknown(like, len(part["step"])) for part in parts]
-        strings = [column for column in found if isinstance(column, Strings)]
-        tensors = [column for column in found if isinstance(column, Tensor)]
-        if strings and all((column == UNKNOWN_ID).all() for column in tensors):  # as ids are that nobody gave
-            strings = [column if isinstance(column, Strings) else Strings(column, []) for column in found]
-        elif strings:
-            raise ValueError(f"column {name!r} has strings in some rows and numbers in others; use two stores.")
-        if strings:
+        if isinstance(like, Strings):
+            strings = [_as_strings(column) for column in found]
             tables = {id(table): table for column in strings for table in column.tables}
             columns[name] = Strings(torch.cat([column.keys for column in strings]), list(tables.values()))
             continue
-        if tensors[0].ndim == 2:
+        tensors = [keys_of(column) for column in found]
+        if any(tensor.ndim == 2 for tensor in tensors):
+            tensors = [tensor if tensor.ndim == 2 else tensor[:, None] for tensor in tensors]
             width = max(tensor.shape[1] for tensor in tensors)
             tensors = [pad(tensor, (0, width - tensor.shape[1]), value=UNKNOWN_ID) for tensor in tensors]
         columns[name] = torch.cat(tensors)
     return columns
+
+
+def _as_strings(column: Column) -> Strings:
+    """Return a column as strings; a number that means "unknown" becomes the empty one."""
+    if isinstance(column, Strings):
+        return column
+    return Strings.of("" if value == UNKNOWN_ID or value != value else str(value) for value in column.tolist())
 
 
 def _unknown(like: Column, count: int) -> Column:
@@ -372,19 +377,15 @@ def _values(column: Column, name: str, value: Any) -> Tensor:
         if unknown:
             raise ValueError(f"no stage {unknown[0]!r}; use one of {', '.join(STAGES)}.")
         values = [STAGES.index(item) if isinstance(item, str) else item for item in values]
-    if isinstance(column, Strings):
-        fits = all(isinstance(item, str) for item in values)
-        return_values = [Strings.key(item) for item in values] if fits else []
-    else:
-        numbers = int if not column.is_floating_point() else int | float
-        fits = all(isinstance(item, numbers) for item in values)
-        return_values = values
-    if not fits:
-        kind = "strings" if isinstance(column, Strings) else str(column.dtype).removeprefix("torch.")
+    dtype = keys_of(column).dtype
+    kinds = str if isinstance(column, Strings) else int | float if dtype.is_floating_point else int
+    if name == "example_ids":  # of examples that may have names, of which only the hashes are stored
+        values = [Strings.key(item) if isinstance(item, str) else item for item in values]
+    if not all(isinstance(item, kinds) for item in values):
+        kind = "strings" if isinstance(column, Strings) else str(dtype).removeprefix("torch.")
         raise ValueError(f"column {name!r} has {kind}, where() got {str(value)[:60]!r}; give a value of this type.")
-    dtype = torch.long if isinstance(column, Strings) else column.dtype
     try:
-        return torch.tensor(return_values, dtype=dtype)
+        return torch.tensor([Strings.key(item) if isinstance(item, str) else item for item in values], dtype=dtype)
     except (OverflowError, RuntimeError, ValueError) as error:
         raise ValueError(f"column {name!r} cannot have {str(value)[:60]}: it is stored as {dtype}.") from error
 

@@ -13,7 +13,7 @@ from test_gradient_sketch_writer import Every, writer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_sketch import GradientSketchWriter, GradientStore
-from lightning_sketch.attribution import IndexedDataset, Strings
+from lightning_sketch.attribution import IndexedDataset
 from lightning_sketch.store import CorruptFile
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -269,8 +269,8 @@ def test_columns_of_training_rows(tmp_path, per):
     if per == "step":
         assert store.metadata()["size"].tolist() == [8, 8, 4]
         assert len(store.where(part="a")) == 3
-        name = Strings.key("doc-9")
-        assert store.where(example_ids=name).metadata()["step"].tolist() == [2]
+        assert store.where(example_ids="doc-9").metadata()["step"].tolist() == [2]
+        assert store.where(example_ids=["doc-9", "doc-1"]).metadata()["step"].tolist() == [1, 2]
     else:
         assert store.where(source="wiki").metadata()["example_id"].tolist() == [
             f"doc-{i}" for i, label in enumerate(Documents().digits.tensors[1].tolist()) if label < 5
