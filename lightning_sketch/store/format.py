@@ -69,7 +69,7 @@ class Snapshot:
         spec: The spec of its rows.
         store: The UUID of the store; empty in format 1.
         number: 1, 2, ...: how often the store was compacted, plus 1.
-        kept: The last step of each fit that compaction has kept, by run; fits that are not listed are complete.
+        kept: The last step of each fit that compaction has kept, by run, -1 if no row; other fits are complete.
     """
 
     path: Path
@@ -219,14 +219,18 @@ def _next_run(snapshot: Snapshot, stage: RunStage, parent: int | None, parent_st
             "that was written when the checkpoint was saved, or another one, where a new lineage begins."
         )
     kept = FOREVER if parent is None else snapshot.kept.get(parent, FOREVER)
-    if parent_step is not None and parent_step > kept:
+    if parent is not None and (FOREVER if parent_step is None else parent_step) > kept:
+        at = "its end" if parent_step is None else f"step {parent_step}"
+        left = "no rows of that run" if kept < 0 else f"only the first {kept} steps of that run"
         raise ValueError(
-            f"the checkpoint resumes run {parent} at step {parent_step}, but compact() has kept only the first {kept} "
-            "steps of that run, those that the latest fit resumed from; use a later checkpoint, or another folder."
+            f"the checkpoint resumes run {parent} at {at}, but compact() has kept {left}, since it keeps what the "
+            "latest fit resumed from; use a later checkpoint, or another folder."
         )
     run = Run(max(known, default=0) + 1, stage, parent, parent_step, world_size)
     while not write_document(_run_path(path, run.number), {**asdict(run), "store": snapshot.store}, once=True):
         run = replace(run, number=run.number + 1)  # where there are no locks, another process was quicker
+    for rank in range(world_size):  # so that a missing one is known to be lost
+        Manifest().write(snapshot, rank, run.number, new_folders=True)
     return run
 
 

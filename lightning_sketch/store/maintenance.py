@@ -97,7 +97,7 @@ def compact(path: Path, kept_rows: Callable[[], Mapping[ShardName, Tensor]], sha
             listed = "\n".join(problems)
             raise CorruptShard(f"compaction of {path} would make losses final; restore these files before:\n{listed}")
         lineage = lineage_of(runs)
-        kept = {run.number: lineage.get(run.number, 0) for run in runs if run.stage == "fit"}
+        kept = {run.number: lineage.get(run.number, -1) for run in runs if run.stage == "fit"}
         kept = {run: min(step, old.kept.get(run, FOREVER)) for run, step in kept.items()}
         new = replace(old, number=old.number + 1, kept=kept)
         try:

@@ -78,10 +78,14 @@ class RowAppender:
             f"rank {rank} of run {run} in {snapshot.path} is being written by another process, which holds "
             f"{own / WRITER_LOCK}; end it, or begin another run.",
         )
-        for left in own.glob(f"*{TEMPORARY}"):
-            left.unlink()
-        self._manifest = self._committed()
-        self._manifest.write(snapshot, rank, run)
+        try:
+            for left in own.glob(f"*{TEMPORARY}"):
+                left.unlink()
+            self._manifest = self._committed()
+            self._manifest.write(snapshot, rank, run)
+        except BaseException:
+            self._release()
+            raise
         self._thread = threading.Thread(target=self._write_queue, name="sketch store", daemon=True)
         self._thread.start()
 
@@ -137,8 +141,7 @@ class RowAppender:
         if self._thread.is_alive():
             self._queue.put(None)
             self._thread.join()
-        if self._lock is not None:
-            self._lock.release()
+        self._release()
         self._check()
 
     def __enter__(self) -> "RowAppender":
@@ -155,6 +158,11 @@ class RowAppender:
         except FileNotFoundError:
             return manifest
         return Manifest(manifest.files + 1, manifest.rows + len(last), last.seal)
+
+    def _release(self) -> None:
+        """Let others write the rows of this rank and run."""
+        if self._lock is not None:
+            self._lock.release()
 
     def _check(self) -> None:
         """Raise the thread's error, if it had one."""
