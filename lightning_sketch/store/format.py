@@ -108,7 +108,7 @@ class Snapshot:
             spec = StoreSpec(**fields)
             repr(spec)  # builds the sketch and the layout
         except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as error:
-            raise CorruptFile(f"{file} describes no rows ({str(error)[:100]}); restore it from a copy.") from error
+            raise CorruptFile(f"{file} has a spec of no rows that are known here: {str(error)[:300]}") from error
         if not sealed and not generation.exists():
             return cls(path, spec, store)
         try:
