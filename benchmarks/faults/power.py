@@ -33,7 +33,7 @@ import tempfile
 import threading
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
@@ -197,7 +197,7 @@ class Trace:
                 setattr(os, name, function)
             del files.open
 
-    def state(self, count: int, how: str, draw: random.Random) -> dict[str, Any]:
+    def state(self, count: int, how: str, draw: random.Random, kinds: Sequence[str] = DATA) -> dict[str, Any]:
         """Return what a disk may have after the first `count` changes: nested dictionaries of names, and bytes."""
         ops = self.ops[:count]
         synced = {op.target: i for i, op in enumerate(ops) if op.what == "fsync"}
@@ -221,7 +221,7 @@ class Trace:
                     if target is not None:
                         entries[op.target][name] = target
             elif op.what == "write":
-                new, kind = op.change, "kept" if i < synced.get(op.target, -1) else draw.choice(DATA)
+                new, kind = op.change, "kept" if i < synced.get(op.target, -1) else draw.choice(kinds)
                 if kind in ("dropped", "cut"):
                     new = new[: draw.randrange(len(new)) if kind == "cut" else 0]
                 data[op.target] = data.get(op.target, b"") + (bytes(len(new)) if kind == "zeroed" else new)
@@ -519,7 +519,7 @@ def main() -> int:
         root.mkdir()
         with trace.recording(root):
             program(trace, root)
-        everything = trace.state(len(trace.ops), "all", random.Random(0))
+        everything = trace.state(len(trace.ops), "all", random.Random(0), ["kept"])
         assert everything == found(root), "the recorder missed a change"
         os.fsync = lambda handle: None  # no power cut comes in the trials
         prefixes = len(trace.ops) + 1
