@@ -20,7 +20,8 @@ which is more than any journaling file system allows itself. In that state every
 python benchmarks/faults/power.py [--trials N] [--seed S] [--first K]
 
 4,500 trials take about seven minutes on one core. It exits with 1 if anything was lost, wrong, unread or stuck; the
-first 20 are printed with their numbers, and `--first NUMBER --trials 1` repeats one. POSIX only: it knows files by inode.
+first 20 are printed with their numbers, and `--first NUMBER --trials 1` repeats one. POSIX only: it knows files by
+inode.
 """
 
 import os
