@@ -73,16 +73,22 @@ def commit(path: Path, data: bytes, *, new_folders: bool = True) -> None:
     sync_folder(path.parent)
 
 
-def write_once(path: Path, data: bytes) -> bool:
+def write_once(path: Path, data: bytes, *, new_folders: bool = True) -> bool:
     """Write a file atomically unless one of this name exists, and return whether it was written.
 
     Exactly one of several concurrent writers succeeds. Where there are no hard links, a lock file beside the file
     serializes the writers.
 
+    Args:
+        path: The path of the file.
+        data: Its contents.
+        new_folders: Whether to create missing folders; else a missing folder is an error.
+
     Raises:
         OSError: If the disk is full or the folder cannot be written.
     """
-    make_folder(path.parent)
+    if new_folders:
+        make_folder(path.parent)
     with _written(path, data) as temporary:
         try:
             os.link(temporary, path)  # unlike a rename, fails if the name is taken
@@ -163,7 +169,7 @@ def write_document(path: Path, fields: Mapping[str, Any], *, once: bool = False,
     """
     text = json.dumps({**fields, "checksum": _checksum(fields)}, indent=1).encode()
     if once:
-        return write_once(path, text)
+        return write_once(path, text, new_folders=new_folders)
     commit(path, text, new_folders=new_folders)
     return True
 
@@ -233,7 +239,11 @@ def acquire(path: Path, busy: str | None = None) -> FileLock | None:
 
     Raises:
         Busy: If the lock is held and `busy` is given.
+        CorruptFile: If the lock file is a link or a folder.
+        PermissionError: If it belongs to another user, who excludes this one.
     """
+    if os.path.lexists(path):
+        check_own(path)  # a link would be opened for writing
     lock = FileLock(str(path), thread_local=False)
     try:
         try:
@@ -244,7 +254,8 @@ def acquire(path: Path, busy: str | None = None) -> FileLock | None:
             warnings.warn(f"waiting for {path}, which another process holds; compaction may take minutes", stacklevel=2)
             lock.acquire()
     except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _UNSUPPORTED | {errno.ENOLCK}:
+        unsupported = (_UNSUPPORTED | {errno.ENOLCK}) - {errno.EACCES, errno.EPERM}  # these: the file is another user's
+        if isinstance(error, OSError) and error.errno not in unsupported:
             raise
         warnings.warn(f"{path.parent} has no file locks ({error}): nothing keeps other processes out.", stacklevel=2)
         return None

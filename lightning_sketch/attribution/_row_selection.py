@@ -54,6 +54,8 @@ def scorable(columns: Mapping[str, Any]) -> Bool[Tensor, " rows"]:
         ValueError: if there are none.
     """
     keep = columns["finite"] & ~columns["padded"] & (columns["stage"] != _QUERIES)
+    if not len(keep):
+        raise ValueError("there are no rows to score: the selection is empty, or nothing was written.")
     if not keep.any():
         raise ValueError(
             f"none of the {len(keep)} rows can be scored: all are non-finite, duplicates or stored queries; check the "
@@ -233,10 +235,9 @@ def _few(values: Tensor) -> str:
 def as_given(ids: Tensor, sources: Iterable[RowSource]) -> Any:
     """Return ids as they were given: those of strings as strings, in lists of the same shape."""
     given = [source.metadata()["example_id"] for source in sources]
-    strings = [column for column in given if isinstance(column, Strings)]
-    if not strings:
-        return ids
-    return Strings(ids, [table for column in strings for table in column.tables]).tolist()
+    tables = [table for column in given if isinstance(column, Strings) for table in column.tables]
+    named = Strings(ids, tables)
+    return named.tolist() if tables and named.names.keys() >= set(ids.flatten().tolist()) else ids  # else steps
 
 
 def example_ids(columns: Mapping[str, Any], positions: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:

@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch._files import CorruptFile, check_place
+from lightning_sketch._files import CorruptFile, check_folder, check_place
 from lightning_sketch._tensor_file import TensorFile, write_tensors
 from lightning_sketch.store.format import Snapshot
 
@@ -110,6 +110,8 @@ class Curvature:
         numbers |= {"effective_samples": self.effective_samples}
         metadata = {"kind": self.kind, "fingerprint": str(self.fingerprint), **{k: repr(v) for k, v in numbers.items()}}
         metadata["store"] = _store_of(path)
+        if metadata["store"]:
+            check_folder(path.parent)  # a link would be written through
         write_tensors(path, {name: getattr(self, name)}, metadata)
         return path
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lightning_sketch._files import CorruptFile
+from lightning_sketch._files import CorruptFile, check_folder
 from lightning_sketch.attribution._row_selection import Group
 from lightning_sketch.attribution.curvature import Curvature
 from lightning_sketch.attribution.ggn import fit_ggn
@@ -180,6 +180,7 @@ class GradientStore(RowStore):
             wrong.append(str(error))
         for path in sorted((self.path / FOLDER).glob("*.safetensors")):
             try:
+                check_folder(path.parent)
                 Curvature.read(path)
             except CorruptFile as error:
                 wrong.append(str(error))
@@ -208,7 +209,8 @@ class GradientStore(RowStore):
             batch_rows: Most rows in memory at a time.
 
         Returns:
-            float32, (queries, rows), or (queries, ids) with `group`; with several dampings, these along a first axis.
+            float32, (queries, rows that are scored), in their order: those at the weights of the queries; or (queries,
+            ids) with `group`; with several dampings, these along a first axis.
 
         Raises:
             ValueError: as `attribution.scores`.

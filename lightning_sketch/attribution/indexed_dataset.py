@@ -7,6 +7,7 @@ which an `IndexedDataset` attaches to each item.
 from collections.abc import Mapping, Sized
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -83,7 +84,10 @@ def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStruct
     except (KeyError, IndexError, TypeError) as error:
         keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise ValueError(f"index_key={index_key!r} is not in the batch, which has {keys}.") from error
-    if isinstance(found, list | tuple) and len(found) and all(isinstance(name, str) for name in found):
+    found = found.tolist() if isinstance(found, np.ndarray) else found
+    if isinstance(found, list | tuple) and any(isinstance(name, str | None) for name in found):
+        if not all(isinstance(name, str) for name in found):
+            raise ValueError(f"index_key={index_key!r} gives {str(found)[:60]}; each example needs one name or number.")
         if len(found) == structure.count(batch):
             return Strings.of(found)
         raise ValueError(f"index_key={index_key!r} gives {len(found)} names for {structure.count(batch)} examples.")

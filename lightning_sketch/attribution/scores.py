@@ -37,6 +37,7 @@ from lightning_sketch.attribution._row_selection import (
     AtCheckpoints,
     Group,
     Selected,
+    as_given,
     check_group,
     example_ids,
     select,
@@ -231,7 +232,7 @@ def scores(
             "ggn" is read from the store, see `GradientStore.fit_curvature`; or what `fit_ggn` or `row_curvature`
             returned; or an `Influence`, which has a damping of its own. A list for a list of `train`, if they differ.
         damping: The damping for influence: "auto", a number, or several, which give the result a first axis.
-        group: "example_id" sums over rows of equal id; the columns are then the ids in rising order.
+        group: "example_id" sums over rows of equal id; the columns are then the ids in rising order, names by letter.
         batch_rows: Most rows in memory at a time.
 
     Returns:
@@ -255,7 +256,11 @@ def scores(
     members = scorers(queries, train, method=method, curvature=curvature, damping=damping)
     if group is not None:
         ids = torch.cat([member.ids for member in members])
-        return sum_by_id(torch.cat([_all(member, batch_rows) for member in members], -1), ids)[0] / len(members)
+        total, unique = sum_by_id(torch.cat([_all(member, batch_rows) for member in members], -1), ids)
+        named = as_given(unique, (member.train for member in members))
+        if isinstance(named, list):
+            total = total[..., sorted(range(len(named)), key=named.__getitem__)]
+        return total / len(members)
     if any(not torch.equal(member.ids, members[0].ids) for member in members[1:]):
         raise ValueError("members of the list have other rows, or in another order; use group='example_id'.")
     total = _all(members[0], batch_rows)

@@ -19,7 +19,7 @@ bfloat16, 2^-11 of the largest number of the row in float16.
 
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -70,6 +70,8 @@ class Snapshot:
         store: The UUID of the store; empty in format 1.
         number: 1, 2, ...: how often the store was compacted, plus 1.
         kept: The last step of each fit that compaction has kept, by run, -1 if no row; other fits are complete.
+        settled: The ranks that have rows, for each run that was there at the last compaction; later runs have files of
+            all their ranks.
     """
 
     path: Path
@@ -77,6 +79,7 @@ class Snapshot:
     store: str
     number: int = 1
     kept: Mapping[int, int] = field(default_factory=dict)
+    settled: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "Snapshot":
@@ -90,10 +93,9 @@ class Snapshot:
         file, generation = path / "spec.json", path / "generation.json"
         try:
             found = read_document(file, {"format": int}, sealed=False)["format"]
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{path} has no store, since it has no spec.json; pass the writer's dirpath."
-            ) from error
+        except (FileNotFoundError, NotADirectoryError) as error:
+            what = "it lost its spec.json; restore that" if generation.exists() else "it has no spec.json"
+            raise FileNotFoundError(f"{path} has no store, since {what}; pass the writer's dirpath.") from error
         if found not in (1, _FORMAT):
             raise ValueError(
                 f"{path} has format {found}, this version of lightning_sketch reads 1 and {_FORMAT}; install the "
@@ -113,13 +115,16 @@ class Snapshot:
             return cls(path, spec, store)
         try:
             expected = {"store": store} if sealed else {}
-            now = read_document(generation, {"generation": int, "kept": dict}, expected, sealed=sealed)
-            if not all(run.isdecimal() and isinstance(step, int) for run, step in now["kept"].items()):
-                raise CorruptFile(f"{generation}: its field 'kept' has {str(now['kept'])[:60]}, which are no steps.")
-            kept = {int(run): step for run, step in now["kept"].items()}
+            types = {"generation": int, "kept": dict} | ({"settled": dict} if sealed else {})
+            now = read_document(generation, types, expected, sealed=sealed)
         except FileNotFoundError as error:
             raise CorruptFile(f"{generation} is missing; restore it from a copy.") from error
-        return cls(path, spec, store, now["generation"], kept)
+        kept, settled = now["kept"], now.get("settled", {})
+        steps = all(run.isdecimal() and isinstance(step, int) for run, step in kept.items())
+        if not steps or not all(run.isdecimal() and isinstance(ranks, list) for run, ranks in settled.items()):
+            raise CorruptFile(f"{generation} has {str(kept)[:60]} and {str(settled)[:60]}, no steps and ranks of runs.")
+        by_run = [{int(run): value for run, value in found.items()} for found in (kept, settled)]
+        return cls(path, spec, store, now["generation"], *by_run)
 
     @cached_property
     def folder(self) -> Path:
@@ -143,8 +148,10 @@ class Snapshot:
 
     def write(self) -> None:
         """Make this snapshot the current one."""
-        kept = {str(run): step for run, step in self.kept.items()}
-        write_document(self.path / "generation.json", {"store": self.store, "generation": self.number, "kept": kept})
+        fields: dict[str, Any] = {"store": self.store, "generation": self.number}
+        fields |= {"kept": {str(run): step for run, step in self.kept.items()}}
+        fields |= {"settled": {str(run): list(ranks) for run, ranks in self.settled.items()}}
+        write_document(self.path / "generation.json", fields)
 
     def write_spec(self) -> None:
         """Write spec.json, with the versions of the libraries."""
@@ -172,10 +179,10 @@ class Manifest:
         """Return the path of a manifest, relative to the folder of the rows."""
         return Path("manifests", f"r{rank:05d}-a{run:08d}.json")
 
-    def write(self, snapshot: Snapshot, rank: int, run: int, *, new_folders: bool = False) -> None:
-        """Write the manifest of a rank's run; a folder that has vanished is an error."""
+    def write(self, snapshot: Snapshot, rank: int, run: int, *, once: bool = False) -> None:
+        """Write the manifest of a rank's run, with `once` unless there is one; a vanished folder is an error."""
         fields = {"store": snapshot.store, "generation": snapshot.number, "run": run, "rank": rank, **asdict(self)}
-        write_document(snapshot.folder / self.path(rank, run), fields, new_folders=new_folders)
+        write_document(snapshot.folder / self.path(rank, run), fields, once=once, new_folders=False)
 
 
 @dataclass(frozen=True)
@@ -185,9 +192,12 @@ class Run:
     Args:
         number: 1, 2, ... in the order in which runs began.
         stage: "fit", "validate", "test" or "predict".
-        parent: Number of the run that this one resumes, if any.
+        parent: Number of the fit that this one resumes, or at whose weights this one takes its rows, if it is known.
         parent_step: Optimizer steps done at the checkpoint that this run resumes from.
         world_size: Number of processes that write.
+        id: A UUID, which tells the run from one of equal number in a copy of the store; empty in format 1.
+        origin: The id of the run whose checkpoint this one continues without its rows, as its store was lost.
+        incomplete: Whether rows could not be written, and the fit went on without.
     """
 
     number: int
@@ -195,43 +205,61 @@ class Run:
     parent: int | None = None
     parent_step: int | None = None
     world_size: int = 1
+    id: str = ""
+    origin: str | None = None
+    incomplete: bool = False
+
+    def write(self, snapshot: Snapshot, *, once: bool = False) -> bool:
+        """Write the record of the run; with `once` only if the number is free. Return whether it was written."""
+        fields = {**asdict(self), "store": snapshot.store}
+        return write_document(run_path(snapshot.path, self.number), fields, once=once)
 
 
 def begin_run(
-    path: Path, stage: RunStage, parent: int | None = None, parent_step: int | None = None, world_size: int = 1
+    path: Path,
+    stage: RunStage,
+    parent: int | None = None,
+    parent_step: int | None = None,
+    world_size: int = 1,
+    origin: str | None = None,
 ) -> Run:
-    """Record a new run under the next free number; see `RowStore.begin_run`."""
+    """Record a new run under the next free number; see `RowStore.begin_run`, and for `origin` `Run`."""
     if stage not in get_args(RunStage):
         raise ValueError(f"stage={stage!r} does not write a run; use one of {', '.join(get_args(RunStage))}.")
+    if world_size < 1:
+        raise ValueError(f"need world_size >= 1, got {world_size}.")
     snapshot = Snapshot.read(path)
     if not snapshot.store:
         snapshot = create_store(path, snapshot.spec)
+    run = Run(0, stage, parent, parent_step, world_size, str(uuid.uuid4()), origin)
     with locked(path / LOCK):  # compaction keeps the lineage of the latest fit, so this one comes before or after it
-        return _next_run(Snapshot.read(path), stage, parent, parent_step, world_size)
+        return _numbered(run, Snapshot.read(path))
 
 
-def _next_run(snapshot: Snapshot, stage: RunStage, parent: int | None, parent_step: int | None, world_size: int) -> Run:
-    """Record a run under the next free number."""
-    path, known = snapshot.path, {run.number for run in read_runs(snapshot)}
+def _numbered(run: Run, snapshot: Snapshot) -> Run:
+    """Record a run under the next free number, after empty manifests, so that missing ones are known to be lost."""
+    parent, parent_step, path = run.parent, run.parent_step, snapshot.path
+    known = {run.number for run in read_runs(snapshot)}
     if parent is not None and parent not in known:
         raise ValueError(
             f"the checkpoint resumes run {parent}, which is not in {path} (it has {sorted(known)}); use the folder "
             "that was written when the checkpoint was saved, or another one, where a new lineage begins."
         )
     kept = FOREVER if parent is None else snapshot.kept.get(parent, FOREVER)
-    if parent is not None and (FOREVER if parent_step is None else parent_step) > kept:
+    if run.stage == "fit" and parent is not None and (FOREVER if parent_step is None else parent_step) > kept:
         at = "its end" if parent_step is None else f"step {parent_step}"
         left = "no rows of that run" if kept < 0 else f"only the first {kept} steps of that run"
         raise ValueError(
             f"the checkpoint resumes run {parent} at {at}, but compact() has kept {left}, since it keeps what the "
             "latest fit resumed from; use a later checkpoint, or another folder."
         )
-    run = Run(max(known, default=0) + 1, stage, parent, parent_step, world_size)
-    while not write_document(_run_path(path, run.number), {**asdict(run), "store": snapshot.store}, once=True):
-        run = replace(run, number=run.number + 1)  # where there are no locks, another process was quicker
-    for rank in range(world_size):  # so that a missing one is known to be lost
-        Manifest().write(snapshot, rank, run.number, new_folders=True)
-    return run
+    number = max(known, default=0)
+    while True:
+        run = replace(run, number=(number := number + 1))
+        for rank in range(run.world_size):
+            Manifest().write(snapshot, rank, number, once=True)
+        if run.write(snapshot, once=True):  # else, where there are no locks, another process was quicker
+            return run
 
 
 def read_runs(snapshot: Snapshot) -> list[Run]:
@@ -246,8 +274,9 @@ def read_runs(snapshot: Snapshot) -> list[Run]:
     runs: list[Run] = []
     number_or_none = int | None
     types = {"number": int, "stage": str, "parent": number_or_none, "parent_step": number_or_none, "world_size": int}
+    types |= {"id": str, "origin": str | None, "incomplete": bool} if sealed else {}
     for file in files:
-        place = _run_path(snapshot.path, len(runs) + 1)
+        place = run_path(snapshot.path, len(runs) + 1)
         if file != place:
             raise CorruptFile(f"{place} is missing, or {file} is not a file of a store; restore it from a copy.")
         expected = {"number": len(runs) + 1} | ({"store": snapshot.store} if sealed else {})
@@ -261,13 +290,16 @@ def read_runs(snapshot: Snapshot) -> list[Run]:
 
 def create_store(path: Path, spec: StoreSpec) -> Snapshot:
     """Create a store in a folder, or return that which the folder has, if its spec is equal; see `RowStore.create`."""
-    path.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file, where the folder of a store is to be; pass another dirpath.")
+    make_folder(path)
     with locked(path / LOCK):
         try:
             snapshot = Snapshot.read(path)
         except FileNotFoundError:
             # no files yet if creation was interrupted, whose last step is spec.json
-            left = [name for name in ("attempts", "rows") if any((path / name).rglob("*.*"))]
+            own = {"attempts": "attempts/[0-9]*.json", "rows": "rows*/**/*.safetensors"}
+            left = [name for name, pattern in own.items() if any(path.glob(pattern))]
             if left:
                 raise CorruptFile(
                     f"{path} has parts of a store ({', '.join(left)}) but no spec.json; restore it, use another "
@@ -284,16 +316,18 @@ def create_store(path: Path, spec: StoreSpec) -> Snapshot:
 
 def _upgraded(old: Snapshot) -> Snapshot:
     """Give a store of format 1 a UUID and manifests; killed at any point, it has one of the formats and its rows."""
-    snapshot, runs = replace(old, store=str(uuid.uuid4())), read_runs(old)
+    runs = read_runs(old)
     shards: dict[tuple[int, int], list[Shard]] = {}
     for file in sorted(old.folder.glob("r*/a*/*.safetensors")):
         shard = Shard(old, ShardName.of(file))
         shards.setdefault((shard.name.rank, shard.name.run), []).append(shard)
-    for (rank, run), own in shards.items():
-        manifest = Manifest(own[-1].name.sequence + 1, sum(map(len, own)), own[-1].seal)
-        manifest.write(snapshot, rank, run, new_folders=True)
-    for record in runs:
-        write_document(_run_path(old.path, record.number), {**asdict(record), "store": snapshot.store})
+    settled = {run.number: sorted(rank for rank, number in shards if number == run.number) for run in runs}
+    snapshot = replace(old, store=str(uuid.uuid4()), settled=settled)
+    make_folder(snapshot.folder / "manifests")
+    for (rank, number), own in shards.items():
+        Manifest(own[-1].name.sequence + 1, sum(map(len, own)), own[-1].seal).write(snapshot, rank, number)
+    for run in runs:
+        run.write(snapshot)
     snapshot.write()
     snapshot.write_spec()
     return snapshot
@@ -437,7 +471,8 @@ class Shard(TensorFile):
         return found[0] if len(found) == 1 else found[0].float().mul_(found[1][:, None])
 
 
-def _run_path(path: Path, number: int) -> Path:
+def run_path(path: Path, number: int) -> Path:
+    """Return the path of the record of a run."""
     return path / "attempts" / f"{number:08d}.json"
 
 

@@ -6,15 +6,17 @@ visible if its step is not beyond the steps at which the later runs branched off
 
     visible(row) = row.step <= min of run.parent_step over the later runs of the lineage
 
-so each step of a lineage has its rows exactly once. Runs that measure a checkpoint (validate, test, predict) have no
-parent: of several in one stage at the same weights, the last is visible. Runs are ordered by number, not by clock.
+so each step of a lineage has its rows exactly once. A run that measures a checkpoint (validate, test, predict) has the
+fit of the checkpoint as its parent, if that is known, and its rows are visible where those of the fit's same step are;
+of several in one stage at the same weights, the last is visible. Runs are ordered by number, not by clock.
 """
 
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from types import MappingProxyType
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
@@ -27,9 +29,11 @@ from lightning_sketch.store.format import (
     CorruptShard,
     Manifest,
     Run,
+    RunStage,
     Shard,
     ShardName,
     Snapshot,
+    run_path,
 )
 from lightning_sketch.store.sketched_gradients import DEFAULTS, Column, cat_columns
 
@@ -72,17 +76,21 @@ class Inventory:
         written = found._written(snapshot.folder)
         for run, rank in sorted({*manifests, *written}):
             folder = (snapshot.folder / ShardName(run, rank, 0).path).parent
-            if not 1 <= run <= len(runs):
-                found.wrong.append(CorruptFile(f"{folder} has rows of run {run}, whose record in attempts is missing."))
-            elif snapshot.store and (run, rank) not in manifests:
-                found.wrong.append(CorruptFile(f"{snapshot.folder / Manifest.path(rank, run)} is missing; restore it."))
+            own, manifest = written.get((run, rank), set()), manifests.get((run, rank), Manifest())
+            place = snapshot.folder / Manifest.path(rank, run)
+            if run > len(runs):  # began after the runs were read, or did not begin
+                if not run_path(snapshot.path, run).exists() and (own or manifest.files):
+                    lost = f"{folder} has rows of run {run}, whose record {run_path(snapshot.path, run)} is missing."
+                    found.wrong.append(CorruptFile(lost))
+            elif snapshot.store and (run, rank) not in manifests and not place.exists():
+                found.wrong.append(CorruptFile(f"{place} is missing; restore it from a copy."))
             else:
-                manifest = manifests.get((run, rank), Manifest())
-                found._compare(snapshot, run, rank, manifest, written.get((run, rank), set()), visit)
-        if snapshot.store and snapshot.number == 1:  # compaction leaves no manifest of a rank without rows
-            for run in {run for (run, _), manifest in manifests.items() if manifest.files and run <= len(runs)}:
-                ranks = [rank for rank in range(runs[run - 1].world_size) if (run, rank) not in manifests]
-                found.missing += [f"all files of rank {rank} in run {run} in {snapshot.folder}" for rank in ranks]
+                found._compare(snapshot, run, rank, manifest, own, visit)
+        if snapshot.store:
+            for begun in runs:
+                for rank in snapshot.settled.get(begun.number, range(begun.world_size)):
+                    if (begun.number, rank) not in {*manifests, *written}:
+                        found.missing.append(f"all of rank {rank} in run {begun.number} in {snapshot.folder}")
         return found
 
     def _manifests(self, snapshot: Snapshot) -> dict[tuple[int, int], Manifest]:
@@ -192,12 +200,15 @@ def read_index(
     return inventory.missing, cat_columns(parts[1:] or parts), names, file, place
 
 
-def lineage_of(runs: Sequence[Run], last: int | None = None) -> dict[int, int]:
+def lineage_of(
+    runs: Sequence[Run], last: int | None = None, kept: Mapping[int, int] = MappingProxyType({})
+) -> dict[int, int]:
     """Return the runs of a fit's lineage, in order, each with the last of its steps that is visible.
 
     Args:
         runs: All runs of a store.
         last: Number of the fit whose lineage it is; the latest if None.
+        kept: As in `Snapshot`: fits that compaction has deleted are none of the store.
 
     Raises:
         ValueError: if there is no such fit.
@@ -206,7 +217,7 @@ def lineage_of(runs: Sequence[Run], last: int | None = None) -> dict[int, int]:
     20
     """
     by_number = {run.number: run for run in runs}
-    fits = [run.number for run in runs if run.stage == "fit"]
+    fits = [run.number for run in runs if run.stage == "fit" and kept.get(run.number, 0) >= 0]
     if last is not None and last not in fits:
         raise ValueError(f"lineage={last} is no fit of the store; its fits are {fits}.")
     current = last if last is not None else max(fits, default=None)
@@ -228,13 +239,16 @@ def visible(columns: Mapping[str, Column], runs: Sequence[Run], lineage: Mapping
         lineage: The runs of the lineage, each with its last visible step, as `lineage_of` returns it.
     """
     number, step, weights = (cast(Tensor, columns[name]) for name in ("attempt", "step", "fingerprint"))
-    stages = [""] + [run.stage for run in runs]
-    until = torch.tensor([lineage.get(i, -1) if stage == "fit" else FOREVER for i, stage in enumerate(stages)])
+    until = torch.full((len(runs) + 1,), FOREVER)
+    kinds = torch.zeros(len(runs) + 1, dtype=torch.long)
+    for run in runs:
+        fit = run.number if run.stage == "fit" else run.parent
+        until[run.number] = FOREVER if fit is None else lineage.get(fit, -1)
+        kinds[run.number] = get_args(RunStage).index(run.stage)
     keep = step <= until[number]
-    kind = torch.tensor([sorted(set(stages)).index(stage) for stage in stages])[number]
-    fits = torch.tensor([stage == "fit" for stage in stages])[number]
-    (measured,) = (~fits & (weights != 0)).nonzero(as_tuple=True)  # 0 is unknown, and not equal to another 0
-    _, key = torch.stack([kind[measured], weights[measured]]).unique(dim=1, return_inverse=True)
-    newest = torch.zeros_like(measured).scatter_reduce(0, key, number[measured], "amax")
-    keep[measured] = number[measured] == newest[key]
+    for kind in range(1, len(get_args(RunStage))):  # of all but fits the last at the same weights
+        (measured,) = (keep & (kinds[number] == kind) & (weights != 0)).nonzero(as_tuple=True)  # 0 is unknown
+        _, key = weights[measured].unique(return_inverse=True)
+        newest = torch.zeros_like(measured).scatter_reduce(0, key, number[measured], "amax")
+        keep[measured] = number[measured] == newest[key]
     return keep

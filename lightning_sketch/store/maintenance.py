@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -72,7 +73,9 @@ def alone(path: Path) -> Iterator[None]:
         yield
 
 
-def compact(path: Path, kept_rows: Callable[[], Mapping[ShardName, Tensor]], shard_bytes: int) -> None:
+def compact(
+    path: Path, kept_rows: Callable[[], Mapping[ShardName, Tensor]], shard_bytes: int, accept_loss: bool
+) -> None:
     """Replace the rows of a store by some of them, in files of about `shard_bytes` bytes.
 
     Killed at any point, the store is as before or as after.
@@ -81,6 +84,7 @@ def compact(path: Path, kept_rows: Callable[[], Mapping[ShardName, Tensor]], sha
         path: The folder of the store.
         kept_rows: Returns the positions of the rows to keep in each file, in order; called once nobody writes.
         shard_bytes: Bytes of rows in a file.
+        accept_loss: Whether files may be missing, whose rows are lost then.
 
     Raises:
         Busy: if another process compacts the store or writes to it.
@@ -92,16 +96,18 @@ def compact(path: Path, kept_rows: Callable[[], Mapping[ShardName, Tensor]], sha
     with alone(path):
         old = Snapshot.read(path)
         runs = read_runs(old)
-        problems = Inventory.of(old, runs, Shard.check).problems()
+        inventory = Inventory.of(old, runs, Shard.check)
+        problems = list(map(str, inventory.wrong)) if accept_loss else inventory.problems()
         if problems:
             listed = "\n".join(problems)
             raise CorruptShard(f"compaction of {path} would make losses final; restore these files before:\n{listed}")
-        lineage = lineage_of(runs)
+        lineage, rows = lineage_of(runs, kept=old.kept), kept_rows()
         kept = {run.number: lineage.get(run.number, -1) for run in runs if run.stage == "fit"}
         kept = {run: min(step, old.kept.get(run, FOREVER)) for run, step in kept.items()}
-        new = replace(old, number=old.number + 1, kept=kept)
+        settled = {run.number: sorted({name.rank for name in rows if name.run == run.number}) for run in runs}
+        new = replace(old, number=old.number + 1, kept=kept, settled=settled)
         try:
-            _copy(old, new, kept_rows(), shard_bytes)
+            _copy(old, new, rows, shard_bytes)
             for folder in (*new.folder.rglob("*/"), new.folder, path):
                 sync_folder(folder)
             new.write()
@@ -124,7 +130,8 @@ def _copy(old: Snapshot, new: Snapshot, rows: Mapping[ShardName, Tensor], shard_
         for name, places in rows.items():
             if appender is None or (appender.rank, appender.run) != (name.rank, name.run):
                 stack.close()
-                appender = RowAppender(new, rank=name.rank, run=name.run, shard_bytes=shard_bytes, flush_seconds=_NEVER)
+                sizes: dict[str, Any] = {"shard_bytes": shard_bytes, "queue_bytes": 2 * shard_bytes}
+                appender = RowAppender(new, rank=name.rank, run=name.run, flush_seconds=_NEVER, **sizes)
                 stack.enter_context(appender)
             appender.put(Shard(old, name).rows(places))
 

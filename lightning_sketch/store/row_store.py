@@ -141,7 +141,11 @@ class RowStore:
         if missing:
             listed = ", ".join(missing)
             warnings.warn(f"rows are missing, since these files were written and are gone: {listed}.", stacklevel=2)
-        mask = visible(columns, runs, lineage_of(runs, last))
+        chosen = lineage_of(runs, last, snapshot.kept)
+        unfinished = [run.number for run in runs if run.incomplete and run.number in chosen]
+        if unfinished:
+            warnings.warn(f"some steps of runs {unfinished} have no rows, which could not be written.", stacklevel=2)
+        mask = visible(columns, runs, chosen)
         rows = StoredRows(columns, names, file, place).where(mask)
         queries = keys_of(rows.columns["stage"]) == STAGES.index("queries")
         return cls(snapshot, rows.where(~queries), rows.where(queries))
@@ -214,6 +218,10 @@ class RowStore:
     def to_pandas(self) -> Any:
         """Return the columns of the visible rows as a pandas DataFrame, with the stages in words; no sketch is read."""
         return export.to_pandas(self.rows.columns)
+
+    def to_arrow(self) -> Any:
+        """Return all rows as a pyarrow Table, see `SketchedGradients.to_arrow`."""
+        return self.read().to_arrow()
 
     def where(self: Store, mask: Any = None, **equal: Any) -> Store:
         """Select the rows where a mask is true and columns have given values; no sketch is read.
@@ -313,7 +321,7 @@ class RowStore:
         """
         return maintenance.verify(self.path)
 
-    def compact(self: Store, shard_bytes: int = 256 << 20) -> Store:
+    def compact(self: Store, shard_bytes: int = 256 << 20, *, accept_loss: bool = False) -> Store:
         """Delete the rows that are not visible, merge small files, and return the store as it is then.
 
         Only the latest lineage is left. Killed at any point, the store is as before or as after. Objects that have the
@@ -321,17 +329,20 @@ class RowStore:
 
         Args:
             shard_bytes: Bytes of rows in a file.
+            accept_loss: Go on although files are missing; their rows are lost then, and not named any more.
 
         Raises:
             Busy: if another process compacts the store or writes to it.
             CorruptFile: if a file is missing or has changed since it was written.
         """
-        maintenance.compact(self.path, self._visible_places, shard_bytes)
+        maintenance.compact(self.path, self._visible_places, shard_bytes, accept_loss)
         return self.open(self.path)
 
     def _visible_places(self) -> dict[ShardName, Tensor]:
         """Return the positions of the rows of each file that are visible now, those of queries too."""
-        now = self.open(self.path)
+        with warnings.catch_warnings():  # what is missing is said, or was accepted
+            warnings.simplefilter("ignore")
+            now = self.open(self.path)
         found: dict[ShardName, Tensor] = {}
         for rows in (now.rows, now.query_rows):
             for name, part in rows.by_file():

@@ -22,6 +22,8 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 UNKNOWN_ID = -1
 
+_STORED = (torch.bool, torch.int64, torch.float32, torch.float64)  # types of columns
+
 # The columns of every row, with the value that means "unknown":
 #
 #     example_id    the user's number or name of the example
@@ -53,61 +55,97 @@ DEFAULTS: dict[str, int | float | bool] = {
 class Strings:
     """A column of strings: a hash of 63 bits for each row, and a table of the distinct strings.
 
+    It compares and iterates as an array of strings does.
+
     Args:
         keys: The hash of each row's string, int64, (rows,); -1 for the empty string, which means "unknown".
-        tables: Distinct hashes with their strings, as JSON in bytes; a table may have more than the rows need.
+        tables: Distinct hashes with their strings, as JSON in bytes; they may have more than the rows need.
 
     >>> column = Strings.of(["wiki", "books", "wiki"])
-    >>> column[:2].tolist(), (column.keys == column.keys[0]).tolist()
-    (['wiki', 'books'], [True, False, True])
+    >>> column[1], column[:2].tolist(), column == "wiki"
+    ('books', ['wiki', 'books'], tensor([ True, False,  True]))
     """
 
-    def __init__(self, keys: Tensor, tables: Sequence[tuple[Tensor, Tensor]]):
-        self.keys, self.tables = keys, list(tables)
+    def __init__(self, keys: Tensor, tables: "Sequence[tuple[Tensor, Tensor]] | _Names"):
+        self.keys, self._names = keys, tables if isinstance(tables, _Names) else _Names(tables)
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> "Strings":
         """Make a column of strings."""
         listed = list(strings)
-        names = {Strings.key(text): text for text in dict.fromkeys(listed)}
-        keys = {text: key for key, text in names.items()}
-        texts = torch.frombuffer(bytearray(json.dumps(list(names.values())).encode()), dtype=torch.uint8)
-        return cls(
-            torch.tensor([keys[text] for text in listed], dtype=torch.long), [(torch.tensor(list(names)), texts)]
-        )
+        keys = {text: Strings.key(text) for text in dict.fromkeys(listed)}
+        texts = torch.frombuffer(bytearray(json.dumps(list(keys)).encode()), dtype=torch.uint8)
+        rows = torch.tensor([keys[text] for text in listed], dtype=torch.long)
+        return cls(rows, [(torch.tensor(list(keys.values()), dtype=torch.long), texts)])
 
     @staticmethod
     def key(text: str) -> int:
         """Return the hash of a string."""
         return content_hash(text) if text else UNKNOWN_ID
 
-    @cached_property
+    @property
+    def tables(self) -> list[tuple[Tensor, Tensor]]:
+        """The tables of distinct strings."""
+        return self._names.tables
+
+    @property
     def names(self) -> dict[int, str]:
         """The string of each hash.
 
         Raises:
             ValueError: if two strings have one hash.
         """
-        found: dict[int, str] = {UNKNOWN_ID: ""}
-        for keys, texts in self.tables:
-            for key, text in zip(keys.tolist(), json.loads(texts.numpy().tobytes()), strict=True):
-                if found.setdefault(key, text) != text:
-                    raise ValueError(f"{text!r} and {found[key]!r} have one hash; rename one of them.")
-        return found
+        return self._names.by_key
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def __getitem__(self, index: Any) -> "Strings":
-        return Strings(self.keys[index], self.tables)
+    def __getitem__(self, index: Any) -> Any:
+        keys = self.keys[index]
+        return Strings(keys, self._names) if keys.ndim else self.names[int(keys)]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tolist())
+
+    def __contains__(self, text: object) -> bool:
+        return isinstance(text, str) and bool((self.keys == Strings.key(text)).any())
+
+    def __eq__(self, other: Any) -> Any:
+        return self.keys == (Strings.key(other) if isinstance(other, str) else Strings.of(other).keys)
+
+    def __ne__(self, other: Any) -> Any:
+        return ~(self == other)
+
+    __hash__ = None  # type: ignore[assignment]  # as that of arrays, since == compares row by row
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the strings as an array of objects, of the shape of the keys."""
+        flat = [self.names[key] for key in self.keys.flatten().tolist()]
+        return np.array(flat, dtype=dtype or object).reshape(self.keys.shape)
 
     def __repr__(self) -> str:
         return f"Strings({self[:5].tolist()}{', ...' if len(self) > 5 else ''}, {len(self)} rows)"
 
     def tolist(self) -> list[Any]:
         """Return the strings as a list, or as lists of the shape of the keys."""
-        flat = [self.names[key] for key in self.keys.flatten().tolist()]
-        return np.array(flat, dtype=object).reshape(self.keys.shape).tolist()
+        return self.__array__().tolist()
+
+
+class _Names:
+    """Tables of strings, parsed once for all columns that share them."""
+
+    def __init__(self, tables: Sequence[tuple[Tensor, Tensor]]):
+        self.tables = list(tables)
+
+    @cached_property
+    def by_key(self) -> dict[int, str]:
+        """The string of each hash."""
+        found: dict[int, str] = {UNKNOWN_ID: ""}
+        for keys, texts in self.tables:
+            for key, text in zip(keys.tolist(), json.loads(texts.numpy().tobytes()), strict=True):
+                if found.setdefault(key, text) != text:
+                    raise ValueError(f"{text!r} and {found[key]!r} have one hash; rename one of them.")
+        return found
 
 
 Column = Tensor | Strings
@@ -152,7 +190,8 @@ class SketchedGradients:
             name: torch.full((count,), value) for name, value in DEFAULTS.items() if name not in self.columns
         }
         for name, values in self.columns.items():
-            columns[name] = values if isinstance(values, Tensor | Strings) else as_column(values, name)
+            stored = isinstance(values, Strings) or (isinstance(values, Tensor) and values.dtype in _STORED)
+            columns[name] = values if stored else as_column(values, name)
         for name, column in columns.items():
             if len(column) != count:
                 raise ValueError(f"column {name} has {len(column)} values for {count} rows.")
@@ -286,17 +325,32 @@ def as_column(values: Any, name: str) -> Column:
     Raises:
         ValueError: if the values are none of these.
     """
-    if isinstance(values, Tensor | Strings):
+    if isinstance(values, Strings):
         return values
+    if isinstance(values, Tensor):
+        return _stored(values, name)
     listed = values.tolist() if isinstance(values, np.ndarray) else list(values) if isinstance(values, Iterable) else 0
     if isinstance(listed, list) and listed and all(isinstance(value, str) for value in listed):
         return Strings.of(listed)
     try:
-        return torch.as_tensor(np.asarray(values) if listed else torch.zeros(0))
+        return _stored(torch.as_tensor(np.array(values) if listed else torch.zeros(0)), name)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(
             f"column {name!r} has {str(values)[:60]}; give one number, boolean or string per row, all of one type."
         ) from error
+
+
+def _stored(values: Tensor, name: str) -> Tensor:
+    """Return a tensor in a type that columns have: whole numbers as int64, half precision as float32.
+
+    Raises:
+        ValueError: if the numbers are complex, or too large for int64.
+    """
+    if values.dtype in _STORED:
+        return values
+    if values.is_complex() or (values.dtype == torch.uint64 and bool((values.view(torch.int64) < 0).any())):
+        raise ValueError(f"column {name!r} has {values.dtype}, which cannot be stored; convert it, or use strings.")
+    return values.to(torch.float32 if values.is_floating_point() else torch.int64)
 
 
 def cat_columns(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
@@ -308,7 +362,7 @@ def cat_columns(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
     for name in dict.fromkeys(name for part in parts for name in part):
         given = [part[name] for part in parts if name in part]
         like = next((column for column in given if isinstance(column, Strings)), given[0])
-        found = [part[name] if name in part else _unknown(like, len(part["step"])) for part in parts]
+        found = [part[name] if name in part else unknown(like, len(part["step"])) for part in parts]
         if isinstance(like, Strings):
             strings = [_as_strings(column) for column in found]
             tables = {id(table): table for column in strings for table in column.tables}
@@ -319,6 +373,8 @@ def cat_columns(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
             tensors = [tensor if tensor.ndim == 2 else tensor[:, None] for tensor in tensors]
             width = max(tensor.shape[1] for tensor in tensors)
             tensors = [pad(tensor, (0, width - tensor.shape[1]), value=UNKNOWN_ID) for tensor in tensors]
+        if len({tensor.is_floating_point() for tensor in tensors}) > 1:
+            tensors = [tensor.double() for tensor in tensors]  # int64 and float32 would make float32
         columns[name] = torch.cat(tensors)
     return columns
 
@@ -330,7 +386,7 @@ def _as_strings(column: Column) -> Strings:
     return Strings.of("" if value == UNKNOWN_ID or value != value else str(value) for value in column.tolist())
 
 
-def _unknown(like: Column, count: int) -> Column:
+def unknown(like: Column, count: int) -> Column:
     """Return `count` unknown values of a column, by its type: "", -1, NaN or False."""
     if isinstance(like, Strings):
         return Strings(torch.full((count,), UNKNOWN_ID), [])
@@ -349,7 +405,7 @@ def matching(columns: Mapping[str, Column], count: int, mask: Any, equal: Mappin
     if mask is not None:
         given = f"a {type(mask).__name__}"
         if not isinstance(mask, str | Mapping):
-            mask = torch.as_tensor(mask)
+            mask = mask if isinstance(mask, Tensor) else torch.as_tensor(np.array(mask))
             given = f"{mask.dtype} of shape {tuple(mask.shape)}"
         if isinstance(mask, str | Mapping) or mask.dtype != torch.bool or mask.shape != keep.shape:
             raise ValueError(
@@ -371,7 +427,7 @@ def matching(columns: Mapping[str, Column], count: int, mask: Any, equal: Mappin
 def _values(column: Column, name: str, value: Any) -> Tensor:
     """Return the value, or the values of a list, as they are in the column."""
     plain = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
-    values = list(plain) if isinstance(plain, list | tuple | set | frozenset | range) else [plain]
+    values = [plain] if isinstance(plain, str | bytes | Mapping) or not isinstance(plain, Iterable) else list(plain)
     if name == "stage":
         unknown = [item for item in values if isinstance(item, str) and item not in STAGES]
         if unknown:

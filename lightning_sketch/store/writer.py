@@ -63,6 +63,8 @@ class RowAppender:
         flush_seconds: float = 60.0,
         queue_bytes: int = 256 << 20,
     ):
+        if rank < 0:
+            raise ValueError(f"need rank >= 0, got {rank}.")
         self.snapshot, self.rank, self.run = snapshot, rank, run
         self.shard_bytes, self.flush_seconds, self.queue_bytes = shard_bytes, flush_seconds, queue_bytes
         self.rows, self._closed = 0, False
@@ -167,9 +169,11 @@ class RowAppender:
     def _check(self) -> None:
         """Raise the thread's error, if it had one."""
         if self._error is not None:
+            vanished = isinstance(self._error, FileNotFoundError)
+            advice = "Rows committed before are intact; make room, or choose another dirpath, and"
             raise RuntimeError(
-                f"rows could not be written to {self.snapshot.path}: {self._error}. Rows committed before are intact; "
-                "make room, or choose another dirpath, and resume from a checkpoint."
+                f"rows could not be written to {self.snapshot.path}: {self._error}. "
+                f"{'Choose another dirpath, or put it back, and' if vanished else advice} resume from a checkpoint."
             ) from self._error
 
     def _write(self, pending: list[SketchedGradients], size: int) -> None:

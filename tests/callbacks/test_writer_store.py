@@ -1,5 +1,6 @@
 """Which store a writer writes to, what it does if that is another one, lost or broken, and the user's own columns."""
 
+import errno
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from models import Digits, dataset, fit, loader, trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
 from test_gradient_sketch_writer import Every, writer
 from torch.utils.data import DataLoader, Dataset
 
@@ -16,7 +18,9 @@ from lightning_sketch import GradientSketchWriter, GradientStore
 from lightning_sketch.attribution import IndexedDataset
 from lightning_sketch.store import CorruptFile
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory .* exists and is not empty", "ignore:The dirpath has changed from"
+)
 
 
 class At(Callback):
@@ -65,6 +69,7 @@ def test_fast_dev_run_writes_a_store_that_is_thrown_away(tmp_path, per):
     queries = store.where(stage="validate").read()
     assert store.where(stage="test").top_k(queries, 1).example_ids.shape == (16, 1)
     assert not (tmp_path / "store").exists()
+    shutil.rmtree(tmp_path / "store", ignore_errors=True)
     trainer(tmp_path, watch, max_epochs=1).fit(model, data)
     assert watch.dirpath == str(tmp_path / "store")
     assert GradientStore.open(tmp_path / "store").metadata()["step"].max() == 3
@@ -73,7 +78,7 @@ def test_fast_dev_run_writes_a_store_that_is_thrown_away(tmp_path, per):
 def test_a_fit_that_starts_again_begins_a_new_lineage(tmp_path):
     """As after a kill before the first checkpoint: the rows of the new fit are visible, the others are kept."""
     fit(tmp_path, writer(tmp_path), max_epochs=1)
-    with pytest.warns(UserWarning, match=r"has the rows of 1 fits.*lineage=NUMBER.*\[1\].*overwrite=True"):
+    with pytest.warns(UserWarning, match=r"has rows of other fits, \[1\].*lineage=NUMBER.*overwrite=True"):
         fit(tmp_path, writer(tmp_path), max_epochs=2)
     store = GradientStore.open(tmp_path / "store")
     assert steps(store) == list(range(1, 17))
@@ -86,10 +91,14 @@ def test_overwrite_deletes_the_store_once_and_nothing_else(tmp_path):
     fit(tmp_path, writer(tmp_path), max_epochs=1)
     (tmp_path / "store" / "notes.txt").write_text("mine")
     watch = writer(tmp_path, overwrite=True)
+    trainer(tmp_path, watch, fast_dev_run=True).fit(Digits(), loader())
+    assert len(GradientStore.open(tmp_path / "store")) == 8
     model = fit(tmp_path, watch, max_epochs=1, data=DataLoader(IndexedDataset(dataset(64)), batch_size=32))
     trainer(tmp_path, watch).validate(Every(), DataLoader(IndexedDataset(dataset(5))))
     store = GradientStore.open(tmp_path / "store")
     assert store.metadata()["attempt"].tolist() == [1, 1, 2, 2, 2, 2, 2]
+    trainer(tmp_path, writer(tmp_path, overwrite=True)).validate(Every(), DataLoader(IndexedDataset(dataset(5))))
+    assert len(GradientStore.open(tmp_path / "store").where(stage="fit")) == 2
     assert (tmp_path / "store" / "notes.txt").read_text() == "mine"
     assert model.trainer.global_step == 2
 
@@ -132,11 +141,48 @@ def test_another_training_s_store_is_refused_and_overwritten_if_asked(tmp_path):
 def test_a_lost_store_is_said_and_the_training_goes_on_in_a_new_one(tmp_path, dirpath):
     saved = interrupted(tmp_path)
     shutil.rmtree(tmp_path / "store")
-    with pytest.warns(UserWarning, match=r"rows of steps 1 to 8 are not in .*put it back"):
+    with pytest.warns(UserWarning, match=r"rows of steps 1 to 8 are not in .*pass its folder as dirpath"):
         store = resumed(tmp_path, saved, dirpath and tmp_path / dirpath)
     assert steps(store) == list(range(9, 17))
     again = interrupted(tmp_path / "again")
     assert steps(resumed(tmp_path, again, None)) == list(range(1, 17))
+
+
+@pytest.mark.filterwarnings("ignore:.* has rows of other fits")
+def test_a_job_that_lost_its_store_may_be_started_again_and_again(tmp_path):
+    """Before its next checkpoint: the store that it began for the same checkpoint is known."""
+    saved = shutil.copy(interrupted(tmp_path), tmp_path / "saved" / "kept.ckpt")
+    shutil.rmtree(tmp_path / "store")
+    for number in range(1, 4):
+        with pytest.warns(UserWarning, match="rows of steps 1 to 8 are not in"):
+            store = resumed(tmp_path, saved, tmp_path / "store")
+        assert steps(store) == list(range(9, 17))
+        assert store.metadata()["attempt"].unique().tolist() == [number]
+
+
+def test_a_copy_of_a_store_that_went_another_way_is_another_store(tmp_path):
+    """Its runs have the same numbers and the same store; each has an id of its own."""
+    saved = shutil.copy(interrupted(tmp_path), tmp_path / "saved" / "kept.ckpt")
+    shutil.copytree(tmp_path / "store", tmp_path / "copy")
+    resumed(tmp_path, saved, tmp_path / "store")
+    resumed(tmp_path, saved, tmp_path / "copy")
+    last = tmp_path / "saved" / "last.ckpt"  # of the copy
+    with pytest.raises(ValueError, match="or a copy that went on without it"):
+        resumed(tmp_path, last, tmp_path / "store")
+    assert steps(resumed(tmp_path, last, tmp_path / "copy"))[:16] == list(range(1, 17))
+
+
+def test_a_folder_that_was_moved_is_found_beside_the_checkpoint(tmp_path):
+    """As Lightning places both, below the version of the logger."""
+    watch = GradientSketchWriter(dim=128, dtype="float32")
+    save = {"enable_checkpointing": True, "logger": CSVLogger(tmp_path / "logs")}
+    fit(tmp_path, watch, ModelCheckpoint(every_n_train_steps=4, save_last=True), max_epochs=1, **save)
+    shutil.move(tmp_path / "logs", tmp_path / "moved")
+    (saved,) = (tmp_path / "moved").rglob("last.ckpt")
+    again = GradientSketchWriter(dim=128, dtype="float32")
+    fit(tmp_path, again, saving(saved.parent), max_epochs=2, ckpt_path=saved, enable_checkpointing=True)
+    assert again.dirpath == str(saved.parents[1] / "sketches")
+    assert steps(GradientStore.open(again.dirpath, again.lineage)) == list(range(1, 17))
 
 
 def test_a_checkpoint_s_folder_that_is_no_store_is_not_written_to(tmp_path):
@@ -196,6 +242,51 @@ def test_on_error_warn_goes_on_without_rows(tmp_path):
     assert len([warning for warning in said if "goes on without rows" in str(warning.message)]) == 1
     alone = fit(tmp_path, max_epochs=2)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), alone.parameters(), strict=True))
+
+
+def full_disk(monkeypatch, name):
+    """Refuse to write files with this in their path."""
+    replace = os.replace
+
+    def full(source, target):
+        if name in str(target):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+
+
+def test_on_error_warn_covers_the_beginning_of_a_run(tmp_path, monkeypatch):
+    full_disk(monkeypatch, "store/")
+    for act in (
+        lambda watch: fit(tmp_path, watch, max_epochs=1),
+        lambda watch: trainer(tmp_path, watch).validate(Every(), DataLoader(IndexedDataset(dataset(20)))),
+    ):
+        with pytest.warns(UserWarning, match=r"goes on without rows.*No space left"):
+            act(writer(tmp_path, on_error="warn"))
+        with pytest.raises(OSError, match="No space left"):
+            act(writer(tmp_path))
+
+
+def test_rows_that_are_left_out_are_said_later_too(tmp_path, monkeypatch):
+    """By the store, whether the fit is resumed or not; and nothing keeps compaction out."""
+    full_disk(monkeypatch, "0.safetensors")
+    with pytest.warns(UserWarning, match=r"goes on without rows"):
+        saved = interrupted_with(tmp_path, on_error="warn")
+    monkeypatch.undo()
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"some steps of runs \[1\] have no rows"):
+            store = GradientStore.open(tmp_path / "store")
+        with pytest.warns(UserWarning, match=r"some steps of runs \[1\] have no rows"):
+            store.compact()
+        with pytest.warns(UserWarning, match=r"some steps of runs \[1\] have no rows"):
+            resumed(tmp_path, saved, tmp_path / "store")
+
+
+def interrupted_with(tmp_path, **arguments):
+    save = saving(tmp_path / "saved")
+    fit(tmp_path, writer(tmp_path, **arguments), save, max_epochs=1, enable_checkpointing=True)
+    return tmp_path / "saved" / "last.ckpt"
 
 
 class Documents(Dataset):
@@ -262,13 +353,17 @@ def test_string_ids_and_columns_of_the_user(tmp_path):
 
 @pytest.mark.parametrize("per", ["step", "example"])
 def test_columns_of_training_rows(tmp_path, per):
-    given = (lambda batch: {"size": len(batch["label"]), "part": "a"}) if per == "step" else columns
+    given = (lambda batch: {**columns(batch), "size": len(batch["label"])}) if per == "step" else columns
     watch = writer(tmp_path, per=per, index_key="name", columns_fn=given)
     fit(tmp_path, watch, model=Reads, data=DataLoader(Documents(), batch_size=8), max_epochs=1)
     store = GradientStore.open(watch.dirpath)
     if per == "step":
         assert store.metadata()["size"].tolist() == [8, 8, 4]
-        assert len(store.where(part="a")) == 3
+        assert len(store.where(run="first")) == 3
+        sources = ["wiki" if label < 5 else "books" for label in Documents().digits.tensors[1].tolist()]
+        of_steps = [set(sources[i : i + 8]) for i in (0, 8, 16)]
+        assert store.metadata()["source"].tolist() == [one.pop() if len(one) == 1 else "" for one in of_steps]
+        assert store.metadata()["label"].tolist() == [-1] * 3
         assert store.where(example_ids="doc-9").metadata()["step"].tolist() == [2]
         assert store.where(example_ids=["doc-9", "doc-1"]).metadata()["step"].tolist() == [1, 2]
     else:
@@ -280,7 +375,7 @@ def test_columns_of_training_rows(tmp_path, per):
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        ({"source": ["wiki"]}, r"columns_fn returned 1 values for column 'source'; return one value.*8 rows"),
+        ({"source": ["wiki"]}, r"columns_fn returned 1 values for column 'source'; return one value.*8 examples"),
         ({"loss": 1.0}, "columns_fn names a column 'loss'; 'loss' is a column of every row; use another name"),
         ({"my source": 1}, "names a column 'my source'; use another name"),
         ({"source": [None] * 8}, "column 'source' has .*None.*give one number, boolean or string per row"),

@@ -60,6 +60,14 @@ def assert_as_written_without(folder, step):
     assert store.where(stage="validate").read().fingerprint == 7
 
 
+def test_ranks_without_files_are_not_missed(folder):
+    """Of the rows of steps only the first rank writes files."""
+    for file in (folder / "attempts").iterdir():
+        file.write_text(json.dumps({**json.loads(file.read_text()), "world_size": 2}))
+    GradientStore.create(folder, GradientStore.open(folder).spec)
+    assert_as_written(folder).compact().verify()
+
+
 def test_a_run_may_begin_or_compaction_come_first(folder):
     run = GradientStore.open(folder).begin_run("fit", parent=2, parent_step=6)
     assert run.number == 4

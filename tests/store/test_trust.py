@@ -1,5 +1,6 @@
 """What is missing, changed or exchanged is seen, and processes that share a store do not harm each other."""
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -10,13 +11,25 @@ import warnings
 from pathlib import Path
 
 import filelock
+import numpy as np
+import pandas
+import pyarrow
 import pytest
 import torch
 from test_files import no_folders, no_links
 from test_row_store import SKETCH, rows, spec, written
 
-from lightning_sketch.attribution import Curvature, GradientStore, SketchedGradients
+from lightning_sketch.attribution import (
+    Curvature,
+    GradientStore,
+    SketchedGradients,
+    Strings,
+    scores,
+    self_influence,
+    top_k,
+)
 from lightning_sketch.store import Busy, CorruptFile, CorruptShard
+from lightning_sketch.store.format import read_runs
 
 
 def several(path, **options):
@@ -41,12 +54,14 @@ def exchange(one, other):
         ("rows/r00000/a00000002/00000002.safetensors", "a00000002/00000002.safetensors"),
         ("rows/r00000/a00000001", "a00000001/00000000.safetensors and 4 more"),
         ("rows/r00000", "a00000001/00000000.safetensors and 4 more"),
+        ("rows/r00000/a00000002 rows/manifests/r00000-a00000002.json", "all of rank 0 in run 2"),
     ],
 )
 def test_missing_rows_are_said_at_opening(tmp_path, gone, named):
     """The last file, all of a run, all of a rank: what remains can be read; verify() and compact() refuse."""
     store = several(tmp_path)
-    (shutil.rmtree if (tmp_path / gone).is_dir() else os.unlink)(tmp_path / gone)
+    for name in gone.split():
+        (shutil.rmtree if (tmp_path / name).is_dir() else os.unlink)(tmp_path / name)
     with pytest.warns(UserWarning, match=rf"rows are missing.*{named}"):
         rest = GradientStore.open(tmp_path)
     assert set(rest.metadata()["step"].tolist()) < set(range(1, 7))
@@ -54,6 +69,32 @@ def test_missing_rows_are_said_at_opening(tmp_path, gone, named):
         store.verify()
     with pytest.raises(CorruptFile, match="would make losses final"):
         store.compact()
+    accepted = store.compact(accept_loss=True)
+    assert accepted.verify() == len(rest)
+    assert torch.equal(accepted.read().sketches, rows(rest.metadata()["step"].tolist()).sketches)
+
+
+def test_a_rank_that_is_lost_with_its_manifest_is_missed_after_a_compaction_too(tmp_path):
+    """As when the disk of one node was not copied; a rank that had nothing to write, or did not come to it, is not."""
+    store = GradientStore.create(tmp_path, spec())
+    for number in range(2):
+        run = store.begin_run("validate", world_size=3)
+        for rank in (0, 1):
+            with store.appender(run, rank) as appender:
+                appender.put(rows([number + 1], "validate"))
+        assert store.verify() == 2
+        if not number:
+            store = store.compact()
+            shutil.copytree(tmp_path, tmp_path.with_name("whole"))
+            shutil.rmtree(store.snapshot.folder / "r00001")
+            (store.snapshot.folder / "manifests" / "r00001-a00000001.json").unlink()
+            with pytest.warns(UserWarning, match="all of rank 1 in run 1"):
+                GradientStore.open(tmp_path)
+            shutil.rmtree(tmp_path)
+            tmp_path.with_name("whole").rename(tmp_path)
+            store = GradientStore.open(tmp_path)
+            assert store.compact().verify() == 2
+            break
 
 
 @pytest.mark.parametrize(
@@ -64,7 +105,7 @@ def test_missing_rows_are_said_at_opening(tmp_path, gone, named):
         ("rows", "rows.* is missing"),
         ("generation.json", r"generation\.json is missing"),
         ("attempts/00000001.json", r"00000001\.json is missing"),
-        ("attempts/00000002.json", r"rows of run 2, whose record in attempts is missing"),
+        ("attempts/00000002.json", r"rows of run 2, whose record .*00000002\.json is missing"),
         ("attempts", "rows of run 1, whose record"),
     ],
 )
@@ -340,6 +381,96 @@ def test_no_compaction_beside_a_writer(tmp_path):
     assert store.compact().metadata()["step"].tolist() == [1, 2, 3, 4, 5, 6, 7]
 
 
+def _begin_runs(folder, count):
+    store = GradientStore.open(folder)
+    for _ in range(count):
+        with store.appender(store.begin_run("test")) as appender:
+            appender.put(rows([1], "test"))
+
+
+@pytest.mark.slow
+def test_a_store_is_whole_while_another_process_begins_runs(tmp_path):
+    store = written(tmp_path, rows([1, 2]))
+    process = multiprocessing.get_context("spawn").Process(target=_begin_runs, args=(tmp_path, 60))
+    process.start()
+    while process.is_alive():
+        assert len(GradientStore.open(tmp_path)) >= 2
+        assert store.verify() >= 2
+    assert process.exitcode == 0
+    assert store.verify() == 62
+
+
+@pytest.mark.parametrize("kind", ["link", "folder"])
+@pytest.mark.parametrize("name", ["store.lock", "rows/r00000/a00000003/writer.lock"])
+def test_lock_files_are_not_written_through_links(tmp_path, name, kind):
+    store = several(tmp_path / "store")
+    run = store.begin_run("fit")
+    (tmp_path / "precious").write_text("mine")
+    lock = tmp_path / "store" / name
+    lock.unlink(missing_ok=True)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    lock.mkdir() if kind == "folder" else lock.symlink_to(tmp_path / "precious")
+    with pytest.raises(CorruptFile, match=f"{lock.name} is a link, pipe or folder"):
+        store.appender(run)
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_the_lock_of_another_user_is_not_passed_over(tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", "store.lock")
+
+    store = several(tmp_path)
+    monkeypatch.setattr(filelock.FileLock, "acquire", denied)
+    with pytest.raises(PermissionError):
+        store.compact()
+
+
+def test_a_curvature_is_not_written_through_a_link(tmp_path):
+    store = several(tmp_path / "store")
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "store" / "curvature").symlink_to(tmp_path / "outside")
+    matrix = {"matrix": torch.eye(16).double()}
+    made = Curvature(kind="fisher", fingerprint=1, examples=9, mean_square=1.0, effective_samples=2.0, **matrix)
+    with pytest.raises(CorruptFile, match="curvature is a link"):
+        made.save(store.path / "curvature")
+    assert not list((tmp_path / "outside").iterdir())
+
+
+def test_a_curvature_of_another_store_is_refused(tmp_path):
+    """Of the same weights, but another sketch perhaps."""
+    stores = [several(tmp_path / name) for name in "ab"]
+    matrix = {"matrix": torch.eye(16).double()}
+    made = Curvature(kind="fisher", fingerprint=1, examples=9, mean_square=1.0, effective_samples=2.0, **matrix)
+    for store in stores:
+        made.save(store.path / "curvature")
+    (file,) = (stores[0].path / "curvature").iterdir()
+    shutil.copy(file, stores[1].path / "curvature" / file.name)
+    for check in (
+        stores[1].verify,
+        lambda: Curvature.load(stores[1].path / "curvature", "fisher", fingerprint=1),
+    ):
+        with pytest.raises(CorruptFile, match="belongs elsewhere: its store"):
+            check()
+    made.save(tmp_path / "alone")
+    assert Curvature.load(tmp_path / "alone", "fisher", fingerprint=1).examples == 9
+
+
+def test_a_damaged_column_is_refused_at_opening(tmp_path):
+    """Also one that would hide all rows of its file, and one of strings."""
+    part = rows([2])
+    named = SketchedGradients(part.sketches, SKETCH, {**part.columns, "source": ["wikipedia"]})
+    store = written(tmp_path, rows([1]), named, rows([3]))
+    path = shard(store, 1, 1)
+    whole = path.read_bytes()
+    for content in (b"wikipedia", (2).to_bytes(8, "little")):
+        assert content in whole
+        data = bytearray(whole)
+        data[whole.index(content) + 1] ^= 1
+        path.write_bytes(data)
+        with pytest.raises(CorruptShard, match=r"00000001\.safetensors: its columns do not match their checksum"):
+            GradientStore.open(tmp_path)
+
+
 @pytest.mark.slow
 def test_a_writer_waits_for_a_compaction(tmp_path):
     store = several(tmp_path)
@@ -518,7 +649,6 @@ def test_values_that_a_column_cannot_have_are_refused(tmp_path):
 
 def test_strings_and_numbers_leave_for_pandas_arrow_and_numpy(tmp_path):
     """bfloat16, which none of them has, becomes float32 without a change of the numbers."""
-    pandas, pyarrow = pytest.importorskip("pandas"), pytest.importorskip("pyarrow")
     part = rows(range(1, 4))
     own = {"source": ["wiki", "", "wiki"], "example_ids": torch.tensor([[1, 2], [3, -1], [4, 5]])}
     store = written(
@@ -564,3 +694,112 @@ def test_columns_of_one_type_only(tmp_path):
         SketchedGradients(part.sketches, SKETCH, {"source": [None]})
     with pytest.raises(ValueError, match="tables of one sketch, got no table"):
         SketchedGradients.cat([])
+
+
+def test_a_column_of_strings_is_like_an_array_of_strings():
+    column = Strings.of(["wiki", "books", "", "wiki"])
+    assert list(column) == column.tolist() == np.asarray(column).tolist() == ["wiki", "books", "", "wiki"]
+    assert column[1] == "books"
+    assert (column == "wiki").tolist() == [True, False, False, True]
+    assert (column != ["wiki", "wiki", "", "wiki"]).tolist() == [False, True, False, False]
+    assert "books" in column
+    assert "none" not in column
+    assert column[1:3].tolist() == ["books", ""]
+    assert column[torch.tensor([False, True, False, True])].tolist() == ["books", "wiki"]
+    frame = pandas.Series(column)
+    assert frame.tolist() == column.tolist()
+    table = SketchedGradients(torch.eye(4, 16), SKETCH, {"source": column})
+    for mask in (column == "wiki", np.asarray(column) == "wiki", frame == "wiki"):
+        assert table.where(mask).source.tolist() == ["wiki", "wiki"]
+    for values in (frame[:2], frame.unique()[:2], pandas.Index(["books", "wiki"])):
+        assert len(table.where(source=values)) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"),
+    [
+        (torch.tensor([200, 3], dtype=torch.uint8), torch.int64),
+        (torch.tensor([60_000, 3], dtype=torch.uint16), torch.int64),
+        (torch.tensor([1.5, 2.0], dtype=torch.bfloat16), torch.float32),
+        (np.array([1.5, 2.0], dtype=np.float16), torch.float32),
+        ([True, False], torch.bool),
+        (np.array([1 << 60, 2]), torch.int64),
+    ],
+    ids=str,
+)
+def test_columns_have_a_few_types(tmp_path, given, stored):
+    """So that "unknown" is -1 or NaN, whatever type a batch has, and all of them leave for NumPy."""
+    table = SketchedGradients(torch.eye(2, 16), SKETCH, {"own": given})
+    assert table.own.dtype == stored
+    assert table.own.tolist() == given.tolist() if not isinstance(given, list) else given
+    written(tmp_path, table)
+    store = written(tmp_path, rows([1]), stage="test")
+    unknown = store.metadata()["own"][2]
+    assert unknown.isnan() if stored.is_floating_point else unknown == (False if stored == torch.bool else -1)
+    assert len(store.where(own=given[0])) == 1
+    store.to_pandas()
+
+
+def test_numbers_that_no_column_can_have_are_refused():
+    large = np.array([2**63 + 1, 2], dtype=np.uint64)
+    for given in (torch.tensor([1j, 2]), torch.from_numpy(large), large):
+        with pytest.raises(ValueError, match="column 'own' has "):
+            SketchedGradients(torch.eye(2, 16), SKETCH, {"own": given})
+
+
+def test_names_are_in_order_where_scores_are_summed_by_them():
+    sketches = torch.tensor([[3.0], [1.0], [2.0], [0.5]]) * torch.eye(1, 16)
+    table = SketchedGradients(sketches, SKETCH, {"example_id": ["c", "a", "b", "a"]})
+    query = SketchedGradients(torch.eye(1, 16), SKETCH)
+    assert scores(query, table, group="example_id").tolist() == [[1.5, 2.0, 3.0]]
+    assert top_k(query, table, 2).example_ids == [["c", "b"]]
+
+
+def test_steps_are_answers_where_other_rows_have_names(tmp_path):
+    part = rows([1, 2, 3])
+    unnamed = SketchedGradients(part.sketches, SKETCH, {**part.columns, "example_id": torch.full((3,), -1)})
+    named = rows([3], "validate", fingerprint=7)
+    written(tmp_path, unnamed)
+    written(tmp_path, SketchedGradients(named.sketches, SKETCH, {**named.columns, "example_id": ["x"]}), stage="test")
+    fit = GradientStore.open(tmp_path).where(stage="fit")
+    assert self_influence(fit).example_ids.tolist() == [1, 2, 3]
+
+
+def test_measurements_belong_to_the_lineage_of_their_fit(tmp_path):
+    """Those of another fit, or of steps that were done again, are not visible; those without a fit always are."""
+    written(tmp_path, rows([1, 2, 3]))
+    written(tmp_path, rows([2], "validate", fingerprint=5), stage="validate", parent=1)
+    written(tmp_path, rows([3], "validate", fingerprint=6), stage="validate", parent=1)
+    written(tmp_path, rows([9], "validate", fingerprint=7), stage="validate")
+    store = written(tmp_path, rows([3, 4]), parent=1, parent_step=2)
+    assert store.where(stage="validate").metadata()["fingerprint"].tolist() == [5, 7]
+    fresh = written(tmp_path, rows([1]))
+    assert fresh.where(stage="validate").metadata()["fingerprint"].tolist() == [7]
+    assert GradientStore.open(tmp_path, lineage=1).where(stage="validate").metadata()["step"].tolist() == [2, 3, 9]
+    fresh.compact()
+    with pytest.raises(ValueError, match=r"lineage=1 is no fit of the store; its fits are \[6\]"):
+        GradientStore.open(tmp_path, lineage=1)
+
+
+def test_rows_that_could_not_be_written_are_said_at_opening(tmp_path):
+    store = several(tmp_path)
+    run = dataclasses.replace(read_runs(store.snapshot)[0], incomplete=True)
+    run.write(store.snapshot)
+    with pytest.warns(UserWarning, match=r"some steps of runs \[1\] have no rows"):
+        GradientStore.open(tmp_path)
+
+
+def test_an_empty_selection_says_so(tmp_path):
+    store = several(tmp_path)
+    with pytest.raises(ValueError, match="the selection is empty"):
+        store.where(step=99).top_k(rows([1]), 1)
+
+
+def test_a_file_in_place_of_the_folder_is_named(tmp_path, untyped):
+    (tmp_path / "last.ckpt").write_text("")
+    with pytest.raises(ValueError, match=r"last\.ckpt is a file"):
+        GradientStore.create(tmp_path / "last.ckpt", spec())
+    with pytest.raises(FileNotFoundError, match=r"last\.ckpt has no store"):
+        GradientStore.open(tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match=r"takes the folder of a store, such as writer\.dirpath, got a int"):
+        GradientStore.open(3)

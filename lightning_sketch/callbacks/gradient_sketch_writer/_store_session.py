@@ -1,11 +1,13 @@
 """The store of a writer: where it is, what its rows are, and which run resumes which."""
 
 import atexit
+import contextlib
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,7 +20,7 @@ from lightning_sketch._lightning import Trainer, is_dev_run, print_on_rank_zero
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.callbacks._validate import Granularity
 from lightning_sketch.operators.kinds import make_sketch
-from lightning_sketch.store.format import Run, RunStage, Snapshot, begin_run, create_store, read_runs
+from lightning_sketch.store.format import Run, RunStage, Snapshot, begin_run, create_store, read_runs, run_path
 from lightning_sketch.store.maintenance import erase
 from lightning_sketch.store.sketched_gradients import STAGES, SketchedGradients, Stage
 from lightning_sketch.store.spec import DTYPES, Dtype, StoreSpec
@@ -41,13 +43,25 @@ class StoreRun:
         snapshot: The store.
         run: The run.
         on_error: Whether rows that cannot be written end the training, or are left out from then on.
+        failure: Why nothing can be written, with on_error="warn".
     """
 
-    def __init__(self, trainer: Trainer, snapshot: Snapshot, run: Run, on_error: OnError):
-        self.folder, self.spec, self.store = snapshot.path, snapshot.spec, snapshot.store
-        self.run, self.stage, self.on_error = run, run.stage, on_error
+    def __init__(
+        self, trainer: Trainer, snapshot: Snapshot, run: Run, on_error: OnError, failure: OSError | None = None
+    ):
+        self.snapshot, self.folder, self.spec = snapshot, snapshot.path, snapshot.spec
+        self.run, self.stage, self.rank, self.on_error = run, run.stage, trainer.global_rank, on_error
         self.warned = self.failed = False
-        self.appender = RowAppender.open(snapshot.path, rank=trainer.global_rank, run=run.number)
+        self.appender: RowAppender | None = None
+        with self._failing():
+            if failure is not None:
+                raise failure
+            self.appender = RowAppender.open(snapshot.path, rank=self.rank, run=run.number)
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that this rank has put."""
+        return 0 if self.appender is None else self.appender.rows
 
     def put(self, rows: SketchedGradients, stage: Stage | None = None, **columns: float | int) -> None:
         """Append rows to the store.
@@ -58,30 +72,43 @@ class StoreRun:
             **columns: Values that all rows get in these columns.
         """
         count = len(rows)
-        columns |= {"stage": STAGES.index(stage or self.stage), "rank": self.appender.rank}
+        columns |= {"stage": STAGES.index(stage or self.stage), "rank": self.rank}
         filled = {key: rows.columns[key].new_full((count,), value) for key, value in columns.items()}
-        full = SketchedGradients(rows.sketches, rows.sketch, {**rows.columns, **filled})
-        self._attempt(lambda: self.appender.put(full))
+        if self.appender is not None and not self.failed:
+            with self._failing():
+                self.appender.put(SketchedGradients(rows.sketches, rows.sketch, {**rows.columns, **filled}))
 
     def flush(self) -> None:
         """Wait until all rows are on the disk."""
-        self._attempt(self.appender.flush)
+        if self.appender is not None and not self.failed:
+            with self._failing():
+                self.appender.flush()
 
     def close(self) -> None:
         """Write all rows, and end the run."""
-        self._attempt(self.appender.close)
+        if self.appender is not None:
+            with contextlib.suppress(RuntimeError) if self.failed else self._failing():
+                self.appender.close()
+            if self.failed:
+                self._mark()
 
-    def _attempt(self, write: Callable[[], None]) -> None:
-        """Write; with on_error="warn", an error is said, and from then on nothing is written."""
-        if self.failed:
-            return
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Within the context, say an error in place of raising it with on_error="warn"; nothing is written then."""
         try:
-            write()
-        except RuntimeError as error:
+            yield
+        except (RuntimeError, OSError) as error:
             if self.on_error == "raise":
                 raise
             self.failed = True
-            warnings.warn(f"training goes on without rows (on_error='warn'): {error}", stacklevel=2)
+            self._mark()
+            warnings.warn(f"training goes on without rows (on_error='warn'): {error}", stacklevel=4)
+
+    def _mark(self) -> None:
+        """Record that rows are missing, if that at least can be written."""
+        if self.appender is not None and run_path(self.folder, self.run.number).exists():
+            with contextlib.suppress(OSError):
+                replace(self.run, incomplete=True).write(self.snapshot)
 
     def check_covers(self, layout: Layout) -> None:
         """Warn, once, of parameters that are trainable now but were frozen when the store was opened."""
@@ -158,13 +185,14 @@ class StoreSession:
         kind: The kind of the sketch.
         dim: The numbers in a row; reduced to the number of parameters if there are fewer.
         seed: The seed of the sketch.
-        overwrite: Whether to delete a store that is in the folder of the first one, unless a checkpoint belongs to it.
+        overwrite: Whether the first fit deletes the store that its folder has, unless it resumes it.
         on_error: Whether rows that cannot be written end the training, or are left out from then on.
 
     Attributes:
         dirpath: The folder of the store that was opened last.
-        resumed: The number (`attempt`), the folder (`dirpath`) and the store's UUID (`store`) of the run that writes
-            now, or of the run that a checkpoint belongs to.
+        resumed: The number (`attempt`) and the UUID (`run`) of the fit that writes now, or that a checkpoint belongs
+            to, with the folder (`dirpath`) and the UUID (`store`) of its store.
+        measured: The same of the fit at whose weights a validation takes its rows, if it is known.
     """
 
     def __init__(
@@ -185,6 +213,7 @@ class StoreSession:
         self.kind, self.dim, self.seed = kind, dim, seed
         self.overwrite, self.on_error = overwrite, on_error
         self.resumed: dict[str, Any] | None = None
+        self.measured: dict[str, Any] | None = None
         self._throw_away: str | None = None
 
     def open_fit(
@@ -209,7 +238,10 @@ class StoreSession:
         """
         parent = self.resumed if trainer.global_step > 0 else None
         opened = self._open(trainer, layout, "fit", parent, left_out=left_out, contribution=contribution)
-        self.resumed = {"attempt": opened.run.number, "dirpath": self.dirpath, "store": opened.store}
+        self.resumed = None
+        if opened.run.number:
+            identity = {"run": opened.run.id, "store": opened.snapshot.store}
+            self.resumed = {"attempt": opened.run.number, "dirpath": self.dirpath, **identity}
         _say_size(trainer, self.name, opened, every_n_train_steps, rows_per_step)
         return opened
 
@@ -217,12 +249,12 @@ class StoreSession:
         """Open the store for rows at a checkpoint, with the layout of the rows of training if these are of examples."""
         left_out: Mapping[str, str] | None = None
         contribution = False
-        if self.per == "example" and self.dirpath is not None and not self.overwrite and _has_store(self.dirpath):
+        if self.per == "example" and self.dirpath is not None and _has_store(self.dirpath):
             spec = Snapshot.read(Path(self.dirpath)).spec
             layout, left_out, contribution = spec.parameters, spec.left_out, spec.contribution
         assert trainer.state.fn is not None
         stage = cast(RunStage, trainer.state.fn.value)
-        return self._open(trainer, layout, stage, left_out=left_out, contribution=contribution)
+        return self._open(trainer, layout, stage, self.measured, left_out=left_out, contribution=contribution)
 
     def _open(
         self,
@@ -251,11 +283,14 @@ class StoreSession:
             except (ValueError, OSError, RuntimeError) as error:  # else the other ranks would wait forever
                 failure = error
         decided, failure = trainer.strategy.broadcast((decided, failure))
-        if failure is not None:
-            raise failure
-        assert decided is not None
+        if decided is None:
+            if failure is not None and not (isinstance(failure, OSError) and self.on_error == "warn"):
+                raise failure
+            nothing = Snapshot(Path(self.dirpath or self.name), spec, ""), Run(0, stage)
+            return StoreRun(trainer, *nothing, self.on_error, cast(OSError, failure))
         snapshot, run = decided
-        self.dirpath, self.overwrite = str(snapshot.path), False
+        self.dirpath = str(snapshot.path)
+        self.overwrite &= is_dev_run(trainer) or stage != "fit"
         return StoreRun(trainer, snapshot, run, self.on_error)
 
     def _begin(
@@ -269,22 +304,27 @@ class StoreSession:
         """
         folder = self._folder(trainer, parent)
         resumes = parent is not None and _is_in(folder, parent)
-        if (self.overwrite and not (self.resumed and _is_in(folder, self.resumed))) or _is_unused(folder, spec):
+        if stage == "fit" and not resumes and (self.overwrite or _is_unused(folder, spec)) and _has_any(folder):
+            print_on_rank_zero(trainer, f"{self.name}: deleting the store in {folder}, to begin a new one")
             erase(folder)
-        if parent is not None and not resumes:
-            _check_new_lineage(folder, parent, trainer.global_step)
+        lost = stage == "fit" and parent is not None and not resumes
+        if lost:
+            _check_new_lineage(folder, cast(Mapping[str, Any], parent), trainer.global_step)
         snapshot = create_store(folder, spec)
         fits = [run.number for run in read_runs(snapshot) if run.stage == "fit"]
         if stage == "fit" and fits and not resumes:
             warnings.warn(
-                f"{folder} has the rows of {len(fits)} fits, and this one starts at step {trainer.global_step} without "
-                "them: from now on the store shows the new fit. GradientStore.open(path, lineage=NUMBER) shows another "
-                f"one, of {fits}, until compact() deletes it; overwrite=True deletes all at the start.",
+                f"{folder} has rows of other fits, {fits}, and this one starts at step {trainer.global_step} without "
+                "them: from now on the store shows the new fit, and what is measured at its weights. "
+                "GradientStore.open(path, lineage=NUMBER) shows another one, until compact() deletes it; "
+                "overwrite=True deletes all at the start.",
                 stacklevel=2,
             )
-        if parent is None or not resumes:
-            return snapshot, begin_run(folder, stage, world_size=trainer.world_size)
-        return snapshot, begin_run(folder, stage, int(parent["attempt"]), trainer.global_step, trainer.world_size)
+        known = parent if resumes else None
+        number = int(known["attempt"]) if known else None
+        step = trainer.global_step if known and stage == "fit" else None
+        origin = str(parent.get("run")) if parent is not None and lost else None
+        return snapshot, begin_run(folder, stage, number, step, trainer.world_size, origin)
 
     def _folder(self, trainer: Trainer, parent: Mapping[str, Any] | None) -> Path:
         """Return the folder of the store."""
@@ -300,8 +340,12 @@ class StoreSession:
             return Path(self._throw_away)
         if self._throw_away is not None and self.dirpath == self._throw_away:
             self.dirpath = self._requested
-        if self._requested is None and parent is not None and _is_in(Path(parent["dirpath"]), parent):
-            return Path(parent["dirpath"])
+        if self._requested is None and parent is not None:
+            # where it was written, or, if all was moved, beside the checkpoint as Lightning places both
+            beside = [Path(trainer.ckpt_path).parents[i] / self.name for i in (0, 1)] if trainer.ckpt_path else []
+            for folder in (Path(parent["dirpath"]), *beside):
+                if _is_in(folder, parent):
+                    return folder.absolute()
         return Path(self.dirpath or os.path.abspath(_default_folder(trainer, self.name)))
 
 
@@ -317,27 +361,42 @@ def _is_unused(folder: Path, spec: StoreSpec) -> bool:
     return snapshot.spec != spec and not any(snapshot.folder.rglob("*.safetensors"))
 
 
+def _has_any(folder: Path) -> bool:
+    """Return whether a folder has a store, or parts of one."""
+    return any((folder / name).exists() for name in ("spec.json", "generation.json", "attempts"))
+
+
 def _is_in(folder: Path, parent: Mapping[str, Any]) -> bool:
-    """Return whether the store of a folder is the one that a checkpoint was saved with."""
-    wanted = parent.get("store")  # the first version saved none
-    return _has_store(folder) and (wanted is None or Snapshot.read(folder).store == wanted)
+    """Return whether a folder has the store, and in it the run, that a checkpoint was saved with."""
+    if not _has_store(folder):
+        return False
+    snapshot = Snapshot.read(folder)
+    if parent.get("store") not in (None, snapshot.store):  # the first version saved neither
+        return False
+    ids = {run.number: run.id for run in read_runs(snapshot)}
+    return parent.get("run") in (None, ids.get(int(parent["attempt"])))
 
 
 def _check_new_lineage(folder: Path, parent: Mapping[str, Any], step: int) -> None:
     """Say that a fit that resumes does so without the rows of its earlier steps.
 
     Raises:
-        ValueError: If there is another store in the folder.
+        ValueError: If there is another store in the folder, which was not begun for this checkpoint either.
     """
+    moved = "pass its folder as dirpath to continue it"
     if _has_store(folder):
-        raise ValueError(
-            f"the checkpoint was saved with the store {parent.get('store')} in {parent['dirpath']}, and {folder} has "
-            f"another one, {Snapshot.read(folder).store}: the rows of two trainings would be mixed. Use dirpath="
-            f"{parent['dirpath']!r}, an empty folder, or overwrite=True, which deletes the rows that are there."
-        )
+        snapshot = Snapshot.read(folder)
+        if parent.get("run") not in [run.origin for run in read_runs(snapshot)]:
+            there = Path(parent["dirpath"])
+            gone = there == folder or not there.exists()
+            way = "it is gone from there; if it was moved, " if gone else ""
+            raise ValueError(
+                f"the checkpoint was saved with the store {parent.get('store')} in {there}, and {folder} has another "
+                f"one, {snapshot.store}, or a copy that went on without it: rows of two trainings would be mixed. "
+                f"{way}{moved}, or use an empty folder, or overwrite=True, which deletes the rows that are here."
+            )
     warnings.warn(
         f"the rows of steps 1 to {step} are not in {folder}: the checkpoint was saved with the store in "
-        f"{parent['dirpath']}. A new store begins at step {step + 1}; to continue the old one, put it back and start "
-        "again.",
+        f"{parent['dirpath']}. A new lineage begins at step {step + 1}; if the old store was moved, {moved}.",
         stacklevel=2,
     )

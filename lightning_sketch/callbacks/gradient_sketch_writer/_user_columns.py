@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from lightning_sketch.store.sketched_gradients import DEFAULTS, Column, Strings, as_column
+from lightning_sketch.store.sketched_gradients import DEFAULTS, Column, Strings, as_column, keys_of, unknown
 
-_RESERVED = {*DEFAULTS, "attempt", "dataloader", "example_ids", "scale", "sketches"}
+_RESERVED = {*DEFAULTS, "attempt", "dataloader", "example_ids", "mask", "scale", "self", "sketch", "sketches"}
 
 
 class UserColumns:
@@ -20,12 +20,13 @@ class UserColumns:
     def __init__(self, columns_fn: Callable[[Any], Mapping[str, Any]] | None):
         self.columns_fn = columns_fn
 
-    def __call__(self, batch: Any, count: int) -> dict[str, Column]:
+    def __call__(self, batch: Any, count: int | None) -> dict[str, Column]:
         """Return the columns of the rows of a batch.
 
         Args:
             batch: The batch, as the module gets it.
-            count: The number of its rows: of its examples, or 1 for the row of a step.
+            count: The number of its examples; None for the one row of a step, whose value is unknown where the examples
+                have several.
 
         Raises:
             ValueError: If a name or the number of values does not fit.
@@ -38,7 +39,7 @@ class UserColumns:
         return {name: _column(name, values, count) for name, values in found.items()}
 
 
-def _column(name: Any, values: Any, count: int) -> Column:
+def _column(name: Any, values: Any, count: int | None) -> Column:
     """Return one column, from a value per row or one for all rows."""
     if not isinstance(name, str) or not name.isidentifier() or name in _RESERVED:
         taken = f"; {name!r} is a column of every row" if name in _RESERVED else ""
@@ -48,10 +49,14 @@ def _column(name: Any, values: Any, count: int) -> Column:
     if single and isinstance(column, torch.Tensor):
         column = column.reshape(1)
     column = column if isinstance(column, Strings) else column.detach().cpu()
-    if len(column) == 1 and single:
-        return column[torch.zeros(count, dtype=torch.long)]
+    if single:
+        return column[torch.zeros(count or 1, dtype=torch.long)]
+    if count is None and len(column):
+        keys = keys_of(column)
+        return column[:1] if bool((keys == keys[0]).all()) else unknown(column, 1)
     if len(column) != count or (isinstance(column, torch.Tensor) and column.ndim != 1):
         shape = f"{len(column)} values" if isinstance(column, Strings) else f"shape {tuple(column.shape)}"
-        what = "one value for the row of the step" if count == 1 else f"one value, or one for each of {count} rows"
-        raise ValueError(f"columns_fn returned {shape} for column {name!r}; return {what}.")
+        raise ValueError(
+            f"columns_fn returned {shape} for column {name!r}; return one value, or one for each of {count} examples."
+        )
     return column

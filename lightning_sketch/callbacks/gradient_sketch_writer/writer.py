@@ -82,11 +82,11 @@ class GradientSketchWriter(CallbackBase):
         batch_dim: The axis of the examples, see `sketch_gradients`.
         split_fn: batch -> batches of one example, see `sketch_gradients`.
         columns_fn: batch -> {name: values}, columns of your own, such as the source or the class of each example: a
-            number, boolean or string for each example, or one for all. The row of a step takes one value, that of the
-            first rank's last batch. `store.where(source="wiki")` selects by them.
-        overwrite: Whether to delete the store that is in the folder when the first run begins, unless it is resumed.
+            number, boolean or string for each example, or one for all. The row of a step has the value of the first
+            rank's last batch, if that is the same for all its examples. `store.where(source="wiki")` selects by them.
+        overwrite: Whether the first fit deletes the store that the folder has, unless it resumes it.
         on_error: What to do if rows cannot be written, as on a full disk: "raise" ends the training at the next file;
-            "warn" goes on without rows.
+            "warn" goes on without rows, and the store says that some are missing.
 
     Raises:
         ValueError: If an argument is out of its range; before training, if the folder has a store of other rows or, on
@@ -145,6 +145,8 @@ class GradientSketchWriter(CallbackBase):
                 raise ValueError(
                     f"GradientSketchWriter({argument}={value!r}) is not known; use {', '.join(map(repr, known))}."
                 )
+        if columns_fn is not None and not callable(columns_fn):
+            raise ValueError(f"columns_fn={columns_fn!r} is no function; pass lambda batch: {{'source': ...}}.")
         if dim < 1 or every_n_train_steps < 1:
             raise ValueError(f"need dim and every_n_train_steps >= 1, got {dim} and {every_n_train_steps}.")
         self.per, self.every_n_train_steps, self.parameters = per, every_n_train_steps, parameters
@@ -178,6 +180,11 @@ class GradientSketchWriter(CallbackBase):
         return self._session.dirpath
 
     @property
+    def lineage(self) -> int | None:
+        """The number of the fit that was written last, for `GradientStore.open(writer.dirpath, writer.lineage)`."""
+        return self._session.resumed["attempt"] if self._session.resumed else None
+
+    @property
     def state_key(self) -> str:
         """The key of the state in a checkpoint; writers with different names have different keys."""
         return state_key(self, name=self.name)
@@ -194,6 +201,7 @@ class GradientSketchWriter(CallbackBase):
         """Remember the step, epoch and learning rate of a checkpoint, for the rows at its weights."""
         groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
         lr = math.nan if isinstance(pl_module, SubspaceModule) else common_lr(groups)  # those are not the rates of w
+        self._session.measured = checkpoint.get("callbacks", {}).get(self.state_key)
         self._position = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"], "lr": lr}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -201,7 +209,7 @@ class GradientSketchWriter(CallbackBase):
         check_rows(trainer, pl_module, stage, self.per, self.loss_fn is not None)
         if stage == "fit" and trainer.global_step == 0:
             self._session.resumed = None  # the checkpoint is loaded after this hook
-        self._position = {}
+        self._position, self._session.measured = {}, self._session.resumed
         self._example_ids.attach(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -213,7 +221,7 @@ class GradientSketchWriter(CallbackBase):
         try:
             self._close()
         except RuntimeError as error:
-            if error is not exception:
+            if str(error) != str(exception):
                 warnings.warn(str(error), stacklevel=2)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -230,7 +238,7 @@ class GradientSketchWriter(CallbackBase):
         if batch_idx == 0 and self._run is not None:
             self._run.check_covers(Layout.of(pl_module, self.parameters))
         if self._steps is not None:
-            self._steps.begin_batch(trainer, ids, self._own_columns(batch, 1))
+            self._steps.begin_batch(trainer, ids, self._own_columns(batch, None))
             return
         if self._training is None:
             self._training = self._begin_examples(trainer, pl_module, batch)
@@ -270,7 +278,7 @@ class GradientSketchWriter(CallbackBase):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the number of rows."""
         if self._run is not None:
-            scalars = {f"{self.name}/rows": float(self._run.appender.rows)}
+            scalars = {f"{self.name}/rows": float(self._run.rows)}
             log_scalars(trainer.loggers, scalars, batches_done(trainer) - 1)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
 
