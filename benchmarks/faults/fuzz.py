@@ -230,12 +230,19 @@ def remove(path: Path) -> Path:
     return path
 
 
+def remove_run(trial):
+    folder = trial.one("shard").parent
+    remove(folder)
+    remove(trial.rows / "manifests" / f"{folder.parent.name}-{folder.name}.json")
+
+
 for _kind in ("shard", "manifest", "attempt", "spec", "generation", "curvature", "lock"):
     MUTATORS[f"no file {_kind}"] = lambda trial, kind=_kind: remove(trial.one(kind))
 MUTATORS["no last shard of a run"] = lambda trial: remove(max(trial.one("shard").parent.glob("*.safetensors")))
 MUTATORS["no last attempt"] = lambda trial: remove(trial.files("attempt")[-1])
 MUTATORS["no folder of a run"] = lambda trial: remove(trial.one("shard").parent)
 MUTATORS["no folder of a rank"] = lambda trial: remove(trial.one("shard").parents[1])
+MUTATORS["no run and none of its manifests"] = lambda trial: remove_run(trial)
 MUTATORS["no folder rows"] = lambda trial: remove(trial.rows)
 MUTATORS["no folder manifests"] = lambda trial: remove(trial.rows / "manifests")
 MUTATORS["no folder attempts"] = lambda trial: remove(trial.path / "attempts")

@@ -120,8 +120,10 @@ class Snapshot:
         except FileNotFoundError as error:
             raise CorruptFile(f"{generation} is missing; restore it from a copy.") from error
         kept, settled = now["kept"], now.get("settled", {})
-        steps = all(run.isdecimal() and isinstance(step, int) for run, step in kept.items())
-        if not steps or not all(run.isdecimal() and isinstance(ranks, list) for run, ranks in settled.items()):
+        steps = all(run.isdecimal() and isinstance(step, int) and step >= -1 for run, step in kept.items())
+        ranks = all(run.isdecimal() and isinstance(found, list) for run, found in settled.items())
+        whole = ranks and all(isinstance(rank, int) for found in settled.values() for rank in found)
+        if not steps or not whole or any(step < 0 and settled.get(run) for run, step in kept.items()):
             raise CorruptFile(f"{generation} has {str(kept)[:60]} and {str(settled)[:60]}, no steps and ranks of runs.")
         by_run = [{int(run): value for run, value in found.items()} for found in (kept, settled)]
         return cls(path, spec, store, now["generation"], *by_run)

@@ -10,12 +10,14 @@ die=K: the process of the last rank dies after step K, once.
 import os
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from models import Digits, dataset, trainer
 from pytorch_lightning import seed_everything
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.strategies import DDPStrategy
 from torch.utils.data import DataLoader
 
 from lightning_sketch import GradientSketchWriter
@@ -63,7 +65,7 @@ def main(folder: Path, devices: int, steps: int, validate: bool, dies: list[int]
         *(Dies(folder, step) for step in dies),
         writer,
         devices=devices,
-        strategy="ddp" if devices > 1 else "auto",
+        strategy=DDPStrategy(timeout=timedelta(minutes=2)) if devices > 1 else "auto",  # gloo may hang on restarting
         max_epochs=-1,
         max_steps=steps,
         enable_checkpointing=not validate,

@@ -581,10 +581,10 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(which=st.none() | st.integers(0, 7))
     def reopen(self, which):
-        """At the latest lineage, or at that of any run."""
+        """At the latest lineage, or at that of any fit whose rows were not dropped."""
         runs = len(self.model.runs)
         fit = None if which is None or not runs else 1 + which % runs
-        if fit is not None and fit not in self.model.fits:
+        if fit is not None and (fit not in self.model.fits or self.model.dropped(fit, 0)):
             with pytest.raises(ValueError, match=f"lineage={fit} is no fit"):
                 RowStore.open(self.path, lineage=fit)
             return
