@@ -23,7 +23,8 @@ from lightning_sketch.operators import BlockSRHT
 def rows(sketch, count, start=0, **columns):
     steps = torch.arange(start, start + count)
     sketches = torch.randn(count, sketch.dim)
-    return SketchedGradients(sketches, sketch, {"step": steps, "example_id": steps, **columns})
+    weights = torch.full_like(steps, 1 << 60)
+    return SketchedGradients(sketches, sketch, {"step": steps, "example_id": steps, "fingerprint": weights, **columns})
 
 
 def store(folder, dim, parts, **sizes):

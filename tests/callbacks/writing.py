@@ -65,7 +65,7 @@ def main(folder: Path, devices: int, steps: int, validate: bool, dies: list[int]
         *(Dies(folder, step) for step in dies),
         writer,
         devices=devices,
-        strategy=DDPStrategy(timeout=timedelta(minutes=2)) if devices > 1 else "auto",  # gloo may hang on restarting
+        strategy=DDPStrategy(timeout=timedelta(minutes=2)) if devices > 1 else "auto",
         max_epochs=-1,
         max_steps=steps,
         enable_checkpointing=not validate,

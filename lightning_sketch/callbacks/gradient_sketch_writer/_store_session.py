@@ -20,7 +20,7 @@ from lightning_sketch._lightning import Trainer, is_dev_run, print_on_rank_zero
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.callbacks._validate import Granularity
 from lightning_sketch.operators.kinds import make_sketch
-from lightning_sketch.store.format import Run, RunStage, Snapshot, begin_run, create_store, read_runs, run_path
+from lightning_sketch.store.format import Run, RunStage, Snapshot, begin_run, create_store, read_runs
 from lightning_sketch.store.maintenance import erase
 from lightning_sketch.store.sketched_gradients import STAGES, SketchedGradients, Stage
 from lightning_sketch.store.spec import DTYPES, Dtype, StoreSpec
@@ -106,8 +106,9 @@ class StoreRun:
 
     def _mark(self) -> None:
         """Record that rows are missing, if that at least can be written."""
-        if self.appender is not None and run_path(self.folder, self.run.number).exists():
-            with contextlib.suppress(OSError):
+        own = {"attempt": self.run.number, "run": self.run.id, "store": self.snapshot.store}
+        with contextlib.suppress(OSError, ValueError):
+            if self.appender is not None and _is_in(self.folder, own):  # it may be another store by now
                 replace(self.run, incomplete=True).write(self.snapshot)
 
     def check_covers(self, layout: Layout) -> None:
