@@ -14,7 +14,7 @@ def to_pandas(columns: Mapping[str, Column]) -> Any:
     try:
         import pandas as pd  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
-        raise ImportError("to_pandas() needs pandas; pip install pandas, or use metadata().") from error
+        raise ImportError("to_pandas() needs pandas; pip install 'lightning-sketch[tables]', or use metadata().") from error
     return pd.DataFrame(_plain(columns))
 
 
@@ -23,7 +23,7 @@ def to_arrow(rows: SketchedGradients) -> Any:
     try:
         import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
-        raise ImportError("to_arrow() needs pyarrow; pip install pyarrow, or use numpy.asarray(rows).") from error
+        raise ImportError("to_arrow() needs pyarrow; pip install 'lightning-sketch[tables]', or use numpy.asarray(rows).") from error
     sketch = pa.FixedSizeListArray.from_arrays(np.asarray(rows).reshape(-1), rows.dim)
     plain = _plain(rows.columns)
     return pa.table({**{name: pa.array(values) for name, values in plain.items()}, "sketch": sketch})
