@@ -8,13 +8,15 @@ import numpy as np
 
 from lightning_sketch.store.sketched_gradients import STAGES, Column, SketchedGradients, Strings
 
+_INSTALL = "pip install 'lightning-sketch[tables]'"
+
 
 def to_pandas(columns: Mapping[str, Column]) -> Any:
     """Return columns as a pandas DataFrame, with the stages in words and the strings as such."""
     try:
         import pandas as pd  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
-        raise ImportError("to_pandas() needs pandas; pip install 'lightning-sketch[tables]', or use metadata().") from error
+        raise ImportError(f"to_pandas() needs pandas: {_INSTALL}, or use metadata().") from error
     return pd.DataFrame(_plain(columns))
 
 
@@ -23,7 +25,7 @@ def to_arrow(rows: SketchedGradients) -> Any:
     try:
         import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
-        raise ImportError("to_arrow() needs pyarrow; pip install 'lightning-sketch[tables]', or use numpy.asarray(rows).") from error
+        raise ImportError(f"to_arrow() needs pyarrow: {_INSTALL}, or use numpy.asarray(rows).") from error
     sketch = pa.FixedSizeListArray.from_arrays(np.asarray(rows).reshape(-1), rows.dim)
     plain = _plain(rows.columns)
     return pa.table({**{name: pa.array(values) for name, values in plain.items()}, "sketch": sketch})
