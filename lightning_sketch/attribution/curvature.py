@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lightning_sketch._files import CorruptFile, check_folder, check_place
 from lightning_sketch._tensor_file import TensorFile, write_tensors
-from lightning_sketch.store.format import Snapshot
+from lightning_sketch.store.format import store_id
 
 # Curvatures that are made from the rows alone, and all.
 RowKind = Literal["margin", "fisher", "trak"]
@@ -109,7 +109,7 @@ class Curvature:
         numbers = {"examples": self.examples, "mean_square": self.mean_square}
         numbers |= {"effective_samples": self.effective_samples}
         metadata = {"kind": self.kind, "fingerprint": str(self.fingerprint), **{k: repr(v) for k, v in numbers.items()}}
-        metadata["store"] = _store_of(path)
+        metadata["store"] = store_id(path.absolute().parents[1])  # another store may have another sketch
         if metadata["store"]:
             check_folder(path.parent)  # a link would be written through
         write_tensors(path, {name: getattr(self, name)}, metadata)
@@ -148,7 +148,8 @@ class Curvature:
         kind, fingerprint = cast(Kind, metadata.get("kind", "")), int(metadata.get("fingerprint", 0))
         if path != _path(path.parent, kind, fingerprint):
             raise CorruptFile(f"{path} belongs elsewhere: it has {kind!r} at weights {fingerprint}; put it back there.")
-        check_place(path, {"store": metadata.get("store") or _store_of(path)}, {"store": _store_of(path)})
+        store = store_id(path.absolute().parents[1])
+        check_place(path, {"store": metadata.get("store") or store}, {"store": store})
         file.check()
         return cls(
             kind=kind,
@@ -219,14 +220,6 @@ class CurvatureSum:
             rows, self._rows = torch.cat(self._rows), []
             self._matrix = rows.new_zeros(self.dim, self.dim)
         self._matrix.addmm_(rows.T, rows)
-
-
-def _store_of(path: Path) -> str:
-    """Return the UUID of the store that a file is in a folder of, if there is one: another has another sketch."""
-    try:
-        return Snapshot.read(path.absolute().parents[1]).store
-    except FileNotFoundError:
-        return ""
 
 
 def _path(folder: Path, kind: Kind, fingerprint: int) -> Path:

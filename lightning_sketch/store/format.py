@@ -290,6 +290,15 @@ def read_runs(snapshot: Snapshot) -> list[Run]:
     return runs
 
 
+def store_id(path: Path) -> str:
+    """Return the UUID of the store in a folder; empty if there is none, or it is of format 1."""
+    try:
+        found = read_document(path / "spec.json", {"format": int}, sealed=False)["format"]
+    except FileNotFoundError:
+        return ""
+    return "" if found == 1 else read_document(path / "spec.json", {"store": str})["store"]
+
+
 def create_store(path: Path, spec: StoreSpec) -> Snapshot:
     """Create a store in a folder, or return that which the folder has, if its spec is equal; see `RowStore.create`."""
     if path.exists() and not path.is_dir():
