@@ -175,7 +175,7 @@ class RowStore:
 
         Args:
             stage: "fit", "validate", "test" or "predict".
-            parent: Number of the run that this one resumes, if any.
+            parent: Number of the fit that this one resumes, or at whose weights it takes its rows, if it is known.
             parent_step: Optimizer steps done at the checkpoint that this run resumes from.
             world_size: Number of processes that will write.
 
