@@ -393,7 +393,7 @@ def write_shard(snapshot: Snapshot, name: ShardName, rows: SketchedGradients, pr
     for key, column in rows.columns.items():
         if isinstance(column, Strings):
             distinct = Strings.of(sorted(set(column.tolist())))
-            tensors |= {key: column.keys, key + _KEYS: distinct.tables[0][0], key + _TEXTS: distinct.tables[0][1]}
+            tensors |= {key: column.hashes, key + _KEYS: distinct.tables[0][0], key + _TEXTS: distinct.tables[0][1]}
         else:
             tensors[key] = column
     tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}

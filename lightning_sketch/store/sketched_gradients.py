@@ -58,7 +58,7 @@ class Strings:
     It compares and iterates as an array of strings does.
 
     Args:
-        keys: The hash of each row's string, int64, (rows,); -1 for the empty string, which means "unknown".
+        hashes: The hash of each row's string, int64, (rows,); -1 for the empty string, which means "unknown".
         tables: Distinct hashes with their strings, as JSON in bytes; they may have more than the rows need.
 
     >>> column = Strings.of(["wiki", "books", "wiki"])
@@ -66,8 +66,8 @@ class Strings:
     ('books', ['wiki', 'books'], tensor([ True, False,  True]))
     """
 
-    def __init__(self, keys: Tensor, tables: "Sequence[tuple[Tensor, Tensor]] | _Names"):
-        self.keys, self._names = keys, tables if isinstance(tables, _Names) else _Names(tables)
+    def __init__(self, hashes: Tensor, tables: "Sequence[tuple[Tensor, Tensor]] | _Names"):
+        self.hashes, self._names = hashes, tables if isinstance(tables, _Names) else _Names(tables)
 
     @classmethod
     def of(cls, strings: Iterable[str]) -> "Strings":
@@ -98,20 +98,20 @@ class Strings:
         return self._names.by_key
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.hashes)
 
     def __getitem__(self, index: Any) -> Any:
-        keys = self.keys[index]
+        keys = self.hashes[index]
         return Strings(keys, self._names) if keys.ndim else self.names[int(keys)]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.tolist())
 
     def __contains__(self, text: object) -> bool:
-        return isinstance(text, str) and bool((self.keys == Strings.key(text)).any())
+        return isinstance(text, str) and bool((self.hashes == Strings.key(text)).any())
 
     def __eq__(self, other: Any) -> Any:
-        return self.keys == (Strings.key(other) if isinstance(other, str) else Strings.of(other).keys)
+        return self.hashes == (Strings.key(other) if isinstance(other, str) else Strings.of(other).hashes)
 
     def __ne__(self, other: Any) -> Any:
         return ~(self == other)
@@ -119,15 +119,15 @@ class Strings:
     __hash__ = None  # type: ignore[assignment]  # as that of arrays, since == compares row by row
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Return the strings as an array of objects, of the shape of the keys."""
-        flat = [self.names[key] for key in self.keys.flatten().tolist()]
-        return np.array(flat, dtype=dtype or object).reshape(self.keys.shape)
+        """Return the strings as an array of objects, of the shape of the hashes."""
+        flat = [self.names[key] for key in self.hashes.flatten().tolist()]
+        return np.array(flat, dtype=dtype or object).reshape(self.hashes.shape)
 
     def __repr__(self) -> str:
         return f"Strings({self[:5].tolist()}{', ...' if len(self) > 5 else ''}, {len(self)} rows)"
 
     def tolist(self) -> list[Any]:
-        """Return the strings as a list, or as lists of the shape of the keys."""
+        """Return the strings as a list, or as lists of the shape of the hashes."""
         return self.__array__().tolist()
 
 
@@ -153,7 +153,7 @@ Column = Tensor | Strings
 
 def keys_of(column: Column) -> Tensor:
     """Return the numbers of a column, or the hashes of its strings."""
-    return column.keys if isinstance(column, Strings) else column
+    return column.hashes if isinstance(column, Strings) else column
 
 
 @dataclass(frozen=True, eq=False)
@@ -366,7 +366,7 @@ def cat_columns(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
         if isinstance(like, Strings):
             strings = [_as_strings(column) for column in found]
             tables = {id(table): table for column in strings for table in column.tables}
-            columns[name] = Strings(torch.cat([column.keys for column in strings]), list(tables.values()))
+            columns[name] = Strings(torch.cat([column.hashes for column in strings]), list(tables.values()))
             continue
         tensors = [keys_of(column) for column in found]
         if any(tensor.ndim == 2 for tensor in tensors):

@@ -446,8 +446,9 @@ class StoreMachine(RuleBasedStateMachine):
     )
     def measure_a_checkpoint(self, stage, fingerprint, world, form):
         self.begin(Begun(stage, world, fingerprint=fingerprint))
-        if self.model.runs[-1].fingerprint == fingerprint:
-            self.write(len(self.model.runs), range(world), [5, 5], stage, form)
+        run = self.model.runs[-1]  # an earlier one, if this one could not begin
+        if (run.stage, run.fingerprint) == (stage, fingerprint):
+            self.write(len(self.model.runs), range(run.world), [5, 5], stage, form)
 
     @rule(which=st.integers(0, 40), world=st.integers(1, 3), count=st.integers(0, 4), form=FORMS)
     def resume(self, which, world, count, form):
@@ -656,7 +657,7 @@ class StoreMachine(RuleBasedStateMachine):
         """
         if file.parent.name == "attempts":
             last = int(file.stem) == len(self.model.runs)
-            return last and not list((folder / "manifests").glob(f"*-a{file.stem}.json"))
+            return last and not list(folder.glob(f"r*/a{file.stem}/*.safetensors"))
         if file.parent.name == "manifests":
             rank, run = file.stem.split("-")
             return not list((folder / rank / run).glob("*.safetensors"))
