@@ -82,7 +82,7 @@ class TensorFile:
             raise
         except (SafetensorError, OSError) as reason:
             raise error(f"{path} cannot be read ({str(reason)[:200]}); it may be truncated.") from reason
-        self.whole = all(0 not in shape for shape in self.shapes.values())  # else older safetensors cannot read it so
+        self._whole = all(0 not in shape for shape in self.shapes.values())  # else older safetensors cannot read it so
         self.sealed = sealed or any(name in self.header for name in _CHECKSUMS)
         plain = {key: value for key, value in self.header.items() if key not in _CHECKSUMS}
         if self.sealed and (
@@ -104,7 +104,7 @@ class TensorFile:
             CorruptFile: If it cannot be read.
         """
         try:
-            if not self._loaded and self.whole and self.path.stat().st_size <= _SMALL:
+            if not self._loaded and self._whole and self.path.stat().st_size <= _SMALL:
                 self._loaded = load(self.path.read_bytes())
             return self._loaded[key] if self._loaded else self._open.get_tensor(key)
         except FileNotFoundError:

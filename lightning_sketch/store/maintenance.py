@@ -100,7 +100,10 @@ def compact(
         problems = list(map(str, inventory.wrong)) if accept_loss else inventory.problems()
         if problems:
             listed = "\n".join(problems)
-            raise CorruptShard(f"compaction of {path} would make losses final; restore these files before:\n{listed}")
+            raise CorruptShard(
+                f"compaction of {path} would make losses final; restore these files before, or delete those that are "
+                f"damaged and call compact(accept_loss=True):\n{listed}"
+            )
         lineage, rows = lineage_of(runs, kept=old.kept), kept_rows()
         kept = {run.number: lineage.get(run.number, -1) for run in runs if run.stage == "fit"}
         kept = {run: min(step, old.kept.get(run, FOREVER)) for run, step in kept.items()}

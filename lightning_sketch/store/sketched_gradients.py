@@ -1,4 +1,7 @@
-"""In-memory table of sketched gradients: one row per gradient, with columns such as its step, example and loss."""
+"""In-memory table of sketched gradients: one row per gradient, with columns such as its step, example and loss.
+
+Columns of strings, their selection and concatenation are in this file too, so that a row is read through few files.
+"""
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
