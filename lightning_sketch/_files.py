@@ -175,7 +175,12 @@ def write_document(path: Path, fields: Mapping[str, Any], *, once: bool = False,
 
 
 def read_document(
-    path: Path, types: Mapping[str, Any], expected: Mapping[str, Any] = MappingProxyType({}), *, sealed: bool = True
+    path: Path,
+    types: Mapping[str, Any],
+    expected: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+    sealed: bool = True,
 ) -> dict[str, Any]:
     """Read a document.
 
@@ -184,6 +189,7 @@ def read_document(
         types: The type of each field that is needed, as `isinstance` takes it. Other fields, as a later version may
             write, are ignored.
         expected: Values that fields must have in a file of this place.
+        defaults: Values of fields that an earlier version did not write.
         sealed: Whether the document must have a checksum; if it has one, this must match in any case.
 
     Raises:
@@ -202,6 +208,7 @@ def read_document(
     checksum = found.pop("checksum", None)
     if (sealed or checksum is not None) and checksum != _checksum(found):
         raise CorruptFile(f"{path}: its contents do not match its checksum; restore it from a copy.")
+    found = {**defaults, **found}
     for name, kind in types.items():
         value = found.get(name)
         number = isinstance(value, int) and not (isinstance(value, bool) or 0 <= value < _LARGEST_NUMBER)

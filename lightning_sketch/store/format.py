@@ -141,12 +141,11 @@ class Snapshot:
         """
         path = self.folder / Manifest.path(rank, run)
         try:
-            types = {"files": int, "rows": int, "seal": str}
+            types = {"files": int, "rows": int, "seal": str, "doubted": int}
             expected = {"store": self.store, "generation": self.number, "run": run, "rank": rank}
-            found = read_document(path, types, expected)
+            return Manifest(**read_document(path, types, expected, defaults={"doubted": 0}))
         except FileNotFoundError:
             return Manifest()
-        return Manifest(found["files"], found["rows"], found["seal"])
 
     def write(self) -> None:
         """Make this snapshot the current one."""
@@ -170,11 +169,13 @@ class Manifest:
         files: The number of its shards.
         rows: The number of their rows.
         seal: The seal of the last one; empty if there is none.
+        doubted: The number of its first shards whose rows turned out later to have an unknown scale.
     """
 
     files: int = 0
     rows: int = 0
     seal: str = ""
+    doubted: int = 0
 
     @staticmethod
     def path(rank: int, run: int) -> Path:
@@ -200,6 +201,7 @@ class Run:
         id: A UUID, which tells the run from one of equal number in a copy of the store; empty in format 1.
         origin: The id of the run whose checkpoint this one continues without its rows, as its store was lost.
         incomplete: Whether rows could not be written, and the fit went on without.
+        optimizer: The classes of the optimizers, separated by commas, such as "AdamW"; empty if unknown.
     """
 
     number: int
@@ -210,6 +212,7 @@ class Run:
     id: str = ""
     origin: str | None = None
     incomplete: bool = False
+    optimizer: str = ""
 
     def write(self, snapshot: Snapshot, *, once: bool = False) -> bool:
         """Write the record of the run; with `once` only if the number is free. Return whether it was written."""
@@ -224,6 +227,7 @@ def begin_run(
     parent_step: int | None = None,
     world_size: int = 1,
     origin: str | None = None,
+    optimizer: str = "",
 ) -> Run:
     """Record a new run under the next free number; see `RowStore.begin_run`, and for `origin` `Run`."""
     if stage not in get_args(RunStage):
@@ -233,7 +237,7 @@ def begin_run(
     snapshot = Snapshot.read(path)
     if not snapshot.store:
         snapshot = create_store(path, snapshot.spec)
-    run = Run(0, stage, parent, parent_step, world_size, str(uuid.uuid4()), origin)
+    run = Run(0, stage, parent, parent_step, world_size, str(uuid.uuid4()), origin, optimizer=optimizer)
     with locked(path / LOCK):  # compaction keeps the lineage of the latest fit, so this one comes before or after it
         return _numbered(run, Snapshot.read(path))
 
@@ -276,13 +280,13 @@ def read_runs(snapshot: Snapshot) -> list[Run]:
     runs: list[Run] = []
     number_or_none = int | None
     types = {"number": int, "stage": str, "parent": number_or_none, "parent_step": number_or_none, "world_size": int}
-    types |= {"id": str, "origin": str | None, "incomplete": bool} if sealed else {}
+    types |= {"id": str, "origin": str | None, "incomplete": bool, "optimizer": str} if sealed else {}
     for file in files:
         place = run_path(snapshot.path, len(runs) + 1)
         if file != place:
             raise CorruptFile(f"{place} is missing, or {file} is not a file of a store; restore it from a copy.")
         expected = {"number": len(runs) + 1} | ({"store": snapshot.store} if sealed else {})
-        found = read_document(file, types, expected, sealed=sealed)
+        found = read_document(file, types, expected, defaults={"optimizer": ""}, sealed=sealed)
         older = found["parent"] is None or 1 <= found["parent"] < found["number"]  # so that there is no cycle
         if found["stage"] not in get_args(RunStage) or not older:
             raise CorruptFile(f"{file} has stage {found['stage']} and parent {found['parent']}, which cannot be.")
@@ -435,15 +439,16 @@ class Shard(TensorFile):
     Args:
         snapshot: The snapshot that it belongs to.
         name: The name of the file.
+        manifest: The manifest of its rank's run; read when it is needed if None.
 
     Raises:
         FileNotFoundError: if there is no such file.
         CorruptShard: if the file is truncated, changed, or belongs to another store or place.
     """
 
-    def __init__(self, snapshot: Snapshot, name: ShardName):
+    def __init__(self, snapshot: Snapshot, name: ShardName, manifest: Manifest | None = None):
         super().__init__(snapshot.folder / name.path, error=CorruptShard)
-        self.name, self.spec = name, snapshot.spec
+        self.name, self.snapshot, self.spec, self._manifest = name, snapshot, snapshot.spec, manifest
         expected = {"spec": snapshot.spec.id, "attempt": name.run, "rank": name.rank, "sequence": name.sequence}
         if "store" in self.header:  # not in format 1
             expected["store"] = snapshot.store
@@ -467,6 +472,9 @@ class Shard(TensorFile):
                 found[key] = Strings(column, [(own[key + _KEYS], own[key + _TEXTS])])
             elif key != _SCALE and not key.endswith((_KEYS, _TEXTS)):
                 found[key] = column
+        manifest = self._manifest or self.snapshot.manifest(self.name.rank, self.name.run)
+        if self.name.sequence < manifest.doubted:
+            found["scale_known"] = torch.zeros(len(self), dtype=torch.bool)
         return found
 
     def rows(self, places: slice | Tensor) -> SketchedGradients:

@@ -152,7 +152,7 @@ class Inventory:
         for sequence in sorted(written):
             name = ShardName(run, rank, sequence)
             try:
-                shard = Shard(snapshot, name)
+                shard = Shard(snapshot, name, manifest)
                 visit(shard)
             except FileNotFoundError:
                 self.missing.append(str(snapshot.folder / name.path))
@@ -181,8 +181,7 @@ def read_index(
         CorruptFile: if a file is truncated, changed, foreign, or has a name that no store uses.
     """
     nothing = torch.zeros(0, dtype=torch.int64)
-    parts: list[dict[str, Column]] = [{name: torch.full((0,), value) for name, value in DEFAULTS.items()}]
-    parts[0]["attempt"] = nothing
+    parts: list[dict[str, Column]] = []
     names: list[ShardName] = []
 
     def read(shard: Shard) -> None:
@@ -194,10 +193,12 @@ def read_index(
         raise CorruptShard(f"{len(inventory.wrong)} files are wrong:\n" + "\n".join(map(str, inventory.wrong)))
     if inventory.wrong:
         raise inventory.wrong[0]
-    lengths = torch.tensor([len(part["attempt"]) for part in parts[1:]], dtype=torch.int64)
+    lengths = torch.tensor([len(part["attempt"]) for part in parts], dtype=torch.int64)
     file = torch.arange(len(lengths)).repeat_interleave(lengths)
     place = torch.arange(len(file)) - (lengths.cumsum(0) - lengths)[file]
-    return inventory.missing, cat_columns(parts[1:] or parts), names, file, place
+    columns: dict[str, Column] = {name: torch.full((len(file),), value) for name, value in DEFAULTS.items()}
+    columns |= cat_columns(parts) or {"attempt": nothing}
+    return inventory.missing, columns, names, file, place
 
 
 def lineage_of(

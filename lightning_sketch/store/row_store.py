@@ -169,7 +169,13 @@ class RowStore:
         return cls.open(path)
 
     def begin_run(
-        self, stage: RunStage, *, parent: int | None = None, parent_step: int | None = None, world_size: int = 1
+        self,
+        stage: RunStage,
+        *,
+        parent: int | None = None,
+        parent_step: int | None = None,
+        world_size: int = 1,
+        optimizer: str = "",
     ) -> Run:
         """Record a new run, before its rows are appended; one process does so for all.
 
@@ -178,11 +184,12 @@ class RowStore:
             parent: Number of the fit that this one resumes, or at whose weights it takes its rows, if it is known.
             parent_step: Optimizer steps done at the checkpoint that this run resumes from.
             world_size: Number of processes that will write.
+            optimizer: The classes of the optimizers, separated by commas, such as "AdamW".
 
         Raises:
             ValueError: if the stage or the parent is unknown, or compaction has dropped the parent's last steps.
         """
-        return begin_run(self.path, stage, parent, parent_step, world_size)
+        return begin_run(self.path, stage, parent, parent_step, world_size, optimizer=optimizer)
 
     @property
     def path(self) -> Path:
@@ -198,6 +205,14 @@ class RowStore:
     def sketch(self) -> Sketch:
         """The sketch that made the rows."""
         return self.spec.operator
+
+    @property
+    def optimizers(self) -> frozenset[str]:
+        """The classes of the optimizers that trained the weights of the visible rows, as far as they are known."""
+        runs = {run.number: run for run in read_runs(self.snapshot)}
+        own = [runs[number] for number in keys_of(self.rows.columns["attempt"]).unique().tolist()]
+        trained = [run if run.optimizer or run.parent is None else runs[run.parent] for run in own]
+        return frozenset(name.strip() for run in trained for name in run.optimizer.split(",") if name.strip())
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -40,6 +40,8 @@ _STORED = (torch.bool, torch.int64, torch.float32, torch.float64)  # types of co
 #     rank          rank of the process that wrote the row
 #     padded        True for a duplicate that a distributed sampler added to even out the ranks
 #     finite        False if the gradient had an inf or NaN: the step was skipped and the sketch is zero
+#     weight        weight of the example in a mean over a batch, such as its number of labels
+#     scale_known   False if the length of the row was not compared with the gradient of the example alone
 DEFAULTS: dict[str, int | float | bool] = {
     "example_id": UNKNOWN_ID,
     "stage": STAGES.index("predict"),
@@ -52,6 +54,8 @@ DEFAULTS: dict[str, int | float | bool] = {
     "rank": 0,
     "padded": False,
     "finite": True,
+    "weight": float("nan"),
+    "scale_known": True,
 }
 
 
@@ -169,8 +173,8 @@ class SketchedGradients:
         sketches: The sketched gradients, (rows, dim), in any floating-point type.
         sketch: The sketch that made them.
         columns: Tensors, arrays or lists with one number, boolean or string per row. Missing ones of `example_id`,
-            `stage`, `step`, `epoch`, `lr`, `loss`, `prob_true`, `fingerprint`, `rank`, `padded` and `finite` are filled
-            with the value that means "unknown".
+            `stage`, `step`, `epoch`, `lr`, `loss`, `prob_true`, `fingerprint`, `rank`, `padded`, `weight` and
+            `scale_known` are filled with the value that means "unknown"; `finite` is computed from the sketches.
 
     Raises:
         ValueError: if the lengths disagree, the width of `sketches` is not `sketch.dim`, or a column has other values.
@@ -192,6 +196,8 @@ class SketchedGradients:
         columns: dict[str, Column] = {
             name: torch.full((count,), value) for name, value in DEFAULTS.items() if name not in self.columns
         }
+        if "finite" not in self.columns:
+            columns["finite"] = self.sketches.isfinite().all(1).cpu()
         for name, values in self.columns.items():
             stored = isinstance(values, Strings) or (isinstance(values, Tensor) and values.dtype in _STORED)
             columns[name] = values if stored else as_column(values, name)
@@ -365,7 +371,7 @@ def cat_columns(parts: Sequence[Mapping[str, Column]]) -> dict[str, Column]:
     for name in dict.fromkeys(name for part in parts for name in part):
         given = [part[name] for part in parts if name in part]
         like = next((column for column in given if isinstance(column, Strings)), given[0])
-        found = [part[name] if name in part else unknown(like, len(part["step"])) for part in parts]
+        found = [part[name] if name in part else unknown(like, len(part["step"]), name) for part in parts]
         if isinstance(like, Strings):
             strings = [_as_strings(column) for column in found]
             tables = {id(table): table for column in strings for table in column.tables}
@@ -389,11 +395,13 @@ def _as_strings(column: Column) -> Strings:
     return Strings.of("" if value == UNKNOWN_ID or value != value else str(value) for value in column.tolist())
 
 
-def unknown(like: Column, count: int) -> Column:
-    """Return `count` unknown values of a column, by its type: "", -1, NaN or False."""
+def unknown(like: Column, count: int, name: str = "") -> Column:
+    """Return `count` unknown values of a column: its default if it has one, else by its type "", -1, NaN or False."""
     if isinstance(like, Strings):
         return Strings(torch.full((count,), UNKNOWN_ID), [])
-    value = torch.nan if like.is_floating_point() else False if like.dtype == torch.bool else UNKNOWN_ID
+    by_type = torch.nan if like.is_floating_point() else False if like.dtype == torch.bool else UNKNOWN_ID
+    value = DEFAULTS.get(name, by_type)
+    value = by_type if value != value else value  # NaN is no integer
     return like.new_full((count, *like.shape[1:]), value)
 
 

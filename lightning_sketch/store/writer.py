@@ -7,6 +7,7 @@ thread is raised at the next put, flush or close.
 import queue
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,14 @@ from lightning_sketch.store.format import (
 from lightning_sketch.store.sketched_gradients import SketchedGradients
 
 _WAIT = 0.1  # seconds between checks of the thread's error
+
+
+class _Written(threading.Event):
+    """An item of the queue that is set once the rows before it are on the disk, marked if `doubted`."""
+
+    def __init__(self, doubted: bool = False):
+        super().__init__()
+        self.doubted = doubted
 
 
 class RowAppender:
@@ -69,7 +78,7 @@ class RowAppender:
         self.shard_bytes, self.flush_seconds, self.queue_bytes = shard_bytes, flush_seconds, queue_bytes
         self.rows, self._closed = 0, False
         self._bytes, self._room = 0, threading.Condition()
-        self._queue: queue.SimpleQueue[SketchedGradients | threading.Event | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[SketchedGradients | _Written | None] = queue.SimpleQueue()
         self._error: BaseException | None = None
         own = (snapshot.folder / ShardName(run, rank, 0).path).parent
         for folder in (snapshot.folder, own.parent, own, snapshot.folder / "manifests"):
@@ -111,7 +120,7 @@ class RowAppender:
         narrow = narrowed(rows, self.snapshot.spec.dtype)
         size = narrow.nbytes
         if self._bytes + size > self.queue_bytes:
-            self._queue.put(threading.Event())  # makes the thread write what it has, which makes room
+            self._queue.put(_Written())  # makes the thread write what it has, which makes room
         with self._room:
             while self._bytes and self._bytes + size > self.queue_bytes and self._error is None:
                 self._room.wait(_WAIT)
@@ -126,10 +135,23 @@ class RowAppender:
         Raises:
             RuntimeError: if rows could not be written.
         """
+        self._wait_for(_Written())
+
+    def doubt_scale(self) -> None:
+        """Mark all rows of this rank's run up to now as of unknown scale (`scale_known` False), on the disk too.
+
+        Raises:
+            RuntimeError: if rows or the mark could not be written, or the appender is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the appender is closed; doubt the scale of its rows before.")
+        self._wait_for(_Written(doubted=True))
+
+    def _wait_for(self, done: "_Written") -> None:
+        """Wait until all rows, and the mark if there is one, are on the disk."""
         self._check()
-        done = threading.Event()
         self._queue.put(done)
-        while not done.wait(_WAIT):
+        while self._thread.is_alive() and not done.wait(_WAIT):
             self._check()
         self._check()
 
@@ -159,7 +181,7 @@ class RowAppender:
             last = Shard(self.snapshot, ShardName(self.run, self.rank, manifest.files))
         except FileNotFoundError:
             return manifest
-        return Manifest(manifest.files + 1, manifest.rows + len(last), last.seal)
+        return Manifest(manifest.files + 1, manifest.rows + len(last), last.seal, manifest.doubted)
 
     def _release(self) -> None:
         """Let others write the rows of this rank and run."""
@@ -176,23 +198,29 @@ class RowAppender:
                 f"{'Choose another dirpath, or put it back, and' if vanished else advice} resume from a checkpoint."
             ) from self._error
 
-    def _write(self, pending: list[SketchedGradients], size: int) -> None:
-        """Write pending rows of this size as one file, then the manifest.
-
-        The folders are not made anew, and the manifest must be as it was: rows do not go to a store that was deleted,
-        or to another one in its place.
-        """
-        before, snapshot = self._manifest, self.snapshot
-        there = (snapshot.folder / Manifest.path(self.rank, self.run)).exists()
-        if not there or snapshot.manifest(self.rank, self.run) != before:
+    def _check_place(self) -> None:
+        """Refuse a manifest that is not as it was: rows do not go to a deleted store, or to another in its place."""
+        there = (self.snapshot.folder / Manifest.path(self.rank, self.run)).exists()
+        if not there or self.snapshot.manifest(self.rank, self.run) != self._manifest:
             raise FileNotFoundError("the store was deleted, moved or replaced while it was being written")
+
+    def _write(self, pending: list[SketchedGradients], size: int) -> None:
+        """Write pending rows of this size as one file, then the manifest; no folder is made anew."""
+        self._check_place()
+        before, snapshot = self._manifest, self.snapshot
         rows = pending[0] if len(pending) == 1 else SketchedGradients.cat(pending)
         seal = write_shard(snapshot, ShardName(self.run, self.rank, before.files), rows, before.seal)
-        self._manifest = Manifest(before.files + 1, before.rows + len(rows), seal)
+        self._manifest = Manifest(before.files + 1, before.rows + len(rows), seal, before.doubted)
         self._manifest.write(snapshot, self.rank, self.run)
         with self._room:
             self._bytes -= size
             self._room.notify_all()
+
+    def _doubt(self) -> None:
+        """Mark the rows of all shards that are committed as of unknown scale."""
+        self._check_place()
+        self._manifest = replace(self._manifest, doubted=self._manifest.files)
+        self._manifest.write(self.snapshot, self.rank, self.run)
 
     def _write_queue(self) -> None:
         """Write the rows of the queue until a None comes: the body of the thread."""
@@ -201,11 +229,11 @@ class RowAppender:
         limit = min(self.shard_bytes, self.queue_bytes // 2)
         try:
             while True:
-                item: SketchedGradients | threading.Event | None
+                item: SketchedGradients | _Written | None
                 try:
                     item = self._queue.get(timeout=max(0.0, due - time.monotonic()) if pending else None)
                 except queue.Empty:
-                    item = threading.Event()
+                    item = _Written()
                 if isinstance(item, SketchedGradients):
                     due = due if pending else time.monotonic() + self.flush_seconds
                     pending.append(item)
@@ -217,7 +245,9 @@ class RowAppender:
                     pending, size = [], 0
                 if item is None:
                     return
-                if isinstance(item, threading.Event):
+                if isinstance(item, _Written):
+                    if item.doubted:
+                        self._doubt()
                     item.set()
         except BaseException as error:  # raised in the training thread by _check
             self._error = error
