@@ -14,7 +14,7 @@ import tempfile
 import threading
 import warnings
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -35,9 +35,11 @@ USER_COLUMNS = {
     "source": lambda uid: ("wiki", "books", "", "Łódź")[uid % 4],
     "loss": lambda uid: uid / 4,
     "padded": lambda uid: uid % 3 == 0,
+    "weight": lambda uid: uid / 2,
+    "scale_known": lambda uid: uid % 5 > 0,
 }
 UNKNOWN = {"score": None, "count": -1, "flag": False, "source": "", "many": [], "loss": None, "prob_true": None}
-UNKNOWN |= {"padded": False, "finite": True}
+UNKNOWN |= {"padded": False, "finite": True, "weight": None, "scale_known": True}
 
 
 FAULTS = "kill", "kill in a write", "interrupt", "full"
@@ -532,6 +534,15 @@ class StoreMachine(RuleBasedStateMachine):
         number = self.model.fits[max(-1 - back, -len(self.model.fits))]
         if self.do(lambda: self.flush([key for key in self.open if key[0] == number])):
             self.checkpoints.append((number, self.model.runs[number - 1].at))
+
+    @rule(which=st.integers(0, 5))
+    def doubt_the_scale(self, which):
+        """Of all that a writer has put; old handles do not learn it."""
+        for key in list(self.open)[which % max(1, len(self.open)) :][:1]:
+            self.open[key].doubt_scale()
+            rows = self.model.put.get(key, [])
+            rows[:] = [replace(row, columns={**row.columns, "scale_known": False}) for row in rows]
+            self.model.flushed[key] = len(rows)
 
     def close_all(self):
         """As at the end of a process; a writer that had an error repeats it."""
