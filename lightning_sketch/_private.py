@@ -53,6 +53,7 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("torch.nn.Module()", "_compiled_call_impl", "per_example/hooks.py", "compiled modules are not refused"),
     ("torch.nn.Module()", "_apply", "subspace/subspace_module.py", "theta_0 is not moved to a device"),
     ("torch.nn.Module()", "_load_from_state_dict", "subspace/subspace_module.py", "theta_0 is not restored"),
+    ("torch.nn.Module()", "_load_from_state_dict", "metrics/", "a score adds the state of other subsets"),
     ("torch.nn.Parameter()", "_backward_hooks", "autodiff/preserve_state.py", ""),
     ("torch.nn.Parameter()", "_version", "several", ""),
     ("torch.nn.Parameter()", "_base", "per_example/", ""),

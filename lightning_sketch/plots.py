@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["contact_sheet", "layers", "new_figure", "spectrum", "spectrum_over_time"]
+__all__ = ["contact_sheet", "datamodeling_scores", "layers", "new_figure", "spectrum", "spectrum_over_time"]
 
 _TOP, _BOTTOM, _REST, _LINE = "#0072B2", "#D55E00", "#999999", "#009E73"  # Okabe & Ito: safe for color-blind people
 
@@ -189,6 +189,43 @@ def layers(
         axes.axvline(0, color=_REST, lw=0.8)
         axes.grid(alpha=0.2, axis="x")
     return figure
+
+
+def datamodeling_scores(
+    axes: "Axes",
+    lds: Sequence[float],
+    *,
+    low: Sequence[float],
+    high: Sequence[float],
+    ceiling: Sequence[float],
+    per_query: Sequence[Sequence[float]] = (),
+) -> None:
+    """Draw linear datamodeling scores in order, with their intervals, ceilings and the values of single queries.
+
+    Args:
+        axes: The axes to draw in.
+        lds: The scores.
+        low: The lower end of each interval.
+        high: The upper end of each interval.
+        ceiling: How well one model predicts another, for each score; NaN where it is not known.
+        per_query: The values of the queries of each score, NaN for excluded queries.
+    """
+    for place, values in enumerate(per_query):
+        label = "single queries" if values and not place else ""
+        axes.plot([place] * len(values), values, "_", color=_REST, alpha=0.5, label=label)
+    places = range(len(lds))
+    if any(map(math.isfinite, ceiling)):
+        axes.hlines(ceiling, [p - 0.3 for p in places], [p + 0.3 for p in places], _LINE, "--", label="ceiling")
+    reach = [[value - end for value, end in zip(lds, low, strict=True)]]
+    reach += [[end - value for value, end in zip(lds, high, strict=True)]]
+    axes.errorbar(places, lds, reach, fmt="o-", color=_TOP, capsize=3, label="LDS, 95 % interval")
+    axes.set_xticks(places)
+    axes.set_xlim(-0.5, len(lds) - 0.5)
+    axes.axhline(0, color=_REST, lw=0.8)
+    axes.set_ylabel("LDS")
+    axes.set_xlabel("result" if len(lds) > 1 else "")
+    axes.legend(frameon=False, fontsize="small")
+    axes.grid(alpha=0.2, axis="y")
 
 
 def new_figure(width: int | float, height: int | float) -> "Figure":

@@ -1,14 +1,20 @@
 """The LDS is the mean of torchmetrics' Spearman; batches and processes add up; the interval covers."""
 
+import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.functional import spearman_corrcoef
 
 from lightning_sketch.metrics import LinearDatamodelingScore
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric LinearD:UserWarning")
 
 
 def problem(queries=12, examples=40, subsets=30, repeats=2, noise=1.0, seed=0):
@@ -20,10 +26,15 @@ def problem(queries=12, examples=40, subsets=30, repeats=2, noise=1.0, seed=0):
     return masks, true + noise * torch.randn(queries, examples, generator=generator), losses
 
 
-def lds(masks, scores, losses):
-    metric = LinearDatamodelingScore(masks)
+def lds(masks, scores, losses, **options):
+    metric = LinearDatamodelingScore(masks, **options)
     metric.update(scores, losses)
     return metric.compute()
+
+
+def equal(found, expected):
+    """Equal up to the rounding of ranks, which are float32."""
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9, equal_nan=True)
 
 
 def by_torchmetrics(masks, scores, losses):
@@ -72,21 +83,134 @@ def test_the_interval_covers():
     assert width < 2 * 1.96 * 1.5 * spread
 
 
-def test_batches_of_queries_add_up():
-    """Equal up to the rounding of ranks, which are float32."""
+@pytest.mark.parametrize("per_query", [False, True])
+def test_batches_of_queries_add_up(per_query):
+    """In updates or forward calls, through a clone, a pickle and a saved state; a reset forgets them."""
     masks, scores, losses = problem()
-    whole = lds(masks, scores, losses)
-    metric = LinearDatamodelingScore(masks)
+    whole = lds(masks, scores, losses, per_query=per_query)
+    metric = LinearDatamodelingScore(masks, per_query=per_query)
     for part in torch.arange(12).split(5):
-        metric.update(scores[part], losses[:, :, part])
-    torch.testing.assert_close(metric.compute(), whole, rtol=1e-6, atol=0)
+        own = metric(scores[part], losses[:, :, part])
+        equal(own, lds(masks, scores[part], losses[:, :, part], per_query=per_query))
+        metric = pickle.loads(pickle.dumps(metric.clone()))
+    equal(metric.compute(), whole)
+    metric.persistent(True)
+    other = LinearDatamodelingScore(masks, per_query=per_query)
+    other.load_state_dict(metric.state_dict())
+    equal(other.compute(), whole)
+    metric.reset()
+    metric.update(scores, losses)
+    equal(metric.compute(), whole)
+
+
+def test_per_query_is_spearman_of_each_query_nan_for_those_that_never_change():
+    masks, scores, losses = problem()
+    losses[:, :, [3, 7]] = 0.0
+    rho = by_torchmetrics(masks, scores, losses).double()
+    rho[[3, 7]] = torch.nan
+    found = lds(masks, scores, losses, per_query=True)
+    torch.testing.assert_close(found["per_query"], rho, rtol=0, atol=1e-6, equal_nan=True)
+    assert float(found["lds"]) == pytest.approx(float(found["per_query"].nanmean()))
+    assert LinearDatamodelingScore(masks, per_query=True).compute()["per_query"].shape == (0,)
+    assert all(value.ndim == 0 for value in lds(masks, scores, losses).values())
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path):
-    both = [subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank)]) for rank in (0, 1)]
+@pytest.mark.parametrize("cut", [5, 0])
+def test_two_processes_give_what_one_gives(tmp_path, cut):
+    """With uneven parts of the queries, and with none at all in one of them."""
+    both = [subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank), str(cut)]) for rank in (0, 1)]
     assert [process.wait(timeout=3600) for process in both] == [0, 0]
-    torch.testing.assert_close(torch.load(tmp_path / "found.pt"), lds(*problem()), rtol=1e-6, atol=0)
+    equal(torch.load(tmp_path / "found.pt"), lds(*problem(), per_query=True))
+
+
+def test_subsets_are_masks_or_indices():
+    """As dattri gives them, lists of one size or of several, in any order."""
+    masks, scores, losses = problem()
+    expected = lds(masks, scores, losses)
+    indices = [mask.nonzero()[:, 0].flip(0) for mask in masks]
+    for subsets in (indices, [i.tolist() for i in indices], [i.numpy().astype(np.uint8) for i in indices]):
+        equal(lds(subsets, scores, losses, num_examples=40), expected)
+    for same in (masks.numpy(), masks.tolist(), list(masks)):
+        equal(lds(same, scores, losses), expected)
+    halves = torch.stack([torch.randperm(40, generator=torch.Generator().manual_seed(i))[:20] for i in range(30)])
+    of_halves = torch.zeros(30, 40, dtype=torch.bool).scatter_(1, halves, True)
+    equal(lds(halves, scores, losses, num_examples=40), lds(of_halves, scores, losses))
+
+
+def test_integers_are_never_guessed_to_be_masks_or_indices():
+    masks = problem()[0]
+    with pytest.raises(TypeError, match=r"masks as booleans, masks.bool\(\), or indices with num_examples"):
+        LinearDatamodelingScore(masks.long())
+    with pytest.raises(ValueError, match="subset 0 has an index twice or outside 0 to 39"):
+        LinearDatamodelingScore(masks.long(), 40)
+    with pytest.raises(ValueError, match="subset 2 has an index twice or outside 0 to 39"):
+        LinearDatamodelingScore([[0], [1], [40]], 40)
+    with pytest.raises(TypeError, match=r"integer indices, got torch.float32"):
+        LinearDatamodelingScore(masks.float())
+    with pytest.raises(TypeError, match=r"got torch.bool, torch.int64"):
+        LinearDatamodelingScore([[True, False], [0, 1], [1]], 2)
+    with pytest.raises(ValueError, match=r"one entry for each example; got lengths \[39, 40\]"):
+        LinearDatamodelingScore(masks, 39)
+    with pytest.raises(ValueError, match="other shapes"):
+        LinearDatamodelingScore(masks[0])
+
+
+def test_arrays_are_accepted_in_any_precision():
+    masks, scores, losses = problem()
+    scores = scores.round(decimals=1)
+    equal(lds(masks.numpy(), scores.double().numpy(), losses.numpy()), lds(masks, scores.double(), losses))
+    equal(lds(masks, scores.mul(10).round().int(), losses), lds(masks, scores.mul(10).round(), losses))
+
+
+def test_the_state_of_other_subsets_is_refused():
+    """Also in a module, and also if their number is the same; the metric stays as it was."""
+    masks, scores, losses = problem()
+    metric = LinearDatamodelingScore(masks)
+    metric.update(scores, losses)
+    metric.persistent(True)
+    module = torch.nn.ModuleList([metric])
+    for others in (~masks, masks[1:]):
+        other = LinearDatamodelingScore(others)
+        other.persistent(True)
+        with pytest.raises(RuntimeError, match="the state is that of other subsets"):
+            torch.nn.ModuleList([other]).load_state_dict(module.state_dict())
+        assert int(other.queries) == 0
+    again = LinearDatamodelingScore(module.state_dict()["0.masks"])
+    torch.nn.ModuleList([again]).load_state_dict(module.state_dict())
+    equal(again.compute(), metric.compute())
+    assert not LinearDatamodelingScore(masks).state_dict()
+
+
+def test_a_tracker_finds_the_best_of_several():
+    masks, scores, losses = problem(noise=0.3)
+    tracker = MetricTracker(MetricCollection([LinearDatamodelingScore(masks)]), maximize=True)
+    for sign in (-1, 1, 0):
+        tracker.increment()
+        tracker.update(sign * scores, losses)
+    best, step = tracker.best_metric(return_step=True)
+    assert (best["lds"], step["lds"]) == (pytest.approx(float(lds(masks, scores, losses)["lds"])), 1)
+
+
+def test_plot_draws_the_score_its_ceiling_and_single_queries():
+    masks, scores, losses = problem()
+    metric = LinearDatamodelingScore(masks, per_query=True)
+    metric.update(scores, losses)
+    found = metric.compute()
+    figure, axes = metric.plot()
+    assert figure is not None
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "single queries",
+        "ceiling",
+        "LDS, 95 % interval",
+    ]
+    (points,) = [line for line in axes.get_lines() if line.get_marker() == "o"]
+    assert points.get_ydata().tolist() == pytest.approx([float(found["lds"])])
+    one_model = lds(masks, scores, losses[0])
+    none, again = metric.plot([found, one_model], ax=figure.add_subplot())
+    assert none is None
+    (points,) = [line for line in again.get_lines() if line.get_marker() == "o"]
+    assert points.get_ydata().tolist() == pytest.approx([float(found["lds"]), float(one_model["lds"])])
 
 
 def test_queries_whose_losses_never_change_are_excluded_and_counted():
@@ -128,13 +252,14 @@ def test_wrong_shapes_and_numbers_are_refused():
         LinearDatamodelingScore(masks[:2])
 
 
-def half_of_it(folder, rank):
+def half_of_it(folder, rank, cut):
     """One of two processes, with its part of the queries; rank 0 writes the result of both."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     masks, scores, losses = problem()
-    own = slice(0, 5) if rank == 0 else slice(5, None)
-    metric = LinearDatamodelingScore(masks)
-    metric.update(scores[own], losses[:, :, own])
+    own = slice(0, cut) if rank == 0 else slice(cut, None)
+    metric = LinearDatamodelingScore(masks, per_query=True)
+    if cut or rank:
+        metric.update(scores[own], losses[:, :, own])
     found = metric.compute()
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
@@ -142,4 +267,4 @@ def half_of_it(folder, rank):
 
 
 if __name__ == "__main__":
-    half_of_it(sys.argv[1], int(sys.argv[2]))
+    half_of_it(sys.argv[1], *map(int, sys.argv[2:]))
