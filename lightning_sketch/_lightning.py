@@ -4,7 +4,8 @@ They concern base classes, loggers, the progress bar, the scale of gradients, ba
 settings of a Trainer.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -188,6 +189,38 @@ def changed_batches(
         yield
     finally:
         module.__dict__.pop("_on_before_batch_transfer", None)
+
+
+@contextmanager
+def changed_loaders(trainer: Trainer, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace every data loader that the Trainer sets up by `change(loader)`, for as long as the context lasts."""
+    strategy = trainer.strategy
+    before = strategy.process_dataloader
+    strategy.__dict__["process_dataloader"] = lambda loader: change(before(loader))
+    try:
+        yield
+    finally:
+        strategy.__dict__.pop("process_dataloader", None)
+
+
+def log_scalars(trainer: Trainer, scalars: Mapping[str, float], step: int) -> None:
+    """Log scalars to every logger of the Trainer."""
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(scalars), step=step)
+
+
+def param_groups(trainer: Trainer, optimizers: Sequence[Optimizer]) -> Sequence[Mapping[str, Any]]:
+    """Return the param groups of optimizers with the options that their steps use."""
+    groups = getattr(trainer.lightning_module, "groups", None)  # a SubspaceModule knows those of w
+    if callable(groups) and isinstance(trainer.lightning_module, ModuleBase):
+        return groups(optimizers)
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
+def common_lr(groups: Sequence[Mapping[str, Any]]) -> float:
+    """Return the learning rate of param groups if all have the same; otherwise NaN."""
+    rates = {float(group["lr"]) for group in groups}
+    return rates.pop() if len(rates) == 1 else math.nan
 
 
 def evaluated_loader(trainer: Trainer, index: int) -> Any:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_sketch.attribution.curvature import Curvature, CurvatureSum
 from lightning_sketch.attribution.indexed_dataset import without_index
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable, on_device
-from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName, OutputModel, usual_loss
 from lightning_sketch.autodiff.output_roots import Draws
@@ -132,7 +132,7 @@ def fit_ggn(
             roots = loss.roots(output, batch, drawn, which)
             rows = [sketches(_Directed(batch, v.to(output)))[0] for v in roots]
         total.add(torch.stack(rows, 1).cpu())
-    return total.curvature("ggn", fingerprint(weights))
+    return total.curvature("ggn", module_fingerprint(module))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from lightning_sketch.attribution.sketch_gradients import RowFn, sketch_gradient
 from lightning_sketch.attribution.top_k import TopK, top_k
 from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName
 from lightning_sketch.per_example.example_sketches import Engine
-from lightning_sketch.per_example.reduction import Reduction
+from lightning_sketch.per_example.weights import Reduction
 from lightning_sketch.store.format import CorruptShard
 from lightning_sketch.store.row_store import RowStore
 from lightning_sketch.store.sketched_gradients import SketchedGradients
@@ -52,7 +52,7 @@ class GradientStore(RowStore):
         row_fn: RowFn | None = None,
         engine: Engine = "auto",
         weight_fn: Callable[[Any], float] | None = None,
-        reduction: Reduction = "mean",
+        reduction: Reduction | None = None,
         index_key: str | int | None = None,
         num_examples: int | Callable[[Any], int] | None = None,
         batch_dim: int = 0,

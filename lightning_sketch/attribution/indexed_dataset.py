@@ -1,17 +1,18 @@
 """Ids of examples, which do not depend on the order that samplers, workers and ranks bring.
 
-An id is the example's number in a key of the batch, or a hash of the example's contents, or its index in the data set,
-which an `IndexedDataset` attaches to each item.
+An id is the example's number or name in a key of the batch, or a hash of the example's contents, or its index in the
+data set, which an `IndexedDataset` tells.
 """
 
-from collections.abc import Mapping, Sized
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
-from lightning_sketch.autodiff.batches import BatchStructure
+from lightning_sketch.autodiff.batches import BatchStructure, has_labels, labels_of
 from lightning_sketch.autodiff.content_hash import content_hash
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, Strings
 
@@ -19,11 +20,11 @@ HASH = "hash"
 
 
 class Indexed(NamedTuple):
-    """An item of an `IndexedDataset` or, after collation, a batch of items.
+    """A batch of an `IndexedDataset`, with the indices of its examples.
 
     Attributes:
-        item: The item or batch of the original data set.
-        index: Its index in the data set; for a batch a tensor of indices, (examples,).
+        item: The batch, as the data loader's collate function made it.
+        index: The indices of its examples in the data set, int64, (examples,).
     """
 
     item: Any
@@ -31,27 +32,105 @@ class Indexed(NamedTuple):
 
 
 class IndexedDataset(Dataset):
-    """A data set that attaches its index to each item; the default collation does so for batches.
+    """A data set whose batches can tell which examples they consist of.
 
-    With `GradientSketchWriter` in the Trainer the module gets the plain batch, as without this class; elsewhere a
-    batch is `Indexed(item, index)`. A custom collate function gets a list of `Indexed`.
+    It has the items of the original data set, so that any collate function, module and callback works with it as with
+    the original. `GradientSketchWriter` and `sketch_gradients` read the indices of a batch beside it; in a loop of your
+    own use `indexed(loader)`. `random_split` and `Subset` of it keep the indices of the whole.
 
     Args:
         dataset: The data set, with `__getitem__` and `__len__`.
 
-    >>> data = IndexedDataset(["a", "b"])
-    >>> data[1]
-    Indexed(item='b', index=1)
+    Raises:
+        TypeError: for a data set that streams, whose items have no index; use `index_key` with it.
+
+    >>> data = IndexedDataset(torch.arange(10, 16))
+    >>> len(data), data[1]
+    (6, tensor(11))
+    >>> loader = DataLoader(data, batch_size=2, sampler=[5, 0, 3, 1])
+    >>> [batch.tolist() for batch in loader]
+    [[15, 10], [13, 11]]
+    >>> [batch.index.tolist() for batch in indexed(loader)]
+    [[5, 0], [3, 1]]
     """
 
     def __init__(self, dataset: Any):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
+            raise TypeError(
+                f"IndexedDataset takes a data set with a length, and a {type(dataset).__name__} has none, so that its "
+                "items have no index; use index_key=... for ids that its batches contain, or index_key='hash'."
+            )
         self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.dataset) if isinstance(self.dataset, Sized) else 0
+        return len(self.dataset)
 
-    def __getitem__(self, index: int) -> Indexed:
-        return Indexed(self.dataset[index], index)
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> "_Items":
+        """Return items in a list that knows their indices."""
+        several = getattr(self.dataset, "__getitems__", None)
+        return _Items(several(indices) if several else [self.dataset[i] for i in indices], indices)
+
+
+class _Items(list):
+    """Items of a data set, with their indices.
+
+    Args:
+        items: The items.
+        indices: Their indices.
+    """
+
+    def __init__(self, items: Iterable[Any], indices: Iterable[int]):
+        super().__init__(items)
+        self.indices = torch.tensor([int(i) for i in indices])
+
+
+class _Collate:
+    """A collate function that keeps the indices of the items beside the batch.
+
+    Args:
+        collate_fn: The collate function of the data loader.
+    """
+
+    def __init__(self, collate_fn: Any):
+        self.collate_fn = collate_fn
+
+    def __call__(self, items: Any) -> Any:
+        """Return an `Indexed` batch."""
+        if not isinstance(items, _Items):  # the loader does not batch, or something between took the items one by one
+            return self.collate_fn(items)
+        return Indexed(self.collate_fn(list(items)), items.indices)
+
+
+def indexed(loader: Any) -> Any:
+    """Return a data loader whose batches are `Indexed`, if its data set is an `IndexedDataset`; others as they are.
+
+    The given loader is left as it is.
+
+    Args:
+        loader: A data loader, or any iterable of batches.
+
+    Raises:
+        ValueError: if parts of the data set are indexed, as in a `ConcatDataset`, but not the whole.
+    """
+    dataset = getattr(loader, "dataset", None)
+    while isinstance(dataset, Subset):
+        dataset = dataset.dataset
+    if isinstance(dataset, ConcatDataset) and any(isinstance(part, IndexedDataset) for part in dataset.datasets):
+        raise ValueError(
+            "the parts of a ConcatDataset are IndexedDatasets, so that examples of several parts have the same index; "
+            "use IndexedDataset(ConcatDataset([...]))."
+        )
+    if not isinstance(loader, DataLoader) or not isinstance(dataset, IndexedDataset):
+        return loader
+    if isinstance(loader.collate_fn, _Collate):
+        return loader
+    own = copy.copy(loader)
+    own.__dict__["_iterator"] = None  # of persistent workers, which collate as before
+    own.collate_fn = _Collate(loader.collate_fn)
+    return own
 
 
 def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStructure | None = None) -> Column:
@@ -64,7 +143,8 @@ def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStruct
         structure: Where the examples of the batch are, if they are not rows of tensors.
 
     Returns:
-        int64, (examples,), or `Strings` if the ids are names.
+        int64, (examples,), or `Strings` if the ids are names; (examples, tokens) if the batch has one for each token,
+        as packed documents have.
 
     Raises:
         ValueError: if the batch has no such key, or the ids are not one whole number or one string per example.
@@ -84,7 +164,7 @@ def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStruct
     except (KeyError, IndexError, TypeError) as error:
         keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
         raise ValueError(f"index_key={index_key!r} is not in the batch, which has {keys}.") from error
-    found = found.tolist() if isinstance(found, np.ndarray) else found
+    found = found.tolist() if isinstance(found, np.ndarray) and found.dtype.kind in "OUS" else found
     if isinstance(found, list | tuple) and any(isinstance(name, str | None) for name in found):
         if not all(isinstance(name, str) for name in found):
             raise ValueError(f"index_key={index_key!r} gives {str(found)[:60]}; each example needs one name or number.")
@@ -92,10 +172,17 @@ def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStruct
             return Strings.of(found)
         raise ValueError(f"index_key={index_key!r} gives {len(found)} names for {structure.count(batch)} examples.")
     ids = torch.as_tensor(found)
-    if ids.is_floating_point() or ids.shape != (structure.count(batch),):
+    of_tokens = has_labels(batch) and ids.ndim > 1 and ids.shape == labels_of(batch).shape
+    if ids.is_floating_point() or ids.is_complex() or not (of_tokens or ids.shape == (structure.count(batch),)):
         raise ValueError(
             f"index_key={index_key!r} gives a tensor of {ids.dtype} and shape {tuple(ids.shape)}; the batch has "
-            f"{structure.count(batch)} examples, each needs one whole number."
+            f"{structure.count(batch)} examples, each needs one whole number, or one for each of its labels if "
+            "documents are packed."
+        )
+    if ids.dtype == torch.uint64 and bool((ids.view(torch.int64) < 0).any()):
+        raise ValueError(
+            f"index_key={index_key!r} gives ids of 2^63 or more, which int64 cannot hold; pass them as strings, or "
+            "shifted right by one bit."
         )
     return ids.long().cpu()
 

@@ -226,6 +226,11 @@ class BatchStructure:
                 )
             yield part, stop - start
 
+    def two(self, batch: Any, first: int, second: int, examples: int) -> Any:
+        """Return a batch of the examples at two places, in their order in the batch."""
+        low, high = sorted((first, second))
+        return self._part(batch, examples, slice(low, high + 1, high - low))
+
     def each(self, batch: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
         """Return the tensors that have the examples along their first axis, and a function that makes a batch of one.
 
@@ -312,7 +317,9 @@ class BatchStructure:
             if axis is None:
                 return value
             if isinstance(value, Tensor) and value.layout != torch.strided:
-                return value.index_select(axis, torch.arange(part.start, part.stop, device=value.device))
+                return value.index_select(
+                    axis, torch.arange(part.start, part.stop, part.step or 1, device=value.device)
+                )
             return value[(slice(None),) * axis + (part,)]
         if isinstance(value, list | tuple) and self._holds_examples(value, examples, path):
             return type(value)(value[part])
@@ -424,6 +431,32 @@ def _labels(batch: Any) -> Any:
     if isinstance(batch, list | tuple) and len(batch) > 1:
         return batch[-1]
     return batch.get("labels") if isinstance(batch, Mapping) else None
+
+
+def with_labels(batch: Any, labels: Tensor) -> Any:
+    """Return a batch with other labels, where `labels_of` finds them."""
+    if isinstance(batch, Mapping):
+        return _with_items(batch, lambda item, key: labels if key == "labels" else item)
+    last = len(batch) - 1
+    return _with_items(batch, lambda item, key: labels if key == last else item)
+
+
+def repeated(example: Any, count: int) -> Any:
+    """Return a batch of `count` copies of a batch of one example; what has no axis of one example stays as it is."""
+
+    def repeat(value: Any, key: Any = None) -> Any:
+        if isinstance(value, Array):
+            alone = value.ndim and len(value) == 1
+            return (
+                (value.repeat_interleave(count, 0) if isinstance(value, Tensor) else value.repeat(count, 0))
+                if alone
+                else value
+            )
+        if isinstance(value, list) and len(value) == 1 and not isinstance(value[0], Array | Mapping):
+            return value * count
+        return _with_items(value, repeat)
+
+    return repeat(example)
 
 
 def on_device(batch: Any, device: torch.device) -> Any:

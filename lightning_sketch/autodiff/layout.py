@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -98,6 +98,17 @@ class Layout:
         if missing:
             raise ValueError(f"{type(module).__name__} lacks parameters of the layout: {', '.join(missing)}.")
         return [found[name] for name in self.names]
+
+    def without(self, names: Collection[str]) -> "Layout":
+        """Return the layout of all parameters but those with these names.
+
+        Raises:
+            ValueError: if none is left.
+        """
+        pairs = [(n, shape) for n, shape in zip(self.names, self.shapes, strict=True) if n not in names]
+        if not pairs:
+            raise ValueError(f"no parameter is left without {', '.join(list(names)[:10])}.")
+        return Layout(tuple(name for name, _ in pairs), tuple(shape for _, shape in pairs))
 
     def flatten(self, tensors: Sequence[Tensor | None], like: Tensor) -> Float[Tensor, " n"]:
         """Return one vector of tensors in the order of the layout.

@@ -236,8 +236,9 @@ def _attributes(part: nn.Module) -> Callable[[], None]:
 
     def put_back() -> None:
         part.training = training
-        part._buffers.clear()
-        part._buffers.update(buffers)
+        if not isinstance(part, torch.jit.ScriptModule):  # has a fixed set of buffers
+            part._buffers.clear()
+            part._buffers.update(buffers)
         for name in vars(part).keys() - before.keys() - _OF_TORCH:
             del part.__dict__[name]
         for name, value in before.items():

@@ -1,13 +1,11 @@
 """Learning rates of the Trainer's optimizers, and the curvature up to which they are stable."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from lightning_sketch._lightning import Trainer
-from lightning_sketch.subspace import SubspaceModule
+from lightning_sketch._lightning import Trainer, common_lr, param_groups
 
 
 class Stability(NamedTuple):
@@ -29,20 +27,6 @@ UNKNOWN = Stability(math.nan, math.nan)
 def stability(trainer: Trainer) -> Stability:
     """Return the learning rate and the edge of stability of the Trainer's optimizers as they are now."""
     return Stability(common_lr(param_groups(trainer, trainer.optimizers)), _stable_below(trainer))
-
-
-def param_groups(trainer: Trainer, optimizers: Sequence[torch.optim.Optimizer]) -> Sequence[Mapping[str, Any]]:
-    """Return the param groups of optimizers with the options that their steps use."""
-    module = trainer.lightning_module
-    if isinstance(module, SubspaceModule):
-        return module.groups(optimizers)
-    return [group for optimizer in optimizers for group in optimizer.param_groups]
-
-
-def common_lr(groups: Sequence[Mapping[str, Any]]) -> float:
-    """Return the learning rate of param groups if all have the same; otherwise NaN."""
-    rates = {float(group["lr"]) for group in groups}
-    return rates.pop() if len(rates) == 1 else math.nan
 
 
 def _stable_below(trainer: Trainer) -> float:

@@ -1,13 +1,14 @@
 """Gradients of single examples: by hooks from the ordinary backward pass, by vmap, or one at a time."""
 
 from lightning_sketch.per_example.accumulate import SketchAccumulator
-from lightning_sketch.per_example.example_sketches import ExampleSketches
+from lightning_sketch.per_example.example_sketches import ExampleGradients, ExampleSketches
 from lightning_sketch.per_example.factors import Dense, Factor, LowRank, SparseRows, Unsupported
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.rules.registry import register_layer
 
 __all__ = [
     "Dense",
+    "ExampleGradients",
     "ExampleHooks",
     "ExampleSketches",
     "Factor",

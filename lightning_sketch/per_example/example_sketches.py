@@ -1,7 +1,8 @@
-"""Sketched gradients of each example of a batch, by the fastest engine that supports the module."""
+"""Sketched gradients of each example of a batch, by the fastest engine that is right, checked on every batch."""
 
-from collections.abc import Callable, Collection
-from typing import Any, Literal, get_args
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,21 +15,52 @@ from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.loop import loop_sketches, vmap_sketches
-from lightning_sketch.per_example.reduction import Reduction, check_reduction, own_scale
-from lightning_sketch.per_example.verify import hooks_fail
-
-_ONE_BY_ONE = {"loop": loop_sketches, "vmap": vmap_sketches}
+from lightning_sketch.per_example.verify import (
+    check_first_axis,
+    coupled,
+    gradients_of,
+    hooks_fail,
+    one,
+    tolerance,
+    weighing_of,
+    witnesses,
+)
+from lightning_sketch.per_example.weights import Reduction, Weighing, Weighings, WeightFn
 
 # How per-example gradients are computed.
 Engine = Literal["auto", "hooks", "loop", "vmap"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 
+_LISTED = 5  # parameters in a warning
+
+
+class ExampleGradients(NamedTuple):
+    """The sketched gradients of the examples of a batch.
+
+    Attributes:
+        rows: The sketches, (examples, dim).
+        losses: The losses of the examples alone, (examples,), or None if they are not known.
+        weights: The weights of the examples in a mean over the batch, (examples,), NaN if they are not known.
+        scale_known: Whether the rows have the scale of the examples' own gradients.
+        in_doubt: Whether this batch has shown that rows of batches before it may have a wrong scale.
+    """
+
+    rows: Float[Tensor, "examples dim"]
+    losses: Float[Tensor, " examples"] | None
+    weights: Float[Tensor, " examples"]
+    scale_known: bool = True
+    in_doubt: bool = False
+
 
 class ExampleSketches:
-    """A function from a batch to the sketched gradients of its examples, and their losses if the engine knows them.
+    """A function from a batch to the sketched gradients of its examples' own losses, checked on every batch.
 
-    Call it under `preserve_state`. The first batch of two examples or more decides whether hooks support the module:
-    their gradients are compared with those that autograd gives for two examples alone.
+    Call it under `preserve_state`. Rows of hooks are compared, on each batch, with the gradients of two of its examples
+    alone, see `verify`; this costs two passes of one example. At the first batch that hooks do not split right,
+    engine="auto" says so once, and takes the loop from this batch on.
+
+    The loop is right whenever an example has a loss of its own. Whether the batch's gradient is made of the gradients
+    of its examples is checked on batches 1, 2, 4, 8, ..., by one pass of the whole batch.
 
     Args:
         module: The module.
@@ -36,14 +68,15 @@ class ExampleSketches:
         sketch: The sketch, of vectors of the layout's size.
         loss_fn: (module, batch) -> loss of the batch, or a loss of each example.
         engine: "hooks", "vmap", "loop", or "auto" for hooks where they are exact and the loop elsewhere.
-        weight_fn: (batch) -> its weight in a mean, where examples do not all weigh the same; `num_labels` for a mean
-            over tokens.
+        weight_fn: (batch) -> its weight in a mean, where examples do not all weigh the same. If this and `reduction`
+            are None, the usual ways are tried, see `Weighings`.
         reduction: "mean" or "sum", what the loss does over the examples of a batch.
         names: The names of the parameters to differentiate by, all of the layout if None; others are zero in the rows.
         structure: Where the examples are, unless they are rows of tensors.
 
     Raises:
-        ValueError: if the engine is unknown or does not support the module, or if a parameter is frozen.
+        ValueError: if the engine is unknown or does not support the module, or if a parameter is frozen; if the
+            gradients of all examples alone are zero, but that of their batch is not.
     """
 
     def __init__(
@@ -54,17 +87,18 @@ class ExampleSketches:
         sketch: Sketch,
         loss_fn: LossFn,
         engine: Engine = "auto",
-        weight_fn: Callable[[Any], float] | None = None,
-        reduction: Reduction = "mean",
+        weight_fn: WeightFn | None = None,
+        reduction: Reduction | None = None,
         names: Collection[str] | None = None,
         structure: BatchStructure | None = None,
     ):
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r} is not known; use one of {', '.join(map(repr, ENGINES))}.")
-        check_reduction(reduction)
-        self.module, self.layout, self.sketch, self.loss_fn = module, layout, sketch, on_copies(loss_fn)
-        self.weight_fn, self.reduction, self.engine = weight_fn, reduction, engine
-        self.structure = structure or BatchStructure()
+        self.module, self.layout, self.sketch = module, layout, sketch
+        self.structure, self.engine = structure or BatchStructure(), engine
+        self.weighings = Weighings(module, weight_fn, reduction, self.structure)
+        copies = on_copies(loss_fn)
+        self.loss_fn: LossFn = lambda module, batch: _loss_in(copies(module, batch))
         named = zip(layout.names, layout.parameters(module), strict=True)
         self.parameters = {name: p for name, p in named if names is None or name in names}
         frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
@@ -73,67 +107,188 @@ class ExampleSketches:
                 f"rows are to cover {', '.join(frozen[:10])}, which {'is' if len(frozen) == 1 else 'are'} frozen now; "
                 "set requires_grad=True while rows are computed."
             )
+        self.batches = self.by_hooks = 0  # that were seen, and of these the ones that hooks split
         self._hooks: tuple[ExampleHooks, SketchAccumulator] | None = None
+        self._way = ""  # the name of the last way of weighing that fitted
+        self._coupled = False
 
-    def __call__(self, batch: Any) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
-        """Return the rows (examples, dim) at the module's present weights, and the losses (examples,) if known."""
-        if self.engine in ("auto", "hooks") and self._hooks is None:
-            self._choose(batch)
-        if self._hooks is not None:
-            return self._by_hooks(*self._hooks, batch)
-        one_by_one = _ONE_BY_ONE[self.engine if self.engine in _ONE_BY_ONE else "loop"]
-        rows, losses = one_by_one(
-            self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn, self.structure
-        )
-        counts = own_scale(batch, self.reduction, self.weight_fn, self.structure).to(rows) > 0
-        return rows.where(counts[:, None], 0.0), losses  # the mean over no labels is NaN
-
-    def _choose(self, batch: Any) -> None:
-        """Use hooks if they are exact; a batch of one example decides nothing, and takes the loop."""
-        if self.structure.count(batch) == 1:
-            return
-        try:
-            scale = self._scale(batch)
-            failing = hooks_fail(self.module, batch, self.parameters, self.loss_fn, scale, self.structure)
-        except ValueError:
-            if self.engine == "hooks":
-                raise
-            failing = dict.fromkeys(self.parameters, "")
-        if failing and self.engine == "hooks":
-            listed = "".join(f"\n  {name}: {reason}" for name, reason in list(failing.items())[:20])
+    def __call__(self, batch: Any) -> ExampleGradients:
+        """Return the rows at the module's present weights, with what is known about their examples."""
+        _refuse_packed(self.module)
+        examples, number = self.structure.count(batch), self.batches
+        self.batches += 1
+        if self.engine in ("loop", "vmap") or examples == 1:
+            return self._one_by_one(batch, examples, number)
+        found = self._by_hooks(batch, examples, number)
+        if isinstance(found, ExampleGradients):
+            self.by_hooks += 1
+            return found
+        which = "the first batch" if number == 0 else f"batch {number + 1}"
+        if self.engine == "hooks":
             raise ValueError(
-                f"hooks do not give the gradients of single examples for {len(failing)} of {len(self.parameters)} "
-                f"parameters of {type(self.module).__name__}:{listed}\nUse engine='loop', or leave these out."
+                f"hooks do not give the gradients of single examples {found}\nThis is {which}. Use engine='loop', or "
+                "leave parameters out."
             )
-        if failing:
-            self.engine = "loop"
-        else:
+        in_doubt, self.engine = self.by_hooks > 0, "loop"
+        before = " The scale of earlier rows of this pass is marked as not known." if in_doubt else ""
+        warnings.warn(
+            f"from {which} on, examples are differentiated one at a time, which is slow, since hooks do not give the "
+            f"gradients of single examples {found}{before}",
+            stacklevel=2,
+        )
+        return self._one_by_one(batch, examples, number)._replace(in_doubt=in_doubt)
+
+    def _by_hooks(self, batch: Any, examples: int, number: int) -> ExampleGradients | str:
+        """Return the rows that hooks give, or why they are not the examples' gradients."""
+        if self._hooks is None:
+            reason = self._unsupported(batch)
+            if reason:
+                return reason
             accumulator = SketchAccumulator(self.sketch, self.layout, parameters=self.parameters)
             self._hooks = ExampleHooks(self.module, self.parameters), accumulator
-
-    def _by_hooks(
-        self, hooks: ExampleHooks, accumulator: SketchAccumulator, batch: Any
-    ) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"] | None]:
-        examples = self.structure.count(batch)
+        hooks, accumulator = self._hooks
         accumulator.start(examples)
         with hooks.recording(accumulator, examples):
             loss = self.loss_fn(self.module, batch)
             total = loss.sum()
             hooks.before_backward(total)
-            torch.autograd.grad(total, list(self.parameters.values()), allow_unused=True)
-            rows = accumulator.rows()
+            gradients = gradients_of(total, self.parameters)
+            shares = accumulator.rows()
+        missed = [name for name, g in gradients.items() if g is not None and name not in hooks.supported]
+        if missed or hooks.reasons:
+            return self._listed({name: hooks.reasons.get(name, "no hook saw it") for name in [*hooks.reasons, *missed]})
+        del gradients, total
         each = loss.detach() if loss.shape == (examples,) else None
-        return rows * self._scale(batch).to(rows)[:, None], each
+        ways = self._ways(batch, examples, each is not None)
+        places = witnesses(shares, ways, number)
+        if not places:
+            return f"of {type(self.module).__name__}: all are zero, so that none could be compared with one alone."
+        alone = torch.stack([self._alone(batch, place, examples) for place in places])
+        way = weighing_of(shares[places], alone, places, ways, tolerance(self.parameters))
+        if isinstance(way, str):
+            return f"of {type(self.module).__name__}: {way}."
+        self._way = way.name
+        return ExampleGradients(shares * way.scale.to(shares)[:, None], each, way.weights)
 
-    def _scale(self, batch: Any) -> Float[Tensor, " examples"]:
-        """Return the scales of the examples; a loss of each example adds up to a sum, whatever `reduction` says."""
-        if self.weight_fn is None and self.reduction == "mean" and self._loss_is_vector(batch):
-            return own_scale(batch, "sum", structure=self.structure)
-        return own_scale(batch, self.reduction, self.weight_fn, self.structure)
+    def _unsupported(self, batch: Any) -> str:
+        """Return why hooks do not support the module, from its first batch; empty if they do."""
+        try:
+            check_first_axis(self.structure)
+            failing = hooks_fail(
+                self.module, batch, self.parameters, self.loss_fn, self.structure, lambda batch: self._ways(batch, 0)
+            )
+        except ValueError as error:
+            if self.engine == "hooks":
+                raise
+            return f"of {type(self.module).__name__}: {error}"
+        return self._listed(failing) if failing else ""
 
-    def _loss_is_vector(self, batch: Any) -> bool:
-        """Return whether the loss function returns one loss per example."""
-        if not hasattr(self, "_vector"):
-            with torch.no_grad():
-                self._vector = self.loss_fn(self.module, batch).shape == (self.structure.count(batch),)
-        return self._vector
+    def _ways(self, batch: Any, examples: int, each: bool = False) -> list[Weighing]:
+        """Return the ways in which the loss may weigh the examples, that of the batch before first.
+
+        Losses of each example add up to a sum.
+        """
+        if each and not self.weighings.given:
+            return [Weighing("a sum over examples", torch.ones(examples, dtype=torch.float64), summed=True)]
+        return sorted(self.weighings(batch), key=lambda way: way.name != self._way)
+
+    def _alone(self, batch: Any, place: int, examples: int) -> Float[Tensor, " dim"]:
+        """Return the sketch of the gradient of one example of a batch alone."""
+        loss = self.loss_fn(self.module, one(self.structure, batch, place, examples)).sum()
+        return self.layout.sketch(self.sketch, gradients_of(loss, self.parameters))
+
+    def _one_by_one(self, batch: Any, examples: int, number: int) -> ExampleGradients:
+        """Return the rows of the loop, or of vmap."""
+        sketches = vmap_sketches if self.engine == "vmap" else loop_sketches
+        rows, losses = sketches(
+            self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn, self.structure
+        )
+        ways, before = self.weighings(batch), self._coupled
+        if examples > 1 and (number + 1) & number == 0:  # batches 1, 2, 4, 8, ...
+            self._check_sum(batch, rows)
+        found = next((way for way in ways if way.name == self._way), None)
+        way = ways[0] if self.weighings.given else found
+        if way is None:
+            weights = torch.full((examples,), torch.nan, dtype=torch.float64)
+        else:
+            weights = way.weights
+            rows = rows.where(weights.to(rows.device)[:, None] > 0, 0.0)  # the mean over no labels is NaN
+        return ExampleGradients(rows, losses, weights, not self._coupled, self._coupled and not before and number > 0)
+
+    def _check_sum(self, batch: Any, rows: Float[Tensor, "examples dim"]) -> None:
+        """Find how the gradient of the batch is made of those of its examples; warn, once, if it is not.
+
+        Raises:
+            ValueError: if all gradients of examples are zero, but not that of the batch.
+        """
+        loss = self.loss_fn(self.module, batch)
+        each = loss.shape == (len(rows),)
+        whole = self.layout.sketch(self.sketch, gradients_of(loss.sum(), self.parameters))
+        error = tolerance(self.parameters)
+        for way in self._ways(batch, len(rows), each):
+            shares = rows / way.scale.to(rows)[:, None]
+            total = shares.where(shares.isfinite(), 0.0).sum(0)
+            if (total - whole.to(total)).norm() <= error * whole.norm():
+                self._way = way.name
+                return
+        self._way = ""
+        time_first = [name for name, part in self.module.named_modules() if getattr(part, "batch_first", True) is False]
+        if time_first and self.structure.batch_dim == 0 and coupled(rows, whole, error):
+            raise ValueError(
+                f"the first axis of a batch is not that of the examples of {type(self.module).__name__}: gradients of its "
+                f"slices do not add up to that of the batch, and {time_first[0]} has batch_first=False, so that the "
+                "first axis is time; pass batch_dim=1."
+            )
+        if not rows.any() and whole.any() and whole.isfinite().all():
+            raise ValueError(
+                f"the loss of {type(self.module).__name__} couples the examples of a batch, as a contrastive loss does:"
+                " the gradient of each example alone is zero, that of the batch is not. No example has a row; write "
+                "rows of steps (per='step'), or pass loss_fn=lambda module, batch: a loss that each example has alone."
+            )
+        if self._coupled or not (each or coupled(rows, whole, error)) or self._is_random(batch):
+            return
+        self._coupled = True
+        warnings.warn(
+            f"the gradient of a batch of {type(self.module).__name__} is no sum of the gradients of its examples, so "
+            "that the loss couples them. A row is the gradient of a batch of one example; its scale is marked as not "
+            "known.",
+            stacklevel=2,
+        )
+
+    def _listed(self, reasons: dict[str, str]) -> str:
+        """Return a text of the first parameters that hooks do not support, each with the reason."""
+        lines = [f"\n  {name}: {reason}" for name, reason in list(reasons.items())[:_LISTED]]
+        more = f"\n  and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
+        count = f"{len(reasons)} of {len(self.parameters)} parameters"
+        return f"for {count} of {type(self.module).__name__}:{''.join(lines)}{more}"
+
+    def _is_random(self, batch: Any) -> bool:
+        """Return whether the loss draws random numbers, so that two passes differ."""
+        first, second = (self.loss_fn(self.module, batch).detach().sum() for _ in range(2))
+        return not torch.equal(first, second)
+
+
+def _loss_in(returned: Any) -> Tensor:
+    """Return the loss in what a loss function returned: itself, or the entry `loss`."""
+    found = returned.get("loss") if isinstance(returned, Mapping) else getattr(returned, "loss", returned)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"the loss function returned a {type(returned).__name__}; return the loss as a tensor, or a mapping with "
+            "the entry 'loss'."
+        )
+    return found
+
+
+def _refuse_packed(module: nn.Module) -> None:
+    """Refuse a layer of bitsandbytes that gives no gradient after a pass without gradients on a CPU.
+
+    Such a pass packs 4-bit weights for inference.
+    """
+    for name, part in module.named_modules():
+        state = getattr(getattr(part, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                f"bitsandbytes has packed the 4-bit weights of {name} for inference on a CPU, in a pass under no_grad, "
+                "and gives no gradients through them any more: load the model anew and call sketch_gradients before "
+                "such a pass, or use a GPU, or 8 bits."
+            )

@@ -87,7 +87,8 @@ def vmap_sketches(
             gradients, loss = gradients_of([p.detach() for p in own], *parts)
         except RuntimeError as error:
             raise ValueError(
-                f"{type(module).__name__} cannot be vectorized over examples: {error}. Use 'loop' instead of 'vmap'."
+                f"{type(module).__name__} cannot be vectorized over examples: {str(error).splitlines()[0][:200]} Use "
+                "'loop' instead of 'vmap'."
             ) from error
         named = dict(zip(parameters, gradients, strict=True))
         for i in range(len(parts[0])):

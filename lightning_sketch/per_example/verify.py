@@ -1,15 +1,18 @@
-"""Checks on the first batch that the rows of hooks are the gradients of the examples; two for each parameter.
+"""Checks that rows of hooks are the gradients of the examples, by gradients of single examples, the witnesses.
 
-    sum    the shares of all examples add up to the gradient of the batch
-           finds what is missing or counted twice
-    row    the scaled share of an example is the gradient of this example alone, for the first and the last example
-           that have a weight; finds a wrong axis, a wrong scale, examples that are coupled through the loss
+    direction    the share of a witness in the batch's gradient is parallel to the witness's gradient alone
+                 finds a wrong axis, coupled examples, what is missing or counted twice
+    scale        both differ by the factor that a way of weighing says, see `weights`
+                 finds class weights, padding, masks, sums
 
-Either alone lets wrong rows pass: any partition of a batch's terms has the right sum. Small sketches are compared.
+On every batch there are two witnesses: one drawn from the number of the batch, and the one about which the possible
+ways of weighing disagree most, such as that with the fewest or the most labels. A row that is zero, or small beside the
+others, is no witness: of a masked example both gradients are zero, whatever the scale. On the first batch direction is
+checked parameter by parameter, with small sketches, and the shares must add up to the batch's gradient.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +26,159 @@ from lightning_sketch.operators.count_sketch import CountSketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.factors import Factor
 from lightning_sketch.per_example.hooks import ExampleHooks
+from lightning_sketch.per_example.weights import Weighing
 
 _DIM = 256
 
 # A parameter's gradient below this, relative to the gradient of all parameters, is rounding, such as that of a bias
 # before a normalization.
 _FLOOR = 1e-5
+
+# A row is no witness if it is smaller than this, relative to the largest one: rounding may be all of it.
+_SMALL = 1e-2
+
+_WITNESSES = 2
+
+# The part of a batch's gradient that no weights of the examples explain, above which examples are coupled.
+_COUPLED = 1e-2
+
+_OTHER_DIRECTION = (
+    "the share of an example in the batch is not the gradient of the example alone, nor parallel to it: the examples "
+    "are along another axis (batch_dim=1 if time is first), or coupled by the loss, or the loss draws random numbers"
+)
+
+
+def tolerance(parameters: Mapping[str, Tensor]) -> float:
+    """Return the relative error of a gradient that is rounding."""
+    return 5e-2 if any(p.dtype in HALF for p in parameters.values()) else 1e-3
+
+
+def witnesses(rows: Float[Tensor, "examples dim"], ways: Sequence[Weighing], number: int) -> list[int]:
+    """Return the examples that a batch is checked by, none if all rows are zero or not finite.
+
+    Args:
+        rows: The rows of the batch, up to their scales.
+        ways: The ways in which the loss may weigh its examples.
+        number: The number of the batch, from which one of the witnesses is drawn.
+    """
+    norms = rows.detach().double().norm(dim=1).cpu()
+    norms = norms.where(norms.isfinite(), 0.0)
+    fit = norms > _SMALL * norms.max()
+    order = torch.randperm(len(norms), generator=torch.Generator().manual_seed(number))
+    drawn = [i for i in order.tolist() if fit[i]]
+    scales = torch.stack([way.scale for way in ways])
+    spread = (scales.max(0).values / scales.min(0).values).nan_to_num(0.0, posinf=0.0)  # of no label both are zero
+    extreme = int(spread.where(fit, 0.0).argmax())
+    return list(dict.fromkeys(drawn[:1] + [extreme] * bool(fit[extreme]) + drawn))[:_WITNESSES]
+
+
+def weighing_of(
+    shares: Float[Tensor, "witnesses dim"],
+    alone: Float[Tensor, "witnesses dim"],
+    places: Sequence[int],
+    ways: Sequence[Weighing],
+    error: float,
+) -> Weighing | str:
+    """Return the way of weighing that turns the shares of the witnesses into their own gradients, or why there is none.
+
+    Args:
+        shares: The rows of the witnesses, from the pass of their batch.
+        alone: The sketches of their gradients alone.
+        places: Their places in the batch.
+        ways: The ways in which the loss may weigh its examples.
+        error: The relative error that is rounding.
+    """
+    shares, alone = shares.double().cpu(), alone.double().cpu()
+    norms = alone.norm(dim=1)
+    found = (shares * alone).sum(1) / shares.square().sum(1)
+    off = (alone - found[:, None] * shares).norm(dim=1) / norms
+    if not (off <= error).all():
+        return _OTHER_DIRECTION
+    errors = [float((way.scale[list(places)] / found - 1).abs().max()) for way in ways]
+    best = min(range(len(ways)), key=errors.__getitem__)
+    if errors[best] <= error:
+        return ways[best]
+    tried = " or ".join(way.name for way in ways)
+    at, real = places[0], float(found[0])
+    return (
+        "the share of an example in the batch is not the gradient of the example alone times a usual weight: the loss "
+        f"is not {tried}; example {at} has {1 / real:.3g} of its own gradient in that of the batch, not "
+        f"{1 / float(ways[best].scale[at]):.3g}. Pass weight_fn=lambda batch: the weight of the batch in a mean, such "
+        "as the sum of its class weights"
+    )
+
+
+def weighing_by_losses(
+    module: nn.Module,
+    batch: Any,
+    loss_fn: LossFn,
+    ways: Sequence[Weighing],
+    structure: BatchStructure,
+    number: int,
+    error: float,
+) -> Weighing | str | None:
+    """Return the way of weighing that the losses of two examples show: alone, and together in a batch of two.
+
+    For rows that are shares of a training step, whose dropout no second pass repeats. Costs a forward pass of four
+    examples; call it under `preserve_state`.
+
+    Args:
+        module: The module.
+        batch: The batch.
+        loss_fn: (module, batch) -> loss of the batch.
+        ways: The ways in which the loss may weigh its examples.
+        structure: Where the examples are in a batch.
+        number: The number of the batch, from which one of the examples is drawn.
+        error: The relative error that is rounding.
+
+    Returns:
+        The way; or why there is none; or None if the two losses are too near to each other to tell.
+    """
+    examples = structure.count(batch)
+    if examples == 1:
+        return ways[0]
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(number)).tolist()
+    weighted = [i for i in order if ways[0].weights[i] > 0]
+    for first in weighted[:_WITNESSES]:
+        ratios = torch.stack([way.weights / way.weights[first] for way in ways])
+        spread = (ratios.max(0).values / ratios.min(0).values).nan_to_num(0.0, posinf=0.0)
+        second = max((i for i in weighted if i != first), key=lambda i: float(spread[i]), default=None)
+        if second is None:
+            return ways[0]
+        low, high = sorted((first, second))
+        batches = one(structure, batch, low, examples), one(structure, batch, high, examples)
+        pair = structure.two(batch, low, high, examples)
+        a, b, both = (float(loss_fn(module, part).detach().double().mean()) for part in (*batches, pair))
+        if not abs(a - b) > 10 * error * max(abs(a), abs(b)):  # or one of them is not finite
+            continue
+        for way in ways:
+            w, v = float(way.weights[low]), float(way.weights[high])
+            expected = a + b if way.summed else (w * a + v * b) / (w + v)
+            if abs(expected - both) <= error * abs(a - b):
+                return way
+        return (
+            f"the loss of two examples, {both:.4g}, is none of the usual means or sums of their losses alone, "
+            f"{a:.4g} and {b:.4g}; pass weight_fn=lambda batch: the weight of the batch in a mean (such as the sum of "
+            "its class weights)"
+        )
+    return None
+
+
+def coupled(rows: Float[Tensor, "examples dim"], whole: Float[Tensor, " dim"], error: float) -> bool:
+    """Return whether no weights of the gradients of examples alone make their sum that of their batch.
+
+    With more examples than numbers in a row there are always such weights.
+
+    Args:
+        rows: The sketches of the gradients of the examples alone.
+        whole: The sketch of the gradient of their batch.
+        error: The relative error that is rounding.
+    """
+    rows, whole = rows.detach().double().cpu(), whole.detach().double().cpu()
+    if not (rows.isfinite().all() and whole.isfinite().all()):
+        return False
+    weights = torch.linalg.lstsq(rows.T, whole[:, None], driver="gelsd").solution[:, 0]
+    return float((whole - weights @ rows).norm()) > max(_COUPLED, error) * float(whole.norm())
 
 
 class _SmallSketches:
@@ -70,37 +220,34 @@ def hooks_fail(
     batch: Any,
     parameters: Mapping[str, nn.Parameter],
     loss_fn: LossFn,
-    scale: Float[Tensor, " examples"],
     structure: BatchStructure | None = None,
+    ways: Callable[[Any], Sequence[Weighing]] | None = None,
 ) -> dict[str, str]:
     """Return the names of parameters for which hooks do not give the examples' gradients, each with the reason.
 
-    Costs a training step on the batch and two on one example. Call it under `preserve_state`.
+    What is compared is the direction of an example's gradient; its scale is that of all parameters together. Costs a
+    training step on the batch and two on one example. Call it under `preserve_state`.
 
     Args:
         module: The module.
         batch: The first batch.
         parameters: The parameters to check, by name.
         loss_fn: (module, batch) -> loss of the batch, or a loss of each example.
-        scale: The scale of each example's share, as `own_scale` returns it.
         structure: Where the examples are, unless they are rows of tensors.
+        ways: batch -> the ways in which the loss may weigh its examples; they choose a witness.
 
     Raises:
         ValueError: if the module is compiled; if examples are not along the first axis.
     """
     structure = structure or BatchStructure()
-    if not structure.along_first_axis:
-        raise ValueError(
-            "hooks split gradients along the first axis of tensors, but batch_dim or split_fn puts the examples "
-            "elsewhere; use 'loop' as engine or fallback."
-        )
+    check_first_axis(structure)
     parameters = {name: p for name, p in parameters.items() if p.numel()}
     examples = structure.count(batch)
     hooks, small = ExampleHooks(module, parameters), _SmallSketches(parameters, examples)
     with hooks.recording(small, examples):
         loss = loss_fn(module, batch).sum()
         hooks.before_backward(loss)
-        whole = _gradients(loss, parameters)
+        whole = gradients_of(loss, parameters)
     supported, reasons = hooks.supported, hooks.reasons  # some are known only once the hooks are off
     wrong = _differing(small.of(whole), {name: rows.sum(0) for name, rows in small.rows.items()}, parameters)
     found: dict[str, str] = {}
@@ -109,21 +256,37 @@ def hooks_fail(
     for name in dict.fromkeys([*missed, *wrong]):
         unknown = "no hook saw it" if name not in supported else "its shares do not add up to its gradient"
         found[name] = reasons.get(name, unknown)
-    for place in scale.nonzero().flatten()[[0, -1]].tolist() if scale.any() else ():
-        example, _ = next(itertools.islice(structure.parts(batch, 1), place, None))
-        alone = _gradients(loss_fn(module, example).sum(), parameters)
-        shares = {name: rows[place] * float(scale[place]) for name, rows in small.rows.items()}
-        for name in _differing(small.of(alone), shares, parameters):
-            found.setdefault(
-                name,
-                "the share of an example in the batch is not the gradient of the example alone: the examples are along "
-                "another axis, or coupled, or the loss is not a mean over them (pass reduction='sum', or for a mean "
-                "over tokens weight_fn=num_labels, with shift=True for a causal language model)",
-            )
+    right = [name for name in parameters if name not in found]
+    if not right:
+        return found
+    known = ways(batch) if ways is not None else [Weighing("", torch.ones(examples, dtype=torch.float64))]
+    for place in witnesses(torch.cat([small.rows[name].double() for name in right], 1), known, 0):
+        alone = small.of(gradients_of(loss_fn(module, one(structure, batch, place, examples)).sum(), parameters))
+        shares = {name: rows[place] for name, rows in small.rows.items()}
+        products = sum(float((shares[name] * alone[name]).double().sum()) for name in right)
+        squares = sum(float(shares[name].double().square().sum()) for name in right)
+        scaled = {name: share * (products / squares) for name, share in shares.items()}
+        for name in _differing(alone, scaled, parameters):
+            found.setdefault(name, _OTHER_DIRECTION)
     return found
 
 
-def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
+def check_first_axis(structure: BatchStructure) -> None:
+    """Refuse examples that are not along the first axis."""
+    if not structure.along_first_axis:
+        raise ValueError(
+            "hooks split gradients along the first axis of tensors, but batch_dim or split_fn puts the examples "
+            "elsewhere; use 'loop' as engine or fallback."
+        )
+
+
+def one(structure: BatchStructure, batch: Any, place: int, examples: int) -> Any:
+    """Return the example at this place, as a batch of one."""
+    return next(itertools.islice(structure.parts(batch, 1, examples), place, None))[0]
+
+
+def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Return the gradients of a loss by the names of the parameters; None where it does not depend on one."""
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return dict(zip(parameters, gradients, strict=True))
 
@@ -132,11 +295,11 @@ def _differing(
     true: Mapping[str, Tensor], found: Mapping[str, Tensor], parameters: Mapping[str, nn.Parameter]
 ) -> list[str]:
     """Return the names of the parameters whose sketched gradients differ by more than rounding."""
-    half = any(p.dtype in HALF for p in parameters.values())
-    tolerance = 5e-2 if half else 1e-3
-    size = sum(float(t.square().sum()) for t in true.values()) ** 0.5
+    error, half = tolerance(parameters), any(p.dtype in HALF for p in parameters.values())
+    size = sum(float(t.square().sum()) for t in true.values() if t.isfinite().all()) ** 0.5
     return [
         name
         for name, t in true.items()
-        if not (found[name] - t).norm() <= tolerance * t.norm() + (tolerance if half else _FLOOR) * size
+        if t.isfinite().all()  # an example whose gradient is not finite says nothing about the others
+        and not (found[name] - t).norm() <= error * t.norm() + (error if half else _FLOOR) * size
     ]

@@ -8,7 +8,7 @@ from models import Digits, dataset, loader
 from torch import nn
 
 from lightning_sketch.attribution import IndexedDataset, sketch_gradients
-from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators import BlockSRHT
@@ -42,7 +42,7 @@ def test_rows_are_sketched_gradients_of_each_example(module, engine):
     assert len(rows) == 256
     expected = truth(module, [dataset()[i] for i in range(256)], sketch)
     assert (rows.sketches - expected).norm() <= 1e-5 * expected.norm()
-    assert rows.fingerprint == fingerprint(list(module.parameters()))
+    assert rows.fingerprint == module_fingerprint(module)
 
 
 def test_the_training_step_is_the_default_and_leaves_no_trace(module):
@@ -129,7 +129,8 @@ def test_what_hooks_do_not_support_goes_through_the_loop_or_is_named():
     def mean(module, batch):
         return F.cross_entropy(module(batch[0]), batch[1])
 
-    rows = sketch_gradients(module, [batch], sketch, mean)
+    with pytest.warns(UserWarning, match="from the first batch on, examples are differentiated one at a time"):
+        rows = sketch_gradients(module, [batch], sketch, mean)
     torch.testing.assert_close(rows.sketches, sketch_gradients(module, [batch], sketch, mean, engine="loop").sketches)
     with pytest.raises(
         ValueError, match=r"for 4 of 6 parameters of Awkward:\n  first.weight_ih_l0: LSTM first has no rule"
@@ -137,8 +138,8 @@ def test_what_hooks_do_not_support_goes_through_the_loop_or_is_named():
         sketch_gradients(module, [batch], sketch, mean, engine="hooks")
 
 
-def test_a_loss_that_is_no_mean_over_examples_is_refused_by_hooks(module):
-    """A sum taken for a mean, and a loss that couples examples; with the right reduction the sum is supported."""
+def test_a_loss_that_couples_examples_is_refused_by_hooks_and_a_sum_is_found(module):
+    """A sum that is said to be a mean is refused too; with the right reduction, or without any, it is supported."""
     sketch, batch = BlockSRHT(Layout.of(module).n, 64), dataset()[:6]
 
     def summed(module, batch):
@@ -148,11 +149,12 @@ def test_a_loss_that_is_no_mean_over_examples_is_refused_by_hooks(module):
         z = module.net(batch[0])
         return F.cross_entropy(z @ z.T, torch.arange(len(z)))
 
-    for wrong in (summed, contrastive):
+    for wrong, reduction in ((summed, "mean"), (contrastive, None), (contrastive, "mean")):
         with pytest.raises(ValueError, match="is not the gradient of the example alone"):
-            sketch_gradients(module, [batch], sketch, wrong, engine="hooks")
-    rows = sketch_gradients(module, [batch], sketch, summed, engine="hooks", reduction="sum")
-    torch.testing.assert_close(rows.sketches, sketch_gradients(module, [batch], sketch, loss).sketches)
+            sketch_gradients(module, [batch], sketch, wrong, engine="hooks", reduction=reduction)
+    for reduction in ("sum", None):
+        rows = sketch_gradients(module, [batch], sketch, summed, engine="hooks", reduction=reduction)
+        torch.testing.assert_close(rows.sketches, sketch_gradients(module, [batch], sketch, loss).sketches)
 
 
 def test_an_axis_taken_for_that_of_the_examples_is_noticed():
@@ -167,4 +169,7 @@ def test_an_axis_taken_for_that_of_the_examples_is_noticed():
     x = torch.randn(5, 5, 3)
     with pytest.raises(ValueError, match="along another axis"):
         sketch_gradients(module, [x], sketch, other_axis, engine="hooks")
-    assert len(sketch_gradients(module, [x], sketch, other_axis)) == 5
+    with pytest.warns(UserWarning, match="along another axis"):
+        rows = sketch_gradients(module, [x], sketch, other_axis)
+    truth = sketch_gradients(module, [x], sketch, other_axis, engine="loop")
+    assert torch.equal(rows.sketches, truth.sketches)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sketch import GradientSketchWriter, GradientStore
 from lightning_sketch.attribution import IndexedDataset
-from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
 
 
@@ -31,7 +31,7 @@ class Spy(Callback):
         grads = [p.grad if p.grad is not None and id(p) in own else torch.zeros_like(p) for p in pl_module.parameters()]
         self.gradients.append(torch.cat([g.to_dense().flatten() for g in grads]))
         self.rates.append(optimizer.param_groups[0]["lr"])
-        self.marks.append(fingerprint(list(pl_module.parameters())))
+        self.marks.append(module_fingerprint(pl_module))
 
 
 def writer(tmp_path, **arguments):
@@ -200,7 +200,7 @@ def test_queries_are_stored_at_every_validation(tmp_path):
     queries = store.queries()
     assert list(queries) == [8, 16]
     assert queries[16].example_id.tolist() == list(range(40))
-    assert queries[16].fingerprint == fingerprint(list(model.parameters())) != queries[8].fingerprint
+    assert queries[16].fingerprint == module_fingerprint(model) != queries[8].fingerprint
     assert len(store) == 16
 
 
@@ -230,7 +230,7 @@ def test_rows_of_examples_at_a_checkpoint(tmp_path, stage):
     assert len(store) == 8 + 40
     rows = store.where(stage=stage).read()
     assert rows.example_id.tolist() == list(range(40))
-    assert rows.fingerprint == fingerprint(list(model.parameters()))
+    assert rows.fingerprint == module_fingerprint(model)
     assert rows.step.unique().tolist() == [8]
     assert rows.lr.unique().tolist() == pytest.approx([3e-3])
     model.eval()
@@ -257,7 +257,7 @@ def test_rows_at_a_checkpoint_file_have_its_step_and_rate(tmp_path):
     rows = rows_of(tmp_path)
     assert rows.step.unique().tolist() == [8]
     assert rows.lr.unique().tolist() == pytest.approx([3e-3])
-    assert rows.fingerprint == fingerprint(list(other.parameters())) != fingerprint(list(model.parameters()))
+    assert rows.fingerprint == module_fingerprint(other) != module_fingerprint(model)
 
 
 @pytest.mark.parametrize("key", [None, "hash"])

@@ -90,15 +90,17 @@ def sentences():
     return [{"x": draw(17), "labels": draw(5).where(torch.arange(6) < 1 + i % 6, -100), "number": i} for i in range(24)]
 
 
-def test_a_mean_over_tokens_needs_a_weight_fn_and_says_so(tmp_path):
+def test_a_mean_over_tokens_is_found_and_may_be_said(tmp_path):
     loader = DataLoader(sentences(), batch_size=8)
     keyed = {"index_key": "number", "dim": 64}
-    model = fit(tmp_path, writer(tmp_path, weight_fn=num_labels, **keyed), model=Tokens, data=loader, max_epochs=1)
-    store = GradientStore.open(tmp_path / "store")
-    truth = sketch_gradients(model, loader, store.sketch, engine="loop", index_key="number")
-    torch.testing.assert_close(store.read().sketches, truth.sketches, rtol=1e-4, atol=1e-6)
-    with pytest.raises(MisconfigurationException, match="weight_fn=num_labels"):
-        fit(tmp_path / "other", writer(tmp_path / "other", **keyed), model=Tokens, data=loader, max_epochs=1)
+    for given in ({}, {"weight_fn": num_labels}):
+        folder = tmp_path / str(len(given))
+        model = fit(folder, writer(folder, **given, **keyed), model=Tokens, data=loader, max_epochs=1)
+        rows = GradientStore.open(folder / "store").read()
+        truth = sketch_gradients(model, loader, rows.sketch, engine="loop", index_key="number")
+        torch.testing.assert_close(rows.sketches, truth.sketches, rtol=1e-4, atol=1e-6)
+        assert rows.scale_known.all()
+        assert rows.weight.tolist() == [1 + i % 6 for i in range(24)]
 
 
 @pytest.mark.parametrize("watched", [False, True])

@@ -5,12 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_sketch.autodiff.batches import num_labels
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators import BlockSRHT
 from lightning_sketch.per_example.loop import loop_sketches, vmap_sketches
-from lightning_sketch.per_example.reduction import own_scale
 
 ENGINES = [loop_sketches, vmap_sketches]
 
@@ -96,32 +94,3 @@ def test_what_depends_on_data_is_refused_by_vmap_with_the_way_out():
 
     with preserve_state(module), pytest.raises(ValueError, match="Use 'loop'"):
         vmap_sketches(module, data, parameters, layout, BlockSRHT(layout.n, 32), decides)
-
-
-def test_shares_times_their_scale_are_the_examples_own_gradients():
-    """For a mean over tokens with padding: each example's own mean loss, through the mean over all tokens."""
-    torch.manual_seed(0)
-    x = torch.randn(3, 4, 5, dtype=torch.float64)
-    labels = torch.tensor([[0, 1, 2, -100], [1, -100, -100, -100], [2, 2, 0, 1]])
-    w = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    data = {"x": x, "labels": labels}
-
-    def mean_over_tokens(part):
-        return F.cross_entropy((part["x"] @ w).flatten(0, 1), part["labels"].flatten())
-
-    scale = own_scale(data, weight_fn=num_labels)
-    assert scale.tolist() == [8 / 3, 8.0, 2.0]
-    for i in range(3):
-        part = {key: value[i : i + 1] for key, value in data.items()}
-        others = {**data, "labels": labels.where(torch.arange(3)[:, None] == i, -100)}
-        alone = torch.autograd.grad(mean_over_tokens(part), w)[0]
-        summed = F.cross_entropy((x @ w).flatten(0, 1), others["labels"].flatten(), reduction="sum")
-        share = torch.autograd.grad(summed / 8, w)[0]  # what example i adds to the mean over all 8 labels
-        torch.testing.assert_close(scale[i] * share, alone)
-
-
-def test_scales_of_a_plain_mean_a_sum_and_an_example_without_labels():
-    data = {"x": torch.zeros(4, 2), "labels": torch.tensor([[1, 2], [1, -100], [-100, -100], [3, 3]])}
-    assert own_scale(data).tolist() == [4.0] * 4
-    assert own_scale(data, "sum").tolist() == [1.0] * 4
-    assert own_scale(data, weight_fn=num_labels).tolist() == [2.5, 5.0, 0.0, 2.5]

@@ -7,7 +7,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sketch.autodiff.preserve_state import preserve_state
-from lightning_sketch.per_example.reduction import own_scale
 from lightning_sketch.per_example.verify import hooks_fail
 
 
@@ -31,7 +30,7 @@ def loss(module, x):
 def test_only_parameters_that_hooks_see_in_part_are_found(device):
     module, x = Partly().to(device), torch.randn(4, 5, device=device)
     with preserve_state(module):
-        found = hooks_fail(module, x, dict(module.named_parameters()), loss, own_scale(x))
+        found = hooks_fail(module, x, dict(module.named_parameters()), loss)
     assert list(found) == ["last.weight"]
 
 
@@ -53,7 +52,7 @@ class LargeStorages(TorchDispatchMode):
 def most_storages(layers):
     module, x = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers))), torch.randn(4, 4)
     with preserve_state(module), LargeStorages() as storages:
-        assert not hooks_fail(module, x, dict(module.named_parameters()), loss, own_scale(x))
+        assert not hooks_fail(module, x, dict(module.named_parameters()), loss)
     return storages.most
 
 

@@ -9,8 +9,8 @@ import torch
 
 from lightning_sketch._lightning import Trainer, evaluated_loader, muted_loggers
 from lightning_sketch.attribution.sketch_gradients import ExampleRows
-from lightning_sketch.callbacks._optimizers import common_lr, param_groups
-from lightning_sketch.callbacks.gradient_sketch_writer._store_session import DuplicateFinder, StoreRun
+from lightning_sketch.callbacks.gradient_sketch_writer._examples import DuplicateFinder
+from lightning_sketch.callbacks.gradient_sketch_writer._store_session import StoreRun
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, Stage, keys_of
 
 
@@ -21,7 +21,7 @@ class CheckpointRows:
         rows: Computes the rows of a batch.
         run: The run of the store that the rows are written to.
         stage: The stage that is recorded; "queries" for validation examples during training.
-        position: The `step`, `epoch` and `lr` of the checkpoint that was loaded; if empty, those of the Trainer.
+        position: The `step`, `epoch` and `lr` of the weights, lr that of the last step.
         hashed: Whether examples are identified by a hash of their contents.
     """
 
@@ -53,13 +53,17 @@ class CheckpointRows:
         if loader not in self.duplicates:
             self.duplicates[loader] = DuplicateFinder(evaluated_loader(trainer, loader), trainer.global_rank)
             self._check_ids(ids, loader)
-        rows.columns["padded"][:] = self.duplicates[loader].among(len(rows))
-        rows = SketchedGradients(
-            rows.sketches, rows.sketch, {**rows.columns, "dataloader": torch.full((len(ids),), loader), **own}
-        )
-        lr = common_lr(param_groups(trainer, trainer.optimizers))
-        now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "lr": lr}
-        self.run.put(rows, self.stage, **(self.position or now))
+        if self.rows.in_doubt:
+            self.run.doubt_scale()
+        places, count = self.rows.places, len(rows)
+        columns = {
+            **rows.columns,
+            "padded": self.duplicates[loader].among(len(ids))[places],
+            "dataloader": torch.full((count,), loader),
+            **{name: column[places] for name, column in own.items()},
+        }
+        rows = SketchedGradients(rows.sketches, rows.sketch, columns)
+        self.run.put(rows, self.stage, **self.position)
 
     def _check_ids(self, ids: Column, loader: int) -> None:
         """Warn of a second data loader, whose ids may equal those of the first for other examples; hashes may not."""

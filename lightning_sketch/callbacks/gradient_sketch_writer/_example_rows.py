@@ -1,29 +1,31 @@
 """Rows for the examples of a training batch, computed during the backward pass of training."""
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from lightning_sketch._lightning import Trainer, loss_scale
-from lightning_sketch.autodiff.batches import BatchStructure
-from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch._lightning import Trainer, common_lr, loss_scale, muted_loggers, param_groups
+from lightning_sketch.autodiff.batches import differentiable
+from lightning_sketch.autodiff.fingerprint import Known, module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.losses import training_step_loss
-from lightning_sketch.callbacks._optimizers import common_lr, param_groups
-from lightning_sketch.callbacks.gradient_sketch_writer._fallback import Fallback, SecondPass
-from lightning_sketch.callbacks.gradient_sketch_writer._store_session import DuplicateFinder
+from lightning_sketch.autodiff.losses import on_copies, training_step_loss
+from lightning_sketch.autodiff.preserve_state import preserve_state
+from lightning_sketch.callbacks.gradient_sketch_writer._examples import DuplicateFinder
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.example_sketches import ExampleSketches
 from lightning_sketch.per_example.hooks import ExampleHooks
-from lightning_sketch.per_example.reduction import Reduction, own_scale
+from lightning_sketch.per_example.verify import hooks_fail, tolerance, weighing_by_losses
+from lightning_sketch.per_example.weights import Weighing, Weighings
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, keys_of
+
+Fallback = Literal["loop", "vmap"]  # engines of the second pass
 
 _MAX_SUM_ERROR = 5e-2  # relative distance of the sum of the shares from the gradient
 
@@ -33,33 +35,33 @@ class _Batch:
     """Data of a batch that are computed before its forward pass.
 
     Attributes:
-        ids: The ids of its examples.
-        duplicate: Whether an example was added by a distributed sampler to even out the ranks.
+        columns: The columns of its rows that are known by then.
         scale: The factors that turn shares of the batch's gradient into gradients of the examples' own losses.
         second: The rows of the second pass, or None if there is no such pass.
-        own: The user's columns.
     """
 
-    ids: Column
-    duplicate: Bool[Tensor, " examples"]
+    columns: Mapping[str, Column]
     scale: Float[Tensor, " examples"]
     second: Float[Tensor, "examples dim"] | None
-    own: Mapping[str, Column]
 
 
 class TrainingExamples:
     """Compute a row per example during the backward passes of training, in the mode and precision of training.
+
+    How the loss weighs the examples is found on each batch, from the losses of two of them alone and together. A batch
+    of which this fails is marked, with all rows after it; `doubt` becomes true, for those before it.
 
     Args:
         trainer: The Trainer that runs the fit.
         module: The module that is trained.
         layout: The parameters that rows cover.
         sketch: The sketch of the layout's vector.
-        weight_fn: batch -> its weight in a mean.
-        reduction: "mean" or "sum", what the loss does over the examples of a batch.
-        structure: Counts and splits the examples of a batch.
+        weighings: Lists the ways in which the loss may weigh the examples of a batch.
         fallback: The engine of the second pass, or None for no such pass.
         unsupported: The names of the parameters that hooks do not support, which the second pass covers.
+
+    Attributes:
+        doubt: Whether the scale of the rows up to the last batch is in doubt; the caller sets it back to False.
     """
 
     def __init__(
@@ -68,37 +70,34 @@ class TrainingExamples:
         module: nn.Module,
         layout: Layout,
         sketch: Sketch,
-        weight_fn: Callable[[Any], float] | None,
-        reduction: Reduction,
-        structure: BatchStructure,
+        weighings: Weighings,
         fallback: Fallback | None,
         unsupported: Collection[str],
     ):
-        self.layout, self.sketch, self.weight_fn, self.reduction = layout, sketch, weight_fn, reduction
-        self.structure = structure
-        self.weights = layout.parameters(module)
-        named = zip(layout.names, self.weights, strict=True)
+        self.module, self.layout, self.sketch, self.weighings = module, layout, sketch, weighings
+        self.structure = weighings.structure
+        named = zip(layout.names, layout.parameters(module), strict=True)
         self.parameters = {name: p for name, p in named if name not in unsupported}
-        self.second: SecondPass | None = None
+        self.second: ExampleSketches | None = None
         if unsupported and fallback is not None:
-            sketches = ExampleSketches(
+            self.second = ExampleSketches(
                 module,
                 layout,
                 sketch=sketch,
                 loss_fn=training_step_loss,
                 engine=fallback,
-                weight_fn=weight_fn,
-                reduction=reduction,
+                weight_fn=weighings.weight_fn,
+                reduction=weighings.reduction,
                 names=unsupported,
-                structure=structure,
+                structure=self.structure,
             )
-            self.second = SecondPass(trainer, sketches)
         self.hooks = ExampleHooks(module, self.parameters)
         self.accumulator = SketchAccumulator(sketch, layout, parameters=self.parameters)
-        self.checked = False
-        self.reasons: set[str] | None = None
         self.batch: _Batch | None = None
+        self.batches, self.checked, self.doubt, self.way_known = 0, False, False, True
+        self.reasons: set[str] | None = None
         self.epoch, self.duplicates = -1, DuplicateFinder(None, 0)
+        self.frozen: Known = {}
 
     def begin_batch(self, trainer: Trainer, batch: Any, ids: Column, own: Mapping[str, Column], recorded: bool) -> None:
         """Run the second pass and attach the hooks, if the batch is to be recorded.
@@ -111,8 +110,13 @@ class TrainingExamples:
             recorded: Whether the batch gets rows.
 
         Raises:
-            MisconfigurationException: If an example has no id.
+            MisconfigurationException: If an example has no id, or several.
         """
+        if keys_of(ids).ndim > 1:
+            raise MisconfigurationException(
+                "index_key names ids of packed documents, of which the backward pass of training has no shares: use "
+                "per='step', or write a row per document at a checkpoint: trainer.validate(model, train_loader)."
+            )
         if (keys_of(ids) == UNKNOWN_ID).any():
             raise MisconfigurationException(
                 "per='example' needs an id for each example: pass index_key=... for one that the batch contains, "
@@ -121,11 +125,25 @@ class TrainingExamples:
         if self.epoch != trainer.current_epoch:
             self.epoch = trainer.current_epoch
             self.duplicates = DuplicateFinder(trainer.train_dataloader, trainer.global_rank)
+            self.frozen.clear()
         duplicate = self.duplicates.among(len(ids))
         if not recorded:
             return
-        scale = own_scale(batch, self.reduction, self.weight_fn, self.structure)
-        self.batch = _Batch(ids, duplicate, scale, None if self.second is None else self.second(batch), own)
+        second: Tensor | None = None
+        with muted_loggers(trainer), preserve_state(self.module):
+            plain = differentiable(batch)
+            way, known = self._weighing(plain)
+            if self.second is not None:
+                second = self.second(plain).rows
+        count = len(ids)
+        columns = {
+            "example_id": ids,
+            "padded": duplicate,
+            "weight": way.weights.float(),
+            "scale_known": torch.full((count,), known),
+            **own,
+        }
+        self.batch = _Batch(columns, way.scale, second)
         examples = self.structure.count(batch)
         self.accumulator.start(examples)
         self.hooks.attach(self.accumulator, examples)
@@ -153,16 +171,14 @@ class TrainingExamples:
         rows = (shares * factor[:, None]).float().cpu()
         if batch.second is not None:
             rows += batch.second.float().cpu()
-        count = len(batch.ids)
+        count = len(rows)
         lr = common_lr(param_groups(trainer, trainer.optimizers))
         columns = {
-            "example_id": batch.ids,
-            "padded": batch.duplicate,
+            **batch.columns,
             "step": torch.full((count,), trainer.global_step + 1),
             "epoch": torch.full((count,), trainer.current_epoch),
             "lr": torch.full((count,), lr),
-            "fingerprint": torch.full((count,), fingerprint(self.weights)),
-            **batch.own,
+            "fingerprint": torch.full((count,), module_fingerprint(self.module, self.frozen)),
         }
         return SketchedGradients(rows, self.sketch, columns)
 
@@ -170,6 +186,33 @@ class TrainingExamples:
         """Remove all hooks."""
         self.batch = None
         self.hooks.detach()
+
+    def _weighing(self, batch: Any) -> tuple[Weighing, bool]:
+        """Return the way in which the loss weighs the examples of a batch, and whether that is known."""
+        number, ways = self.batches, self.weighings(batch)
+        self.batches += 1
+        if not self.way_known:  # it was not on an earlier batch
+            return ways[0], False
+        found = weighing_by_losses(
+            self.module,
+            batch,
+            on_copies(training_step_loss),
+            ways,
+            self.structure,
+            number,
+            tolerance(self.parameters),
+        )
+        if isinstance(found, Weighing):
+            return found, True
+        if found is None:
+            return ways[0], self.weighings.given
+        self.way_known, self.doubt = False, number > 0
+        warnings.warn(
+            f"the scale of the rows of this fit's examples is marked as not known: {found}. Their directions are "
+            "right; rows at a checkpoint, trainer.validate(model, train_loader), have the right scale too.",
+            stacklevel=2,
+        )
+        return ways[0], False
 
     def _check_reasons(self) -> None:
         """Warn of parameters that hooks support on the first batch but not on this one.
@@ -203,3 +246,67 @@ class TrainingExamples:
                 "checkpoints: trainer.validate(model, train_loader)."
             )
         return True
+
+
+def unsupported_by_hooks(
+    trainer: Trainer,
+    module: nn.Module,
+    layout: Layout,
+    batch: Any,
+    weighings: Weighings,
+    fallback: Fallback | None,
+) -> dict[str, str]:
+    """Find the parameters whose gradients hooks cannot split into examples, with the reasons, and warn of them.
+
+    Those of all ranks are returned, since their first batches may take different paths through the module.
+
+    Args:
+        trainer: The Trainer that runs the fit.
+        module: The module that is trained.
+        layout: The parameters that rows are to cover.
+        batch: The first batch.
+        weighings: Lists the ways in which the loss may weigh the examples of a batch.
+        fallback: The engine of the second pass, or None for no such pass.
+
+    Raises:
+        MisconfigurationException: If hooks support no parameter, and there is no fallback.
+        ValueError: If the module is compiled, and there is no fallback.
+    """
+    parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
+    with muted_loggers(trainer), preserve_state(module):
+        try:
+            loss_fn = on_copies(training_step_loss)
+            structure = weighings.structure
+            reasons = hooks_fail(module, differentiable(batch), parameters, loss_fn, structure, weighings)
+        except ValueError as error:
+            if fallback is None:
+                raise
+            reasons = dict.fromkeys(layout.names, str(error))
+    unsupported: dict[str, str] = {}
+    for rank in range(trainer.world_size):
+        unsupported = {**trainer.strategy.broadcast(reasons, rank), **unsupported}
+    if fallback is None and len(unsupported) == len(parameters):
+        raise MisconfigurationException(
+            f"no gradient of {type(module).__name__} can be split into examples: {next(iter(unsupported.values()))}. "
+            "Use fallback='loop', which takes a pass for each example, or per='step', or write rows at checkpoints: "
+            "trainer.validate(model, train_loader)."
+        )
+    if unsupported and trainer.is_global_zero:
+        many = f"{len(unsupported)} of {len(layout.names)} parameters"
+        examples = weighings.structure.count(batch)
+        passes = "a vectorized pass" if fallback == "vmap" else f"a pass for each of its {examples} examples"
+        summary = (
+            f"rows leave out {many}; fallback='loop' would cover them"
+            if fallback is None
+            else f"fallback={fallback!r} covers {many}, at the cost of {passes} more for every batch like the first, "
+            "in evaluation mode"
+        )
+        listed = "".join(f"\n  {name}: {reason}" for name, reason in unsupported.items())
+        warnings.warn(f"{summary}:{listed}", stacklevel=2)
+    return unsupported
+
+
+def without(layout: Layout, names: Collection[str]) -> Layout:
+    """Return the layout of all parameters but those with these names."""
+    pairs = zip(layout.names, layout.shapes, strict=True)
+    return Layout(*zip(*((name, shape) for name, shape in pairs if name not in names), strict=True))

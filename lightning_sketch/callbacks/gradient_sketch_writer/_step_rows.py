@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch._lightning import Trainer, gradient_scale, loss_scale
-from lightning_sketch.autodiff.fingerprint import fingerprint
+from lightning_sketch._lightning import Trainer, common_lr, gradient_scale, loss_scale, param_groups
+from lightning_sketch.autodiff.fingerprint import Known, module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.callbacks._optimizers import common_lr, param_groups
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, keys_of
 
@@ -24,12 +23,13 @@ class StepRows:
     """
 
     def __init__(self, module: nn.Module, layout: Layout, sketch: Sketch):
-        self.layout, self.sketch = layout, sketch
+        self.module, self.layout, self.sketch = module, layout, sketch
         self.parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
         self.loss: Tensor | None = None
         self.ids: list[Tensor] = []
         self.own: Mapping[str, Column] = {}
-        self.steps_done = -1
+        self.steps_done = self.epoch = -1
+        self.frozen: Known = {}
         self.pending: dict[int, SketchedGradients] = {}
 
     def begin_batch(self, trainer: Trainer, ids: Column, own: Mapping[str, Column]) -> None:
@@ -39,7 +39,10 @@ class StepRows:
         """
         if trainer.global_step != self.steps_done:
             self.steps_done, self.loss, self.ids = trainer.global_step, None, []
-        self.ids.append(keys_of(ids))
+        keys = keys_of(ids)
+        if keys.ndim > 1:  # of packed documents
+            keys = keys[keys != UNKNOWN_ID].unique()
+        self.ids.append(keys)
         self.own = own
 
     def add_loss(self, trainer: Trainer, loss: Tensor) -> None:
@@ -58,6 +61,9 @@ class StepRows:
         summed, self.loss = self.loss, None
         if not recorded:
             return
+        if self.epoch != trainer.current_epoch:
+            self.epoch = trainer.current_epoch
+            self.frozen.clear()
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         gradients = {name: p.grad for name, p in self.parameters.items() if id(p) in stepped}
         row = self.layout.sketch(self.sketch, gradients) / gradient_scale(trainer, optimizer)
@@ -68,7 +74,7 @@ class StepRows:
             "epoch": trainer.current_epoch,
             "lr": common_lr(param_groups(trainer, [optimizer])),
             "loss": float(loss),
-            "fingerprint": self._fingerprint(),
+            "fingerprint": module_fingerprint(self.module, self.frozen),
         }
         # If a closure is called several times, as by LBFGS, the row of its last call remains.
         self.pending[step] = SketchedGradients(
@@ -76,11 +82,6 @@ class StepRows:
             self.sketch,
             {**{key: torch.tensor([value]) for key, value in columns.items()}, **self.own},
         )
-
-    def _fingerprint(self) -> int:
-        """Return the fingerprint of the weights; 0 (unknown) if no rank has all of them."""
-        parameters = list(self.parameters.values())
-        return 0 if any(hasattr(p, "placements") for p in parameters) else fingerprint(parameters)
 
     def take_rows(self, trainer: Trainer) -> list[SketchedGradients]:
         """Return the rows of the steps that are done, with the ids of their examples if these are known."""

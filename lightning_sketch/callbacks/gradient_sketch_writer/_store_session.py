@@ -11,11 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
-from jaxtyping import Bool
-from torch import Tensor
-from torch.utils.data import DistributedSampler
-
 from lightning_sketch._lightning import Trainer, is_dev_run, print_on_rank_zero
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.callbacks._validate import Granularity
@@ -78,6 +73,12 @@ class StoreRun:
             with self._failing():
                 self.appender.put(SketchedGradients(rows.sketches, rows.sketch, {**rows.columns, **filled}))
 
+    def doubt_scale(self) -> None:
+        """Mark the rows that were put as of unknown scale."""
+        if self.appender is not None and not self.failed:
+            with self._failing():
+                self.appender.doubt_scale()
+
     def flush(self) -> None:
         """Wait until all rows are on the disk."""
         if self.appender is not None and not self.failed:
@@ -128,7 +129,8 @@ def _say_size(trainer: Trainer, name: str, run: StoreRun, every_n_train_steps: i
     """Print how much a fit is going to write: the size of a row, and the number of rows if that is known."""
     row = run.spec.sketch["dim"] * DTYPES[run.spec.dtype].itemsize
     sizes = f"{row / 1e3:.1f} kB a row"
-    steps = trainer.estimated_stepping_batches
+    one_step = trainer.lightning_module.automatic_optimization  # by batch; else the module steps as often as it likes
+    steps = trainer.estimated_stepping_batches if one_step else -1
     if steps not in (-1, float("inf")):
         rows = max(0, int(steps) - trainer.global_step) // every_n_train_steps * rows_per_step
         bound = "up to " if rows_per_step > 1 else ""  # the last batches of an epoch may be smaller
@@ -143,35 +145,6 @@ def _default_folder(trainer: Trainer, name: str) -> Path:
     logger = trainer.loggers[0]
     version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
     return Path(logger.save_dir or trainer.default_root_dir) / str(logger.name) / version / name
-
-
-class DuplicateFinder:
-    """Find the examples that a distributed sampler repeats so that all ranks have equally many.
-
-    Of R ranks, position j of rank r is number j R + r of their common order; the numbers from the length of the data
-    set on are duplicates.
-
-    Args:
-        loader: The data loader of the batches. Of other objects, such as several loaders at once, no example counts as
-            a duplicate.
-        rank: The rank of this process.
-    """
-
-    def __init__(self, loader: Any, rank: int):
-        sampler = getattr(loader, "sampler", None)
-        self.length: int | None = None  # of the data set; None if the sampler repeats no example
-        self.rank, self.ranks, self.seen = rank, 1, 0
-        if isinstance(sampler, DistributedSampler) and not sampler.drop_last:
-            dataset: Any = sampler.dataset  # torch's Dataset does not declare __len__
-            self.length, self.ranks = len(dataset), sampler.num_replicas
-
-    def among(self, count: int) -> Bool[Tensor, " count"]:
-        """Return which of the next `count` examples of this rank are duplicates."""
-        positions = torch.arange(self.seen, self.seen + count)
-        self.seen += count
-        if self.length is None:
-            return torch.zeros(count, dtype=torch.bool)
-        return positions * self.ranks + self.rank >= self.length
 
 
 class StoreSession:
@@ -325,7 +298,8 @@ class StoreSession:
         number = int(known["attempt"]) if known else None
         step = trainer.global_step if known and stage == "fit" else None
         origin = str(parent.get("run")) if parent is not None and lost else None
-        return snapshot, begin_run(folder, stage, number, step, trainer.world_size, origin)
+        optimizers = ", ".join(dict.fromkeys(type(o).__name__ for o in trainer.optimizers)) if stage == "fit" else ""
+        return snapshot, begin_run(folder, stage, number, step, trainer.world_size, origin, optimizers)
 
     def _folder(self, trainer: Trainer, parent: Mapping[str, Any] | None) -> Path:
         """Return the folder of the store."""

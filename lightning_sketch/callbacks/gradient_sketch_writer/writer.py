@@ -10,25 +10,34 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_sketch._lightning import CallbackBase, LightningModule, Trainer, batches_done, state_key
+from lightning_sketch._lightning import (
+    CallbackBase,
+    LightningModule,
+    Trainer,
+    batches_done,
+    common_lr,
+    log_scalars,
+    param_groups,
+    state_key,
+)
 from lightning_sketch.attribution.sketch_gradients import ExampleRows, RowFn
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import training_step_loss
-from lightning_sketch.callbacks._optimizers import common_lr
 from lightning_sketch.callbacks._validate import Granularity, check_rows
 from lightning_sketch.callbacks.gradient_sketch_writer._checkpoint_rows import CheckpointRows
-from lightning_sketch.callbacks.gradient_sketch_writer._example_ids import ExampleIds
-from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import TrainingExamples
-from lightning_sketch.callbacks.gradient_sketch_writer._fallback import Fallback, unsupported_by_hooks, without
+from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import (
+    Fallback,
+    TrainingExamples,
+    unsupported_by_hooks,
+)
+from lightning_sketch.callbacks.gradient_sketch_writer._examples import ExampleIds, UserColumns
 from lightning_sketch.callbacks.gradient_sketch_writer._step_rows import StepRows
 from lightning_sketch.callbacks.gradient_sketch_writer._store_session import OnError, StoreRun, StoreSession
-from lightning_sketch.callbacks.gradient_sketch_writer._user_columns import UserColumns
-from lightning_sketch.callbacks.spectrum_monitor._logging import log_scalars
 from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.per_example.example_sketches import ENGINES, Engine, ExampleSketches
-from lightning_sketch.per_example.reduction import REDUCTIONS, Reduction
 from lightning_sketch.per_example.rules.normalization import couples
+from lightning_sketch.per_example.weights import Reduction, Weighings
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Stage
 from lightning_sketch.store.spec import DTYPES, Dtype
 from lightning_sketch.subspace import SubspaceModule
@@ -73,7 +82,7 @@ class GradientSketchWriter(CallbackBase):
         seed: The seed of the sketch.
         row_fn: (module, batch) -> (losses, probabilities of the true labels), each (examples,), stored at a checkpoint.
         weight_fn: batch -> its weight in a mean over batches, see `sketch_gradients`.
-        reduction: "mean" or "sum", what the loss does over the examples of a batch.
+        reduction: "mean" or "sum", what the loss does over the examples of a batch; found by itself if None.
         engine: How rows of examples at a checkpoint are computed, see `sketch_gradients`.
         fallback: What per="example" does for parameters that hooks do not support: "loop" takes one more pass per
             example, before its batch is trained on; "vmap" vectorizes these passes, if the loss supports it; None omits
@@ -120,7 +129,7 @@ class GradientSketchWriter(CallbackBase):
         seed: int = 0,
         row_fn: RowFn | None = None,
         weight_fn: Callable[[Any], float] | None = None,
-        reduction: Reduction = "mean",
+        reduction: Reduction | None = None,
         engine: Engine = "auto",
         fallback: Fallback | None = None,
         num_examples: int | Callable[[Any], int] | None = None,
@@ -136,7 +145,7 @@ class GradientSketchWriter(CallbackBase):
             ("per", per, get_args(Granularity)),
             ("queries", queries, ("val", None)),
             ("dtype", dtype, DTYPES),
-            ("reduction", reduction, REDUCTIONS),
+            ("reduction", reduction, (*get_args(Reduction), None)),
             ("engine", engine, ENGINES),
             ("fallback", fallback, (*get_args(Fallback), None)),
             ("on_error", on_error, get_args(OnError)),
@@ -169,6 +178,7 @@ class GradientSketchWriter(CallbackBase):
         self._example_ids = ExampleIds(index_key, self._structure)
         self._own_columns = UserColumns(columns_fn)
         self._position: dict[str, Any] = {}
+        self._lr = math.nan  # of the last optimizer step
         self._run: StoreRun | None = None
         self._steps: StepRows | None = None
         self._training: TrainingExamples | None = None
@@ -191,26 +201,31 @@ class GradientSketchWriter(CallbackBase):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the run that writes and its folder; nothing else, since every rank gets rank 0's state back."""
-        return self._session.resumed or {}
+        return {**self._session.resumed, "lr": self._lr} if self._session.resumed else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Remember the run that a checkpoint belongs to, for a fit that resumes."""
-        self._session.resumed = dict(state) or None
+        state = dict(state)
+        self._lr = state.pop("lr", math.nan)
+        self._session.resumed = state or None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Remember the step, epoch and learning rate of a checkpoint, for the rows at its weights."""
+        own = checkpoint.get("callbacks", {}).get(self.state_key)
         groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
-        lr = math.nan if isinstance(pl_module, SubspaceModule) else common_lr(groups)  # those are not the rates of w
-        self._session.measured = checkpoint.get("callbacks", {}).get(self.state_key)
+        # A scheduler has set the rate of the next step already; and a subspace's groups do not have the rates of w.
+        stale = checkpoint.get("lr_schedulers") or isinstance(pl_module, SubspaceModule)
+        lr = (own or {}).get("lr", math.nan if stale else common_lr(groups))
+        self._session.measured = own
         self._position = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"], "lr": lr}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the Trainer and the module, and start to remove the ids from the batches of an `IndexedDataset`."""
         check_rows(trainer, pl_module, stage, self.per, self.loss_fn is not None)
-        if stage == "fit" and trainer.global_step == 0:
-            self._session.resumed = None  # the checkpoint is loaded after this hook
+        if stage == "fit" and trainer.global_step == 0:  # the checkpoint is loaded after this hook
+            self._session.resumed, self._lr = None, math.nan
         self._position, self._session.measured = {}, self._session.resumed
-        self._example_ids.attach(pl_module)
+        self._example_ids.attach(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Commit all rows and close the store."""
@@ -244,6 +259,9 @@ class GradientSketchWriter(CallbackBase):
             self._training = self._begin_examples(trainer, pl_module, batch)
         own = self._own_columns(batch, len(ids))
         self._training.begin_batch(trainer, batch, ids, own, self._is_recorded(trainer))
+        if self._training.doubt and self._run is not None:
+            self._training.doubt = False
+            self._run.doubt_scale()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Collect the loss."""
@@ -262,6 +280,7 @@ class GradientSketchWriter(CallbackBase):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Sketch the gradient of the step."""
+        self._lr = common_lr(param_groups(trainer, trainer.optimizers))
         if self._steps is not None:
             self._steps.add_step(trainer, optimizer, self._is_recorded(trainer))
 
@@ -279,7 +298,7 @@ class GradientSketchWriter(CallbackBase):
         """Log the number of rows."""
         if self._run is not None:
             scalars = {f"{self.name}/rows": float(self._run.rows)}
-            log_scalars(trainer.loggers, scalars, batches_done(trainer) - 1)
+            log_scalars(trainer, scalars, batches_done(trainer) - 1)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -293,16 +312,18 @@ class GradientSketchWriter(CallbackBase):
         if trainer.state.fn == "validate":
             self.on_test_start(trainer, pl_module)
         elif self._run is not None and self.queries and not trainer.sanity_checking:
-            self._checkpoint = self._checkpoint_rows(pl_module, self._run, "queries")
+            self._checkpoint = self._checkpoint_rows(trainer, pl_module, self._run, "queries")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop what was prepared for the present weights."""
+        """Warn of rows that are zero or not finite, and drop what was prepared for the present weights."""
+        if self._checkpoint is not None:
+            self._checkpoint.rows.warn_of_odd_rows()
         self._checkpoint = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store for rows at a checkpoint."""
         self._run = self._session.open_checkpoint(trainer, Layout.of(pl_module, self.parameters))
-        self._checkpoint = self._checkpoint_rows(pl_module, self._run, self._run.stage)
+        self._checkpoint = self._checkpoint_rows(trainer, pl_module, self._run, self._run.stage)
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -313,6 +334,7 @@ class GradientSketchWriter(CallbackBase):
             own = self._own_columns(batch, len(ids))
             self._checkpoint.write(trainer, batch, ids, dataloader_idx, own)
 
+    on_test_end = on_predict_end = on_validation_end
     on_predict_start = on_test_start
     on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 
@@ -322,24 +344,26 @@ class GradientSketchWriter(CallbackBase):
 
     def _begin_examples(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> TrainingExamples:
         """Find on the first batch which parameters hooks support, and open the store for those."""
-        layout, structure = Layout.of(pl_module, self.parameters), self._structure()
-        weights = self.weight_fn, self.reduction, structure
-        unsupported = unsupported_by_hooks(trainer, pl_module, layout, batch, *weights, self.fallback)
+        layout = Layout.of(pl_module, self.parameters)
+        weighings = Weighings(pl_module, self.weight_fn, self.reduction, self._structure())
+        unsupported = unsupported_by_hooks(trainer, pl_module, layout, batch, weighings, self.fallback)
         left_out = unsupported if self.fallback is None else {}
-        layout = without(layout, left_out) if self.fallback is None else layout
+        layout = layout.without(left_out)
         self._run = self._session.open_fit(
             trainer,
             layout,
             self.every_n_train_steps,
-            rows_per_step=structure.count(batch) * trainer.accumulate_grad_batches * trainer.world_size,
+            rows_per_step=weighings.structure.count(batch) * trainer.accumulate_grad_batches * trainer.world_size,
             left_out=left_out,
             contribution=bool(couples(pl_module)),
         )
         sketch = self._run.spec.operator
-        return TrainingExamples(trainer, pl_module, layout, sketch, *weights, self.fallback, unsupported)
+        return TrainingExamples(trainer, pl_module, layout, sketch, weighings, self.fallback, unsupported)
 
-    def _checkpoint_rows(self, pl_module: LightningModule, run: StoreRun, stage: Stage) -> CheckpointRows:
-        """Return the writer of rows of examples at the module's present weights."""
+    def _checkpoint_rows(
+        self, trainer: Trainer, pl_module: LightningModule, run: StoreRun, stage: Stage
+    ) -> CheckpointRows:
+        """Return the writer of rows of examples at the module's present weights; all ranks call it."""
         layout, sketch, loss_fn = run.spec.parameters, run.spec.operator, self.loss_fn or training_step_loss
         sketches = ExampleSketches(
             pl_module,
@@ -351,7 +375,17 @@ class GradientSketchWriter(CallbackBase):
             reduction=self.reduction,
             structure=self._structure(),
         )
-        return CheckpointRows(ExampleRows(sketches, self.row_fn), run, stage, self._position, self._example_ids.hashed)
+        rows = ExampleRows(sketches, self.row_fn)
+        first = trainer.strategy.broadcast(rows.fingerprint)
+        if rows.fingerprint != first:
+            warnings.warn(
+                f"rank {trainer.global_rank} has other buffers than rank 0, such as statistics of batch norm, so that "
+                "its rows are of a slightly different model; use sync_batchnorm=True, or load a checkpoint.",
+                stacklevel=2,
+            )
+            rows.fingerprint = first  # that of the checkpoint, with which queries are made
+        now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "lr": self._lr}
+        return CheckpointRows(rows, run, stage, self._position or now, self._example_ids.hashed)
 
     def _close(self) -> None:
         """Remove all hooks, and commit the rows."""

@@ -3,7 +3,7 @@
 Loggers are recognized by class name, so that none is imported and those of both namespaces work.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _HAS_MATPLOTLIB = RequirementCache("matplotlib")
-
-
-def log_scalars(loggers: Sequence[Any], scalars: Mapping[str, float], step: int) -> None:
-    """Log scalars to every logger."""
-    for logger in loggers:
-        logger.log_metrics(dict(scalars), step=step)
 
 
 def log_figures(

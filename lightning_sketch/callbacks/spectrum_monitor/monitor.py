@@ -15,6 +15,7 @@ from lightning_sketch._lightning import (
     LightningModule,
     Trainer,
     batches_done,
+    log_scalars,
     muted_loggers,
     print_on_rank_zero,
     state_key,
@@ -27,7 +28,6 @@ from lightning_sketch.callbacks.spectrum_monitor._estimator import Curvature, In
 from lightning_sketch.callbacks.spectrum_monitor._logging import (
     by_layer,
     log_figures,
-    log_scalars,
     log_table,
     over_time,
 )
@@ -390,7 +390,7 @@ class SpectrumMonitor(CallbackBase):
             print_on_rank_zero(
                 trainer, measured.cost(self.name, math.inf if validating else since, cadence, getattr(self, cadence))
             )
-        log_scalars(trainer.loggers, scalars, log_step)
+        log_scalars(trainer, scalars, log_step)
         if measured is not None and trainer.is_global_zero:
             self._log_figures(trainer, measured, log_step, unique=validating)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
