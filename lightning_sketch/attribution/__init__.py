@@ -1,16 +1,14 @@
 """Training-data attribution: sketched gradients of examples, curvature in sketch space, influence scores and top-k."""
 
 from lightning_sketch.attribution.calibrate import Calibration, calibrate
-from lightning_sketch.attribution.curvature import Curvature
+from lightning_sketch.attribution.curvature import Curvature, Influence
 from lightning_sketch.attribution.ggn import fit_ggn
 from lightning_sketch.attribution.gradient_store import GradientStore
-from lightning_sketch.attribution.indexed_dataset import Indexed, IndexedDataset, batch_ids
-from lightning_sketch.attribution.influence import Influence
+from lightning_sketch.attribution.indexed_dataset import Indexed, IndexedDataset, batch_ids, indexed
 from lightning_sketch.attribution.row_curvature import row_curvature
-from lightning_sketch.attribution.scores import scores, together
+from lightning_sketch.attribution.scores import TopK, scored_rows, scores, together, top_k
 from lightning_sketch.attribution.self_influence import SelfInfluence, self_influence
 from lightning_sketch.attribution.sketch_gradients import sketch_gradients
-from lightning_sketch.attribution.top_k import TopK, top_k
 from lightning_sketch.store import (
     STAGES,
     CorruptFile,
@@ -43,8 +41,10 @@ __all__ = [
     "batch_ids",
     "calibrate",
     "fit_ggn",
+    "indexed",
     "read_shard",
     "row_curvature",
+    "scored_rows",
     "scores",
     "self_influence",
     "sketch_gradients",

@@ -15,11 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.attribution._row_selection import select
-from lightning_sketch.attribution.curvature import Curvature, Kind
-from lightning_sketch.attribution.influence import Influence, automatic
+from lightning_sketch.attribution._scorer import select
+from lightning_sketch.attribution.curvature import Curvature, Influence, Kind, automatic
 from lightning_sketch.attribution.scores import curvature_of, scorers
-from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients
+from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients, whole_number
 
 _FACTORS = tuple(10 ** (quarter / 4) for quarter in range(-4, 3))
 
@@ -93,13 +92,14 @@ def calibrate(
     found = curvature_of(curvature, select(queries, train).source, queries.fingerprint)
     default = automatic(found)
     tried = tuple(default if factor == 1 else factor * default for factor in _FACTORS)
-    (scorer,) = scorers(queries, train, method="influence", curvature=Influence(found, tried), damping="auto")
+    subsets, batch_rows = whole_number(subsets, "subsets"), whole_number(batch_rows, "batch_rows")
+    (scorer,) = scorers(queries, train, "influence", Influence(found, tried))
     ids, inverse = scorer.ids.unique(return_inverse=True)
     halves = _halves(len(ids), subsets, seed)
     losses = torch.stack([_checked(trained(ids[half.bool()]), len(queries)) for half in halves])
-    predicted = torch.zeros(len(tried), len(queries), subsets)
+    predicted = torch.zeros(len(tried), len(queries), subsets, dtype=torch.float64)
     for place, scores in scorer.blocks(batch_rows):
-        predicted += scores @ halves[:, inverse[place]].T
+        predicted += scores @ halves[:, inverse[place]].T.to(scores.dtype)
     lds = tuple(_lds(own.T, -losses) for own in predicted)
     return Calibration(tried[lds.index(max(lds))], default, tried, lds)
 
@@ -127,4 +127,4 @@ def _lds(predicted: Float[Tensor, "subsets queries"], true: Float[Tensor, "subse
     """Return the mean over queries of the Spearman correlation."""
     from torchmetrics.functional import spearman_corrcoef  # takes a second to import
 
-    return float(spearman_corrcoef(predicted, true).mean())
+    return float(spearman_corrcoef(predicted.float(), true).mean())

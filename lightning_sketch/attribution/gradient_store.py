@@ -6,14 +6,21 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lightning_sketch._files import CorruptFile, check_folder
-from lightning_sketch.attribution._row_selection import Group
-from lightning_sketch.attribution.curvature import Curvature
+from lightning_sketch.attribution._scorer import Queries
+from lightning_sketch.attribution.curvature import Curvature, Damping
 from lightning_sketch.attribution.ggn import fit_ggn
-from lightning_sketch.attribution.influence import Damping
-from lightning_sketch.attribution.scores import FOLDER, CurvatureLike, Method, Queries, scores
+from lightning_sketch.attribution.scores import (
+    FOLDER,
+    CurvatureLike,
+    Group,
+    Method,
+    TopK,
+    scored_rows,
+    scores,
+    top_k,
+)
 from lightning_sketch.attribution.self_influence import SelfInfluence, SelfMethod, self_influence
 from lightning_sketch.attribution.sketch_gradients import RowFn, sketch_gradients
-from lightning_sketch.attribution.top_k import TopK, top_k
 from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName
 from lightning_sketch.per_example.example_sketches import Engine
 from lightning_sketch.per_example.weights import Reduction
@@ -195,6 +202,8 @@ class GradientStore(RowStore):
         method: Method = "dot",
         curvature: CurvatureLike = "ggn",
         damping: Damping = "auto",
+        normalize: bool = False,
+        weighted: bool = False,
         group: Group | None = None,
         batch_rows: int = 4096,
     ) -> Tensor:
@@ -205,20 +214,46 @@ class GradientStore(RowStore):
             method: "dot", "cosine", "tracin" or "influence".
             curvature: The curvature for influence; "ggn" is the one that `fit_curvature` saved.
             damping: The damping for influence: "auto", a number, or several.
+            normalize: Whether to divide by the lengths of row and query: relative influence, or the cosine for "dot".
+            weighted: Whether to multiply by the column `weight` over its mean, as examples act on training under a
+                mean over tokens.
             group: "example_id" sums over rows of equal id.
             batch_rows: Most rows in memory at a time.
 
         Returns:
-            float32, (queries, rows that are scored), in their order: those at the weights of the queries; or (queries,
-            ids) with `group`; with several dampings, these along a first axis.
+            (queries, rows that are scored), in their order: those at the weights of the queries, whose positions
+            `scored_rows(queries)` returns; or (queries, ids) with `group`; with several dampings, these along a first
+            axis. In float32, or float64 if that cannot hold them.
 
         Raises:
             ValueError: as `attribution.scores`.
             FileNotFoundError: if `curvature="ggn"` was not fitted at these weights.
         """
         return scores(
-            queries, self, method=method, curvature=curvature, damping=damping, group=group, batch_rows=batch_rows
+            queries,
+            self,
+            method=method,
+            curvature=curvature,
+            damping=damping,
+            normalize=normalize,
+            weighted=weighted,
+            group=group,
+            batch_rows=batch_rows,
         )
+
+    def scored_rows(self, queries: Queries) -> Tensor:
+        """Return the positions of the rows that `scores` has columns for; see `attribution.scored_rows`.
+
+        Args:
+            queries: The queries; for tracin by the step of their checkpoint.
+
+        Returns:
+            int64, (columns,), so that `store.metadata()[name][store.scored_rows(queries)]` is the column of the scores.
+
+        Raises:
+            ValueError: as `attribution.scores`.
+        """
+        return scored_rows(queries, self)
 
     def top_k(
         self,
@@ -229,6 +264,8 @@ class GradientStore(RowStore):
         method: Method = "dot",
         curvature: CurvatureLike = "ggn",
         damping: Damping = "auto",
+        normalize: bool = False,
+        weighted: bool = False,
         group: Group | None = "example_id",
         batch_rows: int = 4096,
     ) -> TopK:
@@ -241,6 +278,8 @@ class GradientStore(RowStore):
             method: "dot", "cosine", "tracin" or "influence".
             curvature: The curvature for influence; "ggn" is the one that `fit_curvature` saved.
             damping: The damping for influence, "auto" or one number.
+            normalize: Whether to rank by relative influence, so that outliers do not win every list.
+            weighted: Whether to multiply by the weights of the rows.
             group: "example_id" sums over rows of one example; None ranks single rows.
             batch_rows: Most rows in memory at a time.
 
@@ -259,6 +298,8 @@ class GradientStore(RowStore):
             method=method,
             curvature=curvature,
             damping=damping,
+            normalize=normalize,
+            weighted=weighted,
             group=group,
             batch_rows=batch_rows,
         )
@@ -271,7 +312,7 @@ class GradientStore(RowStore):
         damping: Damping = "auto",
         batch_rows: int = 4096,
     ) -> SelfInfluence:
-        """Compute the influence of each example on its own loss; see `attribution.self_influence`.
+        """Compute the influence of each example, or step, on its own loss; see `attribution.self_influence`.
 
         Args:
             method: "tracin", "influence" or "dot".

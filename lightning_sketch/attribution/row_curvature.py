@@ -3,7 +3,8 @@
     margin   g sqrt(p / (1 - p))        fisher   g        trak   g / (1 - p)
 
 Since g = -(1 - p) S (gradient of the margin log p/(1-p)), "margin" is the gradient of the margin times sqrt(p (1 - p)),
-which for two classes is the Gauss-Newton row, and "trak" is the gradient of the margin itself.
+which for two classes is the Gauss-Newton row, and "trak" is the gradient of the margin itself. Both hold for any loss
+-log p: a document whose loss is a mean over tokens has p = exp(-loss), the geometric mean of its tokens' probabilities.
 
 Source: Park et al. (2023), "TRAK: Attributing model behavior at scale", arXiv:2303.14186, section 3.
 """
@@ -14,9 +15,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.attribution._row_selection import one_fingerprint, scorable
+from lightning_sketch.attribution._scorer import one_fingerprint, scorable
 from lightning_sketch.attribution.curvature import Curvature, CurvatureSum, RowKind
-from lightning_sketch.store.sketched_gradients import RowSource
+from lightning_sketch.store.sketched_gradients import RowSource, whole_number
 
 _CERTAIN = 1 - 1e-6
 
@@ -47,11 +48,12 @@ def row_curvature(train: RowSource, kind: RowKind = "margin", *, batch_rows: int
             f"curvature={kind!r} cannot be made from rows; {', '.join(get_args(RowKind))} can, and 'ggn' is made "
             "by store.fit_curvature(module, batches) or fit_ggn(module, batches, sketch, layout)."
         )
-    columns = train.metadata()
-    fingerprint, keep = one_fingerprint(columns), scorable(columns)
-    _check_probabilities(columns["prob_true"][keep], kind)
-    total = CurvatureSum(train.sketch.dim)
-    for block in (train if keep.all() else train.where(keep)).blocks(batch_rows):
+    keep = scorable(train.metadata())
+    rows = train if keep.all() else train.where(keep)
+    fingerprint = one_fingerprint(rows)
+    _check_probabilities(rows.metadata()["prob_true"], kind)
+    total = CurvatureSum(rows.sketch.dim)
+    for block in rows.blocks(whole_number(batch_rows, "batch_rows")):
         total.add((block.sketches.double() * _row_weights(block.prob_true, kind)[:, None])[:, None])
     return total.curvature(kind, fingerprint)
 
@@ -75,8 +77,8 @@ def _check_probabilities(prob_true: Float[Tensor, " rows"], kind: RowKind) -> No
     if unknown:
         raise ValueError(
             f"curvature={kind!r} needs the probability of the true label, which {unknown} of {len(prob_true)} rows "
-            "lack; make the rows with row_fn=lambda module, batch: (loss, prob_true) per example, or use "
-            "curvature='fisher'."
+            "lack; make the rows with row_fn=lambda module, batch: (loss, prob_true) per example, where prob_true is "
+            "exp(-loss), for documents too if the loss is a mean over tokens; or use curvature='fisher' or 'ggn'."
         )
     if wrong:
         raise ValueError(f"prob_true is a probability; {wrong} of {len(prob_true)} rows have it outside [0, 1].")

@@ -1,12 +1,14 @@
-"""Influence scores: how much each training row helps or hurts each query.
+"""Influence scores: how much each training row helps or hurts each query, and the rows that help or hurt it most.
 
     dot          g_q . g_i
     cosine       g_q . g_i / (|g_q| |g_i|)
     tracin       sum over checkpoints of lr g_q . g_i, each at that checkpoint
-    influence    g_qᵀ (A + lambda I)⁻¹ g_i
+    influence    g_qᵀ A⁻¹ g_i,    A: the curvature averaged over examples, plus lambda I
+    normalize    influence / sqrt(g_qᵀ A⁻¹ g_q  g_iᵀ A⁻¹ g_i), relative influence; dot becomes cosine
+    weighted     each times w_i / mean w, w_i: the tokens of the example, for a loss that is a mean over tokens
 
-g_i is the sketched gradient of the example's own loss (not of its share in the mean of a batch), A the curvature
-averaged over examples.
+g_i is the sketched gradient of the example's own loss (not of its share in the mean of a batch). Without `normalize`
+outliers of large gradients are in the lists of all queries.
 
 Sign: a positive score helps the query: training on the example lowers the query's loss, and removing the example raises
 the loss. Scale, to first order:
@@ -16,134 +18,364 @@ the loss. Scale, to first order:
     influence    the score over n is how much the query's loss rises when the example is removed from n and the model,
                  whose loss is the mean over examples plus lambda |theta|² / 2, is trained to convergence again
 
+For a set of examples that are removed together, the sum of their scores has the sign of the change but not its size:
+with 20 of 300 digits it was 3 to 22 times too small, since a model that is trained again without them also forgets what
+they have in common.
+
 The rows are read once, block by block, since everything that a method multiplies by is applied to the queries. Memory
-beside the result: one block of rows.
+beside the result: one block of rows, and for `top_k` k results per query, or one number per query and example where
+rows of one example are summed.
 
 Source: Pruthi et al. (2020), "Estimating training data influence by tracing gradient descent", arXiv:2002.08484, for
 tracin; Koh and Liang (2017), arXiv:1703.04730, for influence; Schioppa (2024), arXiv:2402.03994, for both from
-sketches.
+sketches; Barshan et al. (2020), "RelatIF", arXiv:2003.11630, for relative influence.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sketch.attribution._row_selection import (
-    AtCheckpoints,
-    Group,
-    Selected,
-    as_given,
-    check_group,
-    example_ids,
+from lightning_sketch.attribution._scorer import (
+    Queries,
+    Scorer,
+    Unit,
+    Vectors,
+    check_scale,
+    narrowed,
     select,
-    sum_by_id,
+    split,
 )
-from lightning_sketch.attribution.curvature import Curvature, Kind
-from lightning_sketch.attribution.influence import Damping, Influence
+from lightning_sketch.attribution.curvature import Curvature, Damping, Influence, Kind
 from lightning_sketch.attribution.row_curvature import row_curvature
-from lightning_sketch.operators._precision import full_precision
-from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients
+from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients, Strings, whole_number
 
 Method = Literal["dot", "cosine", "tracin", "influence"]
-Queries = SketchedGradients | AtCheckpoints
+Group = Literal["example_id"]  # the column by which scores are summed
 CurvatureLike = Kind | Curvature | Influence
 
 FOLDER = "curvature"  # the folder of a store that has its curvatures
-_PART = 1 << 20  # numbers of rows that are converted and multiplied at once: 4 MB in float32
+_SHOWN = 5  # queries in a repr, and examples of each
 
 
-@dataclass(frozen=True, eq=False)
-class Scorer:
-    """Scores of the rows of one source, block by block.
-
-    Args:
-        rows: The rows that are scored.
-        train: The source that they were selected from.
-        queries: The vectors that rows are multiplied by, for each value of `rows.partners`.
-        cosine: Whether to divide by the norms of the rows.
-    """
-
-    rows: Selected
-    train: RowSource
-    queries: Mapping[int, Float[Tensor, "*dampings queries dim"]]
-    cosine: bool = False
-
-    @property
-    def ids(self) -> Int[Tensor, " rows"]:
-        """The ids of the rows, see `example_ids`."""
-        return example_ids(self.train.metadata(), self.rows.positions)
-
-    def blocks(self, batch_rows: int = 4096) -> Iterator[tuple[slice, Float[Tensor, "*dampings queries rows"]]]:
-        """Yield the scores of the rows in order, each block with its positions among the rows."""
-        start = 0
-        for block in self.rows.source.blocks(batch_rows):
-            place = slice(start, start := start + len(block))
-            yield place, self._scores(block.sketches, self.rows.weights[place], self.rows.partners[place])
-
-    def _scores(
-        self, sketches: Float[Tensor, "rows dim"], weights: Float[Tensor, " rows"], partners: Int[Tensor, " rows"]
-    ) -> Float[Tensor, "*dampings queries rows"]:
-        """Return the scores of a block of rows, converted to float32 a part at a time.
-
-        All parts are converted in the same memory, since memory that was never used before is slow.
-        """
-        part = max(1, _PART // sketches.shape[1])
-        buffer = torch.empty(min(part, len(sketches)), sketches.shape[1], dtype=torch.float32, device=sketches.device)
-        found = []
-        with full_precision(sketches.device):
-            for rows, steps in zip(sketches.split(part), partners.split(part), strict=True):
-                wide = rows if rows.dtype == buffer.dtype else buffer[: len(rows)].copy_(rows)
-                found.append(self._products(wide, steps))
-        result = torch.cat(found, -1)
-        return result if (weights == 1).all() else result * weights
-
-    def _products(
-        self, rows: Float[Tensor, "rows dim"], partners: Int[Tensor, " rows"]
-    ) -> Float[Tensor, "*dampings queries rows"]:
-        """Return the products of the rows with the queries of their partners."""
-        steps = list(self.queries) if len(self.queries) == 1 else partners.unique().tolist()
-        if len(steps) == 1:
-            found = self.queries[steps[0]] @ rows.T
-        else:
-            found = torch.empty(*self.queries[steps[0]].shape[:-1], len(rows))
-            for step in steps:
-                own = partners == step
-                found[..., own] = self.queries[step] @ rows[own].T
-        return found / rows.norm(dim=1).clamp(min=torch.finfo(rows.dtype).tiny) if self.cosine else found
-
-
-def scorers(
+def scores(
     queries: Queries | Sequence[Queries],
     train: RowSource | Sequence[RowSource],
     *,
-    method: Method,
-    curvature: CurvatureLike | Sequence[CurvatureLike],
-    damping: Damping,
-) -> list[Scorer]:
-    """Make a scorer for each source of rows, or for the only one; arguments as in `scores`.
+    method: Method = "dot",
+    curvature: CurvatureLike | Sequence[CurvatureLike] = "ggn",
+    damping: Damping = "auto",
+    normalize: bool = False,
+    weighted: bool = False,
+    group: Group | None = None,
+    batch_rows: int = 4096,
+) -> Float[Tensor, "*dampings queries columns"]:
+    """Compute the influence of each training row on each query.
+
+    A positive score helps the query. The module `attribution.scores` has the formulas and scales of the methods.
+
+    Args:
+        queries: The rows of the queries; for tracin by the step of their checkpoint, {step: queries}, with the same
+            queries in the same order at each. A list if `train` is a list.
+        train: The rows of the training examples, in memory or on disk. Those that were taken at the weights of the
+            queries are scored, see `scored_rows`. Over a list (checkpoints, or models trained with other seeds) the
+            mean is taken.
+        method: "dot", "cosine", "tracin" or "influence".
+        curvature: The curvature for influence. "margin", "fisher" or "trak" is made from the rows in another pass,
+            "ggn" is read from the store, see `GradientStore.fit_curvature`; or what `fit_ggn` or `row_curvature`
+            returned; or an `Influence`, which has a damping of its own. A list for a list of `train`, if they differ.
+        damping: The damping for influence: "auto", a number, or several, which give the result a first axis.
+        normalize: Whether to divide by the lengths of row and query in the metric of the method: relative influence.
+        weighted: Whether to multiply by the column `weight` over its mean, as examples act on training under a mean
+            over tokens.
+        group: "example_id" sums over rows of equal id; the columns are then the ids in rising order, names by letter.
+        batch_rows: Most rows in memory at a time.
+
+    Returns:
+        (queries, rows), a column for each row of `scored_rows`, in their order; with `group` (queries, ids); with
+        several dampings (dampings, queries, rows). In float32; float64 if the largest score of a query is beyond its
+        range. A row that has no finite gradient, and says that it has one, scores NaN.
 
     Raises:
-        ValueError: if lists differ in length, the method is unknown or lacks what it needs, or rows do not fit.
+        ValueError: if rows and queries were taken at different weights or by different sketches, if the method is
+            unknown or lacks what it needs, or if members of a list have other rows.
+        FileNotFoundError: if `curvature="ggn"` was not fitted at these weights.
+
+    Warns:
+        UserWarning: if rows or queries are zero, rows repeat an example, or their scale is not known.
+
+    Cost: O(queries rows dim); influence needs O(dim³) before, for a curvature of full rank, and with `normalize`
+    O(rows dim²).
+
+    >>> from lightning_sketch.operators import BlockSRHT
+    >>> rows = SketchedGradients(torch.tensor([[1.0, 0.0], [-2.0, 1.0]]), BlockSRHT(9, 2))
+    >>> query = SketchedGradients(torch.tensor([[3.0, 0.0]]), BlockSRHT(9, 2))
+    >>> scores(query, rows)
+    tensor([[ 3., -6.]])
     """
-    if method not in get_args(Method):
-        raise ValueError(f"method={method!r} is not known; use one of {', '.join(get_args(Method))}.")
-    one_curvature = cast(CurvatureLike, curvature)  # unless it is a list
-    if isinstance(train, RowSource):
-        return [_scorer(cast(Queries, queries), train, method, one_curvature, damping)]
-    sources = list(train)
-    members = list(queries) if isinstance(queries, list | tuple) else []
-    curvatures = list(curvature) if isinstance(curvature, list | tuple) else [one_curvature] * len(sources)
-    if not sources or len(members) != len(sources) or len(curvatures) != len(sources):
-        raise ValueError(
-            f"{len(sources)} sources of rows need as many queries and curvatures, in lists: each member's queries are "
-            f"taken at its own weights; got {len(members)} queries and {len(curvatures)} curvatures."
-        )
-    return [_scorer(q, t, method, c, damping) for q, t, c in zip(members, sources, curvatures, strict=True)]
+    check_group(group)
+    batch_rows = whole_number(batch_rows, "batch_rows")
+    members = scorers(queries, train, method, curvature, damping, normalize, weighted)
+    ids = [member.ids for member in members]
+    if group is not None:
+        total, unique = sum_by_id(torch.cat([_all(member, batch_rows) for member in members], -1), torch.cat(ids))
+        named = as_given(unique, (member.train for member in members))
+        if isinstance(named, list):
+            total = total[..., sorted(range(len(named)), key=named.__getitem__)]
+        return total / len(members)
+    _check_order(ids)
+    total = _all(members[0], batch_rows)
+    for member in members[1:]:
+        total = total + _all(member, batch_rows)
+    return total.div_(len(members))
+
+
+def scored_rows(queries: Queries, train: RowSource) -> Int[Tensor, " columns"]:
+    """Return the positions in `train` of the rows that `scores` has columns for.
+
+    These are the rows at the weights of the queries that are finite, no duplicates of a distributed sampler, and no
+    stored queries; of rows of one example at the same weights, the last.
+
+    Args:
+        queries: The queries; for tracin by the step of their checkpoint.
+        train: The rows.
+
+    Raises:
+        ValueError: as in `scores`.
+
+    >>> from lightning_sketch.operators import BlockSRHT
+    >>> rows = SketchedGradients(torch.eye(2), BlockSRHT(9, 2), {"finite": [False, True]})
+    >>> scored_rows(rows.where(finite=True), rows)
+    tensor([1])
+    """
+    _check_tables(queries, "tracin" if isinstance(queries, Mapping) else "dot")
+    return select(queries, train).positions
+
+
+def together(queries: SketchedGradients) -> SketchedGradients:
+    """Sum queries into one, whose scores are the sums of their scores, and whose loss is the sum of their losses.
+
+    A set of training examples that is removed has another effect than the sum over them, see `attribution.scores`.
+
+    Args:
+        queries: The queries, all at the same weights.
+
+    Returns:
+        A table of one row.
+
+    Raises:
+        ValueError: if the queries were taken at different weights.
+
+    >>> from lightning_sketch.operators import BlockSRHT
+    >>> together(SketchedGradients(torch.eye(2), BlockSRHT(9, 2))).sketches
+    tensor([[1., 1.]])
+    """
+    columns = {
+        "fingerprint": torch.tensor([queries.fingerprint]),
+        "loss": queries.loss.sum(0, keepdim=True),
+        "finite": queries.finite.all(0, keepdim=True),
+    }
+    wide = queries.sketches.float() if queries.sketches.dtype.itemsize < 4 else queries.sketches
+    return SketchedGradients(wide.sum(0, keepdim=True), queries.sketch, columns)
+
+
+class _TopK(NamedTuple):
+    scores: Float[Tensor, "queries k"]
+    example_ids: Any
+
+
+class TopK(_TopK):
+    """The k best examples of each query, best first.
+
+    Attributes:
+        scores: The scores, (queries, k).
+        example_ids: The ids of the examples, int64, (queries, k), or lists of names; of rows without ids the step of a
+            training step, else the position in `train`.
+        unit: What the ids are of: "example", "step" or "row".
+    """
+
+    unit: Unit = "example"
+
+    def __repr__(self) -> str:
+        queries, k = self.scores.shape
+        lines = [f"TopK of {queries} queries, k={k}: {self.unit} (score)"]
+        for i in range(min(queries, _SHOWN)):
+            ids = list(self.example_ids[i][:_SHOWN])
+            pairs = zip(map(_plain, ids), self.scores[i, :_SHOWN].tolist(), strict=True)
+            best = ", ".join(f"{example} ({score:.3g})" for example, score in pairs)
+            lines.append(f"    query {i}: {best}{', ...' if k > _SHOWN else ''}")
+        return "\n".join(lines + (["    ..."] if queries > _SHOWN else []))
+
+
+def top_k(
+    queries: Queries | Sequence[Queries],
+    train: RowSource | Sequence[RowSource],
+    k: int = 10,
+    *,
+    largest: bool = True,
+    method: Method = "dot",
+    curvature: CurvatureLike | Sequence[CurvatureLike] = "ggn",
+    damping: Damping = "auto",
+    normalize: bool = False,
+    weighted: bool = False,
+    group: Group | None = "example_id",
+    batch_rows: int = 4096,
+) -> TopK:
+    """Find the training examples that help each query most, or with `largest=False` hurt it most.
+
+    Args:
+        queries: The rows of the queries, as in `scores`.
+        train: The rows of the training examples, or a list of such rows, as in `scores`.
+        k: How many examples to return; fewer if there are fewer.
+        largest: True for the examples that help most, False for those that hurt most.
+        method: "dot", "cosine", "tracin" or "influence".
+        curvature: The curvature for influence, as in `scores`.
+        damping: The damping for influence, "auto" or one number.
+        normalize: Whether to rank by relative influence, as in `scores`, so that outliers do not win every list.
+        weighted: Whether to multiply by the weights of the rows, as in `scores`.
+        group: "example_id" sums over rows of one example (several epochs or checkpoints); None ranks single rows.
+        batch_rows: Most rows in memory at a time.
+
+    Returns:
+        `TopK(scores, example_ids)`, both (queries, k). The id of a row without id is the step of a training step, else
+        the row's position in `train`. NaN is last.
+
+    Raises:
+        ValueError: as in `scores`; if k is not positive; for several dampings.
+
+    Cost: that of `scores`, with k results per query in memory.
+
+    >>> from lightning_sketch.operators import BlockSRHT
+    >>> sketch, ids = BlockSRHT(9, 2), {"example_id": [5, 6, 7]}
+    >>> rows = SketchedGradients(torch.tensor([[1.0, 0.0], [3.0, 0.0], [-2.0, 1.0]]), sketch, ids)
+    >>> top_k(SketchedGradients(torch.tensor([[3.0, 0.0]]), sketch), rows, k=2)
+    TopK of 1 queries, k=2: example (score)
+        query 0: 6 (9), 5 (3)
+    """
+    check_group(group)
+    batch_rows = whole_number(batch_rows, "batch_rows")
+    members = scorers(queries, train, method, curvature, damping, normalize, weighted)
+    best = _Best(whole_number(k, "k"), largest)
+    if len(members[0].shape) > 2:
+        raise ValueError("top_k takes one damping, got several; use scores(...) for these.")
+    ids = [member.ids for member in members]
+    same = all(torch.equal(own, ids[0]) for own in ids[1:])
+    if group is not None and not (same and len(ids[0].unique()) == len(ids[0])):
+        best.add(*_sums(members, torch.cat(ids), batch_rows))
+        return best.found(members)
+    _check_order(ids)
+    for place, found in _means(members, batch_rows):
+        best.add(found, ids[0][place])
+    return best.found(members)
+
+
+class _Best:
+    """The k best scores of each query so far, with their ids."""
+
+    def __init__(self, k: int, largest: bool):
+        self.k, self.largest = k, largest
+        self.best: tuple[Tensor, Tensor] | None = None
+
+    def add(self, scores: Float[Tensor, "queries columns"], ids: Int[Tensor, " columns"]) -> None:
+        """Merge the scores of more columns."""
+        ids = ids.expand(scores.shape)
+        if self.best is not None:
+            scores, ids = torch.cat([self.best[0], scores], 1), torch.cat([self.best[1], ids], 1)
+        worst = float("-inf" if self.largest else "inf")
+        place = scores.nan_to_num(worst, float("inf"), float("-inf")).topk(
+            min(self.k, scores.shape[1]), largest=self.largest
+        )[1]
+        self.best = scores.gather(1, place), ids.gather(1, place)
+
+    def found(self, members: list[Scorer]) -> TopK:
+        """Return the best of all columns that were added, which are one at least."""
+        scores, ids = cast(tuple[Tensor, Tensor], self.best)
+        result = TopK(narrowed(scores), as_given(ids, (member.train for member in members)))
+        result.unit = members[0].unit
+        return result
+
+
+def _plain(example: Any) -> Any:
+    """Return the id of an example as a number or a name."""
+    return example.item() if isinstance(example, Tensor) else example
+
+
+def _all(member: Scorer, batch_rows: int) -> Float[Tensor, "*dampings queries rows"]:
+    """Return the scores of all rows."""
+    result = torch.empty(member.shape)
+    for place, found in member.blocks(batch_rows):
+        result = result.to(torch.promote_types(result.dtype, found.dtype))
+        result[..., place] = found
+    return narrowed(result)
+
+
+def _means(members: list[Scorer], batch_rows: int) -> Iterator[tuple[slice, Float[Tensor, "queries rows"]]]:
+    """Yield the mean scores of all members with their positions; the blocks of the members may differ in size."""
+    streams = [member.blocks(batch_rows) for member in members]
+    waiting = [next(stream)[1] for stream in streams]
+    start, count = 0, len(members[0].rows)
+    while True:
+        size = min(found.shape[1] for found in waiting)
+        total = sum((found[:, :size] for found in waiting), torch.zeros(()))
+        yield slice(start, start + size), total / len(members)
+        start += size
+        waiting = [found[:, size:] for found in waiting]
+        pairs = zip(waiting, streams, strict=True)
+        ends = start == count
+        waiting = [found if found.shape[1] else next(stream, (None, found))[1] for found, stream in pairs]
+        if ends:
+            return
+
+
+def _sums(
+    members: list[Scorer], ids: Int[Tensor, " rows"], batch_rows: int
+) -> tuple[Float[Tensor, "queries ids"], Int[Tensor, " ids"]]:
+    """Return the scores summed by id, as a mean over members, and the ids."""
+    unique, inverse = ids.unique(return_inverse=True)
+    total, start = torch.zeros(members[0].shape[0], len(unique)), 0
+    for member in members:
+        for place, found in member.blocks(batch_rows):
+            total = total.to(torch.promote_types(total.dtype, found.dtype))
+            total.index_add_(1, inverse[start + place.start : start + place.stop], found.to(total.dtype))
+        start += len(member.rows)
+    return total / len(members), unique
+
+
+def as_given(ids: Tensor, sources: Iterable[RowSource]) -> Any:
+    """Return ids as they were given: those of strings as strings, in lists of the same shape."""
+    given = [source.metadata()["example_id"] for source in sources]
+    tables = [table for column in given if isinstance(column, Strings) for table in column.tables]
+    named = Strings(ids, tables)
+    return named.tolist() if tables and named.names.keys() >= set(ids.flatten().tolist()) else ids  # else steps
+
+
+def sum_by_id(
+    values: Float[Tensor, "*leading rows"], ids: Int[Tensor, " rows"]
+) -> tuple[Float[Tensor, "*leading ids"], Int[Tensor, " ids"]]:
+    """Sum values of equal id along the last axis; return the sums and the ids, in rising order.
+
+    >>> sum_by_id(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([7, 5, 7]))
+    (tensor([2., 4.]), tensor([5, 7]))
+    """
+    unique, inverse = ids.unique(return_inverse=True)
+    return values.new_zeros(*values.shape[:-1], len(unique)).index_add_(-1, inverse, values), unique
+
+
+def check_group(group: Group | None) -> None:
+    """Refuse an unknown group."""
+    if group not in (None, *get_args(Group)):
+        raise ValueError(f"group={group!r} is not known; 'example_id' sums over rows of one example, None does not.")
+
+
+def _check_order(ids: Sequence[Tensor]) -> None:
+    """Refuse members whose rows are others, or in another order."""
+    if any(not torch.equal(own, ids[0]) for own in ids[1:]):
+        raise ValueError("members of the list have other rows, or in another order; use group='example_id'.")
 
 
 def inverse_of(curvature: CurvatureLike, damping: Damping, rows: RowSource, fingerprint: int) -> Influence:
@@ -192,110 +424,106 @@ def curvature_of(curvature: Kind | Curvature, rows: RowSource, fingerprint: int)
     return Curvature.load(path / FOLDER, "ggn", fingerprint=fingerprint)
 
 
-def _scorer(queries: Queries, train: RowSource, method: Method, curvature: CurvatureLike, damping: Damping) -> Scorer:
-    """Make the scorer of one source of rows."""
-    if isinstance(queries, Mapping) != (method == "tracin"):
-        wanted = "{step of the checkpoint: queries}" if method == "tracin" else "queries taken at the rows' weights"
-        raise ValueError(f"method={method!r} takes {wanted}, got a {type(queries).__name__}.")
-    rows = select(queries, train)
-    if isinstance(queries, Mapping):
-        return Scorer(rows, train, {step: at.sketches.float() for step, at in queries.items()})
-    vectors = queries.sketches
-    if method == "influence":
-        vectors = inverse_of(curvature, damping, rows.source, queries.fingerprint)(vectors)
-    elif method == "cosine":
-        vectors = torch.nn.functional.normalize(vectors.double(), dim=1, eps=torch.finfo(torch.float64).tiny)
-    return Scorer(rows, train, {0: vectors.float()}, cosine=method == "cosine")
-
-
-def scores(
+def scorers(
     queries: Queries | Sequence[Queries],
     train: RowSource | Sequence[RowSource],
-    *,
-    method: Method = "dot",
-    curvature: CurvatureLike | Sequence[CurvatureLike] = "ggn",
+    method: Method,
+    curvature: CurvatureLike | Sequence[CurvatureLike],
     damping: Damping = "auto",
-    group: Group | None = None,
-    batch_rows: int = 4096,
-) -> Float[Tensor, "*dampings queries columns"]:
-    """Compute the influence of each training row on each query.
-
-    A positive score helps the query. The module `attribution.scores` has the formulas and scales of the methods.
-
-    Args:
-        queries: The rows of the queries; for tracin by the step of their checkpoint, {step: queries}, with the same
-            queries in the same order at each. A list if `train` is a list.
-        train: The rows of the training examples, in memory or on disk. Those that were taken at the weights of the
-            queries are scored. Over a list (checkpoints, or models trained with other seeds) the mean is taken.
-        method: "dot", "cosine", "tracin" or "influence".
-        curvature: The curvature for influence. "margin", "fisher" or "trak" is made from the rows in another pass,
-            "ggn" is read from the store, see `GradientStore.fit_curvature`; or what `fit_ggn` or `row_curvature`
-            returned; or an `Influence`, which has a damping of its own. A list for a list of `train`, if they differ.
-        damping: The damping for influence: "auto", a number, or several, which give the result a first axis.
-        group: "example_id" sums over rows of equal id; the columns are then the ids in rising order, names by letter.
-        batch_rows: Most rows in memory at a time.
-
-    Returns:
-        float32, (queries, rows): a column for each row that is scored, in their order; with `group` (queries, ids);
-        with several dampings (dampings, queries, rows).
+    normalize: bool = False,
+    weighted: bool = False,
+) -> list[Scorer]:
+    """Make a scorer for each source of rows, or for the only one; arguments as in `scores`.
 
     Raises:
-        ValueError: if rows and queries were taken at different weights or by different sketches, if the method is
-            unknown or lacks what it needs, or if members of a list have other rows.
-        FileNotFoundError: if `curvature="ggn"` was not fitted at these weights.
-
-    Cost: O(queries rows dim); influence needs O(dim³) before, for a curvature of full rank.
-
-    >>> from lightning_sketch.operators import BlockSRHT
-    >>> rows = SketchedGradients(torch.tensor([[1.0, 0.0], [-2.0, 1.0]]), BlockSRHT(9, 2))
-    >>> query = SketchedGradients(torch.tensor([[3.0, 0.0]]), BlockSRHT(9, 2))
-    >>> scores(query, rows)
-    tensor([[ 3., -6.]])
+        ValueError: if lists differ in length, the method is unknown or lacks what it needs, or rows do not fit.
     """
-    check_group(group)
-    members = scorers(queries, train, method=method, curvature=curvature, damping=damping)
-    if group is not None:
-        ids = torch.cat([member.ids for member in members])
-        total, unique = sum_by_id(torch.cat([_all(member, batch_rows) for member in members], -1), ids)
-        named = as_given(unique, (member.train for member in members))
-        if isinstance(named, list):
-            total = total[..., sorted(range(len(named)), key=named.__getitem__)]
-        return total / len(members)
-    if any(not torch.equal(member.ids, members[0].ids) for member in members[1:]):
-        raise ValueError("members of the list have other rows, or in another order; use group='example_id'.")
-    total = _all(members[0], batch_rows)
-    for member in members[1:]:
-        total += _all(member, batch_rows)
-    return total.div_(len(members))
+    if method not in get_args(Method):
+        raise ValueError(f"method={method!r} is not known; use one of {', '.join(get_args(Method))}.")
+    if normalize and method == "tracin":
+        raise ValueError("normalize=True takes one checkpoint, tracin sums over several; use 'dot' or 'influence'.")
+    options = damping, "cosine" if normalize and method == "dot" else method, normalize, weighted
+    one_curvature = cast(CurvatureLike, curvature)  # unless it is a list
+    if isinstance(train, RowSource):
+        return [_scorer(cast(Queries, queries), train, one_curvature, *options)]
+    for source in train if isinstance(train, list | tuple) else [train]:
+        check_train(source)
+    members = list(queries) if isinstance(queries, list | tuple) else []
+    curvatures = list(curvature) if isinstance(curvature, list | tuple) else [one_curvature] * len(train)
+    if not train or len(members) != len(train) or len(curvatures) != len(train):
+        raise ValueError(
+            f"{len(train)} sources of rows need as many queries and curvatures, in lists: each member's queries are "
+            f"taken at its own weights; got {len(members)} queries and {len(curvatures)} curvatures."
+        )
+    return [_scorer(q, t, c, *options) for q, t, c in zip(members, train, curvatures, strict=True)]
 
 
-def together(queries: SketchedGradients) -> SketchedGradients:
-    """Sum queries into one, whose scores are the sums of their scores, and whose loss is the sum of their losses.
-
-    Args:
-        queries: The queries, all at the same weights.
-
-    Returns:
-        A table of one row.
-
-    Raises:
-        ValueError: if the queries were taken at different weights.
-
-    >>> from lightning_sketch.operators import BlockSRHT
-    >>> together(SketchedGradients(torch.eye(2), BlockSRHT(9, 2))).sketches
-    tensor([[1., 1.]])
-    """
-    columns = {
-        "fingerprint": torch.tensor([queries.fingerprint]),
-        "loss": queries.loss.sum(0, keepdim=True),
-        "finite": queries.finite.all(0, keepdim=True),
-    }
-    return SketchedGradients(queries.sketches.float().sum(0, keepdim=True), queries.sketch, columns)
+def check_train(train: Any) -> None:
+    """Refuse training rows that are no rows."""
+    if not isinstance(train, RowSource):
+        raise ValueError(
+            f"train takes rows, as SketchedGradients or a store, got a {type(train).__name__}; open a store by "
+            "GradientStore.open(path), or make rows of a tensor by SketchedGradients(tensor, sketch)."
+        )
 
 
-def _all(member: Scorer, batch_rows: int) -> Float[Tensor, "*dampings queries rows"]:
-    """Return the scores of all rows."""
-    result = torch.empty(*next(iter(member.queries.values())).shape[:-1], len(member.rows))
-    for place, found in member.blocks(batch_rows):
-        result[..., place] = found
-    return result
+def _check_tables(queries: Any, method: Method) -> None:
+    """Refuse queries that are no rows, or not by checkpoint as tracin takes them."""
+    by_step = isinstance(queries, Mapping)
+    tables = list(queries.values()) if by_step else [queries]
+    if by_step == (method == "tracin") and all(isinstance(table, SketchedGradients) for table in tables):
+        return
+    wanted = "{step of the checkpoint: queries}" if method == "tracin" else "queries taken at the rows' weights"
+    kind = type(queries if by_step != (method == "tracin") else tables[0]).__name__
+    advice = "sketch_gradients(...) or store.sketch_gradients(...) makes them, store.queries() has stored ones"
+    if isinstance(queries, RowSource):
+        advice = "read the rows of a store into memory with .read()"
+    elif isinstance(queries, list | tuple):
+        advice = "a list needs a list of train, one for each; SketchedGradients.cat(list) makes one table"
+    raise ValueError(f"method={method!r} takes {wanted}, as SketchedGradients, got a {kind}; {advice}.")
+
+
+def _scorer(
+    queries: Queries,
+    train: RowSource,
+    curvature: CurvatureLike,
+    damping: Damping,
+    method: Method,
+    normalize: bool,
+    weighted: bool,
+) -> Scorer:
+    """Make the scorer of one source of rows."""
+    _check_tables(queries, method)
+    rows = select(queries, train, weighted)
+    if method != "cosine" and not normalize:
+        check_scale(rows)
+    if isinstance(queries, Mapping):
+        return Scorer(rows, train, {step: Vectors(*split(at.sketches)) for step, at in queries.items()})
+    parts, size = split(queries.sketches)
+    zero = (parts == 0).all(1)
+    if zero.any():
+        warnings.warn(f"{int(zero.sum())} of {len(zero)} queries are zero, and so are their scores.", stacklevel=2)
+    vectors, length = parts, None
+    if method == "cosine":
+        length = _norm
+    elif method == "influence":
+        inverse = inverse_of(curvature, damping, rows.source, queries.fingerprint)
+        vectors, length = inverse(parts), _Metric(inverse) if normalize else None
+    scale = size.expand(vectors.shape[:-1]) if length is None else (1 / length(parts)).where(~zero, 0)
+    vectors, own = split(vectors)
+    return Scorer(rows, train, {0: Vectors(vectors, own * scale)}, length)
+
+
+def _norm(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, " rows"]:
+    """Return the norm of each row."""
+    return rows.norm(dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Metric:
+    """The length of rows in the metric of a damped inverse, sqrt(gᵀ A⁻¹ g)."""
+
+    inverse: Influence
+
+    def __call__(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "*dampings rows"]:
+        return (self.inverse(rows) * rows.double()).sum(-1).sqrt()

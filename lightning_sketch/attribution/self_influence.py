@@ -11,25 +11,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.attribution._row_selection import as_given, example_ids, one_fingerprint, select_all, sum_by_id
-from lightning_sketch.attribution.influence import Damping
-from lightning_sketch.attribution.scores import CurvatureLike, inverse_of
-from lightning_sketch.store.sketched_gradients import RowSource
+from lightning_sketch.attribution._scorer import (
+    Unit,
+    check_scale,
+    identify,
+    narrowed,
+    one_fingerprint,
+    select_all,
+    split,
+)
+from lightning_sketch.attribution.curvature import Damping
+from lightning_sketch.attribution.scores import CurvatureLike, as_given, check_train, inverse_of, sum_by_id
+from lightning_sketch.store.sketched_gradients import RowSource, whole_number
 
 SelfMethod = Literal["dot", "tracin", "influence"]
 
 
-class SelfInfluence(NamedTuple):
-    """The self-influence of each row, or for tracin of each example.
-
-    Attributes:
-        scores: The self-influence, float32, (rows,).
-        example_ids: The ids, int64, (rows,), or a list of names; of rows without ids the step of a training step, else
-            the position.
-    """
-
+class _SelfInfluence(NamedTuple):
     scores: Float[Tensor, " rows"]
     example_ids: Any
+
+
+class SelfInfluence(_SelfInfluence):
+    """The self-influence of each row, or for tracin of each example or step.
+
+    Attributes:
+        scores: The self-influence, (rows,).
+        example_ids: The ids, int64, (rows,), or a list of names; of rows without ids the step of a training step, else
+            the position.
+        unit: What the ids are of: "example", "step" or "row".
+    """
+
+    unit: Unit = "example"
 
     def __repr__(self) -> str:
         largest = self.scores.argsort(descending=True)[:5]
@@ -37,7 +50,8 @@ class SelfInfluence(NamedTuple):
         ids = [self.example_ids[i] if named else int(self.example_ids[i]) for i in largest.tolist()]
         pairs = zip(ids, self.scores[largest].tolist(), strict=True)
         listed = ", ".join(f"{example} ({score:.3g})" for example, score in pairs)
-        return f"SelfInfluence of {len(self.scores)}, largest: {listed}"
+        unit = "" if self.unit == "example" else f" {self.unit}s"
+        return f"SelfInfluence of {len(self.scores)}{unit}, largest: {listed}"
 
 
 def self_influence(
@@ -48,7 +62,7 @@ def self_influence(
     damping: Damping = "auto",
     batch_rows: int = 4096,
 ) -> SelfInfluence:
-    """Compute the influence of each example on its own loss.
+    """Compute the influence of each example on its own loss; of rows of whole steps, that of each step.
 
     Args:
         train: The rows; for tracin at several checkpoints or steps, with their learning rates.
@@ -58,11 +72,15 @@ def self_influence(
         batch_rows: Most rows in memory at a time.
 
     Returns:
-        `SelfInfluence(scores, example_ids)`, both (rows,); for tracin the ids are in rising order, each once.
+        `SelfInfluence(scores, example_ids)`, both (rows,); for tracin the ids are in rising order, each once. In
+        float32; float64 if the largest score is beyond its range.
 
     Raises:
         ValueError: if the method is unknown, or the rows lack what it needs: learning rates for tracin, else one
             set of weights.
+
+    Warns:
+        UserWarning: as in `scores`.
 
     Cost: one pass over the rows, O(rows dim); O(rows dim²) for influence.
 
@@ -75,20 +93,24 @@ def self_influence(
     """
     if method not in get_args(SelfMethod):
         raise ValueError(f"method={method!r} has no self-influence; use one of {', '.join(get_args(SelfMethod))}.")
-    columns = train.metadata()
+    check_train(train)
+    batch_rows = whole_number(batch_rows, "batch_rows")
     rows = select_all(train, rates=method == "tracin")
+    check_scale(rows)
     inverse = None
     if method != "tracin":
-        fingerprint = one_fingerprint(columns)
+        fingerprint = one_fingerprint(rows.source)
     if method == "influence":
         inverse = inverse_of(curvature, damping, rows.source, fingerprint)
         if isinstance(inverse.damping, tuple):
             raise ValueError("self_influence takes one damping, got several; call it for each.")
     parts = []
     for block in rows.source.blocks(batch_rows):
-        g = block.sketches.double()
-        parts.append((g * (g if inverse is None else inverse(g))).sum(1).float())
-    found, ids = torch.cat(parts) * rows.weights, example_ids(columns, rows.positions)
+        g, size = split(block.sketches)
+        parts.append((g * (g if inverse is None else inverse(g))).sum(1) * size * size)
+    (ids, unit), found = identify(train.metadata(), rows.positions), torch.cat(parts) * rows.factors
     if method == "tracin":
         found, ids = sum_by_id(found, ids)
-    return SelfInfluence(found, as_given(ids, [train]))
+    result = SelfInfluence(narrowed(found), as_given(ids, [train]))
+    result.unit = unit
+    return result

@@ -7,8 +7,11 @@ visible if its step is not beyond the steps at which the later runs branched off
     visible(row) = row.step <= min of run.parent_step over the later runs of the lineage
 
 so each step of a lineage has its rows exactly once. A run that measures a checkpoint (validate, test, predict) has the
-fit of the checkpoint as its parent, if that is known, and its rows are visible where those of the fit's same step are;
-of several in one stage at the same weights, the last is visible. Runs are ordered by number, not by clock.
+fit of the checkpoint as its parent, if that is known, and its rows are visible where those of the fit's same step are.
+Of several such runs in one stage at the same weights the rows of other examples add up, as of a data set that was
+written in parts, and of an example (the same id and loader) the last run's are visible. Examples without ids cannot be
+told apart: a run that has such rows hides those of all runs before it, and any later run hides these. Runs are ordered
+by number, not by clock.
 """
 
 import os
@@ -35,7 +38,7 @@ from lightning_sketch.store.format import (
     Snapshot,
     run_path,
 )
-from lightning_sketch.store.sketched_gradients import DEFAULTS, Column, cat_columns
+from lightning_sketch.store.sketched_gradients import DEFAULTS, UNKNOWN_ID, Column, cat_columns, keys_of
 
 
 @dataclass
@@ -247,9 +250,30 @@ def visible(columns: Mapping[str, Column], runs: Sequence[Run], lineage: Mapping
         until[run.number] = FOREVER if fit is None else lineage.get(fit, -1)
         kinds[run.number] = get_args(RunStage).index(run.stage)
     keep = step <= until[number]
-    for kind in range(1, len(get_args(RunStage))):  # of all but fits the last at the same weights
-        (measured,) = (keep & (kinds[number] == kind) & (weights != 0)).nonzero(as_tuple=True)  # 0 is unknown
-        _, key = weights[measured].unique(return_inverse=True)
-        newest = torch.zeros_like(measured).scatter_reduce(0, key, number[measured], "amax")
-        keep[measured] = number[measured] == newest[key]
+    (measured,) = (keep & (kinds[number] > 0) & (weights != 0)).nonzero(as_tuple=True)  # 0 is unknown
+    taken, ids = number[measured], keys_of(columns["example_id"])[measured]
+    loader = keys_of(columns.get("dataloader", torch.zeros_like(number)))[measured]
+    pass_of = equal_rows(kinds[taken], weights[measured])  # over the examples, in one stage at the same weights
+    unknown = ids == UNKNOWN_ID
+    last_unknown = _last(pass_of, taken.where(unknown, 0))
+    newest = torch.where(unknown, _last(pass_of, taken), _last(equal_rows(pass_of, loader, ids), taken))
+    keep[measured] = (taken == newest) & (taken >= last_unknown)
     return keep
+
+
+def equal_rows(*columns: Tensor) -> Tensor:
+    """Assign numbers to the rows of a table so that equal rows, and no others, have equal numbers.
+
+    >>> equal_rows(torch.tensor([7, 7, 5]), torch.tensor([1, 1, 1]))
+    tensor([1, 1, 0])
+    """
+    found = columns[0].unique(return_inverse=True)[1]
+    for column in columns[1:]:
+        values, inverse = column.unique(return_inverse=True)
+        found = (found * len(values) + inverse).unique(return_inverse=True)[1]
+    return found
+
+
+def _last(groups: Tensor, runs: Tensor) -> Tensor:
+    """Return for each row the last run of its group."""
+    return torch.zeros_like(runs).scatter_reduce(0, groups, runs, "amax")[groups]

@@ -36,6 +36,7 @@ from lightning_sketch.store.sketched_gradients import (
     described,
     keys_of,
     matching,
+    whole_number,
 )
 from lightning_sketch.store.spec import DTYPES, StoreSpec
 from lightning_sketch.store.writer import RowAppender
@@ -259,8 +260,7 @@ class RowStore:
             CorruptFile: if a file is not what was written; it is compared with its checksum before its first block.
             RuntimeError: if the store was compacted since it was opened.
         """
-        if batch_rows < 1:
-            raise ValueError(f"need batch_rows >= 1, got {batch_rows}.")
+        batch_rows = whole_number(batch_rows, "batch_rows")
         parts = list(self.rows.by_file())
         with ThreadPoolExecutor(1, "check of a shard") as pool:  # the next file, while the last is worked on
             following = [pool.submit(self._open_shard, parts[0][0])] if parts else []

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import index
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -158,6 +159,20 @@ class _Names:
 Column = Tensor | Strings
 
 
+def whole_number(value: Any, name: str) -> int:
+    """Return a whole number of at least one as an int.
+
+    Raises:
+        ValueError: if it is none; a boolean or a float is none.
+    """
+    try:
+        if not isinstance(value, bool) and index(value) >= 1:
+            return index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"need {name} >= 1, got {value!r}; pass a whole number.")
+
+
 def keys_of(column: Column) -> Tensor:
     """Return the numbers of a column, or the hashes of its strings."""
     return column.hashes if isinstance(column, Strings) else column
@@ -177,7 +192,8 @@ class SketchedGradients:
             `scale_known` are filled with the value that means "unknown"; `finite` is computed from the sketches.
 
     Raises:
-        ValueError: if the lengths disagree, the width of `sketches` is not `sketch.dim`, or a column has other values.
+        ValueError: if the lengths disagree, the width of `sketches` is not `sketch.dim`, or a column has other values,
+            such as ids that are no whole numbers or strings.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> rows = SketchedGradients(torch.eye(4), BlockSRHT(100, 4), {"example_id": torch.arange(4)})
@@ -193,6 +209,8 @@ class SketchedGradients:
         count, dim = self.sketches.shape
         if dim != self.sketch.dim:
             raise ValueError(f"sketches have {dim} numbers a row, {self.sketch} gives {self.sketch.dim}.")
+        if not self.sketches.is_floating_point():
+            raise ValueError(f"sketches are floating-point numbers, got {self.sketches.dtype}; convert them: .float().")
         columns: dict[str, Column] = {
             name: torch.full((count,), value) for name, value in DEFAULTS.items() if name not in self.columns
         }
@@ -201,6 +219,13 @@ class SketchedGradients:
         for name, values in self.columns.items():
             stored = isinstance(values, Strings) or (isinstance(values, Tensor) and values.dtype in _STORED)
             columns[name] = values if stored else as_column(values, name)
+        for name in {"example_id", "example_ids"} & columns.keys():
+            ids = columns[name]
+            if not count and isinstance(ids, Tensor):
+                columns[name] = ids.long()  # of an empty list, whose numbers are floats
+            elif keys_of(ids).dtype != torch.int64:
+                kind = str(keys_of(ids).dtype).removeprefix("torch.")
+                raise ValueError(f"{name} takes whole numbers or strings, got {kind}; convert it: .long(), or names.")
         for name, column in columns.items():
             if len(column) != count:
                 raise ValueError(f"column {name} has {len(column)} values for {count} rows.")
@@ -283,6 +308,7 @@ class SketchedGradients:
 
     def blocks(self, batch_rows: int = 4096) -> Iterator["SketchedGradients"]:
         """Yield the rows in order, at most `batch_rows` at a time."""
+        batch_rows = whole_number(batch_rows, "batch_rows")
         for start in range(0, len(self), batch_rows):
             part = slice(start, start + batch_rows)
             yield SketchedGradients(self.sketches[part], self.sketch, {k: v[part] for k, v in self.columns.items()})

@@ -5,7 +5,7 @@ import torch
 from rows import random_rows
 
 from lightning_sketch.attribution import calibrate, row_curvature, scores
-from lightning_sketch.attribution.influence import automatic
+from lightning_sketch.attribution.curvature import automatic
 
 TRAIN = random_rows(60, seed=1, example_id=torch.arange(60) + 7)
 QUERY = random_rows(40, seed=2)

@@ -219,7 +219,7 @@ def test_bad_kinds_and_rows_are_refused(untyped):
     with pytest.raises(ValueError, match="the curvature of 2 examples is zero"):
         row_curvature(random_rows(2, sketches=torch.zeros(2, 16)), "fisher")
     with pytest.raises(ValueError, match="is not finite"):
-        row_curvature(random_rows(2, sketches=torch.full((2, 16), float("nan"))), "fisher")
+        row_curvature(random_rows(2, sketches=torch.full((2, 16), float("nan")), finite=True), "fisher")
 
 
 def test_outputs_that_are_no_rows_of_logits_are_refused(untyped):

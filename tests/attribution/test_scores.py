@@ -8,7 +8,9 @@ from lightning_sketch.attribution import Influence, row_curvature, scores, self_
 from lightning_sketch.operators import BlockSRHT
 from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients
 
-TRAIN = random_rows(70, seed=1, fingerprint=5, prob_true=0.7, example_id=torch.arange(70) % 40)
+TRAIN = random_rows(
+    70, seed=1, fingerprint=5, prob_true=0.7, example_id=torch.arange(70) % 40, dataloader=torch.arange(70) // 40
+)
 ASKED = random_rows(3, seed=2, fingerprint=5)
 R, Q = TRAIN.sketches.double(), ASKED.sketches.double()
 
@@ -36,11 +38,11 @@ def test_dot_and_cosine(batch_rows):
 
 
 def test_cosine_with_a_row_of_zeros_is_zero():
-    train = random_rows(2, sketches=torch.zeros(2, DIM))
-    assert scores(random_rows(1), train, method="cosine").tolist() == [[0.0, 0.0]]
-    assert scores(random_rows(1, sketches=torch.zeros(1, DIM)), random_rows(2), method="cosine").tolist() == [
-        [0.0, 0.0]
-    ]
+    train, query = (random_rows(count, sketches=torch.zeros(count, DIM)) for count in (2, 1))
+    with pytest.warns(UserWarning, match="2 of 2 rows that were scored are zero"):
+        assert scores(random_rows(1), train, method="cosine").tolist() == [[0.0, 0.0]]
+    with pytest.warns(UserWarning, match="1 of 1 queries are zero"):
+        assert scores(query, random_rows(2), method="cosine").tolist() == [[0.0, 0.0]]
 
 
 def test_cosine_of_tiny_gradients_does_not_underflow():
@@ -77,7 +79,8 @@ def test_a_set_of_queries_adds_up():
 
 
 def test_members_are_averaged_each_at_its_own_weights():
-    other, asked = random_rows(70, seed=6, fingerprint=8, example_id=TRAIN.example_id), random_rows(3, 7, fingerprint=8)
+    same = {name: TRAIN.columns[name] for name in ("example_id", "dataloader")}
+    other, asked = random_rows(70, seed=6, fingerprint=8, **same), random_rows(3, 7, fingerprint=8)
     mean = (Q @ R.T + asked.sketches.double() @ other.sketches.double().T) / 2
     close(scores([ASKED, asked], [TRAIN, other]), mean)
     curvatures = [row_curvature(TRAIN, "fisher"), row_curvature(other, "fisher")]

@@ -67,7 +67,8 @@ def test_other_weights_are_refused_and_tracin_needs_no_checkpoint_files(trained)
         store.scores(queries)
     fitted = store.where(stage="fit")
     assert list(store.queries()) == [8, 16]
-    found = fitted.scores(store.queries(), method="tracin")
+    with pytest.warns(UserWarning, match="trained by Adam: tracin ranks them, but its scale is that of steps of SGD"):
+        found = fitted.scores(store.queries(), method="tracin")
     assert found.shape == (20, 16)
     q, rows = store.queries(), fitted.read()
     expected = torch.cat(
