@@ -3,7 +3,7 @@
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -302,22 +302,19 @@ def _heat_map(
 
 def contact_sheet(
     queries: "np.ndarray",
+    titles: Sequence[str],
+    groups: "Mapping[str, tuple[np.ndarray, Sequence[Sequence[str]], Sequence[Sequence[bool]]]]",
     *,
-    helped: "np.ndarray",
-    hurt: "np.ndarray",
-    query_titles: Sequence[str],
-    helped_titles: Sequence[Sequence[str]],
-    hurt_titles: Sequence[Sequence[str]],
+    note: str = "",
 ) -> "Figure":
-    """Draw each query image beside the images of the examples that helped and hurt it most.
+    """Draw each query image beside groups of images, such as the examples that helped and hurt it most.
 
     Args:
         queries: Images, (queries, height, width) or with colors as a last axis.
-        helped: Images of the examples that helped each query, most helpful first, (queries, k, height, width).
-        hurt: Images of the examples that hurt it, most harmful first, in the same form.
-        query_titles: A line of text for each query.
-        helped_titles: A line of text for each example that helped, as lists for each query.
-        hurt_titles: A line of text for each example that hurt, as lists for each query.
+        titles: A few words for each query, in one or two lines.
+        groups: By heading, k images for each query, (queries, k, height, width); a few words for each of them, as lists
+            for each query; and whether each is framed in red, in the same form.
+        note: A line of text below the images, such as what a frame means.
 
     Returns:
         A matplotlib Figure.
@@ -325,30 +322,32 @@ def contact_sheet(
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    import matplotlib.pyplot as plt
-
-    k, gap = helped.shape[1], 0.35
-    widths = [1, gap, *[1] * k, gap, *[1] * hurt.shape[1]]
-    size = (0.72 * sum(widths), 0.95 * len(queries) + 0.35)
-    figure, grid = plt.subplots(
-        len(queries), len(widths), figsize=size, squeeze=False, layout="constrained", width_ratios=widths
-    )
+    asked = (queries[:, None], [[title] for title in titles], [[False]] * len(queries))
+    shown = {"asked": asked, **groups}
+    counts = [images.shape[1] for images, _, _ in shown.values()]
+    widths = [width for count in counts for width in (*[1.0] * count, 0.4)][:-1]
+    height = 1.05 * len(queries) + 0.7
+    figure = new_figure(0.8 * sum(widths), height)
+    engine = figure.get_layout_engine()
+    engine.set(rect=(0, 0, 1, 1 - 0.3 / height), hspace=0.08)  # type: ignore[union-attr, call-arg]  # constrained layout
+    grid = figure.subplots(len(queries), len(widths), squeeze=False, width_ratios=widths)
     for axes in grid.flat:
-        axes.axis("off")
-    for row, axes in enumerate(grid):
-        shown = [
-            (0, [queries[row]], [query_titles[row]]),
-            (2, helped[row], helped_titles[row]),
-            (3 + k, hurt[row], hurt_titles[row]),
-        ]
-        for first, pictures, titles in shown:
-            for place, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-                axes[first + place].imshow(picture, cmap="gray_r")
-                axes[first + place].set_title(title, fontsize=8, pad=2)
-    for column, heading in ((0, "asked"), (2, "helped"), (3 + k, "hurt")):
-        grid[0, column].annotate(
-            heading, (0, 1.45), xycoords="axes fraction", fontsize=10, fontweight="bold", annotation_clip=False
-        )
+        axes.set_axis_off()
+    start = 0
+    for (heading, (images, lines, marked)), count in zip(shown.items(), counts, strict=True):
+        cells = grid[:, start : start + count]
+        start += count + 1
+        top = cells[0, 0].annotate(heading, (0, 1.6), xycoords="axes fraction", fontsize=10, fontweight="bold")
+        top.set_in_layout(False)  # a heading may be wider than its column
+        for row in zip(cells, images, lines, marked, strict=True):
+            for axes, image, line, mark in zip(*row, strict=True):
+                axes.set_axis_on()
+                axes.imshow(image, cmap="gray_r")
+                axes.set(xticks=[], yticks=[])
+                axes.set_title(line, fontsize=8, pad=3, color=_BOTTOM if mark else "black")
+                for spine in axes.spines.values():
+                    spine.set(color=_BOTTOM if mark else _REST, linewidth=2.5 if mark else 0.4)
+    figure.supxlabel(note, fontsize=9)
     return figure
 
 

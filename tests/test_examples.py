@@ -24,6 +24,8 @@ def test_example(script, tmp_path):
     assert Path(picture).stat().st_size > 10_000
     if script.stem == "intrinsic_dimension":
         intrinsic_dimensions_differ(done.stdout)
+    if script.stem == "attribution":
+        influence_knows_who_taught_an_answer(done.stdout)
 
 
 def intrinsic_dimensions_differ(printed):
@@ -37,6 +39,21 @@ def intrinsic_dimensions_differ(printed):
     (full,) = re.findall(r"^text: loss .+ start, (.+) after full", printed, re.MULTILINE)
     (by_last_letter,) = re.findall(r"by the last letter (.+)$", printed, re.MULTILINE)
     assert float(full) < float(by_last_letter) - 0.3
+
+
+def influence_knows_who_taught_an_answer(printed):
+    """Removing the most influential images costs more than any others; wrong labels the loss finds as well."""
+    found = re.findall(r"^ +([a-z ]+?) +(-?\d\.\d+) ± (\d\.\d+)", printed, re.MULTILINE)
+    rise = {name: (float(mean), float(error)) for name, mean, error in found}
+    assert len(rise) == 7
+    best, error = rise.pop("influence")
+    assert best > max(mean for mean, _ in rise.values()) + error
+    assert abs(rise["random"][0]) < 0.05
+    by_influence, by_loss = (
+        [int(s) for s in re.findall(r"(\d+)% of", line)] for line in re.findall(r"^ +by (?:self|loss).*", printed, re.M)
+    )
+    assert by_influence[0] == by_loss[0] == 100
+    assert all(abs(a - b) <= 3 for a, b in zip(by_influence, by_loss, strict=True))
 
 
 def test_the_readme(tmp_path, monkeypatch):
