@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_sketch"
 FLOORS = [
     {"_private", "_files"},
-    {"_lightning", "_tensor_file", "plots", "operators"},
+    {"_lightning", "plots", "operators"},
     {"linalg"},
     {"autodiff"},
     {"per_example", "store"},

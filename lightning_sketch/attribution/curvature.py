@@ -49,8 +49,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch._files import CorruptFile, check_folder, check_place
-from lightning_sketch._tensor_file import TensorFile, write_tensors
+from lightning_sketch._files import CorruptFile, TensorFile, check_folder, check_place, write_tensors
 from lightning_sketch.store.format import store_id
 
 # Curvatures that are made from the rows alone, and all.
@@ -222,11 +221,16 @@ class CurvatureSum:
         """Return the curvature of the examples that were added.
 
         Raises:
-            ValueError: if it is zero or not finite.
+            ValueError: if it is zero or not finite, or float64 cannot hold its squares.
         """
         if not self._traces < float("inf") or self._traces == 0:
             what = "zero" if self._traces == 0 else "not finite"
             raise ValueError(f"the curvature of {self.examples} examples is {what}; check their gradients.")
+        if not 0 < self._mean_square < float("inf"):
+            raise ValueError(
+                f"the squares of the curvature of {self.examples} gradients with a mean square of "
+                f"{self._traces / self.examples:.2g} are beyond the range of float64; scale the loss."
+            )
         n, matrix = self.examples, self._matrix
         form = {"root": torch.cat(self._rows) / n**0.5} if matrix is None else {"matrix": matrix / n}
         effective = self._traces**2 / self._squared_traces

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_sketch._tensor_file import TensorFile, write_tensors
+from lightning_sketch._files import TensorFile, write_tensors
 from lightning_sketch.curvature.result import Spectrum
 from lightning_sketch.linalg.krylov import Krylov, SketchedRun
 from lightning_sketch.linalg.quadrature import Quadrature

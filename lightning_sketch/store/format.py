@@ -31,14 +31,16 @@ from torch import Tensor
 
 from lightning_sketch._files import (
     CorruptFile,
+    TensorFile,
     check_folder,
     check_place,
+    checksum,
     locked,
     make_folder,
     read_document,
     write_document,
+    write_tensors,
 )
-from lightning_sketch._tensor_file import TensorFile, checksum, write_tensors
 from lightning_sketch.store.sketched_gradients import Column, SketchedGradients, Strings
 from lightning_sketch.store.spec import DTYPES, Dtype, StoreSpec
 

@@ -124,9 +124,15 @@ class Model:
         """The rows that a reader sees, those of queries too."""
         fit = fit or max(self.fits, default=None)
         measured = [row for row in rows if self.runs[row.run - 1].stage != "fit"]
-        newest = {(row.stage, row.fingerprint): row.run for row in measured}  # rows are in the order of their runs
-        keep = [row for row in measured if not row.fingerprint or newest[row.stage, row.fingerprint] == row.run]
+        keep = [row for row in measured if not any(self.hides(other, row) for other in measured)]
         return sorted(keep + (self.history(fit, rows) if fit else []), key=lambda row: (row.run, row.rank))
+
+    @staticmethod
+    def hides(later, row):
+        """Whether a row of a checkpoint takes the place of another, of the same example or one of the two unknown."""
+        same = (later.stage, later.fingerprint) == (row.stage, row.fingerprint) and row.fingerprint != 0
+        ids = [one.columns.get("example_id") for one in (later, row)]
+        return same and later.run > row.run and (None in ids or ids[0] == ids[1])
 
     def compacted(self):
         """The model after a compaction; this one stays as it is."""
@@ -478,7 +484,8 @@ class StoreMachine(RuleBasedStateMachine):
         broken = form["broken"] and place == 0
         columns = {name: USER_COLUMNS[name](uid) for name in user if name != "many"}
         columns |= {"many": [uid] * form["width"]} if "many" in user else {}
-        columns |= {"example_id": f"example {uid}" if self.names else uid} if form["known"] else {}
+        example = uid if stage in ("fit", "queries") else uid % 3  # of checkpoints, some are measured again
+        columns |= {"example_id": f"example {example}" if self.names else example} if form["known"] else {}
         columns |= {"step": step, "stage": STAGES.index(stage), "fingerprint": run.fingerprint, "rank": key[1]}
         columns |= {"attempt": key[0], "lr": uid / 8, "epoch": step // 3} | ({"finite": False} if broken else {})
         return Row(uid, *key, step, stage, run.fingerprint, broken, columns)
