@@ -212,7 +212,7 @@ def datamodeling_scores(
     """
     for place, values in enumerate(per_query):
         label = "single queries" if values and not place else ""
-        axes.plot([place] * len(values), values, "_", color=_REST, alpha=0.5, label=label)
+        axes.plot([place] * len(values), values, "_", color="black", ms=10, alpha=0.4, label=label)
     places = range(len(lds))
     if any(map(math.isfinite, ceiling)):
         axes.hlines(ceiling, [p - 0.3 for p in places], [p + 0.3 for p in places], _LINE, "--", label="ceiling")
@@ -224,7 +224,7 @@ def datamodeling_scores(
     axes.axhline(0, color=_REST, lw=0.8)
     axes.set_ylabel("LDS")
     axes.set_xlabel("result" if len(lds) > 1 else "")
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
     axes.grid(alpha=0.2, axis="y")
 
 
