@@ -3,10 +3,11 @@
     A = (1/n) sum_i S J_iᵀ H_i J_i Sᵀ = (1/n) sum_i sum_v r rᵀ,     r = S grad_theta <v, z_i(theta)>
 
 z_i, J_i   the model's output for example i, and its Jacobian
-H_i        Hessian of the example's loss with respect to its output, sum_v v vᵀ; see `autodiff.output_roots`
+H_i        Hessian of the example's own mean loss with respect to its output, sum_v v vᵀ; see `autodiff.output_roots`
 
 For cross-entropy the rows are sqrt(p_c) S (J_c - sum_k p_k J_k). Each example costs as many sketched gradients as there
-are classes, or `draws` of them.
+are classes, or `draws` of them. One v at a time exists, formed in the pass that needs it: beside what the model itself
+holds, one tensor of the size of its output.
 
 Source: Schraudolph (2002), doi:10.1162/08997660260028683; for its use in sketch space our own measurements in
 `benchmarks/lds.py`.
@@ -14,7 +15,7 @@ Source: Schraudolph (2002), doi:10.1162/08997660260028683; for its use in sketch
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +25,8 @@ from lightning_sketch.attribution.indexed_dataset import without_index
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable, on_device
 from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName, OutputModel, usual_loss
-from lightning_sketch.autodiff.output_roots import Draws
+from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName, OutputModel
+from lightning_sketch.autodiff.output_roots import Draws, Root
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.example_sketches import Engine, ExampleSketches
@@ -43,7 +44,6 @@ def fit_ggn(
     draws: int = 8,
     seed: int = 0,
     engine: Engine = "auto",
-    counted: Callable[[Any], Tensor] | None = None,
     loss_fn: LossFn | None = None,
     num_examples: int | Callable[[Any], int] | None = None,
     batch_dim: int = 0,
@@ -59,15 +59,14 @@ def fit_ggn(
         model_fn: (module, batch) -> the output, (examples, classes), or (examples, tokens, classes) if the loss of an
             example is a mean over tokens. If None, the module is called as in `GGN`.
         output_loss_fn: The loss of the output: "cross_entropy", "binary_cross_entropy" or "squared_error", means over
-            an example's outputs, or an object with a method `roots`, such as `CrossEntropy(shift=True)`. If None, the
-            one whose value is that of the trained loss; if that is unknown, cross-entropy for whole-number labels and
-            squared error for real ones.
+            an example's outputs, or an object such as `CrossEntropy(shift=True)`, which says too which tokens have a
+            loss: those with a label other than -100, or as `ignore_index` and `labels_fn` say. If None, the one that
+            has the value and the gradient of the trained loss, or of the loss that the model itself returns, on every
+            batch; if neither is known, cross-entropy for whole-number labels and squared error for real ones.
         max_classes: With more classes, and for tokens always, `draws` labels are drawn for each example.
         draws: The number of labels to draw.
         seed: Seed of the draws.
         engine: How the sketched gradients are computed, as in `sketch_gradients`.
-        counted: batch -> booleans (examples, tokens), which tokens have a loss, if the labels do not say so by -100.
-            The loss is then cross-entropy, and is not compared with the trained loss.
         loss_fn: The trained loss, (module, batch) -> mean loss, with which a default output loss is compared on every
             batch. If None, the module's own `training_step`, if it has one.
         num_examples: The number of examples of a batch, or batch -> this number, as in `sketch_gradients`; the output
@@ -79,8 +78,8 @@ def fit_ggn(
         The curvature, at most dim x dim in float64.
 
     Raises:
-        ValueError: if the output does not have one row per example, or one for each token in `counted`; if the default
-            loss of the output is not the trained loss or cannot be determined; if sketch and layout disagree.
+        ValueError: if the output does not have one row per example; if the default loss of the output is not the
+            trained loss or cannot be determined; if sketch and layout disagree.
 
     Cost: O(examples classes dim²) in float64, beside the gradients.
 
@@ -103,14 +102,15 @@ def fit_ggn(
             "'cross_entropy', 'binary_cross_entropy' or 'squared_error', or scores(..., curvature='margin') or "
             "'fisher', which are made from the rows."
         )
-    given = cast(OutputLoss | None, model.given)
     drawn = Draws(torch.Generator().manual_seed(seed), draws, max_classes)
     total = CurvatureSum(sketch.dim)
     structure = BatchStructure(num_examples, batch_dim, split_fn)
 
     def along(module: nn.Module, directed: _Directed) -> Tensor:
         """Return the sum over examples of <v, output>, whose gradient for each example is a row."""
-        return (model.forward(directed.batch)[0] * directed.v).sum()
+        output = model.forward(directed.batch)[0]
+        # a product of rows and columns: that of the elements would be one more tensor of this size
+        return (directed.root.vector(output).unsqueeze(-2) @ output.unsqueeze(-1)).sum()
 
     both = _DirectedStructure(of_batch=structure)
     sketches = ExampleSketches(
@@ -120,17 +120,12 @@ def fit_ggn(
     for batch in batches:
         with preserve_state(module):
             batch = on_device(differentiable(without_index(batch)), weights[0].device)
-            with torch.set_grad_enabled(counted is None and given is None):
-                output, own_loss = model.forward(batch)
+            output, loss = model.output_and_loss(batch)
             _check_rows(output, structure.count(batch))
-            if counted is None:
-                loss, which = cast(OutputLoss, model.loss_of(output, own_loss, batch, closed=True)), None
-            else:
-                loss, which = given or usual_loss(batch), _checked(counted(batch), output)
-            output = output.detach()
-            del own_loss  # and its graph
-            roots = loss.roots(output, batch, drawn, which)
-            rows = [sketches(_Directed(batch, v.to(output)))[0] for v in roots]
+            roots = loss.roots(output, batch, drawn)
+            del output  # a root needs it no more
+            none = torch.zeros(structure.count(batch), sketch.dim, device=weights[0].device)
+            rows = [sketches(_Directed(batch, root))[0] if root.parts[0].any() else none for root in roots]
         total.add(torch.stack(rows, 1).cpu())
     return total.curvature("ggn", module_fingerprint(module))
 
@@ -141,16 +136,16 @@ class _Directed:
 
     Args:
         batch: The batch.
-        v: The vectors, (examples, ...) in the shape of the output.
+        root: The vectors, kept as what they are made from.
     """
 
     batch: Any
-    v: Tensor
+    root: Root
 
 
 @dataclass
 class _DirectedStructure(BatchStructure):
-    """The structure of batches with vectors: that of the batches, and the first axis of the vectors.
+    """The structure of batches with vectors: that of the batches, and the first axis of what vectors are made from.
 
     Args:
         of_batch: The structure of the batches.
@@ -171,13 +166,19 @@ class _DirectedStructure(BatchStructure):
         """Yield parts of at most `size` examples with their vectors, each with its number of examples."""
         start = 0
         for part, count in self.of_batch.parts(directed.batch, size, examples):
-            yield _Directed(part, directed.v[start : start + count]), count
+            root = directed.root.of(*(tensor[start : start + count] for tensor in directed.root.parts))
+            yield _Directed(part, root), count
             start += count
 
     def each(self, directed: _Directed) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], _Directed]]:
         """Return the tensors of the batch and the vectors, and a function that makes a batch of one of their slices."""
         tensors, batch_of_one = self.of_batch.each(directed.batch)
-        return [*tensors, directed.v], lambda slices: _Directed(batch_of_one(slices[:-1]), slices[-1].unsqueeze(0))
+
+        def directed_of_one(slices: Sequence[Tensor]) -> _Directed:
+            root = directed.root.of(*(slice.unsqueeze(0) for slice in slices[len(tensors) :]))
+            return _Directed(batch_of_one(slices[: len(tensors)]), root)
+
+        return [*tensors, *directed.root.parts], directed_of_one
 
 
 def _check_rows(output: Tensor, examples: int) -> None:
@@ -188,13 +189,3 @@ def _check_rows(output: Tensor, examples: int) -> None:
             f"got shape {tuple(output.shape)}; pass model_fn=lambda module, batch: ... that returns it, or use "
             "curvature='margin' or 'fisher', which need none."
         )
-
-
-def _checked(counted: Tensor, output: Tensor) -> Tensor:
-    """Return `counted` as booleans; refuse it if it does not have the shape of the output's tokens."""
-    if counted.shape != output.shape[:-1]:
-        raise ValueError(
-            f"counted returns shape {tuple(counted.shape)}, the output has tokens {tuple(output.shape[:-1])}; make "
-            "both of one length, e.g. by model_fn=lambda module, batch: module(**batch).logits[:, :-1]."
-        )
-    return counted.bool().to(output.device)

@@ -1,5 +1,6 @@
 """A store of sketched gradients with the functions of `attribution` as methods."""
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ from lightning_sketch.attribution.scores import (
 )
 from lightning_sketch.attribution.self_influence import SelfInfluence, SelfMethod, self_influence
 from lightning_sketch.attribution.sketch_gradients import RowFn, sketch_gradients
+from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName
 from lightning_sketch.per_example.example_sketches import Engine
 from lightning_sketch.per_example.weights import Reduction
@@ -116,7 +118,6 @@ class GradientStore(RowStore):
         draws: int = 8,
         seed: int = 0,
         engine: Engine = "auto",
-        counted: Callable[[Any], Tensor] | None = None,
         loss_fn: LossFn | None = None,
         num_examples: int | Callable[[Any], int] | None = None,
         batch_dim: int = 0,
@@ -124,21 +125,24 @@ class GradientStore(RowStore):
     ) -> Curvature:
         """Compute the Gauss-Newton matrix and save it in the store, where `method="influence"` reads it.
 
+        It is the mean over examples, each with its own mean loss, and serves rows that were taken at the same weights.
+        With language models it takes no more memory than training: labels are drawn, and nothing has the size of the
+        vocabulary squared.
+
         Args:
-            module: The module, with the weights at which the rows were taken.
+            module: The module, with the weights at which the rows were taken; a warning says so at once if none was.
             batches: Batches of the training examples.
             curvature: "ggn"; the other kinds are made from the rows when scores are computed.
             model_fn: (module, batch) -> the output, (examples, classes) or (examples, tokens, classes); by default the
                 module is called with the first item of the batch, or with its entries by name.
             output_loss_fn: The loss of the output: "cross_entropy", "binary_cross_entropy", "squared_error", or an
-                object such as `CrossEntropy(shift=True)`; by default the one that has the value of the trained loss.
+                object such as `CrossEntropy(shift=True)`, which says too which tokens have a loss (`ignore_index`,
+                `labels_fn`). By default the one that has the value and the gradient of the trained loss.
             max_classes: With more classes, and for tokens always, `draws` labels are drawn for each example.
             draws: The number of labels to draw.
             seed: Seed of the draws.
             engine: "hooks", from the backward pass of a whole batch; "vmap"; "loop", one example at a time; "auto":
-                hooks if they are exact on the first batch, else the loop.
-            counted: batch -> booleans (examples, tokens), which tokens have a loss, if the labels do not mark the
-                others by -100.
+                hooks as long as they are exact, else the loop.
             loss_fn: The trained loss, (module, batch) -> mean loss; the module's `training_step` by default. The
                 default loss of the output is compared with it.
             num_examples: The number of examples of a batch, or batch -> this number, if its tensors disagree.
@@ -154,6 +158,7 @@ class GradientStore(RowStore):
         """
         if curvature != "ggn":
             raise ValueError(f"curvature={curvature!r} is made from the rows and need not be fitted; fit 'ggn'.")
+        self._warn_if_no_rows_at(module_fingerprint(module))
         found = fit_ggn(
             module,
             batches,
@@ -165,7 +170,6 @@ class GradientStore(RowStore):
             draws=draws,
             seed=seed,
             engine=engine,
-            counted=counted,
             loss_fn=loss_fn,
             num_examples=num_examples,
             batch_dim=batch_dim,
@@ -173,6 +177,19 @@ class GradientStore(RowStore):
         )
         found.save(self.path / FOLDER)
         return found
+
+    def _warn_if_no_rows_at(self, fingerprint: int) -> None:
+        """Warn that no row can use a curvature at these weights."""
+        found = self.metadata()["fingerprint"].unique().tolist()
+        if fingerprint == 0 or fingerprint in found:
+            return
+        warnings.warn(
+            f"fit_curvature is called at weights {fingerprint}, at which the store has no rows (theirs: "
+            f"{', '.join(map(str, found[:3]))}{', ...' if len(found) > 3 else ''}), so that no score can use what it "
+            "computes; load the checkpoint that the rows were taken at, or take rows at these weights by "
+            "trainer.validate(module, train_loader).",
+            stacklevel=3,
+        )
 
     def verify(self) -> int:
         """Read every file, curvatures too, compare its checksum, and return the number of rows, visible or not.

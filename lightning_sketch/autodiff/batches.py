@@ -422,7 +422,8 @@ def labels_of(batch: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError(
             f"found no labels in a batch of type {type(batch).__name__}: neither a last tensor of a tuple nor a key "
-            "'labels'; pass output_loss_fn=lambda output, batch: ..."
+            "'labels'; pass output_loss_fn=lightning_sketch.curvature.CrossEntropy(labels_fn=lambda batch: ...), or a "
+            "function (output, batch) -> loss where one is taken."
         )
     return found
 

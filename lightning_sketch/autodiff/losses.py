@@ -16,10 +16,10 @@ Source: Schraudolph (2002), "Fast curvature matrix-vector products for second-or
 Computation 14(7), doi:10.1162/08997660260028683, section 3.
 """
 
+import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, cast
 
@@ -28,7 +28,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import HALF, copied, has_labels, labels_of
-from lightning_sketch.autodiff.output_roots import Draws, class_roots, roots_of_examples, separate_roots
+from lightning_sketch.autodiff.output_roots import (
+    Draws,
+    Root,
+    class_roots,
+    label_less_mean,
+    separate_roots,
+    token_weights,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class CrossEntropy:
         label_smoothing: The label smoothing, as in `F.cross_entropy`.
         shift: Whether each token predicts the label of the next one, as in a causal language model of Hugging Face.
         class_axis: The axis of the classes, 1 or -1, for an output in which both axes fit the labels.
+        labels_fn: batch -> the labels, if they are not the batch's "labels" or last item, or if padding is marked
+            elsewhere: `lambda batch: batch["labels"].masked_fill(batch["attention_mask"] == 0, -100)`.
 
     >>> loss, z = CrossEntropy(), torch.zeros(1, 2)
     >>> loss.hessian_matvec(z, (None, torch.tensor([0])), torch.tensor([[1.0, 0.0]]))
@@ -53,6 +62,7 @@ class CrossEntropy:
     label_smoothing: float = 0.0
     shift: bool = False
     class_axis: int | None = None
+    labels_fn: Callable[[Any], Tensor] | None = None
 
     def __call__(self, output: Tensor, batch: Any) -> Tensor:
         """Return the mean loss of the batch, a scalar."""
@@ -73,31 +83,27 @@ class CrossEntropy:
         number = counts.numel() if counts.is_floating_point() else counts.sum().clamp(min=1)
         return hu * (counts.to(hu) / number).unsqueeze(axis)
 
-    def roots(self, output: Tensor, batch: Any, draws: Draws, counted: Tensor | None = None) -> Tensor:
-        """Return vectors v at the output whose v vᵀ add up to the Hessian of each example's own loss.
+    def roots(self, output: Tensor, batch: Any, draws: Draws) -> Iterable[Root]:
+        """Return vectors v at the output whose v vᵀ add up to the Hessian of each example's own mean loss.
 
         Args:
-            output: The output z.
-            batch: The batch, for its labels.
+            output: The output z, of which the roots keep nothing.
+            batch: The batch, for its labels; if it has none, every output has a loss.
             draws: How many roots each example gets.
-            counted: Which examples, or tokens, have a loss; None if the labels decide.
-
-        Returns:
-            The roots, (roots, *output.shape), in float64.
         """
         if output.ndim < 2 or output.shape[-1] == 1:
             raise ValueError(
                 f"an output of shape {tuple(output.shape)} has one class, whose cross-entropy is zero; pass "
                 "output_loss_fn='binary_cross_entropy' or 'squared_error'."
             )
-        axis, counts = -1, counted
-        if counted is None and has_labels(batch):
+        axis, counts = -1, None
+        if self.labels_fn is not None or has_labels(batch):
             axis, counts = self._counts(output, self._labels(batch))
-        p = output.double().movedim(axis, -1).softmax(-1)
-        return roots_of_examples(p, counts, draws, class_roots).movedim(-1, axis if axis < 0 else axis + 1)
+        logits = output.detach().movedim(axis, -1)
+        return class_roots(logits, axis, token_weights(logits.shape[:-1], counts), draws)
 
     def _labels(self, batch: Any) -> Tensor:
-        labels = labels_of(batch)
+        labels = (self.labels_fn or labels_of)(batch)
         if not self.shift:
             return labels
         if labels.is_floating_point() or labels.ndim < 2:
@@ -138,20 +144,16 @@ class BinaryCrossEntropy:
         p = output.detach().sigmoid()
         return u * p * (1 - p) / output.numel()
 
-    def roots(self, output: Tensor, batch: Any, draws: Draws, counted: Tensor | None = None) -> Tensor:
-        """Return vectors v at the output whose v vᵀ add up to the Hessian of each example's own loss.
+    def roots(self, output: Tensor, batch: Any, draws: Draws) -> Iterable[Root]:
+        """Return vectors v at the output whose v vᵀ add up to the Hessian of each example's own mean loss.
 
         Args:
-            output: The output z.
-            batch: The batch, for its labels.
+            output: The output z, of which the roots keep nothing.
+            batch: The batch, of which nothing is used.
             draws: How many roots each example gets.
-            counted: Which examples, or tokens, have a loss; None if the labels decide.
-
-        Returns:
-            The roots, (roots, *output.shape), in float64.
         """
-        p = output.double().sigmoid()
-        return roots_of_examples((p * (1 - p)).sqrt(), counted, draws, separate_roots)
+        weights = token_weights(_tokens(output), None)
+        return separate_roots(output, weights, draws, lambda z: (z.sigmoid() * (-z).sigmoid()).sqrt_())
 
 
 @dataclass(frozen=True)
@@ -175,20 +177,21 @@ class SquaredError:
         """Return H_z u, the Hessian of the mean loss at the output times u, in the shape of the output."""
         return u * (2 / output.numel())
 
-    def roots(self, output: Tensor, batch: Any, draws: Draws, counted: Tensor | None = None) -> Tensor:
-        """Return vectors v at the output whose v vᵀ add up to the Hessian of each example's own loss.
+    def roots(self, output: Tensor, batch: Any, draws: Draws) -> Iterable[Root]:
+        """Return vectors v at the output whose v vᵀ add up to the Hessian of each example's own mean loss.
 
         Args:
-            output: The output z.
-            batch: The batch, for its labels.
+            output: The output z, of which the roots keep nothing.
+            batch: The batch, of which nothing is used.
             draws: How many roots each example gets.
-            counted: Which examples, or tokens, have a loss; None if the labels decide.
-
-        Returns:
-            The roots, (roots, *output.shape), in float64.
         """
-        constant = torch.full_like(output, 2**0.5, dtype=torch.float64)
-        return roots_of_examples(constant, counted, draws, separate_roots)
+        weights = token_weights(_tokens(output), None)
+        return separate_roots(output, weights, draws, lambda z: torch.full_like(z, 2**0.5))
+
+
+def _tokens(output: Tensor) -> tuple[int, ...]:
+    """Return the shape of an output without its last axis, unless that is the only one."""
+    return output.shape[: max(1, output.ndim - 1)]
 
 
 def _of_shape(output: Tensor, labels: Tensor, what: str, squeeze: bool = False) -> Tensor:
@@ -419,7 +422,7 @@ class OutputModel:
         return output, own if isinstance(own, Tensor) else None
 
     def loss_of(
-        self, output: Tensor, own: Tensor | None, batch: Any, *, closed: bool = False, compare: bool = True
+        self, output: Tensor, own: Tensor | None, batch: Any, *, compare: bool = True
     ) -> Callable[[Tensor, Any], Tensor] | None:
         """Return the loss as a function (output, batch), or None if it is known only as the tensor the model returned.
 
@@ -427,90 +430,117 @@ class OutputModel:
             output: The output for the batch; with a graph if `compare`.
             own: The loss that the model returned, if any; with a graph too.
             batch: The batch; a step gets a copy of it.
-            closed: Whether a loss of `OUTPUT_LOSSES` is needed, for its square roots.
             compare: Whether to compare a default with the loss that is trained, by its value and by its gradient. This
-                costs about one gradient; where all classes have equal outputs, the value alone decides little.
+                costs about one gradient.
 
         Raises:
             ValueError: if the loss is not the one that is trained, or it is ambiguous which one that is.
         """
         if self.given is not None:
             return self.given
-        if self._chosen is None and (own is None or closed):
-            self._chosen = self._choose(output, own, batch)
-        if compare and self.loss_fn is not None:
-            with torch.enable_grad():
-                loss = own if self._chosen is None else self._chosen(output, batch)
-                self._compare(cast(Tensor, loss), batch)  # without `own` one was chosen
-        return self._chosen
+        if not compare and (own is not None or self._chosen is not None):
+            return self._chosen
+        trained = self._trained(batch)
+        if own is None:
+            return self._find(output, batch, trained)
+        if trained is not None:
+            difference = self._difference(self._gradient(own), trained, output)
+            if difference:
+                raise ValueError(self._mismatch(difference, trained.value))
+        return None
 
-    def _choose(self, output: Tensor, own: Tensor | None, batch: Any) -> OutputLoss:
-        """Return the loss of `OUTPUT_LOSSES`, with its options, that has the value of the loss that is trained."""
-        labels_of(batch)  # refuses a batch without labels
-        trained = self._trained(batch, own)
+    def output_and_loss(self, batch: Any) -> tuple[Tensor, OutputLoss]:
+        """Return the output for the batch, without a graph, and its loss, one of `OUTPUT_LOSSES` unless it is given.
+
+        A default is compared with the loss that is trained, or else with the one that the model itself returns. One
+        graph at a time, and beside the output and its gradient one tensor of this size.
+
+        Raises:
+            ValueError: if the loss is not the one that is trained, or it is ambiguous which one that is.
+        """
+        with torch.enable_grad():  # without gradients bitsandbytes drops those of its layers
+            if self.given is not None:
+                return self.forward(batch)[0].detach(), cast(OutputLoss, self.given)
+            trained = self._trained(batch)
+            output, own = self.forward(batch)
+            if trained is None and own is not None:
+                del output
+                trained = self._gradient(own)
+                output = self.forward(batch)[0]
+            del own  # and its graph
+            loss = self._find(output, batch, trained)
+        return output.detach(), loss
+
+    def _find(self, output: Tensor, batch: Any, trained: "_Gradient | None") -> OutputLoss:
+        """Return the loss of `OUTPUT_LOSSES`, with its options, that is the one that is trained."""
         if trained is None:
-            return usual_loss(batch)
-        z = output.detach().requires_grad_()
-        found: list[tuple[OutputLoss, Tensor]] = []
-        values: dict[str, float] = {}
-        entropies = [CrossEntropy(shift=shift, class_axis=axis) for axis in (None, -1, 1) for shift in (False, True)]
-        others = [kind(squeeze=squeeze) for kind in (SquaredError, BinaryCrossEntropy) for squeeze in (False, True)]
-        with torch.enable_grad():
-            for loss in (*entropies, *others):
-                try:
-                    value = loss(z, batch)
-                except (ValueError, IndexError, RuntimeError):  # labels of another kind or shape
-                    continue
-                values[_name(loss)] = float(value.detach())
-                if _agree(values[_name(loss)], trained, output):
-                    found.append((loss, torch.autograd.grad(value, z)[0]))
-        if own is not None and own.requires_grad and output.requires_grad:
-            true = torch.autograd.grad(own, output, retain_graph=True)[0]
-            found = [(loss, gradient) for loss, gradient in found if _close(gradient, true)]
+            self._chosen = self._chosen or usual_loss(batch)
+            return self._chosen
+        z = output.detach()
+        values = {self._chosen: float(self._chosen(z, batch).mean())} if self._chosen else _values(z, batch)
+        agreeing = [loss for loss, value in values.items() if _agree(value, trained.value, self._half(z))]
+        if not agreeing:
+            listed = " or ".join(f"{value:.6g} ({_name(loss)})" for loss, value in values.items())
+            raise ValueError(self._mismatch(listed or "no known kind, which none fits the labels", trained.value))
+        if math.isnan(trained.value):  # no labels: the roots of any loss are zero, and which one it is remains open
+            return agreeing[0]
+        differences = {loss: self._difference(self._at(output, loss, batch), trained, output) for loss in agreeing}
+        found = [loss for loss, difference in differences.items() if not difference]
         if not found:
-            listed = " or ".join(f"{value:.6g} ({name})" for name, value in values.items())
-            raise ValueError(self._mismatch(listed or "no known kind, which none fits the labels", trained))
-        if not all(_close(gradient, found[0][1]) for _, gradient in found):
+            raise ValueError(self._mismatch(differences[agreeing[0]], trained.value))
+        if len(found) > 1:
             raise ValueError(
-                f"{' and '.join(dict.fromkeys(_name(loss) for loss, _ in found))} both have the value of the loss that "
-                f"is trained, {trained:.6g}, on the first batch, so that it is ambiguous which one it is; pass "
-                "output_loss_fn, such as 'cross_entropy' or lightning_sketch.curvature.CrossEntropy(shift=True)."
+                f"{' and '.join(dict.fromkeys(map(_name, found)))} both have the value and the gradient of the loss "
+                f"that is trained, {trained.value:.6g}, so that it is ambiguous which one it is; pass output_loss_fn, "
+                "such as 'cross_entropy' or lightning_sketch.curvature.CrossEntropy(shift=True)."
             )
-        return found[0][0]
+        self._chosen = found[0]
+        return found[0]
 
-    def _compare(self, loss: Tensor, batch: Any) -> None:
-        """Refuse a loss of the output that differs from the loss that is trained, in value or in gradient."""
-        trained, found = self._trained_loss(batch), float(loss.detach().mean())
-        value = float(trained.detach().mean())
-        if not _agree(found, value, loss):
-            raise ValueError(self._mismatch(f"{found:.6g}", value))
-        weights = [p for p in self.module.parameters() if p.requires_grad]
-        if not (loss.requires_grad and trained.requires_grad and weights) or math.isnan(value):
-            return
-        mine = torch.autograd.grad(loss.mean(), weights, retain_graph=True, allow_unused=True)
-        theirs = torch.autograd.grad(trained.mean(), weights, allow_unused=True)
-        pairs = [(a, b) for a, b in zip(mine, theirs, strict=True) if a is not None or b is not None]
-        off = sum(float(_difference(a, b).double().square().sum()) for a, b in pairs) ** 0.5
-        size = sum(float(b.double().square().sum()) for _, b in pairs if b is not None) ** 0.5
-        tolerance = _GRADIENTS_AGREE_HALF if any(p.dtype in HALF for p in weights) else _GRADIENTS_AGREE
-        if off > tolerance * max(size, _FLAT * abs(value)):
-            raise ValueError(
-                self._mismatch(f"{found:.6g} with a gradient that differs by {off / (size or off):.1%}", value)
-            )
+    def _difference(self, mine: "_Gradient", trained: "_Gradient", output: Tensor) -> str:
+        """Return how a loss of this output differs from the one that is trained, in words; "" if it does not."""
+        half = self._half(output)
+        if not _agree(mine.value, trained.value, half):
+            return f"{mine.value:.6g}"
+        off = mine.relative_difference(trained)
+        known = off <= (_GRADIENTS_AGREE_HALF if half else _GRADIENTS_AGREE)
+        return "" if known else f"{mine.value:.6g} with a gradient that differs by {off:.1%}"
+
+    def _at(self, output: Tensor, loss: OutputLoss, batch: Any) -> "_Gradient":
+        """Return the value of a loss of the output, and its gradient if the output has a graph, which is kept."""
+        weights, value = self._weights(), float(loss(output.detach(), batch).mean())
+        if not (output.requires_grad and weights):
+            return _Gradient(value)
+        back = _gradient_at(output, loss, batch)
+        return _Gradient(value, torch.autograd.grad(output, weights, back, retain_graph=True, allow_unused=True))
+
+    def _gradient(self, loss: Tensor) -> "_Gradient":
+        """Return the value of a loss, and its gradient if it has one; its graph is kept."""
+        weights, value = self._weights(), float(loss.detach().mean())
+        if not (loss.requires_grad and weights) or math.isnan(value):
+            return _Gradient(value)
+        with torch.enable_grad():
+            mean = loss.mean()
+        return _Gradient(value, torch.autograd.grad(mean, weights, retain_graph=True, allow_unused=True))
+
+    def _weights(self) -> list[Tensor]:
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def _half(self, output: Tensor) -> bool:
+        return output.dtype in HALF or any(p.dtype in HALF for p in self._weights())
 
     def _mismatch(self, found: str, trained: float) -> str:
         who = "training_step returns" if self.loss_fn is training_step_loss else "the loss that is trained is"
         return (
             f"the Gauss-Newton matrix would be of a loss of {found}, but {who} {trained:.6g}; pass "
-            "model_fn=lambda module, batch: output and output_loss_fn=lambda output, batch: loss (or, if its curvature "
-            "is the same, as with label smoothing or a regularizer of the weights, 'cross_entropy' and the like)."
+            "model_fn=lambda module, batch: output, or output_loss_fn: a lightning_sketch.curvature.CrossEntropy with "
+            "its ignore_index, shift or labels_fn; to GGN also a function (output, batch) -> loss; if the curvature is "
+            "the same, as with label smoothing or a regularizer of the weights, 'cross_entropy' and the like."
         )
 
-    def _trained(self, batch: Any, own: Tensor | None) -> float | None:
-        """Return the value of the loss that is trained, of the model's own if that is unknown, or None."""
-        if self.loss_fn is None:
-            return None if own is None else float(own.detach())
-        return float(self._trained_loss(batch).detach().mean())
+    def _trained(self, batch: Any) -> "_Gradient | None":
+        """Return the value and the gradient of the loss that is trained, or None if it is unknown."""
+        return None if self.loss_fn is None else self._gradient(self._trained_loss(batch))
 
     def _trained_loss(self, batch: Any) -> Tensor:
         """Return the loss that is trained, with its graph."""
@@ -554,28 +584,74 @@ def _name(loss: OutputLoss) -> str:
     return "squared error" if isinstance(loss, SquaredError) else "binary cross-entropy"
 
 
-def _agree(value: float, trained: float, like: Tensor) -> bool:
-    tolerance = _AGREE_HALF if like.dtype in HALF else _AGREE
+def _agree(value: float, trained: float, half: bool) -> bool:
     both_nan = math.isnan(value) and math.isnan(trained)  # a batch without labels
-    return both_nan or abs(value - trained) <= tolerance * max(abs(value), abs(trained))
+    return both_nan or abs(value - trained) <= (_AGREE_HALF if half else _AGREE) * max(abs(value), abs(trained))
 
 
-def _difference(one: Tensor | None, other: Tensor | None) -> Tensor:
+def _values(output: Tensor, batch: Any) -> dict[OutputLoss, float]:
+    """Return the losses of `OUTPUT_LOSSES`, with their options, that these shapes allow, and their values."""
+    labels, found = labels_of(batch), dict[OutputLoss, float]()
+    classes: tuple[int | None, ...] = (
+        (-1, 1) if output.ndim > 2 and output.select(1, 0).shape == output.select(-1, 0).shape else (None,)
+    )
+    if labels.is_floating_point():
+        classes = (None,)
+    entropies = [CrossEntropy(shift=shift, class_axis=axis) for axis in classes for shift in (False, True)]
+    squeeze = output.shape == (*labels.shape, 1)
+    losses: list[OutputLoss] = [*entropies, SquaredError(squeeze), BinaryCrossEntropy(squeeze)]
+    for loss in losses:
+        with contextlib.suppress(ValueError, IndexError, RuntimeError):  # labels of another kind or shape
+            found[loss] = float(loss(output, batch))
+    return found
+
+
+@dataclass(frozen=True)
+class _Gradient:
+    """The value of a loss, and its gradient with respect to the trainable parameters, if it has one."""
+
+    value: float
+    parts: Sequence[Tensor | None] | None = None
+
+    def relative_difference(self, other: "_Gradient") -> float:
+        """Return the distance of the gradients relative to the other; 0 if one has none."""
+        if self.parts is None or other.parts is None:
+            return 0.0
+        pairs = [(a, b) for a, b in zip(self.parts, other.parts, strict=True) if a is not None or b is not None]
+        off = math.hypot(*(_distance(a, b) for a, b in pairs))
+        size = math.hypot(*(_norm(b) for _, b in pairs if b is not None))
+        return off / max(size, _FLAT * abs(other.value), torch.finfo(torch.float32).tiny)
+
+
+def _distance(one: Tensor | None, other: Tensor | None) -> float:
     if one is None or other is None:
-        return cast(Tensor, one if other is None else other).detach()
-    return one.to_dense() - other.to_dense()
+        return _norm(cast(Tensor, one if other is None else other))
+    return _norm(one.to_dense() - other.to_dense())
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
-    tolerance = _AGREE_HALF if one.dtype in HALF else _AGREE
-    return bool((one - other).norm() <= tolerance * other.norm())
+def _norm(gradient: Tensor) -> float:
+    return float(
+        torch.linalg.vector_norm(gradient.to_dense(), dtype=torch.promote_types(gradient.dtype, torch.float32))
+    )
+
+
+def _gradient_at(output: Tensor, loss: OutputLoss, batch: Any) -> Tensor:
+    """Return the gradient of a loss at the output; with labels, without a further tensor of its size."""
+    z = output.detach()
+    if isinstance(loss, CrossEntropy) and not loss.label_smoothing:
+        labels = loss._labels(batch)
+        if not labels.is_floating_point():
+            axis, counts = loss._counts(z, labels)
+            return label_less_mean(z, counts / -counts.sum(), labels.where(counts, 0), axis=axis)
+    with torch.enable_grad():
+        return torch.autograd.grad(loss(z.requires_grad_(), batch), z)[0]
 
 
 def _entry(returned: Any, name: str, default: Any) -> Any:
     return returned.get(name, default) if isinstance(returned, Mapping) else getattr(returned, name, default)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _silent(module: nn.Module) -> Iterator[None]:
     """Disable `log` and `log_dict` of every submodule: a second call would overwrite what the user logged."""
     parts = [part for part in module.modules() if hasattr(type(part), "log_dict")]

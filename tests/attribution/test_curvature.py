@@ -9,7 +9,7 @@ from torch import nn
 from lightning_sketch.attribution import Curvature, fit_ggn, row_curvature, sketch_gradients
 from lightning_sketch.attribution.curvature import CurvatureSum
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.losses import OUTPUT_LOSSES
+from lightning_sketch.autodiff.losses import OUTPUT_LOSSES, CrossEntropy
 from lightning_sketch.autodiff.output_roots import Draws
 from lightning_sketch.operators import BlockSRHT
 
@@ -22,7 +22,8 @@ LOSSES = {
 
 def output_roots(z, loss, max_classes, draws, generator):
     """The Hessian of a loss by its name; of the labels it depends on their number alone."""
-    return OUTPUT_LOSSES[loss].roots(z, z, Draws(generator, draws, max_classes))
+    roots = OUTPUT_LOSSES[loss].roots(z, z, Draws(generator, draws, max_classes))
+    return torch.stack([root.vector(z) for root in roots])
 
 
 def problem(outputs, dim=24, examples=10):
@@ -260,7 +261,7 @@ def test_the_matrix_of_an_example_is_the_mean_over_its_tokens():
         dense_ggn(module, x[i, t][None], y[i, t][None], LOSSES["cross_entropy"]) / (2 * (y[i] >= 0).sum())
         for i, t in [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
     )
-    options = {"draws": 400, "engine": "loop", "counted": lambda batch: batch[1] >= 0}
+    options = {"draws": 400, "engine": "loop", "output_loss_fn": CrossEntropy(class_axis=-1)}
     parts = [fit_ggn(module, [(x, y)], sketch, layout, seed=seed, **options).dense() for seed in range(10)]
     found = torch.stack(parts)
     error = found.std(0) / 10**0.5
@@ -268,29 +269,35 @@ def test_the_matrix_of_an_example_is_the_mean_over_its_tokens():
     assert float(error.max()) < 0.05 * float((s @ truth @ s.T).abs().max())
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"counted": lambda batch: batch[1][:, 1:] >= 0}, r"shape \(2, 2\).*\(2, 3\)"),
-        ({"num_examples": lambda batch: 3}, "got shape"),
-    ],
-)
-def test_tokens_that_do_not_fit_the_output_are_refused(options, said):
+def test_tokens_that_do_not_fit_the_output_are_refused():
     module = nn.Linear(4, 5)
     layout = Layout.of(module)
     batch = torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [2, 1, -100]])
-    with pytest.raises(ValueError, match=said):
-        fit_ggn(module, [batch], BlockSRHT(layout.n, 6), layout, **options)
+    with pytest.raises(ValueError, match="got shape"):
+        fit_ggn(module, [batch], BlockSRHT(layout.n, 6), layout, num_examples=lambda batch: 3)
+    for wrong in (CrossEntropy(labels_fn=lambda batch: batch[1][:, 1:]), CrossEntropy(class_axis=1)):
+        module_fn = None if wrong.labels_fn else lambda m, batch: m(batch[0])[:, :2]
+        with pytest.raises(ValueError, match="found 0 axes of classes"):
+            fit_ggn(module, [batch], BlockSRHT(layout.n, 6), layout, output_loss_fn=wrong, model_fn=module_fn)
 
 
 @pytest.mark.parametrize("last", [0, -100], ids=["all", "one ignored"])
-def test_all_tokens_count_unless_their_label_is_ignored(last):
-    """Both use the same draws, so the numbers are equal."""
+def test_one_place_says_which_tokens_count(last):
+    """Labels of -100, another `ignore_index` and a mask in the batch: the draws are the same, so are the numbers."""
     module = nn.Linear(4, 5)
     layout = Layout.of(module)
-    batch = torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [2, 1, last]])
-    plain, said = (
-        fit_ggn(module, [batch], BlockSRHT(layout.n, 6), layout, **options).dense()
-        for options in ({}, {"counted": lambda batch: batch[1] >= 0})
+    x, y = torch.randn(2, 3, 4), torch.tensor([[0, 1, 2], [2, 1, last]])
+    ways = {
+        "by -100": ((x, y), None),
+        "by another label": ((x, y.where(y >= 0, 7)), CrossEntropy(7)),
+        "by a mask": (
+            {"input": x, "labels": y.where(y >= 0, 3), "mask": y >= 0},
+            CrossEntropy(labels_fn=lambda batch: batch["labels"].masked_fill(~batch["mask"], -100)),
+        ),
+    }
+    expected, *others = (
+        fit_ggn(module, [batch], BlockSRHT(layout.n, 6), layout, output_loss_fn=loss).dense()
+        for batch, loss in ways.values()
     )
-    assert torch.equal(plain, said)
+    for other in others:
+        assert torch.equal(other, expected)

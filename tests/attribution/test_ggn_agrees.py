@@ -123,6 +123,29 @@ def test_both_refuse_a_loss_that_is_not_in_the_table(step, y):
 
 
 @pytest.mark.parametrize(
+    "given", [lambda z, batch: F.cross_entropy(z, batch[1]), nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2, 1]))]
+)
+def test_a_function_without_roots_is_refused_with_a_way_out(given, untyped):
+    module, layout = net(), Layout.of(net())
+    with pytest.raises(ValueError, match=r"needs the method `roots`.*curvature='margin'\) or 'fisher'"):
+        fit_ggn(module, [(normal(N, 4), CLASSES)], BlockSRHT(layout.n, 8), layout, output_loss_fn=given)
+
+
+def test_a_batch_without_labels_adds_zeros():
+    """The first batch decides nothing, though plain and shifted cross-entropy are alike on it: both are NaN."""
+
+    def step(z, y):
+        return F.cross_entropy(z.flatten(0, 1), y.flatten())
+
+    module, x, y = Module(step), normal(6, 4, 4), torch.arange(24).view(6, 4) % 3
+    layout = Layout.of(module)
+    one = fit_ggn(module, [(x, y)], BlockSRHT(layout.n, 8), layout)
+    two = fit_ggn(module, [(x, torch.full_like(y, -100)), (x, y)], BlockSRHT(layout.n, 8), layout, engine="hooks")
+    assert two.examples == 2 * one.examples
+    assert two.trace == pytest.approx(one.trace / 2, rel=0.5)  # other draws
+
+
+@pytest.mark.parametrize(
     ("y", "said"),
     [(SOFT, "are probabilities.*output_loss_fn="), (MULTI_HOT, "all of them 0 or 1.*output_loss_fn=")],
     ids=["probabilities", "zeros and ones"],
@@ -150,14 +173,27 @@ def test_every_batch_is_compared_not_the_first_alone():
             ask()
 
 
-def test_two_losses_of_one_value_are_distinguished_or_refused():
+def test_two_losses_of_one_value_are_distinguished_by_their_gradients():
     """All logits zero: plain and shifted cross-entropy are both log 3, with different matrices."""
     module = Module(lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()))
     for p in module.net[-1].parameters():
         p.data.zero_()
     batch = normal(6, 4, 4), torch.arange(24).view(6, 4) % 3
-    with pytest.raises(ValueError, match="both have the value of the loss that is trained"):
-        GGN(module, [batch]).matvec(torch.ones(43, dtype=torch.float64))
+    dense, _ = both(module, [batch])
+    torch.testing.assert_close(dense, both(module, [batch], output_loss_fn="cross_entropy")[0])
+
+
+def test_two_losses_of_one_value_and_gradient_are_refused():
+    """All inputs zero, and no biases: every gradient is zero."""
+    module = Module(lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()))
+    module.net = nn.Linear(4, 3, bias=False).double()
+    batch, layout = (torch.zeros(6, 4, 4).double(), torch.arange(24).view(6, 4) % 3), Layout.of(module)
+    for ask in (
+        lambda: GGN(module, [batch]).matvec(torch.ones(12, dtype=torch.float64)),
+        lambda: fit_ggn(module, [batch], BlockSRHT(layout.n, 8), layout),
+    ):
+        with pytest.raises(ValueError, match="both have the value and the gradient of the loss that is trained"):
+            ask()
     assert GGN(module, [batch], output_loss_fn="cross_entropy").loss() == pytest.approx(1.0986123)
 
 
@@ -330,9 +366,9 @@ def test_time_may_come_first():
     sketch = BlockSRHT(layout.n, 16)
     s = sketch.matvec(torch.eye(layout.n, dtype=torch.float64)).T
     g = GGN(module, [batch], batch_dim=1).as_matrix()
-    found = fit_ggn(module, [batch], sketch, layout, batch_dim=1)
+    found = fit_ggn(module, [batch], sketch, layout, batch_dim=1, engine="loop")
     torch.testing.assert_close(found.dense(), s @ g @ s.T)
     with pytest.raises(ValueError, match="batch_dim=1"):
         fit_ggn(module, [batch], sketch, layout)
     with pytest.raises(ValueError, match=r"num_examples gives 6 for a part of 1 of the 6 examples.*batch_dim=1"):
-        fit_ggn(module, [batch], sketch, layout, num_examples=lambda batch: batch[0].shape[1])
+        fit_ggn(module, [batch], sketch, layout, engine="loop", num_examples=lambda batch: batch[0].shape[1])

@@ -91,6 +91,18 @@ def test_only_the_gauss_newton_matrix_needs_to_be_fitted(trained, untyped):
         store.fit_curvature(model, held_out, curvature="margin")
 
 
+def test_a_curvature_that_no_row_can_use_is_said_before_it_is_computed(trained):
+    """At the weights of a new model, as after a checkpoint that was not loaded."""
+    store = trained[0]
+    with pytest.warns(UserWarning, match=r"at which the store has no rows .*load the checkpoint"):
+        with pytest.raises(RuntimeError, match="the first batch"):
+            store.fit_curvature(Digits(), (_fails("the first batch") for _ in range(1)), model_fn=logits)
+
+
+def _fails(what):
+    raise RuntimeError(what)
+
+
 FORWARDED = {
     "sketch_gradients": (sketch_gradients, {"sketch", "parameters"}),
     "fit_curvature": (fit_ggn, {"sketch", "layout"}),
