@@ -86,7 +86,9 @@ class RowStore:
     """Sketched gradients on disk, one row per optimizer step or per example, as `GradientSketchWriter` writes them.
 
     `len`, `metadata`, `where` and `blocks` see the visible rows: those of the latest fit and of the runs that it
-    resumed, each step once, and those taken at checkpoints; not the `queries`, which are stored beside them.
+    resumed, each step once, and those taken at checkpoints; not the `queries`, which are stored beside them. At the
+    same weights, and in one stage, rows of other examples add up, of the same example (its id and loader) the last
+    run's are visible, and a run without ids replaces what was there.
 
     Made by `open` or `create`. It reads the files that were there then, each of which is compared with its checksum
     when it is first read. After `compact()`, by whatever process, it says that it must be opened again.
@@ -339,8 +341,9 @@ class RowStore:
     def compact(self: Store, shard_bytes: int = 256 << 20, *, accept_loss: bool = False) -> Store:
         """Delete the rows that are not visible, merge small files, and return the store as it is then.
 
-        Only the latest lineage is left. Killed at any point, the store is as before or as after. Objects that have the
-        store open, this one too, must be opened again.
+        Only the latest lineage is left, and of an example that was measured again at the same weights the last rows.
+        Killed at any point, the store is as before or as after. Objects that have the store open, this one too, must
+        be opened again.
 
         Args:
             shard_bytes: Bytes of rows in a file.
