@@ -66,6 +66,7 @@ class GradientStore(RowStore):
         num_examples: int | Callable[[Any], int] | None = None,
         batch_dim: int = 0,
         split_fn: Callable[[Any], Iterable[Any]] | None = None,
+        per_token: bool = False,
     ) -> SketchedGradients:
         """Compute sketched gradients of examples with the sketch and the parameters of the store, as queries.
 
@@ -76,13 +77,15 @@ class GradientStore(RowStore):
             row_fn: (module, batch) -> (losses, probabilities of the true labels), one per example. It fills the columns
                 `loss` and `prob_true`, which the curvatures "margin" and "trak" need.
             engine: "hooks", from the backward pass of a whole batch; "vmap"; "loop", one example at a time; "auto":
-                hooks if they are exact on the first batch, else the loop.
-            weight_fn: batch -> the weight of the batch in a mean over batches; `num_labels` for a mean over tokens.
-            reduction: "mean", or "sum" if the loss is a sum over examples.
+                hooks as long as they are exact, else the loop.
+            weight_fn: batch -> the weight of the batch in a mean over batches, where no usual way fits.
+            reduction: "mean", or "sum" if the loss is a sum over examples; found by itself if None.
             index_key: Where a batch has the ids of its examples, or "hash" to compute ids from their contents.
             num_examples: The number of examples of a batch, or batch -> this number, if its tensors disagree.
             batch_dim: The axis of the examples, 1 for (time, batch, ...), with the loop only.
-            split_fn: batch -> batches of one example, for graphs and packed sequences, with the loop only.
+            split_fn: batch -> batches of one example, for graphs, with the loop only.
+            per_token: Whether to compute a row for each label that is not -100, of the loss of this token alone, with
+                its position in the column `token`: which of my words was taught by what.
 
         Returns:
             The rows, (examples, dim), in the order of the examples.
@@ -104,6 +107,7 @@ class GradientStore(RowStore):
             num_examples=num_examples,
             batch_dim=batch_dim,
             split_fn=split_fn,
+            per_token=per_token,
         )
 
     def fit_curvature(

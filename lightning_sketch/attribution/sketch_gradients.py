@@ -232,6 +232,7 @@ class ExampleRows:
                 masked = torch.where(keep[part].to(labels.device), labels, _IGNORED)
                 copies = with_labels(repeated(example, len(masked)), masked)
                 rows, in_doubt = self._of_examples(copies, {name: column[part] for name, column in columns.items()})
+                rows = rows.where(rows.weight != 0)  # the first label of a causal model is predicted by nothing
                 self.in_doubt |= in_doubt
                 places.append(torch.full((len(rows),), place))
                 yield rows

@@ -117,7 +117,8 @@ class ExampleSketches:
         _refuse_packed(self.module)
         examples, number = self.structure.count(batch), self.batches
         self.batches += 1
-        if self.engine in ("loop", "vmap") or examples == 1:
+        by_definition = self.engine == "auto" and not self.structure.along_first_axis
+        if self.engine in ("loop", "vmap") or examples == 1 or by_definition:
             return self._one_by_one(batch, examples, number)
         found = self._by_hooks(batch, examples, number)
         if isinstance(found, ExampleGradients):
@@ -131,11 +132,12 @@ class ExampleSketches:
             )
         in_doubt, self.engine = self.by_hooks > 0, "loop"
         before = " The scale of earlier rows of this pass is marked as not known." if in_doubt else ""
-        warnings.warn(
-            f"from {which} on, examples are differentiated one at a time, which is slow, since hooks do not give the "
-            f"gradients of single examples {found}{before}",
-            stacklevel=2,
-        )
+        if self.structure.num_examples is not len:  # a list of examples, of different shapes perhaps, says so itself
+            warnings.warn(
+                f"from {which} on, examples are differentiated one at a time, which is slow, since hooks do not give "
+                f"the gradients of single examples {found}{before}",
+                stacklevel=2,
+            )
         return self._one_by_one(batch, examples, number)._replace(in_doubt=in_doubt)
 
     def _by_hooks(self, batch: Any, examples: int, number: int) -> ExampleGradients | str:
@@ -235,9 +237,8 @@ class ExampleSketches:
         time_first = [name for name, part in self.module.named_modules() if getattr(part, "batch_first", True) is False]
         if time_first and self.structure.batch_dim == 0 and coupled(rows, whole, error):
             raise ValueError(
-                f"the first axis of a batch is not that of the examples of {type(self.module).__name__}: gradients of its "
-                f"slices do not add up to that of the batch, and {time_first[0]} has batch_first=False, so that the "
-                "first axis is time; pass batch_dim=1."
+                "the first axis of a batch is not that of examples: gradients of slices along it do not add up to that "
+                f"of the batch, and {time_first[0]} has batch_first=False, so that it is time; pass batch_dim=1."
             )
         if not rows.any() and whole.any() and whole.isfinite().all():
             raise ValueError(

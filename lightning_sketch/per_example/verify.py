@@ -12,6 +12,7 @@ checked parameter by parameter, with small sketches, and the shares must add up 
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import HALF, BatchStructure
+from lightning_sketch.autodiff.batches import HALF, BatchStructure, has_labels, labels_of
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn
 from lightning_sketch.operators.count_sketch import CountSketch
@@ -38,6 +39,9 @@ _FLOOR = 1e-5
 _SMALL = 1e-2
 
 _WITNESSES = 2
+
+# Pairs of examples whose losses are compared, until one shows enough.
+_PAIRS = 4
 
 # The part of a batch's gradient that no weights of the examples explain, above which examples are coupled.
 _COUPLED = 1e-2
@@ -119,8 +123,9 @@ def weighing_by_losses(
 ) -> Weighing | str | None:
     """Return the way of weighing that the losses of two examples show: alone, and together in a batch of two.
 
-    For rows that are shares of a training step, whose dropout no second pass repeats. Costs a forward pass of four
-    examples; call it under `preserve_state`.
+    For rows that are shares of a training step, whose dropout no second pass repeats. One example is drawn from the
+    number of the batch; the other is the one about which the ways disagree most, of those the one whose label is
+    rarest. Costs a forward pass of four examples; call it under `preserve_state`.
 
     Args:
         module: The module.
@@ -139,29 +144,53 @@ def weighing_by_losses(
         return ways[0]
     order = torch.randperm(examples, generator=torch.Generator().manual_seed(number)).tolist()
     weighted = [i for i in order if ways[0].weights[i] > 0]
-    for first in weighted[:_WITNESSES]:
-        ratios = torch.stack([way.weights / way.weights[first] for way in ways])
-        spread = (ratios.max(0).values / ratios.min(0).values).nan_to_num(0.0, posinf=0.0)
-        second = max((i for i in weighted if i != first), key=lambda i: float(spread[i]), default=None)
-        if second is None:
+    frequency = _frequencies(batch, examples)
+    possible = list(ways)
+    for first in weighted[:_PAIRS]:
+        ratios = torch.stack([way.weights / way.weights[first] for way in ways]).nan_to_num(0.0)
+        spread = ratios.max(0).values / ratios.min(0).values  # infinite if a way says that the example does not count
+        others = sorted((i for i in weighted if i != first), key=lambda i: (-float(spread[i]), frequency[i]))
+        if not others:
             return ways[0]
-        low, high = sorted((first, second))
+        low, high = sorted((first, others[0]))
         batches = one(structure, batch, low, examples), one(structure, batch, high, examples)
         pair = structure.two(batch, low, high, examples)
         a, b, both = (float(loss_fn(module, part).detach().double().mean()) for part in (*batches, pair))
-        if not abs(a - b) > 10 * error * max(abs(a), abs(b)):  # or one of them is not finite
+        rounding = error / 500 * max(abs(a), abs(b))
+        if not abs(a - b) > 1000 * rounding:  # or one of them is not finite
             continue
-        for way in ways:
-            w, v = float(way.weights[low]), float(way.weights[high])
-            expected = a + b if way.summed else (w * a + v * b) / (w + v)
-            if abs(expected - both) <= error * abs(a - b):
-                return way
-        return (
-            f"the loss of two examples, {both:.4g}, is none of the usual means or sums of their losses alone, "
-            f"{a:.4g} and {b:.4g}; pass weight_fn=lambda batch: the weight of the batch in a mean (such as the sum of "
-            "its class weights)"
-        )
+        possible = [
+            way for way in possible if abs(_expected(way, low, high, a, b) - both) <= error * abs(a - b) + 2 * rounding
+        ]
+        if len(possible) == 1:
+            return possible[0]
+        if not possible:
+            return (
+                f"the loss of two examples, {both:.4g}, is none of the usual means or sums of their losses alone, "
+                f"{a:.4g} and {b:.4g}; pass weight_fn=lambda batch: the weight of the batch in a mean (such as the sum "
+                "of its class weights)"
+            )
     return None
+
+
+def _expected(way: Weighing, first: int, second: int, a: float, b: float) -> float:
+    """Return the loss of a batch of two examples, from their losses alone; NaN if neither counts."""
+    if way.summed:
+        return a + b
+    w, v = float(way.weights[first]), float(way.weights[second])
+    return (w * a + v * b) / (w + v) if w + v > 0 else math.nan
+
+
+def _frequencies(batch: Any, examples: int) -> list[int]:
+    """Return how many examples of a batch have the label of each; ones if an example has no single whole number.
+
+    A loss with class weights weighs an example of a rare class unlike the others.
+    """
+    labels = labels_of(batch) if has_labels(batch) else None
+    if labels is None or labels.shape != (examples,) or labels.is_floating_point():
+        return [1] * examples
+    _, place, count = labels.unique(return_inverse=True, return_counts=True)
+    return count[place].tolist()
 
 
 def coupled(rows: Float[Tensor, "examples dim"], whole: Float[Tensor, " dim"], error: float) -> bool:

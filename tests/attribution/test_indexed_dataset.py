@@ -2,21 +2,61 @@
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 
-from lightning_sketch.attribution import IndexedDataset, batch_ids
-from lightning_sketch.attribution.indexed_dataset import Indexed, without_index
+from lightning_sketch.attribution import Indexed, IndexedDataset, batch_ids, indexed
+from lightning_sketch.attribution.indexed_dataset import without_index
 
 DATA = TensorDataset(torch.arange(20.0)[:, None], torch.arange(20) % 3)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_indexes_are_right_under_shuffling_and_workers(workers):
-    for batch in DataLoader(IndexedDataset(DATA), batch_size=6, shuffle=True, num_workers=workers):
+def test_indices_are_right_under_shuffling_and_workers(workers):
+    for batch in indexed(DataLoader(IndexedDataset(DATA), batch_size=6, shuffle=True, num_workers=workers)):
         assert isinstance(batch, Indexed)
         x, y = without_index(batch)
         assert torch.equal(x[:, 0].long(), batch_ids(batch, None))
         assert torch.equal(y, batch_ids(batch, None) % 3)
+
+
+def test_elsewhere_it_is_the_data_set_itself():
+    """Items, and batches of a loader of one's own, with persistent workers too, are those of the original data set."""
+    data = IndexedDataset(DATA)
+    assert data[3][0].item() == 3.0
+    loader = DataLoader(data, batch_size=8, num_workers=2, persistent_workers=True)
+    for batches in (loader, loader):
+        assert [type(batch) for batch in batches] == [list] * 3
+    assert [batch.index.tolist() for batch in indexed(loader)][2] == [16, 17, 18, 19]
+    assert [type(batch) for batch in loader] == [list] * 3
+
+
+def test_any_collate_function_gets_the_plain_items():
+    def collate(items):
+        return {"sum": torch.stack([x for x, _ in items]).sum(), "count": len(items)}
+
+    batches = list(indexed(DataLoader(IndexedDataset(DATA), batch_size=8, collate_fn=collate)))
+    assert [batch.item["count"] for batch in batches] == [8, 8, 4]
+    assert batches[1].index.tolist() == list(range(8, 16))
+
+
+def test_a_part_of_it_keeps_the_indices_of_the_whole():
+    part = Subset(Subset(IndexedDataset(DATA), range(4, 20, 2)), [5, 1])
+    (batch,) = indexed(DataLoader(part, batch_size=4))
+    assert batch.index.tolist() == [14, 6] == batch.item[0][:, 0].tolist()
+
+
+def test_a_data_set_that_streams_and_parts_with_equal_indices_are_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield from range(3)
+
+    with pytest.raises(TypeError, match=r"a Stream has none.*index_key"):
+        IndexedDataset(Stream())
+    parts = ConcatDataset([IndexedDataset(DATA), IndexedDataset(DATA)])
+    with pytest.raises(ValueError, match=r"use IndexedDataset\(ConcatDataset"):
+        indexed(DataLoader(parts, batch_size=4))
+    (batch,) = indexed(DataLoader(IndexedDataset(ConcatDataset([DATA, DATA])), batch_size=40))
+    assert batch.index.tolist() == list(range(40))
 
 
 def test_a_key_of_the_batch_or_a_place():
@@ -48,6 +88,7 @@ def test_without_any_way_ids_are_unknown():
         ((torch.zeros(2, 3),), 4, "4 is not in the batch, which has a tuple"),
         ({"x": torch.zeros(2, 3), "idx": torch.zeros(2)}, "idx", "float32 and shape"),
         ({"x": torch.zeros(2, 3), "idx": torch.tensor([1])}, "idx", "2 examples, each needs one whole number"),
+        ({"x": torch.zeros(1, 3), "idx": torch.tensor([2**63], dtype=torch.uint64)}, "idx", "int64 cannot hold"),
     ],
 )
 def test_a_key_without_ids_is_refused(batch, key, words):
