@@ -65,4 +65,4 @@ def main(per="step"):
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[2:])

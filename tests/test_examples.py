@@ -1,9 +1,11 @@
 """What we show is run: every script in examples/, and the code in the README."""
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,12 +22,43 @@ def test_example(script, tmp_path):
     quiet = {**os.environ, "WANDB_SILENT": "true", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=quiet)
     assert done.returncode == 0, done.stderr[-3000:]
+    if script.stem == "padded_language_model":
+        words_are_taught_by_their_documents(done.stdout)
+        return
     (picture,) = re.findall(r"^picture: (.+)$", done.stdout, re.MULTILINE)
     assert Path(picture).stat().st_size > 10_000
     if script.stem == "intrinsic_dimension":
         intrinsic_dimensions_differ(done.stdout)
     if script.stem == "attribution":
         influence_knows_who_taught_an_answer(done.stdout)
+
+
+def words_are_taught_by_their_documents(printed):
+    """Each word of a fact that is told in nine documents was taught by these; the rest of the output is noise."""
+    found = dict(re.findall(r"^(largest|planet|Jupiter): (.+)$", printed, re.MULTILINE))
+    assert len(found) == 3
+    assert all("planet is Jupiter" in text for texts in found.values() for text in texts.split(" | "))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("per", ["step", "example"])
+def test_the_recipe_of_a_language_model_makes_rows_that_are_right(per, tmp_path, monkeypatch):
+    """Padded batches, a schedule, bf16, accumulation: weights are the numbers of labels, the rate is the last."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr(sys, "argv", ["recipe", str(tmp_path)])
+    recipe = importlib.import_module("padded_language_model")
+    monkeypatch.setattr(recipe, "OUT", tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        store = recipe.main(per)
+    assert len((ROOT / "examples" / "padded_language_model.py").read_text().splitlines()) < 70
+    fit, rows = store.where(stage="fit").metadata(), store.where(stage="validate").metadata()
+    assert rows["weight"][rows["example_id"].argsort()].tolist() == [len(text.split()) - 1 for text in recipe.TEXTS]
+    assert rows["lr"].unique().tolist() == [fit["lr"][-1]]
+    assert fit["lr"][-1] < fit["lr"][20]
+    assert rows["scale_known"].all()
+    assert fit["scale_known"].all()
+    assert len(fit["step"]) == (80 if per == "step" else 20 * 27)
 
 
 def intrinsic_dimensions_differ(printed):
