@@ -1,5 +1,6 @@
 """The output loss of language models is found by itself, and costs no more memory than a training step."""
 
+import os
 import subprocess
 import sys
 
@@ -193,7 +194,8 @@ def fit(vocabulary, examples, tokens):
     layout, ids = Layout.of(module), torch.randint(0, vocabulary, (examples, tokens))
     labels = ids.clone()
     labels[:, -tokens // 4 :] = -100
-    fit_ggn(module, [{"input_ids": ids, "labels": labels}], BlockSRHT(layout.n, 16), layout, draws=2)
+    options = {"output_loss_fn": sys.argv[1] if sys.argv[1] != "found" else None, "draws": 2}
+    fit_ggn(module, [{"input_ids": ids, "labels": labels}], BlockSRHT(layout.n, 16), layout, **options)
 
 fit(50_257, 2, 2)  # all that does not grow with tokens
 before = peak()
@@ -203,7 +205,14 @@ print((peak() - before) / (2 * 128 * 50_257 * 4))
 
 
 @pytest.mark.slow
-def test_a_real_vocabulary_costs_the_memory_of_a_training_step():
-    """Three tensors of the size of the logits, as a training step has: 3.0 of 51 MB; 3.6 is allowed."""
-    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert float(run.stdout) < 3.6
+@pytest.mark.parametrize(("loss", "most"), [("cross_entropy", 2.3), ("found", 3.2)])
+def test_a_real_vocabulary_costs_the_memory_of_a_training_step(loss, most):
+    """In tensors of the size of the logits, 51 MB: 1.9, and 2.8 beside the loss of a training step, which has as many.
+
+    Each tensor is given back to the system as it is freed: else the peak varies by 1 to 3 of them from run to run.
+    """
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, loss], capture_output=True, text=True, check=True, env=environment
+    )
+    assert float(run.stdout) < most
