@@ -17,6 +17,7 @@ from lightning_sketch.autodiff.content_hash import content_hash
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, Strings
 
 HASH = "hash"
+DOCUMENTS = "document_ids"  # the entry of a batch that has the ids of packed documents, one for each label
 
 
 class Indexed(NamedTuple):
@@ -139,7 +140,7 @@ def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStruct
     Args:
         batch: An `Indexed` batch, or a batch as the module gets it.
         index_key: Where the batch has the ids: a key, or a position in a tuple. "hash" makes ids of 63 bits from the
-            contents of each example. With None only an `Indexed` batch has ids.
+            contents of each example. With None an `Indexed` batch has ids, and one with an entry "document_ids".
         structure: Where the examples of the batch are, if they are not rows of tensors.
 
     Returns:
@@ -152,6 +153,9 @@ def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStruct
     >>> batch_ids({"x": torch.zeros(2, 3), "id": torch.tensor([5, 3])}, "id")
     tensor([5, 3])
     """
+    plain = without_index(batch)
+    if index_key is None and isinstance(plain, Mapping) and DOCUMENTS in plain and has_labels(plain):
+        batch, index_key = plain, DOCUMENTS
     if isinstance(batch, Indexed):
         return torch.as_tensor(batch.index).long().cpu()
     structure = structure or BatchStructure()

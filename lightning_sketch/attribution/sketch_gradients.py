@@ -123,7 +123,7 @@ def sketch_gradients(
     for batch in indexed(batches):
         parts.append(make(without_index(batch), batch_ids(batch, index_key, structure=structure)))
         if make.in_doubt:
-            parts = [_doubted(part) for part in parts[:-1]] + parts[-1:]
+            parts = [doubted(part) for part in parts[:-1]] + parts[-1:]
     if not parts:
         raise ValueError("sketch_gradients got no batches; pass a list of them or a data loader.")
     make.warn_of_odd_rows()
@@ -241,7 +241,7 @@ class ExampleRows:
         self.places = torch.cat(places)
 
 
-def _doubted(rows: SketchedGradients) -> SketchedGradients:
+def doubted(rows: SketchedGradients) -> SketchedGradients:
     """Return rows with their scale marked as not known."""
     unknown = torch.zeros(len(rows), dtype=torch.bool)
     return SketchedGradients(rows.sketches, rows.sketch, {**rows.columns, "scale_known": unknown})

@@ -162,6 +162,8 @@ class BatchStructure:
         Raises:
             ValueError: if the number is unknown or ambiguous.
         """
+        if _is_graphs(batch) and self.num_examples is None and self.split_fn is None:
+            return int(batch.num_graphs)
         if self.num_examples is len:
             _check_alike(batch)
         if callable(self.num_examples):
@@ -208,6 +210,12 @@ class BatchStructure:
         if examples <= size:
             yield batch, examples
             return
+        if _is_graphs(batch):
+            graphs = batch.to_data_list()
+            for start in range(0, examples, size):
+                part = graphs[start : start + size]
+                yield batch.from_data_list(part), len(part)
+            return
         if not self._has_length(batch, examples):
             raise ValueError(
                 f"num_examples gives {examples} for a batch of type {type(batch).__name__}, in which no tensor has "
@@ -229,6 +237,9 @@ class BatchStructure:
     def two(self, batch: Any, first: int, second: int, examples: int) -> Any:
         """Return a batch of the examples at two places, in their order in the batch."""
         low, high = sorted((first, second))
+        if _is_graphs(batch):
+            graphs = batch.to_data_list()
+            return batch.from_data_list([graphs[low], graphs[high]])
         return self._part(batch, examples, slice(low, high + 1, high - low))
 
     def each(self, batch: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
@@ -460,13 +471,22 @@ def repeated(example: Any, count: int) -> Any:
     return repeat(example)
 
 
+def _is_graphs(batch: Any) -> bool:
+    """Return whether a batch is one of graphs of PyTorch Geometric, which says itself how it splits."""
+    return hasattr(batch, "num_graphs") and callable(getattr(batch, "to_data_list", None))
+
+
 def on_device(batch: Any, device: torch.device) -> Any:
     """Return the batch with its tensors on this device."""
+    if _is_graphs(batch):
+        return batch.to(device)
     return _with_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def copied(batch: Any) -> Any:
     """Return a copy of the batch, for a step that changes its batch in place; vmap allows it."""
+    if _is_graphs(batch):
+        return batch.clone()
     return _with_tensors(batch, Tensor.clone)
 
 

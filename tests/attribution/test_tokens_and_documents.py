@@ -22,7 +22,7 @@ class Words(nn.Module):
 
     def forward(self, batch):
         ids = batch["input_ids"]
-        documents = batch.get("documents", torch.zeros_like(ids))
+        documents = batch.get("document_ids", torch.zeros_like(ids))
         before = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
         seen = (before & (documents[:, :, None] == documents[:, None])).float()
         return self.head((seen / seen.sum(2, keepdim=True)) @ self.table(ids))
@@ -71,7 +71,7 @@ def test_packed_documents_have_the_rows_of_the_documents_alone(module, sketch):
     """A document does not see the others; its first word has no label, as collators of packed sequences do it."""
     texts = [torch.randint(WORDS, (length,)) for length in (4, 2, 3, 5)]
     packs = [[0, 1, 2], [3]]
-    batch = {key: torch.full((2, 9), fill) for key, fill in (("input_ids", 0), ("labels", -100), ("documents", -1))}
+    batch = {key: torch.full((2, 9), fill) for key, fill in (("input_ids", 0), ("labels", -100), ("document_ids", -1))}
     for row, pack in enumerate(packs):
         start = 0
         for number in pack:
@@ -79,8 +79,8 @@ def test_packed_documents_have_the_rows_of_the_documents_alone(module, sketch):
             batch["input_ids"][row, place] = texts[number]
             batch["labels"][row, place] = texts[number]
             batch["labels"][row, place.start] = -100
-            batch["documents"][row, place] = 10 + number
-    rows = sketch_gradients(module, [batch], sketch, shifted, index_key="documents")
+            batch["document_ids"][row, place] = 10 + number
+    rows = sketch_gradients(module, [batch], sketch, shifted)
     assert rows.example_id.tolist() == [10, 11, 12, 13]
     assert rows.weight.tolist() == [3.0, 1.0, 2.0, 4.0]
     alone = [{"input_ids": text[None], "labels": text[None]} for text in texts]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lightning_sketch._lightning import Trainer, evaluated_loader, muted_loggers
-from lightning_sketch.attribution.sketch_gradients import ExampleRows
+from lightning_sketch.attribution.sketch_gradients import ExampleRows, doubted
 from lightning_sketch.callbacks.gradient_sketch_writer._examples import DuplicateFinder
 from lightning_sketch.callbacks.gradient_sketch_writer._store_session import StoreRun
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, Stage, keys_of
@@ -34,6 +34,9 @@ class CheckpointRows:
         hashed: bool = False,
     ):
         self.rows, self.run, self.stage, self.position, self.hashed = rows, run, stage, position, hashed
+        self.held: list[
+            SketchedGradients
+        ] = []  # queries, beside rows of steps in one run, which a doubt would mark too
         self.duplicates: dict[int, DuplicateFinder] = {}
 
     def write(self, trainer: Trainer, batch: Any, ids: Column, loader: int, own: Mapping[str, Column]) -> None:
@@ -53,7 +56,9 @@ class CheckpointRows:
         if loader not in self.duplicates:
             self.duplicates[loader] = DuplicateFinder(evaluated_loader(trainer, loader), trainer.global_rank)
             self._check_ids(ids, loader)
-        if self.rows.in_doubt:
+        if self.rows.in_doubt and self.stage == "queries":
+            self.held = [doubted(part) for part in self.held]
+        elif self.rows.in_doubt:
             self.run.doubt_scale()
         places, count = self.rows.places, len(rows)
         columns = {
@@ -63,7 +68,16 @@ class CheckpointRows:
             **{name: column[places] for name, column in own.items()},
         }
         rows = SketchedGradients(rows.sketches, rows.sketch, columns)
-        self.run.put(rows, self.stage, **self.position)
+        if self.stage == "queries":
+            self.held.append(rows)
+        else:
+            self.run.put(rows, self.stage, **self.position)
+
+    def finish(self) -> None:
+        """Write the queries, and warn of rows that are zero or not finite."""
+        for rows in self.held:
+            self.run.put(rows, self.stage, **self.position)
+        self.rows.warn_of_odd_rows()
 
     def _check_ids(self, ids: Column, loader: int) -> None:
         """Warn of a second data loader, whose ids may equal those of the first for other examples; hashes may not."""

@@ -315,9 +315,9 @@ class GradientSketchWriter(CallbackBase):
             self._checkpoint = self._checkpoint_rows(trainer, pl_module, self._run, "queries")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of rows that are zero or not finite, and drop what was prepared for the present weights."""
+        """Write what was held back, and drop what was prepared for the present weights."""
         if self._checkpoint is not None:
-            self._checkpoint.rows.warn_of_odd_rows()
+            self._checkpoint.finish()
         self._checkpoint = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
