@@ -13,13 +13,15 @@ from typing import Any, Literal, cast
 
 from lightning_sketch._lightning import Trainer, is_dev_run, print_on_rank_zero
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.callbacks._validate import Granularity
 from lightning_sketch.operators.kinds import make_sketch
 from lightning_sketch.store.format import Run, RunStage, Snapshot, begin_run, create_store, read_runs
 from lightning_sketch.store.maintenance import erase
 from lightning_sketch.store.sketched_gradients import STAGES, SketchedGradients, Stage
 from lightning_sketch.store.spec import DTYPES, Dtype, StoreSpec
 from lightning_sketch.store.writer import RowAppender
+
+# Whether a row of a fit is of an optimizer step or of a training example.
+Granularity = Literal["step", "example"]
 
 _NORMALIZATION: dict[Granularity, str] = {
     "step": "fit: gradient of the step's mean loss; else: gradient of the example's own loss",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sketch._lightning import (
@@ -24,7 +25,6 @@ from lightning_sketch.attribution.sketch_gradients import ExampleRows, RowFn
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import training_step_loss
-from lightning_sketch.callbacks._validate import Granularity, check_rows
 from lightning_sketch.callbacks.gradient_sketch_writer._checkpoint_rows import CheckpointRows
 from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import (
     Fallback,
@@ -33,7 +33,12 @@ from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import (
 )
 from lightning_sketch.callbacks.gradient_sketch_writer._examples import ExampleIds, UserColumns
 from lightning_sketch.callbacks.gradient_sketch_writer._step_rows import StepRows
-from lightning_sketch.callbacks.gradient_sketch_writer._store_session import OnError, StoreRun, StoreSession
+from lightning_sketch.callbacks.gradient_sketch_writer._store_session import (
+    Granularity,
+    OnError,
+    StoreRun,
+    StoreSession,
+)
 from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.per_example.example_sketches import ENGINES, Engine, ExampleSketches
 from lightning_sketch.per_example.rules.normalization import couples
@@ -221,7 +226,7 @@ class GradientSketchWriter(CallbackBase):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the Trainer and the module, and start to remove the ids from the batches of an `IndexedDataset`."""
-        check_rows(trainer, pl_module, stage, self.per, self.loss_fn is not None)
+        _check(trainer, pl_module, stage, self.per, self.loss_fn is not None)
         if stage == "fit" and trainer.global_step == 0:  # the checkpoint is loaded after this hook
             self._session.resumed, self._lr = None, math.nan
         self._position, self._session.measured = {}, self._session.resumed
@@ -395,3 +400,37 @@ class GradientSketchWriter(CallbackBase):
         run, self._run, self._steps, self._training, self._checkpoint = self._run, None, None, None, None
         if run is not None:
             run.close()
+
+
+def _check(trainer: Trainer, pl_module: LightningModule, stage: str, per: Granularity, has_loss_fn: bool) -> None:
+    """Check before training that sketched gradients can be written.
+
+    Args:
+        trainer: The Trainer that runs the stage.
+        pl_module: The module whose gradients are written.
+        stage: "fit", "validate", "test" or "predict".
+        per: Whether a row of a fit is of a step or of an example.
+        has_loss_fn: Whether the user passes a loss instead of `training_step`.
+
+    Raises:
+        MisconfigurationException: If the strategy shards the parameters that a row needs whole, or the loss of an
+            example is unknown.
+    """
+    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    needs_whole = stage != "fit" or per == "example"
+    if "DeepSpeedStrategy" in kinds or "FSDPStrategy" in kinds or ("ModelParallelStrategy" in kinds and needs_whole):
+        raise MisconfigurationException(
+            f"GradientSketchWriter cannot write rows of {stage} under {type(trainer.strategy).__name__}: an example's "
+            "gradient needs whole parameters. Of sharded ones only the gradients of steps under ModelParallelStrategy "
+            "are sketched. Use strategy='ddp', or one device."
+        )
+    if per == "example" and not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} uses manual optimization, so it is unknown which backward pass is of "
+            "the examples' losses. Use GradientSketchWriter(per='step')."
+        )
+    if stage != "fit" and not has_loss_fn and not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{type(pl_module).__name__} uses manual optimization, so its training_step need not return the loss; pass "
+            "GradientSketchWriter(loss_fn=lambda module, batch: ...)."
+        )

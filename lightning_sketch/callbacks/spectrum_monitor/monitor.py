@@ -23,7 +23,6 @@ from lightning_sketch._lightning import (
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import OutputLossName
 from lightning_sketch.callbacks._optimizers import UNKNOWN, Stability, stability
-from lightning_sketch.callbacks._validate import check_trainer
 from lightning_sketch.callbacks.spectrum_monitor._estimator import Curvature, InitialWeights, SpectrumEstimator
 from lightning_sketch.callbacks.spectrum_monitor._logging import (
     by_layer,
@@ -33,6 +32,7 @@ from lightning_sketch.callbacks.spectrum_monitor._logging import (
 )
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Keys, Measurement
 from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatches
+from lightning_sketch.callbacks.spectrum_monitor._validate import check_trainer
 from lightning_sketch.curvature.hessian import HVP
 from lightning_sketch.curvature.result import Method
 

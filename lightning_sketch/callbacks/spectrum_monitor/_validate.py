@@ -1,14 +1,9 @@
-"""Checks before training that a callback supports the Trainer and the module."""
-
-from typing import Literal
+"""Checks before training that a spectrum can be measured."""
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_sketch._lightning import LightningModule, Trainer, callbacks_of
-
-# Whether a row of a fit is of an optimizer step or of a training example.
-Granularity = Literal["step", "example"]
 
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
@@ -50,37 +45,3 @@ def check_trainer(trainer: Trainer, pl_module: LightningModule, name: str, has_l
                 f"{type(callback).__name__}(monitor={key!r}, check_finite=True) would stop training at the first "
                 "eigenvalue that has not converged, which is logged as NaN; set check_finite=False."
             )
-
-
-def check_rows(trainer: Trainer, pl_module: LightningModule, stage: str, per: Granularity, has_loss_fn: bool) -> None:
-    """Check that sketched gradients can be written.
-
-    Args:
-        trainer: The Trainer that runs the stage.
-        pl_module: The module whose gradients are written.
-        stage: "fit", "validate", "test" or "predict".
-        per: Whether a row of a fit is of a step or of an example.
-        has_loss_fn: Whether the user passes a loss instead of `training_step`.
-
-    Raises:
-        MisconfigurationException: If the strategy shards the parameters that a row needs whole, or the loss of an
-            example is unknown.
-    """
-    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
-    needs_whole = stage != "fit" or per == "example"
-    if "DeepSpeedStrategy" in kinds or "FSDPStrategy" in kinds or ("ModelParallelStrategy" in kinds and needs_whole):
-        raise MisconfigurationException(
-            f"GradientSketchWriter cannot write rows of {stage} under {type(trainer.strategy).__name__}: an example's "
-            "gradient needs whole parameters. Of sharded ones only the gradients of steps under ModelParallelStrategy "
-            "are sketched. Use strategy='ddp', or one device."
-        )
-    if per == "example" and not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} uses manual optimization, so it is unknown which backward pass is of "
-            "the examples' losses. Use GradientSketchWriter(per='step')."
-        )
-    if stage != "fit" and not has_loss_fn and not pl_module.automatic_optimization:
-        raise MisconfigurationException(
-            f"{type(pl_module).__name__} uses manual optimization, so its training_step need not return the loss; pass "
-            "GradientSketchWriter(loss_fn=lambda module, batch: ...)."
-        )
