@@ -140,7 +140,8 @@ def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStruct
     Args:
         batch: An `Indexed` batch, or a batch as the module gets it.
         index_key: Where the batch has the ids: a key, or a position in a tuple. "hash" makes ids of 63 bits from the
-            contents of each example. With None an `Indexed` batch has ids, and one with an entry "document_ids".
+            contents of each example, without the padding that an "attention_mask" shows. With None an `Indexed` batch
+            has ids, and one with an entry "document_ids".
         structure: Where the examples of the batch are, if they are not rows of tensors.
 
     Returns:
@@ -162,7 +163,7 @@ def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStruct
     if index_key is None:
         return torch.full((structure.count(batch),), UNKNOWN_ID)
     if index_key == HASH:
-        return torch.tensor([content_hash(example) for example, _ in structure.parts(batch, 1)])
+        return torch.tensor([content_hash(_without_padding(example)) for example, _ in structure.parts(batch, 1)])
     try:
         found = batch[index_key]
     except (KeyError, IndexError, TypeError) as error:
@@ -189,6 +190,20 @@ def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStruct
             "shifted right by one bit."
         )
     return ids.long().cpu()
+
+
+def _without_padding(example: Any) -> Any:
+    """Return a batch of one text without its padding, which depends on the other texts of the batch."""
+    mask = example.get("attention_mask") if isinstance(example, Mapping) else None
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or len(mask) != 1 or bool(mask.all()):
+        return example
+    kept = mask[0] != 0
+
+    def cut(value: Any) -> Any:
+        of_tokens = isinstance(value, torch.Tensor) and value.ndim > 1 and value.shape[1] == len(kept)
+        return value[:, kept] if of_tokens else value
+
+    return {key: cut(value) for key, value in example.items()}
 
 
 def without_index(batch: Any) -> Any:

@@ -7,7 +7,7 @@ that are not ignored for a mean over tokens, the number of ones for a mean over 
 gradient itself. Which of these ways it is, the gradients of single examples decide, see `example_sketches`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -58,7 +58,7 @@ class Weighings:
         structure: Where the examples are in a batch.
 
     Raises:
-        ValueError: if the reduction is neither a mean nor a sum.
+        ValueError: if the reduction is neither a mean nor a sum; on a batch, if `weight_fn` counts its keys.
 
     >>> [way.name for way in Weighings(nn.Linear(2, 2))((torch.zeros(3, 2), torch.zeros(3)))]
     ['a mean over examples', 'a sum over examples']
@@ -91,6 +91,8 @@ class Weighings:
         if self.reduction == "sum":
             return [Weighing("a sum over examples", ones, summed=True)]
         if self.weight_fn is not None:
+            if self.weight_fn is len and isinstance(batch, Mapping):
+                raise ValueError("weight_fn=len counts the keys of a mapping; pass lambda batch: len(batch['labels']).")
             found = [float(self.weight_fn(example)) for example, _ in self.structure.parts(batch, 1, examples)]
             return [Weighing("weight_fn", torch.tensor(found, dtype=torch.float64))]
         mean = Weighing("a mean over examples", ones)

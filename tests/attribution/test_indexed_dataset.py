@@ -77,6 +77,16 @@ def test_a_hash_is_that_of_the_contents():
     assert not (batch_ids((x, y + 1), "hash") == ids).any()
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_a_hash_of_a_text_does_not_depend_on_its_padding(left):
+    ids, mask = torch.tensor([[4, 5, 6]]), torch.ones(1, 3, dtype=torch.long)
+    pad = (2, 0) if left else (0, 2)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([1])}
+    padded = {key: torch.nn.functional.pad(batch[key], pad) for key in ("input_ids", "attention_mask")}
+    assert torch.equal(batch_ids(batch, "hash"), batch_ids({**padded, "labels": torch.tensor([1])}, "hash"))
+    assert not torch.equal(batch_ids(batch, "hash"), batch_ids({**padded, "labels": torch.tensor([2])}, "hash"))
+
+
 def test_without_any_way_ids_are_unknown():
     assert batch_ids((torch.zeros(3, 2),), None).tolist() == [-1, -1, -1]
 

@@ -295,3 +295,10 @@ def test_rows_of_several_optimizers_are_not_announced_with_a_number(tmp_path, ca
     assert len(rows_of(tmp_path, "fit")) == 12
     said = capsys.readouterr()
     assert "rows of" not in said.out + said.err
+
+
+def test_shuffled_examples_without_ids_are_said(tmp_path):
+    model = Classes()
+    data = DataLoader(examples(), 8, shuffle=True)
+    with pytest.warns(UserWarning, match=r"no ids.*IndexedDataset"), pytest.warns(UserWarning, match="shuffling"):
+        trainer(tmp_path, writer(tmp_path, weight_fn=weight_of)).validate(model, data, verbose=False)

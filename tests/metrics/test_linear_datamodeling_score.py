@@ -13,7 +13,6 @@ from torchmetrics.functional import spearman_corrcoef
 
 from lightning_sketch.metrics import LinearDatamodelingScore
 
-
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method of metric LinearD:UserWarning")
 
 

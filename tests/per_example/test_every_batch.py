@@ -38,7 +38,7 @@ def wrong_unmarked(kind, passes, batches, engine="auto"):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_batches_that_turn_uneven_are_right_or_marked(kind):
+def test_rows_of_batches_that_turn_uneven_are_right_or_marked(untyped, kind):
     wrong, marked, total = wrong_unmarked(kind, passes=2, batches=5)
     assert wrong == 0
     assert marked < total / 2

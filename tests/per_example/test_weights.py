@@ -77,3 +77,8 @@ def test_usual_ways_are_listed_once_each_likely_ones_first():
 def test_an_unknown_reduction_is_refused(untyped):
     with pytest.raises(ValueError, match="reduction='none' is not known"):
         Weighings(nn.Module(), None, "none")
+
+
+def test_a_weight_fn_that_counts_keys_is_refused():
+    with pytest.raises(ValueError, match="counts the keys of a mapping"):
+        Weighings(nn.Module(), len)({"x": torch.zeros(3, 2)})

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils.data import RandomSampler
 
 from lightning_sketch._lightning import Trainer, evaluated_loader, muted_loggers
 from lightning_sketch.attribution.sketch_gradients import ExampleRows, doubted
@@ -54,8 +55,9 @@ class CheckpointRows:
         with muted_loggers(trainer):
             rows = self.rows(batch, ids)
         if loader not in self.duplicates:
-            self.duplicates[loader] = DuplicateFinder(evaluated_loader(trainer, loader), trainer.global_rank)
-            self._check_ids(ids, loader)
+            source = evaluated_loader(trainer, loader)
+            self.duplicates[loader] = DuplicateFinder(source, trainer.global_rank)
+            self._check_ids(ids, loader, isinstance(getattr(source, "sampler", None), RandomSampler))
         if self.rows.in_doubt and self.stage == "queries":
             self.held = [doubted(part) for part in self.held]
         elif self.rows.in_doubt:
@@ -79,9 +81,16 @@ class CheckpointRows:
             self.run.put(rows, self.stage, **self.position)
         self.rows.warn_of_odd_rows()
 
-    def _check_ids(self, ids: Column, loader: int) -> None:
-        """Warn of a second data loader, whose ids may equal those of the first for other examples; hashes may not."""
-        if loader == 1 and not self.hashed and (keys_of(ids) != UNKNOWN_ID).any():
+    def _check_ids(self, ids: Column, loader: int, drawn: bool) -> None:
+        """Warn of shuffled examples without ids, and of a second data loader, whose ids may be those of the first."""
+        known = bool((keys_of(ids) != UNKNOWN_ID).any())
+        if drawn and not known:
+            warnings.warn(
+                "the rows of a shuffled data loader have no ids, so that answers cannot say which examples they are; "
+                "load IndexedDataset(data), or pass index_key=....",
+                stacklevel=2,
+            )
+        if loader == 1 and not self.hashed and known:
             warnings.warn(
                 "the examples of several data loaders are written, which may have the same ids, and scores add up "
                 "the rows of one id. Use store.where(dataloader=0), or index_key='hash'.",
