@@ -63,9 +63,10 @@ def sketch_gradients(
         sketch: The sketch, whose `n` is the number of these parameters.
         loss_fn: (module, batch) -> the mean loss, or one loss per example, or a mapping with the entry "loss". If None,
             the module's own `training_step`, without its logging.
-        row_fn: (module, batch) -> (losses, probabilities of the true labels), one per example. It fills the columns
-            `loss` and `prob_true`, which the curvatures "margin" and "trak" need. Of a document the probability is the
-            geometric mean over its tokens, the exponential of minus its mean loss.
+        row_fn: (module, batch) -> (losses, probabilities of the true labels), one per example, for the columns `loss`
+            and `prob_true`, which the curvatures "margin" and "trak" need. Without it hooks fill them where the loss is
+            a usual one, such as cross-entropy, of the output of `forward` or of one of the module's children. Of a
+            document the probability is the geometric mean over its tokens, the exponential of minus its mean loss.
         engine: "hooks", from the ordinary backward pass of a whole batch; "vmap"; "loop", one example at a time, which
             supports every module; "auto": hooks, as long as two examples of each batch show that they are exact, else
             the loop.
@@ -195,6 +196,8 @@ class ExampleRows:
         }
         if found.losses is not None:
             columns["loss"] = found.losses.float().cpu()
+        if found.probabilities is not None:
+            columns["prob_true"] = found.probabilities.float().cpu()
         if self.row_fn is not None:
             losses, probabilities = self.row_fn(self.sketches.module, batch)  # not under no_grad, see bitsandbytes
             columns |= {"loss": losses.detach().float().cpu(), "prob_true": probabilities.detach().float().cpu()}

@@ -477,7 +477,7 @@ class OutputModel:
             self._chosen = self._chosen or usual_loss(batch)
             return self._chosen
         z = output.detach()
-        values = {self._chosen: float(self._chosen(z, batch).mean())} if self._chosen else _values(z, batch)
+        values = {self._chosen: float(self._chosen(z, batch).mean())} if self._chosen else loss_values(z, batch)
         agreeing = [loss for loss, value in values.items() if _agree(value, trained.value, self._half(z))]
         if not agreeing:
             listed = " or ".join(f"{value:.6g} ({_name(loss)})" for loss, value in values.items())
@@ -589,7 +589,7 @@ def _agree(value: float, trained: float, half: bool) -> bool:
     return both_nan or abs(value - trained) <= (_AGREE_HALF if half else _AGREE) * max(abs(value), abs(trained))
 
 
-def _values(output: Tensor, batch: Any) -> dict[OutputLoss, float]:
+def loss_values(output: Tensor, batch: Any) -> dict[OutputLoss, float]:
     """Return the losses of `OUTPUT_LOSSES`, with their options, that these shapes allow, and their values."""
     labels, found = labels_of(batch), dict[OutputLoss, float]()
     classes: tuple[int | None, ...] = (

@@ -1,16 +1,17 @@
 """Sketched gradients of each example of a batch, by the fastest engine that is right, checked on every batch."""
 
 import warnings
-from collections.abc import Collection, Mapping
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import BatchStructure
+from lightning_sketch.autodiff.batches import BatchStructure, has_labels, labels_of
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.losses import LossFn, on_copies
+from lightning_sketch.autodiff.losses import CrossEntropy, LossFn, OutputLoss, loss_values, on_copies
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.hooks import ExampleHooks
@@ -33,6 +34,9 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 
 _LISTED = 5  # parameters in a warning
 
+_SAME_LOSS = 1e-3  # relative difference of a witness's loss, alone and from the output of its batch
+_TRIES = 3  # batches on which a loss of the output is looked for
+
 
 class ExampleGradients(NamedTuple):
     """The sketched gradients of the examples of a batch.
@@ -41,6 +45,8 @@ class ExampleGradients(NamedTuple):
         rows: The sketches, (examples, dim).
         losses: The losses of the examples alone, (examples,), or None if they are not known.
         weights: The weights of the examples in a mean over the batch, (examples,), NaN if they are not known.
+        probabilities: The probabilities of the true labels, (examples,), of a document the geometric mean over its
+            labels; None if they are not known.
         scale_known: Whether the rows have the scale of the examples' own gradients.
         in_doubt: Whether this batch has shown that rows of batches before it may have a wrong scale.
     """
@@ -48,6 +54,7 @@ class ExampleGradients(NamedTuple):
     rows: Float[Tensor, "examples dim"]
     losses: Float[Tensor, " examples"] | None
     weights: Float[Tensor, " examples"]
+    probabilities: Float[Tensor, " examples"] | None = None
     scale_known: bool = True
     in_doubt: bool = False
 
@@ -110,6 +117,8 @@ class ExampleSketches:
         self.batches = self.by_hooks = 0  # that were seen, and of these the ones that hooks split
         self._hooks: tuple[ExampleHooks, SketchAccumulator] | None = None
         self._way = ""  # the name of the last way of weighing that fitted
+        self._reasons: set[str] | None = None  # parameters for which hooks had a reason on the first batch
+        self._output_losses = _OutputLosses(self.structure)
         self._coupled = False
 
     def __call__(self, batch: Any) -> ExampleGradients:
@@ -150,27 +159,33 @@ class ExampleSketches:
             self._hooks = ExampleHooks(self.module, self.parameters), accumulator
         hooks, accumulator = self._hooks
         accumulator.start(examples)
-        with hooks.recording(accumulator, examples):
+        with hooks.recording(accumulator, examples), _last_output(self.module, examples) as outputs:
             loss = self.loss_fn(self.module, batch)
             total = loss.sum()
             hooks.before_backward(total)
             gradients = gradients_of(total, self.parameters)
             shares = accumulator.rows()
-        missed = [name for name, g in gradients.items() if g is not None and name not in hooks.supported]
-        if missed or hooks.reasons:
-            return self._listed({name: hooks.reasons.get(name, "no hook saw it") for name in [*hooks.reasons, *missed]})
+        used = [name for name, gradient in gradients.items() if gradient is not None]
+        self._reasons = set(hooks.reasons) if self._reasons is None else self._reasons  # those of the first batch are
+        new = [
+            n for n in used if n not in hooks.supported or n in hooks.reasons.keys() - self._reasons
+        ]  # checked apart
+        if new:
+            return self._listed({name: hooks.reasons.get(name, "no hook saw it") for name in new})
         del gradients, total
         each = loss.detach() if loss.shape == (examples,) else None
         ways = self._ways(batch, examples, each is not None)
         places = witnesses(shares, ways, number)
         if not places:
             return f"of {type(self.module).__name__}: all are zero, so that none could be compared with one alone."
-        alone = torch.stack([self._alone(batch, place, examples) for place in places])
-        way = weighing_of(shares[places], alone, places, ways, tolerance(self.parameters))
+        rows, losses = zip(*(self._alone(batch, place, examples) for place in places), strict=True)
+        way = weighing_of(shares[places], torch.stack(rows), places, ways, tolerance(self.parameters))
         if isinstance(way, str):
             return f"of {type(self.module).__name__}: {way}."
         self._way = way.name
-        return ExampleGradients(shares * way.scale.to(shares)[:, None], each, way.weights)
+        known, probabilities = self._output_losses(outputs, batch, examples, dict(zip(places, losses, strict=True)))
+        each = known if each is None else each
+        return ExampleGradients(shares * way.scale.to(shares)[:, None], each, way.weights, probabilities)
 
     def _unsupported(self, batch: Any) -> str:
         """Return why hooks do not support the module, from its first batch; empty if they do."""
@@ -194,10 +209,10 @@ class ExampleSketches:
             return [Weighing("a sum over examples", torch.ones(examples, dtype=torch.float64), summed=True)]
         return sorted(self.weighings(batch), key=lambda way: way.name != self._way)
 
-    def _alone(self, batch: Any, place: int, examples: int) -> Float[Tensor, " dim"]:
-        """Return the sketch of the gradient of one example of a batch alone."""
+    def _alone(self, batch: Any, place: int, examples: int) -> tuple[Float[Tensor, " dim"], float]:
+        """Return the sketch of the gradient of one example of a batch alone, and its loss."""
         loss = self.loss_fn(self.module, one(self.structure, batch, place, examples)).sum()
-        return self.layout.sketch(self.sketch, gradients_of(loss, self.parameters))
+        return self.layout.sketch(self.sketch, gradients_of(loss, self.parameters)), float(loss.detach())
 
     def _one_by_one(self, batch: Any, examples: int, number: int) -> ExampleGradients:
         """Return the rows of the loop, or of vmap."""
@@ -215,7 +230,8 @@ class ExampleSketches:
         else:
             weights = way.weights
             rows = rows.where(weights.to(rows.device)[:, None] > 0, 0.0)  # the mean over no labels is NaN
-        return ExampleGradients(rows, losses, weights, not self._coupled, self._coupled and not before and number > 0)
+        in_doubt = self._coupled and not before and number > 0
+        return ExampleGradients(rows, losses, weights, None, not self._coupled, in_doubt)
 
     def _check_sum(self, batch: Any, rows: Float[Tensor, "examples dim"]) -> None:
         """Find how the gradient of the batch is made of those of its examples; warn, once, if it is not.
@@ -267,6 +283,64 @@ class ExampleSketches:
         """Return whether the loss draws random numbers, so that two passes differ."""
         first, second = (self.loss_fn(self.module, batch).detach().sum() for _ in range(2))
         return not torch.equal(first, second)
+
+
+@contextmanager
+def _last_output(module: nn.Module, examples: int) -> Iterator[list[Tensor]]:
+    """Yield a list that has, after a forward pass, the last output of the module or one of its children, or nothing.
+
+    An output is a tensor with the examples along its first axis, or a mapping with such `logits`.
+    """
+    found: list[Tensor] = []
+
+    def note(part: nn.Module, args: tuple, output: Any) -> None:
+        logits = output.get("logits") if isinstance(output, Mapping) else output
+        if isinstance(logits, Tensor) and logits.shape[:1] == (examples,):
+            found[:] = [logits.detach()]
+
+    handles = [part.register_forward_hook(note) for part in (module, *module.children())]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _OutputLosses:
+    """A function from the output of a batch to the losses of its examples alone, if these are a usual loss of it.
+
+    It is known by the losses of witnesses, as their own passes gave them.
+
+    Args:
+        structure: Where the examples are in a batch.
+    """
+
+    def __init__(self, structure: BatchStructure):
+        self.structure, self.loss, self.missed = structure, cast(OutputLoss | None, None), 0
+
+    def __call__(
+        self, outputs: list[Tensor], batch: Any, examples: int, alone: Mapping[int, float]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Return the losses and the probabilities of the true labels, (examples,), None where they are not known.
+
+        Args:
+            outputs: The output, or nothing.
+            batch: The batch.
+            examples: The number of its examples.
+            alone: The losses of witnesses by their places.
+        """
+        if not outputs or not has_labels(batch) or self.missed >= _TRIES:
+            return None, None
+        parts = [part for part, _ in self.structure.parts(batch, 1, examples)]
+        expected = torch.tensor(list(alone.values()))
+        for loss in [self.loss] if self.loss else loss_values(outputs[0], batch):
+            each = torch.stack([loss(outputs[0][i : i + 1], part).float() for i, part in enumerate(parts)]).cpu()
+            if torch.allclose(each[list(alone)], expected, rtol=_SAME_LOSS, atol=_SAME_LOSS**2):
+                self.loss = loss
+                of_classes = isinstance(loss, CrossEntropy) and not labels_of(batch).is_floating_point()
+                return each, (-each).exp() if of_classes else None
+        self.loss, self.missed = None, self.missed + 1
+        return None, None
 
 
 def _loss_in(returned: Any) -> Tensor:

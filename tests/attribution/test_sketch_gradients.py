@@ -173,3 +173,26 @@ def test_an_axis_taken_for_that_of_the_examples_is_noticed():
         rows = sketch_gradients(module, [x], sketch, other_axis)
     truth = sketch_gradients(module, [x], sketch, other_axis, engine="loop")
     assert torch.equal(rows.sketches, truth.sketches)
+
+
+def test_losses_and_probabilities_are_known_where_the_loss_is_a_usual_one(module):
+    """Cross-entropy and squared error of an output, on every batch; with a regularizer, or by the user, they are not."""
+    sketch, batches = BlockSRHT(Layout.of(module).n, 64), [dataset()[:6], dataset()[6:14]]
+
+    def regularized(module, batch):
+        return loss(module, batch) + 0.1 * module.net[0].weight.square().sum()
+
+    def squared(module, batch):
+        return (module.net(batch[0]) - batch[1]).square().mean()
+
+    rows = sketch_gradients(module, batches, sketch, loss, engine="hooks")
+    module.eval()
+    each = torch.cat([F.cross_entropy(module.net(x), y, reduction="none").detach() for x, y in batches])
+    torch.testing.assert_close(rows.loss, each)
+    torch.testing.assert_close(rows.prob_true, (-each).exp())
+    assert sketch_gradients(module, batches, sketch, regularized, engine="hooks").loss.isnan().all()
+    real = [(x, torch.randn(len(x), 10)) for x, _ in batches]
+    rows = sketch_gradients(module, real, sketch, squared, engine="hooks")
+    truth = torch.cat([(module.eval().net(x) - y).square().mean(1).detach() for x, y in real])
+    torch.testing.assert_close(rows.loss, truth)
+    assert rows.prob_true.isnan().all()
