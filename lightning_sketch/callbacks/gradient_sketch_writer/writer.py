@@ -54,7 +54,11 @@ class GradientSketchWriter(CallbackBase):
     During training, a row is S times the gradient that the step uses: averaged over the accumulated batches and the
     ranks, unscaled, before clipping; with its step, epoch, learning rate, loss, and the ids of its examples. Under
     `trainer.validate`, `test` or `predict` with a data loader it is S times the gradient of each example's own training
-    loss, in evaluation mode, with the example's id. `GradientStore.open(writer.dirpath)` reads them.
+    loss, in evaluation mode, with the example's id, its weight in a mean over its batch, and the learning rate of the
+    last step. `GradientStore.open(writer.dirpath)` reads them.
+
+    How the loss weighs the examples of a batch is found, and checked on every batch, see `sketch_gradients`. Where it is
+    not known in training, rows have `scale_known` False, those of the fit that were written before too.
 
     A thread writes the rows to files that are complete or absent; `kill -9` loses at most the rows of the last minute,
     and none that a checkpoint relies on. `trainer.fit(ckpt_path=...)` resumes in the same store, and each step has
@@ -73,7 +77,7 @@ class GradientSketchWriter(CallbackBase):
             in the mode and precision of training, for every batch of a recorded step. Needs ids of the examples.
             Parameters that hooks do not support, such as those of a recurrent layer, are covered by `fallback`, or
             named in a warning and in the store's spec. In batch norm's training mode a row is a share of a batch whose
-            examples are coupled, and marked so.
+            examples are coupled, and marked so. Costs a forward pass of four examples for each batch, for their scale.
         every_n_train_steps: The number of optimizer steps between two rows during training.
         parameters: Which parameters to include, as a shell pattern on their names.
         index_key: The key or position of the ids in a batch, numbers or strings, or "hash" for ids that are hashes of
@@ -85,8 +89,10 @@ class GradientSketchWriter(CallbackBase):
             module's own `training_step` if None, without its logging.
         name: The name of the folder, the prefix of the log keys and a part of the checkpoint key; "sketches" if None.
         seed: The seed of the sketch.
-        row_fn: (module, batch) -> (losses, probabilities of the true labels), each (examples,), stored at a checkpoint.
-        weight_fn: batch -> its weight in a mean over batches, see `sketch_gradients`.
+        row_fn: (module, batch) -> (losses, probabilities of the true labels), each (examples,), stored at a checkpoint,
+            where they are not known without it, see `sketch_gradients`.
+        weight_fn: batch -> its weight in a mean over batches, such as the sum of its class weights, where none of the
+            usual ways fits.
         reduction: "mean" or "sum", what the loss does over the examples of a batch; found by itself if None.
         engine: How rows of examples at a checkpoint are computed, see `sketch_gradients`.
         fallback: What per="example" does for parameters that hooks do not support: "loop" takes one more pass per
