@@ -118,7 +118,7 @@ class Layout:
             like: A tensor whose type and device the vector gets.
         """
         vector, start = like.new_zeros(self.n), 0
-        for size, tensor in zip(self._sizes, tensors, strict=True):
+        for size, tensor in zip(self._sizes, map(_dense, tensors), strict=True):
             if tensor is not None:
                 vector[start : start + size].view(tensor.shape).copy_(tensor)
             start += size

@@ -1,5 +1,7 @@
 """All engines give the same rows, of odd batches too."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -79,3 +81,27 @@ def test_frozen_parameters_are_refused():
     module.bias.requires_grad_(False)
     with pytest.raises(ValueError, match="cover bias, which is frozen now; set requires_grad"):
         sketches(module, lambda module, x: module(x).sum(), layout=layout)
+
+
+@pytest.mark.parametrize("engine", ["auto", "loop"])
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+def test_sparse_gradients_of_a_table_are_those_of_a_dense_one(layer, engine):
+    """A bag has no rule, so that `auto` takes the loop too, and says so."""
+    torch.manual_seed(0)
+    batch = {"x": torch.randint(11, (5, 4)), "labels": torch.randint(3, (5,))}
+
+    def rows(sparse, engine):
+        torch.manual_seed(1)
+        module = nn.ModuleList([layer(11, 6, sparse=sparse), nn.Linear(6, 3)])
+
+        def loss(module, batch):
+            found = module[0](batch["x"])
+            return F.cross_entropy(module[1](found.mean(1) if found.ndim == 3 else found), batch["labels"])
+
+        with preserve_state(module):
+            return sketches(module, loss, engine)(batch).rows
+
+    said = pytest.warns(UserWarning, match="EmbeddingBag 0 has no rule") if layer is nn.EmbeddingBag else nullcontext()
+    with said if engine == "auto" else nullcontext():
+        found = rows(True, engine)
+    torch.testing.assert_close(found, rows(False, "loop"))
