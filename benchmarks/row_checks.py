@@ -85,7 +85,7 @@ def timed(owner, name, spent):
 def share_of_rows(module, count):
     sketch = BlockSRHT(Layout.of(module).n, 4096)
     checks, batches = [], []
-    undo = timed(ExampleSketches, "_alone", checks), timed(ExampleSketches, "__call__", batches)
+    undo = timed(ExampleSketches, "alone", checks), timed(ExampleSketches, "__call__", batches)
     sketch_gradients(module, module.batches(count), sketch)
     for put_back in undo:
         put_back()

@@ -109,8 +109,9 @@ def scorable(columns: Mapping[str, Any]) -> Bool[Tensor, " rows"]:
     (there,) = once.nonzero(as_tuple=True)
     if len(ids[there].unique()) == len(there):
         return keep
-    loaders = columns.get("dataloader", torch.zeros_like(ids))
-    alike = equal_rows(*(column[there] for column in (ids, columns["fingerprint"], columns["stage"], loaders)))
+    of_example = ids, columns["fingerprint"], columns["stage"]
+    more = (keys_of(columns[name]) for name in ("dataloader", "part", "token") if name in columns)
+    alike = equal_rows(*(column[there] for column in (*of_example, *more)))
     last = torch.zeros_like(there).scatter_reduce(0, alike, there, "amax")[alike] == there
     keep[there[~last]] = False
     if not last.all():

@@ -1,8 +1,9 @@
 """Computes the sketched gradient of each example at the current weights of a module."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from lightning_sketch.autodiff.losses import LossFn, training_step_loss
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.example_sketches import Engine, ExampleSketches
-from lightning_sketch.per_example.verify import one
+from lightning_sketch.per_example.verify import one, tolerance
 from lightning_sketch.per_example.weights import Reduction
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, Strings
 
@@ -31,7 +32,6 @@ from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, Sketch
 RowFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
 
 _IGNORED = -100  # the label that losses of PyTorch ignore
-_COPIES = 32  # copies of an example, each with a part of its labels, in one pass
 
 
 def sketch_gradients(
@@ -75,7 +75,8 @@ def sketch_gradients(
             none of the usual ways fits.
         reduction: "mean", or "sum" if the loss is a sum over examples; found by itself if None.
         index_key: Where a batch has the ids of its examples, or "hash"; see `batch_ids`. If it has an id for each
-            label, as packed documents have, there is a row for each document of each example, and -1 is no document.
+            label, as packed documents have, there is a row for each document of each example, and -1 is no document. A
+            document that continues in another example has a row for each part, with its number in the column `part`.
         num_examples: The number of examples of a batch, or batch -> this number, if its tensors disagree; each item of
             a list of this length is then an example.
         batch_dim: The axis of the examples, 1 for (time, batch, ...), with the loop only.
@@ -153,6 +154,8 @@ class ExampleRows:
         self.fingerprint = module_fingerprint(sketches.module)
         self.in_doubt, self.places = False, torch.zeros(0, dtype=torch.long)
         self._rows = self._zero = self._not_finite = 0
+        self._parts: Counter[int] = Counter()  # how often each packed document was seen
+        self._warned = False
 
     def __call__(self, batch: Any, ids: Column) -> SketchedGradients:
         """Return the rows, on the CPU."""
@@ -214,6 +217,7 @@ class ExampleRows:
                 "'labels' of the batch or the last item of a tuple; those to ignore are -100."
             )
         examples, places, self.in_doubt = self.sketches.structure.count(batch), [], False
+        batch = _with_decoder_inputs(self.sketches.module, batch)
         for place in range(examples):
             example = one(self.sketches.structure, batch, place, examples)
             labels = labels_of(example)
@@ -228,20 +232,69 @@ class ExampleRows:
             else:
                 documents = ids[place][counted.cpu()].unique()
                 documents = documents[documents != UNKNOWN_ID]
-                keep = ids[place] == documents[:, None]
-                columns = {"example_id": documents}
-            for start in range(0, len(keep), _COPIES):
-                part = slice(start, start + _COPIES)
-                masked = torch.where(keep[part].to(labels.device), labels, _IGNORED)
-                copies = with_labels(repeated(example, len(masked)), masked)
-                rows, in_doubt = self._of_examples(copies, {name: column[part] for name, column in columns.items()})
-                rows = rows.where(rows.weight != 0)  # the first label of a causal model is predicted by nothing
-                self.in_doubt |= in_doubt
-                places.append(torch.full((len(rows),), place))
-                yield rows
+                keep = (ids[place] == documents[:, None]) & counted.cpu()
+                self._parts.update(documents.tolist())
+                columns = {"example_id": documents, "part": [self._parts[i] - 1 for i in documents.tolist()]}
+            if not len(keep):
+                continue
+            rows = SketchedGradients.cat(list(self._of_copies(example, labels, keep, columns, examples)))
+            rows = self._compared(
+                rows, with_labels(example, torch.where(keep.any(0).to(labels.device), labels, _IGNORED))
+            )
+            rows = rows.where(rows.weight != 0)  # the first label of a causal model is predicted by nothing
+            places.append(torch.full((len(rows),), place))
+            yield rows
         if not places:
             raise ValueError("no label of the batch counts, all are -100 or belong to no document, so it has no rows.")
         self.places = torch.cat(places)
+
+    def _of_copies(
+        self, example: Any, labels: Tensor, keep: Tensor, columns: Mapping[str, Any], most: int
+    ) -> Iterator[SketchedGradients]:
+        """Yield the rows of copies of an example, each with a part of its labels, at most `most` copies at a time."""
+        for start in range(0, len(keep), most):
+            part = slice(start, start + most)
+            masked = torch.where(keep[part].to(labels.device), labels, _IGNORED)
+            copies = with_labels(repeated(example, len(masked)), masked)
+            rows, in_doubt = self._of_examples(copies, {name: column[part] for name, column in columns.items()})
+            self.in_doubt |= in_doubt
+            counts = keep[part].sum(1).float()
+            yield SketchedGradients(
+                rows.sketches, rows.sketch, {**rows.columns, "weight": rows.weight.where(~rows.weight.isnan(), counts)}
+            )
+
+    def _compared(self, rows: SketchedGradients, example: Any) -> SketchedGradients:
+        """Return the rows of parts of an example's labels, marked if they do not add up to the example's own gradient.
+
+        They do not if the loss is no mean over labels that are not -100, or the model reads its labels.
+        """
+        whole, _ = self.sketches.alone(example, 0, 1)
+        total = (rows.weight[:, None] * rows.sketches).sum(0) / rows.weight.sum()
+        error = tolerance(self.sketches.parameters)
+        if (total - whole.cpu()).norm() <= 5 * error * whole.cpu().norm() or not whole.isfinite().all():
+            return rows
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                "rows of tokens or documents do not add up to the gradient of their example, as the loss is no mean "
+                "over the labels that are not -100, or the model makes its inputs from them: they are marked as of "
+                "unknown scale. Give the batch all inputs of the model, and mark what does not count by -100.",
+                stacklevel=4,
+            )
+        return doubted(rows)
+
+
+def _with_decoder_inputs(module: nn.Module, batch: Any) -> Any:
+    """Return a batch with the inputs of the decoder that a model of Hugging Face would make from the labels."""
+    makers = [
+        part.prepare_decoder_input_ids_from_labels
+        for part in module.modules()
+        if getattr(getattr(part, "config", None), "is_encoder_decoder", False)
+        and hasattr(part, "prepare_decoder_input_ids_from_labels")
+    ]
+    if not makers or not isinstance(batch, Mapping) or "decoder_input_ids" in batch:
+        return batch
+    return {**batch, "decoder_input_ids": cast(Any, makers[0])(labels=labels_of(batch))}
 
 
 def doubted(rows: SketchedGradients) -> SketchedGradients:

@@ -42,7 +42,7 @@ def fingerprint(tensors: Sequence[Tensor], known: Known | None = None) -> int:
     for tensor in tensors:
         kept = known is not None and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
         version, found = (known or {}).get(id(tensor), (-1, 0)) if kept else (-1, 0)
-        if version != tensor._version:
+        if not kept or version != tensor._version:  # a tensor of inference mode has no version
             found = _sum(tensor, multipliers(tensor.device))
             if kept and known is not None:
                 known[id(tensor)] = tensor._version, found

@@ -1,12 +1,13 @@
 """Measurement of a module without a trace: whatever a forward pass changes is restored."""
 
+import copy
 import random
 import sys
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -56,9 +57,9 @@ def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
 
     Restored afterwards, also after an error: the random state of Python, numpy and torch on every device, the mode of
     every submodule, buffers, frozen parameters, states of metrics, and attributes of modules that are numbers, strings,
-    lists, dicts, sets, deques and small tensors, however deep. Costs a copy of these. Not restored: files, globals, the
-    contents of other objects, tensor attributes of more than 2^20 numbers, and frozen parameters where they outnumber
-    the trainable ones (a large frozen base is never copied).
+    lists, dicts, sets, deques, random generators and small tensors, however deep. Costs a copy of these. Not restored:
+    files, globals, the contents of other objects, tensor attributes of more than 2^20 numbers, and frozen parameters
+    where they outnumber the trainable ones (a large frozen base is never copied).
 
     One thread of a process measures at a time, each its own module; the others wait for it. Another thread may draw the
     same numbers from the global random generators twice, since their state is restored, and its attention runs by plain
@@ -262,6 +263,8 @@ def _contents(value: Any, seen: set[int]) -> Callable[[], None]:
         items, inner = dict(value), value.values()
     elif type(value) is set:
         items, inner = set(value), ()
+    elif isinstance(value, torch.Generator | np.random.Generator | random.Random):
+        return _generator(value)
     else:
         return lambda: None
     deeper = [_contents(v, seen) for v in inner if not isinstance(v, _PLAIN)]
@@ -273,3 +276,16 @@ def _contents(value: Any, seen: set[int]) -> Callable[[], None]:
             restore()
 
     return put_back
+
+
+def _generator(value: Any) -> Callable[[], None]:
+    """Copy the state of a random generator that a module owns, and return a function that restores it."""
+    if isinstance(value, np.random.Generator):
+        bits: Any = value.bit_generator
+        state = copy.deepcopy(bits.state)
+        return lambda: setattr(bits, "state", state)
+    if isinstance(value, torch.Generator):
+        seed = value.get_state()
+        return lambda: cast(None, value.set_state(seed))
+    inner = value.getstate()
+    return lambda: value.setstate(inner)

@@ -3,7 +3,8 @@
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple, cast, get_args
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float
@@ -17,16 +18,19 @@ from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.loop import loop_sketches, vmap_sketches
 from lightning_sketch.per_example.verify import (
+    MOST_WITNESSES,
+    WITNESSES,
     check_first_axis,
     coupled,
+    disagreement,
     gradients_of,
     hooks_fail,
     one,
     tolerance,
-    weighing_of,
+    weighings_of,
     witnesses,
 )
-from lightning_sketch.per_example.weights import Reduction, Weighing, Weighings, WeightFn
+from lightning_sketch.per_example.weights import KnownWays, Reduction, Weighing, Weighings, WeightFn
 
 # How per-example gradients are computed.
 Engine = Literal["auto", "hooks", "loop", "vmap"]
@@ -116,10 +120,10 @@ class ExampleSketches:
             )
         self.batches = self.by_hooks = 0  # that were seen, and of these the ones that hooks split
         self._hooks: tuple[ExampleHooks, SketchAccumulator] | None = None
-        self._way = ""  # the name of the last way of weighing that fitted
+        self._ways = KnownWays()
         self._reasons: set[str] | None = None  # parameters for which hooks had a reason on the first batch
-        self._output_losses = _OutputLosses(self.structure)
-        self._coupled = False
+        self._output_losses = _OutputLosses()
+        self._coupled, self._unchecked = False, False
 
     def __call__(self, batch: Any) -> ExampleGradients:
         """Return the rows at the module's present weights, with what is known about their examples."""
@@ -130,6 +134,8 @@ class ExampleSketches:
         if self.engine in ("loop", "vmap") or examples == 1 or by_definition:
             return self._one_by_one(batch, examples, number)
         found = self._by_hooks(batch, examples, number)
+        if found is None:
+            return self._one_by_one(batch, examples, number)
         if isinstance(found, ExampleGradients):
             self.by_hooks += 1
             return found
@@ -139,7 +145,7 @@ class ExampleSketches:
                 f"hooks do not give the gradients of single examples {found}\nThis is {which}. Use engine='loop', or "
                 "leave parameters out."
             )
-        in_doubt, self.engine = self.by_hooks > 0, "loop"
+        in_doubt, self.engine, self._ways, self._unchecked = self.by_hooks > 0, "loop", KnownWays(), True
         before = " The scale of earlier rows of this pass is marked as not known." if in_doubt else ""
         if self.structure.num_examples is not len:  # a list of examples, of different shapes perhaps, says so itself
             warnings.warn(
@@ -149,8 +155,12 @@ class ExampleSketches:
             )
         return self._one_by_one(batch, examples, number)._replace(in_doubt=in_doubt)
 
-    def _by_hooks(self, batch: Any, examples: int, number: int) -> ExampleGradients | str:
-        """Return the rows that hooks give, or why they are not the examples' gradients."""
+    def forget_batches(self) -> None:
+        """Forget what earlier batches have shown about the structure of a batch: those of another loader follow."""
+        self.structure = self.weighings.structure = replace(self.structure)
+
+    def _by_hooks(self, batch: Any, examples: int, number: int) -> ExampleGradients | str | None:
+        """Return the rows that hooks give; or why they are not the examples' gradients; None if all rows are zero."""
         if self._hooks is None:
             reason = self._unsupported(batch)
             if reason:
@@ -166,50 +176,67 @@ class ExampleSketches:
             gradients = gradients_of(total, self.parameters)
             shares = accumulator.rows()
         used = [name for name, gradient in gradients.items() if gradient is not None]
-        self._reasons = set(hooks.reasons) if self._reasons is None else self._reasons  # those of the first batch are
-        new = [
-            n for n in used if n not in hooks.supported or n in hooks.reasons.keys() - self._reasons
-        ]  # checked apart
+        if self._reasons is None:  # those of the first batch were checked parameter by parameter
+            self._reasons = set(hooks.reasons)
+        new = [n for n in used if n not in hooks.supported or n in hooks.reasons.keys() - self._reasons]
         if new:
             return self._listed({name: hooks.reasons.get(name, "no hook saw it") for name in new})
         del gradients, total
         each = loss.detach() if loss.shape == (examples,) else None
-        ways = self._ways(batch, examples, each is not None)
-        places = witnesses(shares, ways, number)
-        if not places:
-            return f"of {type(self.module).__name__}: all are zero, so that none could be compared with one alone."
-        rows, losses = zip(*(self._alone(batch, place, examples) for place in places), strict=True)
-        way = weighing_of(shares[places], torch.stack(rows), places, ways, tolerance(self.parameters))
-        if isinstance(way, str):
-            return f"of {type(self.module).__name__}: {way}."
-        self._way = way.name
-        known, probabilities = self._output_losses(outputs, batch, examples, dict(zip(places, losses, strict=True)))
+        if each is not None and not self.weighings.given:  # they add up to a sum
+            ways = [Weighing("a sum over examples", torch.ones(examples, dtype=torch.float64), summed=True)]
+        else:
+            ways = self.weighings(batch)
+        order = witnesses(shares, ways, number)
+        if not order:
+            return None
+        fitting, places = self._fitting(batch, shares, ways, order)
+        if isinstance(fitting, str):
+            return f"of {type(self.module).__name__}: {fitting}."
+        way = self._ways.narrow(fitting)
+        if way is None:
+            return f"of {type(self.module).__name__}: the loss weighs its examples in another way than before."
+        known, probabilities = self._output_losses(outputs, batch, self.structure, places, way, loss.detach().sum())
         each = known if each is None else each
         return ExampleGradients(shares * way.scale.to(shares)[:, None], each, way.weights, probabilities)
+
+    def _fitting(
+        self, batch: Any, shares: Float[Tensor, "examples dim"], ways: list[Weighing], order: list[int]
+    ) -> tuple[list[Weighing] | str, dict[int, float]]:
+        """Return the ways that fit the witnesses, or why none does, and the losses of the witnesses alone.
+
+        There are more witnesses than two as long as the ways that fit disagree about an example.
+        """
+        rows, losses, fitting = list[Tensor](), dict[int, float](), ways
+        none = (shares == 0).all(1).cpu()
+        while order and len(losses) < MOST_WITNESSES:
+            if len(losses) >= WITNESSES and (disagreement(fitting)[~none] <= 1 + tolerance(self.parameters)).all():
+                break
+            apart = disagreement(fitting).tolist() if len(losses) >= WITNESSES else None
+            place = order.pop(0) if apart is None else order.pop(max(range(len(order)), key=lambda i: apart[order[i]]))
+            row, losses[place] = self.alone(batch, place, len(shares))
+            rows.append(row)
+            places = list(losses)
+            found = weighings_of(shares[places], torch.stack(rows), places, ways, tolerance(self.parameters))
+            if isinstance(found, str):
+                return found, losses
+            fitting = [way for way in found if none[way.weights == 0].all()]  # who does not count has no gradient
+            if not fitting:
+                return "a weight of zero would be that of an example with a gradient", losses
+        return fitting, losses
 
     def _unsupported(self, batch: Any) -> str:
         """Return why hooks do not support the module, from its first batch; empty if they do."""
         try:
             check_first_axis(self.structure)
-            failing = hooks_fail(
-                self.module, batch, self.parameters, self.loss_fn, self.structure, lambda batch: self._ways(batch, 0)
-            )
+            failing = hooks_fail(self.module, batch, self.parameters, self.loss_fn, self.structure, self.weighings)
         except ValueError as error:
             if self.engine == "hooks":
                 raise
             return f"of {type(self.module).__name__}: {error}"
         return self._listed(failing) if failing else ""
 
-    def _ways(self, batch: Any, examples: int, each: bool = False) -> list[Weighing]:
-        """Return the ways in which the loss may weigh the examples, that of the batch before first.
-
-        Losses of each example add up to a sum.
-        """
-        if each and not self.weighings.given:
-            return [Weighing("a sum over examples", torch.ones(examples, dtype=torch.float64), summed=True)]
-        return sorted(self.weighings(batch), key=lambda way: way.name != self._way)
-
-    def _alone(self, batch: Any, place: int, examples: int) -> tuple[Float[Tensor, " dim"], float]:
+    def alone(self, batch: Any, place: int, examples: int) -> tuple[Float[Tensor, " dim"], float]:
         """Return the sketch of the gradient of one example of a batch alone, and its loss."""
         loss = self.loss_fn(self.module, one(self.structure, batch, place, examples)).sum()
         return self.layout.sketch(self.sketch, gradients_of(loss, self.parameters)), float(loss.detach())
@@ -221,35 +248,41 @@ class ExampleSketches:
             self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn, self.structure
         )
         ways, before = self.weighings(batch), self._coupled
-        if examples > 1 and (number + 1) & number == 0:  # batches 1, 2, 4, 8, ...
-            self._check_sum(batch, rows)
-        found = next((way for way in ways if way.name == self._way), None)
-        way = ways[0] if self.weighings.given else found
-        if way is None:
-            weights = torch.full((examples,), torch.nan, dtype=torch.float64)
-        else:
-            weights = way.weights
-            rows = rows.where(weights.to(rows.device)[:, None] > 0, 0.0)  # the mean over no labels is NaN
+        if examples > 1 and (self._unchecked or (number + 1) & number == 0):  # batches 1, 2, 4, 8, ...
+            self._check_sum(batch, rows, ways)
+        guess = ways[0] if self.weighings.given or (examples == 1 and ways) else None
+        way = self._ways.of(ways) or guess
+        weights = torch.full((examples,), torch.nan, dtype=torch.float64) if way is None else way.weights
+        empty = (weights == 0).to(rows.device) & ~rows.isfinite().all(1)  # the mean over no labels is NaN
+        rows = rows.where(~empty[:, None], 0.0)
+        if self.weighings.given:
+            rows = rows.where((weights > 0).to(rows.device)[:, None], 0.0)
         in_doubt = self._coupled and not before and number > 0
         return ExampleGradients(rows, losses, weights, None, not self._coupled, in_doubt)
 
-    def _check_sum(self, batch: Any, rows: Float[Tensor, "examples dim"]) -> None:
+    def _check_sum(self, batch: Any, rows: Float[Tensor, "examples dim"], ways: list[Weighing]) -> None:
         """Find how the gradient of the batch is made of those of its examples; warn, once, if it is not.
 
         Raises:
             ValueError: if all gradients of examples are zero, but not that of the batch.
         """
+        self._unchecked = False
         loss = self.loss_fn(self.module, batch)
         each = loss.shape == (len(rows),)
         whole = self.layout.sketch(self.sketch, gradients_of(loss.sum(), self.parameters))
         error = tolerance(self.parameters)
-        for way in self._ways(batch, len(rows), each):
+        if each and not self.weighings.given:
+            ways = [way for way in ways if way.summed]
+        fitting = []
+        for way in ways:
             shares = rows / way.scale.to(rows)[:, None]
             total = shares.where(shares.isfinite(), 0.0).sum(0)
             if (total - whole.to(total)).norm() <= error * whole.norm():
-                self._way = way.name
-                return
-        self._way = ""
+                fitting.append(way)
+        if fitting:
+            if self._ways.narrow(fitting) is None:
+                self._ways = KnownWays()
+            return
         time_first = [name for name, part in self.module.named_modules() if getattr(part, "batch_first", True) is False]
         if time_first and self.structure.batch_dim == 0 and coupled(rows, whole, error):
             raise ValueError(
@@ -309,33 +342,41 @@ def _last_output(module: nn.Module, examples: int) -> Iterator[list[Tensor]]:
 class _OutputLosses:
     """A function from the output of a batch to the losses of its examples alone, if these are a usual loss of it.
 
-    It is known by the losses of witnesses, as their own passes gave them.
-
-    Args:
-        structure: Where the examples are in a batch.
+    It is known by the losses of witnesses, as their own passes gave them, and by that of the batch.
     """
 
-    def __init__(self, structure: BatchStructure):
-        self.structure, self.loss, self.missed = structure, cast(OutputLoss | None, None), 0
+    def __init__(self) -> None:
+        self.loss: OutputLoss | None = None
+        self.missed = 0
 
     def __call__(
-        self, outputs: list[Tensor], batch: Any, examples: int, alone: Mapping[int, float]
+        self,
+        outputs: list[Tensor],
+        batch: Any,
+        structure: BatchStructure,
+        alone: Mapping[int, float],
+        way: Weighing,
+        whole: Tensor,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the losses and the probabilities of the true labels, (examples,), None where they are not known.
 
         Args:
             outputs: The output, or nothing.
             batch: The batch.
-            examples: The number of its examples.
+            structure: Where its examples are.
             alone: The losses of witnesses by their places.
+            way: How the loss weighs the examples.
+            whole: The loss of the batch.
         """
         if not outputs or not has_labels(batch) or self.missed >= _TRIES:
             return None, None
-        parts = [part for part, _ in self.structure.parts(batch, 1, examples)]
+        parts = [part for part, _ in structure.parts(batch, 1)]
         expected = torch.tensor(list(alone.values()))
         for loss in [self.loss] if self.loss else loss_values(outputs[0], batch):
             each = torch.stack([loss(outputs[0][i : i + 1], part).float() for i, part in enumerate(parts)]).cpu()
-            if torch.allclose(each[list(alone)], expected, rtol=_SAME_LOSS, atol=_SAME_LOSS**2):
+            shares = (each / way.scale).where(way.weights > 0, 0.0).sum()
+            both = torch.cat([each[list(alone)].double(), shares[None]]), torch.cat([expected, whole.cpu()[None]])
+            if torch.allclose(both[0], both[1].double(), rtol=_SAME_LOSS, atol=_SAME_LOSS**2):
                 self.loss = loss
                 of_classes = isinstance(loss, CrossEntropy) and not labels_of(batch).is_floating_point()
                 return each, (-each).exp() if of_classes else None

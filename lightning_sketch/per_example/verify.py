@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import HALF, BatchStructure, has_labels, labels_of
+from lightning_sketch.autodiff.batches import HALF, BatchStructure, leaves_of
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn
 from lightning_sketch.operators.count_sketch import CountSketch
@@ -38,7 +38,8 @@ _FLOOR = 1e-5
 # A row is no witness if it is smaller than this, relative to the largest one: rounding may be all of it.
 _SMALL = 1e-2
 
-_WITNESSES = 2
+# Witnesses of a batch; more where the ways that fit disagree about other examples.
+WITNESSES, MOST_WITNESSES = 2, 5
 
 # Pairs of examples whose losses are compared, until one shows enough.
 _PAIRS = 4
@@ -57,8 +58,20 @@ def tolerance(parameters: Mapping[str, Tensor]) -> float:
     return 5e-2 if any(p.dtype in HALF for p in parameters.values()) else 1e-3
 
 
+def disagreement(ways: Sequence[Weighing]) -> Float[Tensor, " examples"]:
+    """Return by what factor ways of weighing disagree about each example; infinite if it counts in some of them only.
+
+    It is one if all say the same, or that the example does not count.
+    """
+    scales = torch.stack([way.scale for way in ways])
+    least, most = scales.min(0).values, scales.max(0).values
+    return torch.where(most == 0, 1.0, most / least)
+
+
 def witnesses(rows: Float[Tensor, "examples dim"], ways: Sequence[Weighing], number: int) -> list[int]:
     """Return the examples that a batch is checked by, none if all rows are zero or not finite.
+
+    The first is drawn, the second is the one about which the ways disagree most; others follow, for more witnesses.
 
     Args:
         rows: The rows of the batch, up to their scales.
@@ -70,20 +83,20 @@ def witnesses(rows: Float[Tensor, "examples dim"], ways: Sequence[Weighing], num
     fit = norms > _SMALL * norms.max()
     order = torch.randperm(len(norms), generator=torch.Generator().manual_seed(number))
     drawn = [i for i in order.tolist() if fit[i]]
-    scales = torch.stack([way.scale for way in ways])
-    spread = (scales.max(0).values / scales.min(0).values).nan_to_num(0.0, posinf=0.0)  # of no label both are zero
-    extreme = int(spread.where(fit, 0.0).argmax())
-    return list(dict.fromkeys(drawn[:1] + [extreme] * bool(fit[extreme]) + drawn))[:_WITNESSES]
+    if len(drawn) < 3:
+        return drawn
+    apart = disagreement(ways).tolist()
+    return [drawn[0], *sorted(drawn[1:], key=lambda i: -apart[i])]
 
 
-def weighing_of(
+def weighings_of(
     shares: Float[Tensor, "witnesses dim"],
     alone: Float[Tensor, "witnesses dim"],
     places: Sequence[int],
     ways: Sequence[Weighing],
     error: float,
-) -> Weighing | str:
-    """Return the way of weighing that turns the shares of the witnesses into their own gradients, or why there is none.
+) -> list[Weighing] | str:
+    """Return the ways that turn the shares of the witnesses into their own gradients, or why there are none.
 
     Args:
         shares: The rows of the witnesses, from the pass of their batch.
@@ -99,20 +112,21 @@ def weighing_of(
     if not (off <= error).all():
         return _OTHER_DIRECTION
     errors = [float((way.scale[list(places)] / found - 1).abs().max()) for way in ways]
-    best = min(range(len(ways)), key=errors.__getitem__)
-    if errors[best] <= error:
-        return ways[best]
-    tried = " or ".join(way.name for way in ways)
-    at, real = places[0], float(found[0])
+    fitting = [way for way, own in zip(ways, errors, strict=True) if own <= error]
+    if fitting:
+        return fitting
+    best = ways[min(range(len(ways)), key=errors.__getitem__)]
+    tried = " or ".join(dict.fromkeys(way.name for way in ways))
+    at, real, expected = places[0], float(found[0]), float(best.scale[places[0]])
     return (
         "the share of an example in the batch is not the gradient of the example alone times a usual weight: the loss "
         f"is not {tried}; example {at} has {1 / real:.3g} of its own gradient in that of the batch, not "
-        f"{1 / float(ways[best].scale[at]):.3g}. Pass weight_fn=lambda batch: the weight of the batch in a mean, such "
+        f"{1 / expected if expected else 0:.3g}. Pass weight_fn=lambda batch: the weight of the batch in a mean, such "
         "as the sum of its class weights"
     )
 
 
-def weighing_by_losses(
+def weighings_by_losses(
     module: nn.Module,
     batch: Any,
     loss_fn: LossFn,
@@ -120,12 +134,13 @@ def weighing_by_losses(
     structure: BatchStructure,
     number: int,
     error: float,
-) -> Weighing | str | None:
-    """Return the way of weighing that the losses of two examples show: alone, and together in a batch of two.
+) -> list[Weighing] | str:
+    """Return the ways of weighing that agree with the losses of pairs of examples, alone and in a batch of two.
 
-    For rows that are shares of a training step, whose dropout no second pass repeats. One example is drawn from the
-    number of the batch; the other is the one about which the ways disagree most, of those the one whose label is
-    rarest. Costs a forward pass of four examples; call it under `preserve_state`.
+    For rows that are shares of a training step, whose dropout no second pass repeats. One example of a pair is drawn
+    from the number of the batch; the other is the one about which the ways that are left disagree most, among equals
+    the one whose label is rarest. Costs a forward pass of four examples for each pair, and one pair is enough in most
+    batches; call it under `preserve_state`.
 
     Args:
         module: The module.
@@ -137,40 +152,56 @@ def weighing_by_losses(
         error: The relative error that is rounding.
 
     Returns:
-        The way; or why there is none; or None if the two losses are too near to each other to tell.
+        The ways that are left, which may disagree about examples if no pair could tell; or why none is left.
     """
     examples = structure.count(batch)
-    if examples == 1:
-        return ways[0]
     order = torch.randperm(examples, generator=torch.Generator().manual_seed(number)).tolist()
-    weighted = [i for i in order if ways[0].weights[i] > 0]
-    frequency = _frequencies(batch, examples)
-    possible = list(ways)
-    for first in weighted[:_PAIRS]:
-        ratios = torch.stack([way.weights / way.weights[first] for way in ways]).nan_to_num(0.0)
-        spread = ratios.max(0).values / ratios.min(0).values  # infinite if a way says that the example does not count
-        others = sorted((i for i in weighted if i != first), key=lambda i: (-float(spread[i]), frequency[i]))
-        if not others:
-            return ways[0]
-        low, high = sorted((first, others[0]))
+    rarity = _frequencies(batch, examples)
+    left, known = list(ways), False
+    for first in order[:_PAIRS]:
+        pair = _pair(first, order, left, rarity)
+        if pair is None or (known and len({way.summed for way in left}) == 1 and disagreement(left).max() <= 1 + error):
+            break
+        low, high = sorted(pair)
         batches = one(structure, batch, low, examples), one(structure, batch, high, examples)
-        pair = structure.two(batch, low, high, examples)
-        a, b, both = (float(loss_fn(module, part).detach().double().mean()) for part in (*batches, pair))
+        both_examples = structure.two(batch, low, high, examples)
+        a, b, both = (float(loss_fn(module, part).detach().double().mean()) for part in (*batches, both_examples))
         rounding = error / 500 * max(abs(a), abs(b))
         if not abs(a - b) > 1000 * rounding:  # or one of them is not finite
             continue
-        possible = [
-            way for way in possible if abs(_expected(way, low, high, a, b) - both) <= error * abs(a - b) + 2 * rounding
-        ]
-        if len(possible) == 1:
-            return possible[0]
-        if not possible:
+        known = True
+        far = error * abs(a - b) + 2 * rounding
+        agreeing = [way for way in left if abs(_expected(way, low, high, a, b) - both) <= far]
+        if not agreeing:
+            if abs(float(loss_fn(module, both_examples).detach().double().mean()) - both) > rounding:
+                return "the loss draws random numbers, so that two passes cannot be compared"
             return (
                 f"the loss of two examples, {both:.4g}, is none of the usual means or sums of their losses alone, "
                 f"{a:.4g} and {b:.4g}; pass weight_fn=lambda batch: the weight of the batch in a mean (such as the sum "
                 "of its class weights)"
             )
-    return None
+        left = agreeing
+    return left
+
+
+def _pair(first: int, order: Sequence[int], ways: Sequence[Weighing], rarity: Sequence[int]) -> tuple[int, int] | None:
+    """Return two examples that tell ways of weighing apart, beginning with `first` if all of them count it."""
+    counted = torch.stack([way.weights for way in ways]).min(0).values > 0
+    start = first if counted[first] else next((i for i in order if counted[i]), None)
+    if start is None or len(order) < 2:
+        return None
+    ratios = torch.stack([way.weights / way.weights[start] for way in ways])
+    apart = ratios.max(0).values / ratios.min(0).values.clamp(min=1e-300)
+    others = [i for i in order if i != start and ratios[:, i].max() > 0]
+    if not others:
+        return None
+    # All count both: a mean differs from a sum. Else, where the ways agree there: one that some do not count.
+    return start, max(others, key=lambda i: (bool(counted[i]) and _tells(ways, apart[i]), float(apart[i]), -rarity[i]))
+
+
+def _tells(ways: Sequence[Weighing], apart: Tensor) -> bool:
+    """Return whether a pair that all ways count shows which of them is right."""
+    return len({way.summed for way in ways}) > 1 or bool(apart > 1 + 1e-6)
 
 
 def _expected(way: Weighing, first: int, second: int, a: float, b: float) -> float:
@@ -182,15 +213,17 @@ def _expected(way: Weighing, first: int, second: int, a: float, b: float) -> flo
 
 
 def _frequencies(batch: Any, examples: int) -> list[int]:
-    """Return how many examples of a batch have the label of each; ones if an example has no single whole number.
+    """Return how many examples of a batch have the value of each, in that column of whole numbers where it is rarest.
 
-    A loss with class weights weighs an example of a rare class unlike the others.
+    A loss with class weights weighs an example of a rare class unlike the others. A column without equal values, such
+    as one of ids, is no class.
     """
-    labels = labels_of(batch) if has_labels(batch) else None
-    if labels is None or labels.shape != (examples,) or labels.is_floating_point():
-        return [1] * examples
-    _, place, count = labels.unique(return_inverse=True, return_counts=True)
-    return count[place].tolist()
+    found = torch.full((examples,), examples)
+    for _, _, leaf in leaves_of(batch):
+        if isinstance(leaf, Tensor) and leaf.shape == (examples,) and not leaf.is_floating_point():
+            _, place, count = leaf.cpu().unique(return_inverse=True, return_counts=True)
+            found = found.minimum(count[place]) if len(count) < examples else found
+    return found.tolist()
 
 
 def coupled(rows: Float[Tensor, "examples dim"], whole: Float[Tensor, " dim"], error: float) -> bool:
@@ -289,7 +322,7 @@ def hooks_fail(
     if not right:
         return found
     known = ways(batch) if ways is not None else [Weighing("", torch.ones(examples, dtype=torch.float64))]
-    for place in witnesses(torch.cat([small.rows[name].double() for name in right], 1), known, 0):
+    for place in witnesses(torch.cat([small.rows[name].double() for name in right], 1), known, 0)[:WITNESSES]:
         alone = small.of(gradients_of(loss_fn(module, one(structure, batch, place, examples)).sum(), parameters))
         shares = {name: rows[place] for name, rows in small.rows.items()}
         products = sum(float((shares[name] * alone[name]).double().sum()) for name in right)

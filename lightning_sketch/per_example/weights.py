@@ -34,11 +34,13 @@ class Weighing:
         name: The way of weighing, in words.
         weights: The weights, (examples,) in float64.
         summed: Whether the loss is a sum over examples, not a mean.
+        of_tokens: Whether weights are numbers of tokens.
     """
 
     name: str
     weights: Float[Tensor, " examples"]
     summed: bool = False
+    of_tokens: bool = False
 
     @property
     def scale(self) -> Float[Tensor, " examples"]:
@@ -60,7 +62,7 @@ class Weighings:
     Raises:
         ValueError: if the reduction is neither a mean nor a sum; on a batch, if `weight_fn` counts its keys.
 
-    >>> [way.name for way in Weighings(nn.Linear(2, 2))((torch.zeros(3, 2), torch.zeros(3)))]
+    >>> [way.name for way in Weighings(nn.Linear(2, 2))((torch.randn(3, 2), torch.randn(3)))]
     ['a mean over examples', 'a sum over examples']
     """
 
@@ -85,7 +87,7 @@ class Weighings:
         return self.weight_fn is not None or self.reduction is not None
 
     def __call__(self, batch: Any) -> list[Weighing]:
-        """Return the ways that differ on this batch in the weights of some example."""
+        """Return the ways, some of which may be the same on this batch."""
         examples = self.structure.count(batch)
         ones = torch.ones(examples, dtype=torch.float64)
         if self.reduction == "sum":
@@ -99,7 +101,10 @@ class Weighings:
         if self.reduction == "mean":
             return [mean]
         labels, masks = self._counted(batch, examples)
-        return _distinct([*labels, mean, *masks, Weighing("a sum over examples", ones, summed=True)])
+        of_tokens = [way for way in masks if way.of_tokens]  # count rather than weigh, where both say the same
+        others = [way for way in masks if not way.of_tokens]
+        ways = [*labels, *of_tokens, mean, *others, Weighing("a sum over examples", ones, summed=True)]
+        return [way for way in ways if way.weights.sum() > 0]
 
     def _counted(self, batch: Any, examples: int) -> tuple[list[Weighing], list[Weighing]]:
         """Return the means over labels that are not ignored, and those over the ones of masks."""
@@ -116,10 +121,11 @@ class Weighings:
 
 def _both(name: str, counts: Tensor) -> list[Weighing]:
     """Return the mean over the true entries, and that without the first of each example, which shifted labels lack."""
-    found = [Weighing(name, counts.reshape(len(counts), -1).sum(1).double().cpu())]
-    if counts.ndim > 1:
+    several = counts.ndim > 1
+    found = [Weighing(name, counts.reshape(len(counts), -1).sum(1).double().cpu(), of_tokens=several)]
+    if several:
         shifted = counts[:, 1:].reshape(len(counts), -1).sum(1).double().cpu()
-        found.append(Weighing(name.replace("over", "over shifted", 1), shifted))
+        found.append(Weighing(name.replace("over", "over shifted", 1), shifted, of_tokens=True))
     return found
 
 
@@ -135,10 +141,21 @@ def _is_causal(part: nn.Module) -> bool:
     return hasattr(part, "config") and type(part).__name__.endswith(("ForCausalLM", "LMHeadModel"))
 
 
-def _distinct(ways: list[Weighing]) -> list[Weighing]:
-    """Return the ways without those that repeat the scales of an earlier one."""
-    found: list[Weighing] = []
-    for way in ways:
-        if way.weights.sum() > 0 and not any(torch.equal(way.scale, other.scale) for other in found):
-            found.append(way)
-    return found
+class KnownWays:
+    """Which ways of weighing agree with all batches so far, and the weights that they give to a batch."""
+
+    def __init__(self) -> None:
+        self.names: set[str] | None = None
+
+    def narrow(self, fitting: list[Weighing]) -> Weighing | None:
+        """Keep the ways that fit one more batch, and return the first; None if the loss weighs it in another way."""
+        names = {way.name for way in fitting}
+        left = names if self.names is None else names & self.names
+        if not left:
+            return None
+        self.names = left
+        return next(way for way in fitting if way.name in left)
+
+    def of(self, ways: list[Weighing]) -> Weighing | None:
+        """Return the first of the ways of a batch that fits all batches before it; None if none is known."""
+        return next((way for way in ways if way.name in self.names), None) if self.names else None

@@ -44,7 +44,7 @@ def test_scales_of_a_plain_mean_a_sum_and_an_example_without_labels():
 
 
 def test_usual_ways_are_listed_once_each_likely_ones_first():
-    """Labels, shifted or not, masks, a mean and a sum over examples; of an even batch all means are one."""
+    """Labels, shifted or not, masks, a mean and a sum over examples."""
 
     class TinyForCausalLM(nn.Module):
         config = None
@@ -59,19 +59,15 @@ def test_usual_ways_are_listed_once_each_likely_ones_first():
     assert plain == [
         "a mean over labels",
         "a mean over shifted labels",
-        "a mean over examples",
         "a mean over ones of ['attention_mask']",
         "a mean over shifted ones of ['attention_mask']",
+        "a mean over examples",
         "a sum over examples",
     ]
     assert list(scales(uneven, module=TinyForCausalLM()))[:2] == plain[1::-1]
-    even = {"input_ids": torch.full((2, 3), 7), "labels": torch.ones(2, 3, dtype=torch.long)}
-    assert list(scales(even)) == ["a mean over labels", "a sum over examples"]
-    assert scales((torch.randn(3, 2), torch.randn(3), torch.tensor([1.0, 0.0, 1.0])))["a mean over ones of [2]"] == [
-        2.0,
-        0.0,
-        2.0,
-    ]
+    masked = scales((torch.randn(3, 2), torch.randn(3), torch.tensor([1.0, 0.0, 1.0])))
+    assert list(masked) == ["a mean over examples", "a mean over ones of [2]", "a sum over examples"]
+    assert masked["a mean over ones of [2]"] == [2.0, 0.0, 2.0]
 
 
 def test_an_unknown_reduction_is_refused(untyped):

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,7 +50,7 @@ class CheckpointRows:
             own: The user's columns.
         """
         if loader not in self.duplicates:  # batches of another loader may have another structure
-            self.rows.sketches.structure = replace(self.rows.sketches.structure)
+            self.rows.sketches.forget_batches()
         with muted_loggers(trainer):
             rows = self.rows(batch, ids)
         if loader not in self.duplicates:

@@ -21,8 +21,8 @@ from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.example_sketches import ExampleSketches
 from lightning_sketch.per_example.hooks import ExampleHooks
-from lightning_sketch.per_example.verify import hooks_fail, tolerance, weighing_by_losses
-from lightning_sketch.per_example.weights import Weighing, Weighings
+from lightning_sketch.per_example.verify import disagreement, hooks_fail, tolerance, weighings_by_losses
+from lightning_sketch.per_example.weights import KnownWays, Weighing, Weighings
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, keys_of
 
 Fallback = Literal["loop", "vmap"]  # engines of the second pass
@@ -94,7 +94,8 @@ class TrainingExamples:
         self.hooks = ExampleHooks(module, self.parameters)
         self.accumulator = SketchAccumulator(sketch, layout, parameters=self.parameters)
         self.batch: _Batch | None = None
-        self.batches, self.checked, self.doubt, self.way_known = 0, False, False, True
+        self.batches, self.checked, self.doubt = 0, False, False
+        self.ways: KnownWays | None = KnownWays()  # None once a batch did not fit
         self.reasons: set[str] | None = None
         self.epoch, self.duplicates = -1, DuplicateFinder(None, 0)
         self.frozen: Known = {}
@@ -191,24 +192,19 @@ class TrainingExamples:
         """Return the way in which the loss weighs the examples of a batch, and whether that is known."""
         number, ways = self.batches, self.weighings(batch)
         self.batches += 1
-        if not self.way_known:  # it was not on an earlier batch
+        if self.ways is None:
             return ways[0], False
-        found = weighing_by_losses(
-            self.module,
-            batch,
-            on_copies(training_step_loss),
-            ways,
-            self.structure,
-            number,
-            tolerance(self.parameters),
-        )
-        if isinstance(found, Weighing):
-            return found, True
-        if found is None:
-            return ways[0], self.weighings.given
-        self.way_known, self.doubt = False, number > 0
+        loss_fn, error = on_copies(training_step_loss), tolerance(self.parameters)
+        found = weighings_by_losses(self.module, batch, loss_fn, ways, self.structure, number, error)
+        way = None if isinstance(found, str) else self.ways.narrow(found)
+        if way is not None:
+            left = [own for own in ways if own.name in (self.ways.names or ())]
+            apart = len({own.summed for own in left}) > 1 or bool(disagreement(left).max() > 1 + error)
+            return way, len(ways[0].weights) == 1 or self.weighings.given or not apart
+        self.ways, self.doubt = None, number > 0
+        reason = found if isinstance(found, str) else "it weighs its examples in another way than before"
         warnings.warn(
-            f"the scale of the rows of this fit's examples is marked as not known: {found}. Their directions are "
+            f"the scale of the rows of this fit's examples is marked as not known: {reason}. Their directions are "
             "right; rows at a checkpoint, trainer.validate(model, train_loader), have the right scale too.",
             stacklevel=2,
         )

@@ -329,6 +329,9 @@ class GradientSketchWriter(CallbackBase):
         """Write what was held back, and drop what was prepared for the present weights."""
         if self._checkpoint is not None:
             self._checkpoint.finish()
+            if trainer.state.fn != "fit" and self._run is not None:  # rank 0 may read the store at once
+                self._run.flush()
+                trainer.strategy.barrier()
         self._checkpoint = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
