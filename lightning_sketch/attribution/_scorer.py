@@ -27,7 +27,14 @@ from torch import Tensor
 
 from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.store.index import equal_rows
-from lightning_sketch.store.sketched_gradients import STAGES, UNKNOWN_ID, RowSource, SketchedGradients, keys_of
+from lightning_sketch.store.sketched_gradients import (
+    STAGES,
+    UNKNOWN_ID,
+    RowSource,
+    SketchedGradients,
+    keys_of,
+    say_rows,
+)
 
 AtCheckpoints = Mapping[int, SketchedGradients]  # queries by the optimizer step of their weights
 Queries = SketchedGradients | AtCheckpoints
@@ -277,8 +284,9 @@ def _selected(
         unknown = int((~(weight >= 0)).sum())
         if unknown or not weight.any():
             raise ValueError(
-                f"weighted=True takes the column 'weight', the number of labels of an example; {unknown or count} of "
-                f"{count} rows have none. Write rows with a weight_fn, or add the column, or use weighted=False."
+                "weighted=True takes the column 'weight', an example's number of labels or class weight; "
+                f"{unknown or count} of {count} rows have none. Write rows with a weight_fn, or add the column, or use "
+                "weighted=False."
             )
         factors *= weight / weight.mean()
     return Selected(
@@ -388,7 +396,7 @@ class Scorer:
             place = slice(start, start := start + len(block))
             yield place, self._scores(block.sketches, place, seen)
         for what, count in seen.items():
-            warnings.warn(f"{count} of {len(self.rows)} rows that were scored are {what}.", stacklevel=2)
+            say_rows(count, len(self.rows), f"that were scored are {what}")
 
     def _scores(self, sketches: Float[Tensor, "rows dim"], place: slice, seen: Counter[str]) -> Tensor:
         """Return the scores of a block of rows, converted to float32 a part at a time.

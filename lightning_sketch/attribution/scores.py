@@ -5,7 +5,7 @@
     tracin       sum over checkpoints of lr g_q . g_i, each at that checkpoint
     influence    g_qᵀ A⁻¹ g_i,    A: the curvature averaged over examples, plus lambda I
     normalize    influence / sqrt(g_qᵀ A⁻¹ g_q  g_iᵀ A⁻¹ g_i), relative influence; dot becomes cosine
-    weighted     each times w_i / mean w, w_i: the tokens of the example, for a loss that is a mean over tokens
+    weighted     each times w_i / mean w, w_i: the example's tokens or class weight, in a mean of these
 
 g_i is the sketched gradient of the example's own loss (not of its share in the mean of a batch). Without `normalize`
 outliers of large gradients are in the lists of all queries.
@@ -476,7 +476,9 @@ def _check_tables(queries: Any, method: Method) -> None:
     wanted = "{step of the checkpoint: queries}" if method == "tracin" else "queries taken at the rows' weights"
     kind = type(queries if by_step != (method == "tracin") else tables[0]).__name__
     advice = "sketch_gradients(...) or store.sketch_gradients(...) makes them, store.queries() has stored ones"
-    if isinstance(queries, RowSource):
+    if method == "tracin" and isinstance(queries, SketchedGradients):
+        advice = "pass {int(rows.step[0]): queries} for one checkpoint, or store.queries(), see queries='val'"
+    elif isinstance(queries, RowSource):
         advice = "read the rows of a store into memory with .read()"
     elif isinstance(queries, list | tuple):
         advice = "a list needs a list of train, one for each; SketchedGradients.cat(list) makes one table"

@@ -26,7 +26,7 @@ from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.example_sketches import Engine, ExampleSketches
 from lightning_sketch.per_example.verify import one, tolerance
 from lightning_sketch.per_example.weights import Reduction
-from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, Strings
+from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, Strings, say_rows
 
 # (module, batch) -> loss of each example, probability of its true label.
 RowFn = Callable[[nn.Module, Any], tuple[Tensor, Tensor]]
@@ -82,7 +82,8 @@ def sketch_gradients(
         batch_dim: The axis of the examples, 1 for (time, batch, ...), with the loop only.
         split_fn: batch -> batches of one example, for graphs, with the loop only.
         per_token: Whether to compute a row for each label that is not -100, of the loss of this token alone, with its
-            position in the column `token`. The labels are the entry "labels" of a batch, or the last of a tuple.
+            position in the column `token`, and that of its example among all in the column `example`. The labels are
+            the entry "labels" of a batch, or the last of a tuple.
 
     Returns:
         The rows, (examples, dim), in the order of the examples, with the columns `example_id`, `loss` and `prob_true`
@@ -153,7 +154,7 @@ class ExampleRows:
         self.device = next(iter(sketches.parameters.values())).device
         self.fingerprint = module_fingerprint(sketches.module)
         self.in_doubt, self.places = False, torch.zeros(0, dtype=torch.long)
-        self._rows = self._zero = self._not_finite = 0
+        self._rows = self._zero = self._not_finite = self._examples = 0
         self._parts: Counter[int] = Counter()  # how often each packed document was seen
         self._warned = False
 
@@ -180,12 +181,8 @@ class ExampleRows:
                 "are marked (column 'finite') and never scored.",
                 stacklevel=3,
             )
-        if self._zero:
-            warnings.warn(
-                f"{self._zero} of {self._rows} rows are zero: their loss does not depend on the parameters, or all of "
-                "their labels are ignored. Their scores are zero.",
-                stacklevel=3,
-            )
+        what = "are zero: their loss does not depend on the parameters, or all of their labels are ignored"
+        say_rows(self._zero, self._rows, what)
 
     def _of_examples(self, batch: Any, columns: dict[str, Any]) -> tuple[SketchedGradients, bool]:
         """Return the rows of a batch on the device, with these columns and those that are found."""
@@ -228,7 +225,11 @@ class ExampleRows:
                 keep = torch.nn.functional.one_hot(tokens, len(counted)).bool()
                 named = ids if isinstance(ids, Strings) or ids.ndim == 1 else None
                 of_rows = ids[place, tokens] if named is None else named[torch.full((len(tokens),), place)]
-                columns = {"example_id": of_rows, "token": tokens}
+                columns = {
+                    "example_id": of_rows,
+                    "token": tokens,
+                    "example": torch.full_like(tokens, self._examples + place),
+                }
             else:
                 documents = ids[place][counted.cpu()].unique()
                 documents = documents[documents != UNKNOWN_ID]
@@ -244,6 +245,7 @@ class ExampleRows:
             rows = rows.where(rows.weight != 0)  # the first label of a causal model is predicted by nothing
             places.append(torch.full((len(rows),), place))
             yield rows
+        self._examples += examples
         if not places:
             raise ValueError("no label of the batch counts, all are -100 or belong to no document, so it has no rows.")
         self.places = torch.cat(places)

@@ -289,7 +289,7 @@ def training_step_loss(module: nn.Module, batch: Any, *, batch_idx: int = 0) -> 
             mode = "training" if module.training else "evaluation"
             raise RuntimeError(
                 f"training_step of {type(module).__name__} failed when called for its loss, in {mode} mode: "
-                f"{type(error).__name__}: {error}. Pass loss_fn=lambda module, batch: ..."
+                f"{type(error).__name__}: {str(error).rstrip('.')}. Pass loss_fn=lambda module, batch: ..."
             ) from error
     loss = output.get("loss") if isinstance(output, Mapping) else output
     if loss is None:
@@ -310,8 +310,16 @@ def call_step(step: Callable, *args: Any, **kwargs: Any) -> Any:
 
 
 def on_copies(loss_fn: LossFn) -> LossFn:
-    """Return the same loss on a copy of the batch, for a step that changes its batch in place and is called again."""
-    return lambda module, batch: loss_fn(module, copied(batch))
+    """Return the same loss on a copy of the batch, without logging, for a step that is called once more than it trains.
+
+    A step may change its batch in place.
+    """
+
+    def on_copy(module: nn.Module, batch: Any) -> Any:
+        with _silent(module):
+            return loss_fn(module, copied(batch))
+
+    return on_copy
 
 
 def call_model(module: nn.Module, batch: Any) -> Any:
@@ -534,8 +542,9 @@ class OutputModel:
         return (
             f"the Gauss-Newton matrix would be of a loss of {found}, but {who} {trained:.6g}; pass "
             "model_fn=lambda module, batch: output, or output_loss_fn: a lightning_sketch.curvature.CrossEntropy with "
-            "its ignore_index, shift or labels_fn; to GGN also a function (output, batch) -> loss; if the curvature is "
-            "the same, as with label smoothing or a regularizer of the weights, 'cross_entropy' and the like."
+            "its ignore_index, shift or labels_fn (GGN also takes a function (output, batch) -> loss). With class "
+            "weights pass 'cross_entropy': rows are of examples' own losses, in which class weights cancel. Pass it "
+            "too if the curvature is the same, as with label smoothing or a regularizer of the weights."
         )
 
     def _trained(self, batch: Any) -> "_Gradient | None":
@@ -551,8 +560,8 @@ class OutputModel:
             if isinstance(error, torch.OutOfMemoryError) or "when called for its loss" not in str(error):
                 raise
             raise ValueError(
-                f"the loss of the output that is trained is unknown: {error} Or pass "
-                "output_loss_fn=lambda output, batch: loss."
+                f"the loss of the output that is trained is unknown: {error} Or pass output_loss_fn, such as "
+                "'cross_entropy'."
             ) from error
 
 

@@ -20,6 +20,7 @@ from lightning_sketch.per_example.loop import loop_sketches, vmap_sketches
 from lightning_sketch.per_example.verify import (
     MOST_WITNESSES,
     WITNESSES,
+    by_reason,
     check_first_axis,
     coupled,
     disagreement,
@@ -35,8 +36,6 @@ from lightning_sketch.per_example.weights import KnownWays, Reduction, Weighing,
 # How per-example gradients are computed.
 Engine = Literal["auto", "hooks", "loop", "vmap"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-
-_LISTED = 5  # parameters in a warning
 
 _SAME_LOSS = 1e-3  # relative difference of a witness's loss, alone and from the output of its batch
 _TRIES = 3  # batches on which a loss of the output is looked for
@@ -108,8 +107,7 @@ class ExampleSketches:
         self.module, self.layout, self.sketch = module, layout, sketch
         self.structure, self.engine = structure or BatchStructure(), engine
         self.weighings = Weighings(module, weight_fn, reduction, self.structure)
-        copies = on_copies(loss_fn)
-        self.loss_fn: LossFn = lambda module, batch: _loss_in(copies(module, batch))
+        self._on_copies = on_copies(loss_fn)
         named = zip(layout.names, layout.parameters(module), strict=True)
         self.parameters = {name: p for name, p in named if names is None or name in names}
         frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
@@ -123,7 +121,7 @@ class ExampleSketches:
         self._ways = KnownWays()
         self._reasons: set[str] | None = None  # parameters for which hooks had a reason on the first batch
         self._output_losses = _OutputLosses()
-        self._coupled, self._unchecked = False, False
+        self._coupled = self._unchecked = self._refuted = self._random = False
 
     def __call__(self, batch: Any) -> ExampleGradients:
         """Return the rows at the module's present weights, with what is known about their examples."""
@@ -154,6 +152,29 @@ class ExampleSketches:
                 stacklevel=2,
             )
         return self._one_by_one(batch, examples, number)._replace(in_doubt=in_doubt)
+
+    def loss_fn(self, module: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of a batch, or the losses of its examples.
+
+        Raises:
+            ValueError: if it fails where the examples may be along another axis.
+        """
+        try:
+            return _loss_in(self._on_copies(module, batch))
+        except RuntimeError as error:
+            time_first = self._time_first()
+            if not time_first or "when called for its loss" not in str(error):
+                raise
+            raise ValueError(
+                f"{error} Or pass batch_dim=1: {time_first} has batch_first=False, so that the first axis may be time."
+            ) from error
+
+    def _time_first(self) -> str:
+        """Return the name of a part that takes time along the first axis, where examples are taken from there too."""
+        if not self.structure.along_first_axis:
+            return ""
+        parts = self.module.named_modules()
+        return next((name for name, part in parts if getattr(part, "batch_first", True) is False), "")
 
     def forget_batches(self) -> None:
         """Forget what earlier batches have shown about the structure of a batch: those of another loader follow."""
@@ -250,12 +271,12 @@ class ExampleSketches:
         ways, before = self.weighings(batch), self._coupled
         if examples > 1 and (self._unchecked or (number + 1) & number == 0):  # batches 1, 2, 4, 8, ...
             self._check_sum(batch, rows, ways)
-        guess = ways[0] if self.weighings.given or (examples == 1 and ways) else None
+        guess = ways[0] if (self.weighings.given and not self._refuted) or (examples == 1 and ways) else None
         way = self._ways.of(ways) or guess
         weights = torch.full((examples,), torch.nan, dtype=torch.float64) if way is None else way.weights
         empty = (weights == 0).to(rows.device) & ~rows.isfinite().all(1)  # the mean over no labels is NaN
         rows = rows.where(~empty[:, None], 0.0)
-        if self.weighings.given:
+        if self.weighings.given and way is not None:
             rows = rows.where((weights > 0).to(rows.device)[:, None], 0.0)
         in_doubt = self._coupled and not before and number > 0
         return ExampleGradients(rows, losses, weights, None, not self._coupled, in_doubt)
@@ -279,15 +300,16 @@ class ExampleSketches:
             total = shares.where(shares.isfinite(), 0.0).sum(0)
             if (total - whole.to(total)).norm() <= error * whole.norm():
                 fitting.append(way)
+        self._refuted = not fitting
         if fitting:
             if self._ways.narrow(fitting) is None:
                 self._ways = KnownWays()
             return
-        time_first = [name for name, part in self.module.named_modules() if getattr(part, "batch_first", True) is False]
-        if time_first and self.structure.batch_dim == 0 and coupled(rows, whole, error):
+        time_first = self._time_first()
+        if time_first and coupled(rows, whole, error):
             raise ValueError(
                 "the first axis of a batch is not that of examples: gradients of slices along it do not add up to that "
-                f"of the batch, and {time_first[0]} has batch_first=False, so that it is time; pass batch_dim=1."
+                f"of the batch, and {time_first} has batch_first=False, so that it is time; pass batch_dim=1."
             )
         if not rows.any() and whole.any() and whole.isfinite().all():
             raise ValueError(
@@ -295,7 +317,16 @@ class ExampleSketches:
                 " the gradient of each example alone is zero, that of the batch is not. No example has a row; write "
                 "rows of steps (per='step'), or pass loss_fn=lambda module, batch: a loss that each example has alone."
             )
-        if self._coupled or not (each or coupled(rows, whole, error)) or self._is_random(batch):
+        if self._coupled or not (each or coupled(rows, whole, error)):
+            return
+        if self._is_random(batch):
+            if not self._random:
+                self._random = True
+                warnings.warn(
+                    f"the loss of {type(self.module).__name__} draws random numbers, and a row is the gradient of one "
+                    "draw; pass loss_fn=lambda module, batch: the mean of several draws for rows with less noise.",
+                    stacklevel=2,
+                )
             return
         self._coupled = True
         warnings.warn(
@@ -306,11 +337,9 @@ class ExampleSketches:
         )
 
     def _listed(self, reasons: dict[str, str]) -> str:
-        """Return a text of the first parameters that hooks do not support, each with the reason."""
-        lines = [f"\n  {name}: {reason}" for name, reason in list(reasons.items())[:_LISTED]]
-        more = f"\n  and {len(reasons) - _LISTED} more" if len(reasons) > _LISTED else ""
+        """Return a text of the parameters that hooks do not support, by reason."""
         count = f"{len(reasons)} of {len(self.parameters)} parameters"
-        return f"for {count} of {type(self.module).__name__}:{''.join(lines)}{more}"
+        return f"for {count} of {type(self.module).__name__}:{by_reason(reasons)}"
 
     def _is_random(self, batch: Any) -> bool:
         """Return whether the loss draws random numbers, so that two passes differ."""

@@ -41,8 +41,13 @@ _SMALL = 1e-2
 # Witnesses of a batch; more where the ways that fit disagree about other examples.
 WITNESSES, MOST_WITNESSES = 2, 5
 
+_LISTED = 5  # parameters and reasons in a message
+
 # Pairs of examples whose losses are compared, until one shows enough.
 _PAIRS = 4
+
+# The squared gradient of an example alone, relative to that of its share in the batch, below which it is zero.
+_NOTHING = 1e-12
 
 # The part of a batch's gradient that no weights of the examples explain, above which examples are coupled.
 _COUPLED = 1e-2
@@ -327,10 +332,25 @@ def hooks_fail(
         shares = {name: rows[place] for name, rows in small.rows.items()}
         products = sum(float((shares[name] * alone[name]).double().sum()) for name in right)
         squares = sum(float(shares[name].double().square().sum()) for name in right)
+        if sum(float(own.double().square().sum()) for own in alone.values()) <= _NOTHING * squares:
+            found |= {name: found.get(name, _OTHER_DIRECTION) for name in right}  # alone it has no loss
+            continue
         scaled = {name: share * (products / squares) for name, share in shares.items()}
         for name in _differing(alone, scaled, parameters):
             found.setdefault(name, _OTHER_DIRECTION)
     return found
+
+
+def by_reason(reasons: Mapping[str, str]) -> str:
+    """Return a text of parameters and the reasons why hooks do not support them, a line for each reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    lines = []
+    for reason, (first, *others) in list(names.items())[:_LISTED]:
+        more = f" and {len(others) - _LISTED} more" if len(others) > _LISTED else ""
+        lines.append(f"\n  {first}: {reason}" + (f" (also {', '.join(others[:_LISTED])}{more})" if others else ""))
+    return "".join(lines) + (f"\n  and {len(names) - _LISTED} other reasons" if len(names) > _LISTED else "")
 
 
 def check_first_axis(structure: BatchStructure) -> None:

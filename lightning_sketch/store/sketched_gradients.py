@@ -4,6 +4,8 @@ Columns of strings, their selection and concatenation are in this file too, so t
 """
 
 import json
+import logging
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -352,6 +354,15 @@ class RowSource(Protocol):
 
     def blocks(self, batch_rows: int = 4096) -> Iterator[SketchedGradients]:
         """Yield the rows in order, at most `batch_rows` at a time."""
+
+
+def say_rows(count: int, total: int, what: str) -> None:
+    """Warn that some rows are odd; if they are one in a hundred or fewer, as of examples learned by heart, log it."""
+    text = f"{count} of {total} rows {what}."
+    if 100 * count > total:
+        warnings.warn(text, stacklevel=3)
+    elif count:
+        logging.getLogger("lightning_sketch").info(text)
 
 
 def as_column(values: Any, name: str) -> Column:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.utils.data import RandomSampler
+from torch.utils.data import RandomSampler, WeightedRandomSampler
 
 from lightning_sketch._lightning import Trainer, evaluated_loader, muted_loggers
 from lightning_sketch.attribution.sketch_gradients import ExampleRows, doubted
@@ -56,7 +56,7 @@ class CheckpointRows:
         if loader not in self.duplicates:
             source = evaluated_loader(trainer, loader)
             self.duplicates[loader] = DuplicateFinder(source, trainer.global_rank)
-            self._check_ids(ids, loader, isinstance(getattr(source, "sampler", None), RandomSampler))
+            self._check_ids(ids, loader, getattr(source, "sampler", None))
         if self.rows.in_doubt and self.stage == "queries":
             self.held = [doubted(part) for part in self.held]
         elif self.rows.in_doubt:
@@ -80,13 +80,20 @@ class CheckpointRows:
             self.run.put(rows, self.stage, **self.position)
         self.rows.warn_of_odd_rows()
 
-    def _check_ids(self, ids: Column, loader: int, drawn: bool) -> None:
-        """Warn of shuffled examples without ids, and of a second data loader, whose ids may be those of the first."""
+    def _check_ids(self, ids: Column, loader: int, sampler: Any) -> None:
+        """Warn of examples without a name or a row, and of a second data loader, which may have the same ids."""
         known = bool((keys_of(ids) != UNKNOWN_ID).any())
+        drawn = isinstance(sampler, RandomSampler | WeightedRandomSampler)
         if drawn and not known:
             warnings.warn(
                 "the rows of a shuffled data loader have no ids, so that answers cannot say which examples they are; "
                 "load IndexedDataset(data), or pass index_key=....",
+                stacklevel=2,
+            )
+        if drawn and sampler.replacement:
+            warnings.warn(
+                "the data loader draws examples with replacement, so that some have no row; validate with one that has "
+                "no such sampler.",
                 stacklevel=2,
             )
         if loader == 1 and not self.hashed and known:

@@ -21,7 +21,7 @@ from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.example_sketches import ExampleSketches
 from lightning_sketch.per_example.hooks import ExampleHooks
-from lightning_sketch.per_example.verify import disagreement, hooks_fail, tolerance, weighings_by_losses
+from lightning_sketch.per_example.verify import by_reason, disagreement, hooks_fail, tolerance, weighings_by_losses
 from lightning_sketch.per_example.weights import KnownWays, Weighing, Weighings
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, keys_of
 
@@ -297,8 +297,7 @@ def unsupported_by_hooks(
             else f"fallback={fallback!r} covers {many}, at the cost of {passes} more for every batch like the first, "
             "in evaluation mode"
         )
-        listed = "".join(f"\n  {name}: {reason}" for name, reason in unsupported.items())
-        warnings.warn(f"{summary}:{listed}", stacklevel=2)
+        warnings.warn(f"{summary}:{by_reason(unsupported)}", stacklevel=2)
     return unsupported
 
 
