@@ -97,3 +97,64 @@ def test_ids_of_another_shape_and_labels_that_are_no_words_are_refused(module, s
         sketch_gradients(module, [batch], sketch, shifted, index_key="documents")
     with pytest.raises(ValueError, match="need labels of whole numbers"):
         sketch_gradients(module, [{"input_ids": ids, "labels": ids[:, 0]}], sketch, shifted, per_token=True)
+
+
+def test_rows_of_tokens_that_do_not_add_up_are_marked(module, sketch):
+    """The loss divides by a mask, not by its labels: without the others a token has a part of its gradient."""
+    ids = torch.randint(WORDS, (2, 5))
+
+    def over_all(module, batch):
+        each = F.cross_entropy(module(batch)[:, :-1].mT, batch["labels"][:, 1:], reduction="sum")
+        return each / (4 * len(batch["labels"]))
+
+    with pytest.warns(UserWarning, match="do not add up"), pytest.warns(UserWarning, match="2 of 10 rows are zero"):
+        rows = sketch_gradients(module, [{"input_ids": ids, "labels": ids}], sketch, over_all, per_token=True)
+    assert not rows.scale_known.any()
+
+
+def test_parts_of_a_document_in_several_sequences_both_count(module, sketch):
+    ids = torch.randint(WORDS, (2, 6))
+    documents = torch.tensor([[1, 1, 1, 2, 2, 2], [2, 2, 2, 3, 3, 3]])
+    labels = ids.masked_fill(torch.tensor([1, 0, 0, 1, 0, 0]).bool(), -100)
+    batch = {"input_ids": ids, "labels": labels, "document_ids": documents}
+    rows = sketch_gradients(module, [batch], sketch, shifted)
+    assert rows.example_id.tolist() == [1, 2, 2, 3]
+    assert rows.part.tolist() == [0, 0, 1, 0]
+    query = sketch_gradients(module, [{"input_ids": ids[:1], "labels": ids[:1]}], sketch, shifted)
+    dots = (rows.sketches @ query.sketches[0]).tolist()
+    best = top_k(query, rows, 3)
+    found = dict(zip(best.example_ids[0].tolist(), best.scores[0].tolist(), strict=True))
+    assert found == pytest.approx({1: dots[0], 2: dots[1] + dots[2], 3: dots[3]}, rel=1e-4, abs=1e-5)
+
+
+def test_as_many_copies_are_made_at_once_as_the_batch_has_examples(module, sketch):
+    """Memory that has held the batch holds them too."""
+    sizes, ids = [], torch.randint(WORDS, (3, 9))
+
+    def noted(module, batch):
+        sizes.append(len(batch["labels"]))
+        return shifted(module, batch)
+
+    sketch_gradients(module, [{"input_ids": ids, "labels": ids}], sketch, noted, per_token=True)
+    assert max(sizes) == 3
+
+
+def test_a_decoder_that_reads_its_labels_gets_them_as_inputs():
+    """T5 makes the inputs of its decoder from the labels; a row of a token is of this token in its whole text."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=WORDS, decoder_start_token_id=0, dropout_rate=0.0, **sizes)
+    module = transformers.T5ForConditionalGeneration(config).eval()
+    sketch = BlockSRHT(Layout.of(module).n, 32)
+    batch = {"input_ids": torch.randint(1, WORDS, (1, 6)), "labels": torch.randint(1, WORDS, (1, 4))}
+    rows = sketch_gradients(
+        module, [batch], sketch, lambda module, batch: module(**batch).loss, engine="loop", per_token=True
+    )
+    losses = F.cross_entropy(module(**batch).logits[0], batch["labels"][0], reduction="none")
+    truth = []
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)
+        truth.append(sketch.matvec(torch.cat([g.flatten() for g in gradients])))
+    torch.testing.assert_close(rows.sketches, torch.stack(truth), rtol=1e-3, atol=1e-5)
+    assert rows.scale_known.all()

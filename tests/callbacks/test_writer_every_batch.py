@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from models import Digits, dataset, fit, trainer
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, WeightedRandomSampler
 from uneven import KINDS, Net, truth_of
 
 from lightning_sketch import GradientSketchWriter, GradientStore, IndexedDataset, sketch_gradients
@@ -301,4 +302,92 @@ def test_shuffled_examples_without_ids_are_said(tmp_path):
     model = Classes()
     data = DataLoader(examples(), 8, shuffle=True)
     with pytest.warns(UserWarning, match=r"no ids.*IndexedDataset"), pytest.warns(UserWarning, match="shuffling"):
+        trainer(tmp_path, writer(tmp_path, weight_fn=weight_of)).validate(model, data, verbose=False)
+
+
+def test_a_contrastive_loss_is_refused_while_training_too(tmp_path):
+    class Contrastive(Classes):
+        def training_step(self, batch, batch_idx):
+            return contrastive(self, batch)
+
+    with pytest.raises(MisconfigurationException, match="no gradient of Contrastive can be split"):
+        fit(tmp_path, writer(tmp_path, per="example"), model=Contrastive, data=loader(), max_epochs=1)
+
+
+@pytest.mark.parametrize("place", ["first", "key"])
+def test_class_weights_are_noticed_wherever_the_classes_are(tmp_path, place):
+    """One rare example in a batch of eight: the pair whose losses are compared has it."""
+
+    class Placed(Classes):
+        def training_step(self, batch, batch_idx):
+            x, y = (batch["x"], batch["target"]) if place == "key" else (batch[1], batch[0])
+            return F.cross_entropy(self.net(x), y, weight=WEIGHTS)
+
+    def item(x, y, i):
+        return {"x": x, "target": y, "number": i} if place == "key" else (y, x, i)
+
+    data = [item(x, y, i) for i, (x, y) in enumerate(examples())]
+    key = "number" if place == "key" else 2
+    with pytest.warns(UserWarning, match="marked as not known"):
+        fit(
+            tmp_path,
+            writer(tmp_path, per="example", index_key=key),
+            model=Placed,
+            data=DataLoader(data, 8),
+            max_epochs=1,
+        )
+    assert not rows_of(tmp_path, "fit").scale_known.any()
+
+
+def test_the_scale_of_a_masked_mean_is_known_in_training(tmp_path):
+    class Masked(Classes):
+        def training_step(self, batch, batch_idx):
+            each = F.cross_entropy(self.net(batch["x"]), batch["y"], reduction="none")
+            return (each * batch["mask"]).sum() / batch["mask"].sum().clamp(min=1)
+
+    torch.manual_seed(0)
+    data = [
+        {"x": x, "y": y, "mask": float(i % 5 != 2), "number": i} for i, (x, y) in enumerate(examples())
+    ]  # fmt: skip
+    fit(
+        tmp_path,
+        writer(tmp_path, per="example", index_key="number"),
+        model=Masked,
+        data=DataLoader(data, 8),
+        max_epochs=1,
+    )
+    rows = rows_of(tmp_path, "fit")
+    assert rows.scale_known.all()
+    assert rows.weight.tolist() == [float(i % 5 != 2) for i in range(48)]
+
+
+def test_loaders_of_different_batches_and_a_cache_made_in_validation(tmp_path):
+    """Pairs and triples; a buffer that a forward pass replaces in inference mode has no version."""
+
+    class Caches(Classes):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(3), persistent=False)
+
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            self.cache = self.cache * 1
+
+    model = Caches()
+    triples = [(x, y, i) for i, (x, y) in enumerate(examples())]
+    run = trainer(tmp_path, writer(tmp_path, index_key="hash"), max_epochs=1)
+    run.validate(model, [DataLoader(examples(), 8), DataLoader(triples, 8)], verbose=False)
+    store = GradientStore.open(tmp_path / "store")
+    assert store.metadata()["dataloader"].tolist() == [0] * 48 + [1] * 48
+    assert len(store.sketch_gradients(model, DataLoader(examples(), 8))) == 48
+    trainer(tmp_path / "fit", writer(tmp_path / "fit"), max_epochs=1).fit(model, DataLoader(examples(), 8))
+
+
+def test_a_sampler_that_leaves_examples_out_is_said(tmp_path):
+    sampler = WeightedRandomSampler(torch.ones(48), 16, replacement=True)
+    model = Classes()
+    data = loader(sampler=sampler)
+    with pytest.warns(UserWarning, match="with replacement"):
         trainer(tmp_path, writer(tmp_path, weight_fn=weight_of)).validate(model, data, verbose=False)
