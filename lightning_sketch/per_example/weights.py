@@ -103,8 +103,7 @@ class Weighings:
         labels, masks = self._counted(batch, examples)
         of_tokens = [way for way in masks if way.of_tokens]  # count rather than weigh, where both say the same
         others = [way for way in masks if not way.of_tokens]
-        ways = [*labels, *of_tokens, mean, *others, Weighing("a sum over examples", ones, summed=True)]
-        return [way for way in ways if way.weights.sum() > 0]
+        return [*labels, *of_tokens, mean, *others, Weighing("a sum over examples", ones, summed=True)]
 
     def _counted(self, batch: Any, examples: int) -> tuple[list[Weighing], list[Weighing]]:
         """Return the means over labels that are not ignored, and those over the ones of masks."""

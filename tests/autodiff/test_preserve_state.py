@@ -134,3 +134,16 @@ def test_a_buffer_made_in_inference_mode_does_no_harm():
     with preserve_state(module):
         module.state = module.state + 1
     assert module.state.tolist() == [1, 1]
+
+
+def test_random_generators_of_a_module_are_put_back():
+    """They are its own: torch's, NumPy's and Python's, in attributes and in lists of it."""
+    module = nn.Linear(2, 2)
+    module.own, module.several = torch.Generator().manual_seed(3), [np.random.default_rng(3), random.Random(3)]
+
+    def draw():
+        return float(torch.rand(1, generator=module.own)), float(module.several[0].random()), module.several[1].random()
+
+    with preserve_state(module):
+        first = draw()
+    assert draw() == first

@@ -67,6 +67,8 @@ def test_usual_ways_are_listed_once_each_likely_ones_first():
     assert list(scales(uneven, module=TinyForCausalLM()))[:2] == plain[1::-1]
     masked = scales((torch.randn(3, 2), torch.randn(3), torch.tensor([1.0, 0.0, 1.0])))
     assert list(masked) == ["a mean over examples", "a mean over ones of [2]", "a sum over examples"]
+    empty = scales((torch.randn(3, 2), torch.zeros(3)))
+    assert empty["a mean over ones of [1]"] == [0.0] * 3  # a way is there on every batch, so that it is not refuted
     assert masked["a mean over ones of [2]"] == [2.0, 0.0, 2.0]
 
 
