@@ -160,7 +160,7 @@ class LinearDatamodelingScore(Metric):
 
     def plot(
         self, val: Result | Sequence[Result] | None = None, ax: "Axes | None" = None
-    ) -> tuple["Figure | None", "Axes"]:
+    ) -> "tuple[Figure | None, Axes]":
         """Draw the LDS with its interval and ceiling, or the course of several results, as torchmetrics does.
 
         Args:
