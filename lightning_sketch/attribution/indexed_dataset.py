@@ -5,6 +5,7 @@ data set, which an `IndexedDataset` tells.
 """
 
 import copy
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -115,6 +116,9 @@ def indexed(loader: Any) -> Any:
 
     Raises:
         ValueError: if parts of the data set are indexed, as in a `ConcatDataset`, but not the whole.
+
+    Warns:
+        UserWarning: if the loader does not batch items itself.
     """
     dataset = getattr(loader, "dataset", None)
     while isinstance(dataset, Subset):
@@ -127,6 +131,13 @@ def indexed(loader: Any) -> Any:
     if not isinstance(loader, DataLoader) or not isinstance(dataset, IndexedDataset):
         return loader
     if isinstance(loader.collate_fn, _Collate):
+        return loader
+    if loader.batch_sampler is None:
+        warnings.warn(
+            "a data loader with batch_size=None takes items as batches, of which an IndexedDataset has no indices: let "
+            "the loader batch the items, or pass index_key=....",
+            stacklevel=2,
+        )
         return loader
     own = copy.copy(loader)
     own.__dict__["_iterator"] = None  # of persistent workers, which collate as before

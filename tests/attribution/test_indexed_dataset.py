@@ -39,6 +39,12 @@ def test_any_collate_function_gets_the_plain_items():
     assert batches[1].index.tolist() == list(range(8, 16))
 
 
+def test_a_loader_that_does_not_batch_is_said_to_lose_the_indices():
+    loader = DataLoader(IndexedDataset(DATA), batch_size=None)
+    with pytest.warns(UserWarning, match="batch_size=None"):
+        assert indexed(loader) is loader
+
+
 def test_a_part_of_it_keeps_the_indices_of_the_whole():
     part = Subset(Subset(IndexedDataset(DATA), range(4, 20, 2)), [5, 1])
     (batch,) = indexed(DataLoader(part, batch_size=4))

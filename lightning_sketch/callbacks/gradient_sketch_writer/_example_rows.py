@@ -121,7 +121,7 @@ class TrainingExamples:
         if (keys_of(ids) == UNKNOWN_ID).any():
             raise MisconfigurationException(
                 "per='example' needs an id for each example: pass index_key=... for one that the batch contains, "
-                "index_key='hash' for hashes of the contents, or wrap the data set in IndexedDataset."
+                "index_key='hash' for hashes of the contents, or wrap the data set, outermost, in IndexedDataset."
             )
         if self.epoch != trainer.current_epoch:
             self.epoch = trainer.current_epoch
