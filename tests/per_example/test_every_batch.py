@@ -222,3 +222,42 @@ def test_time_along_the_first_axis_is_said():
     first = {key: value[:, :1] for key, value in batch.items()}
     gradients = torch.autograd.grad(loss(module, first), list(module.parameters()))
     torch.testing.assert_close(rows.sketches[0], rows.sketch.matvec(torch.cat([g.flatten() for g in gradients])))
+
+
+def uneven(flag):
+    return {**labelled([1, 4, 6, 2]), "flag": torch.tensor(flag)}
+
+
+def test_a_later_batch_that_couples_its_examples_is_noticed():
+    """Shares of hooks add up there too; they are not parallel to the gradients of the examples alone."""
+
+    def loss(module, batch):
+        out = module(batch["x"]).mean(1)
+        own = F.cross_entropy(out, batch["text"])
+        return own + (out @ out.T).softmax(1).diagonal().mean() if batch["flag"] else own
+
+    torch.manual_seed(0)
+    module, batches = Net(), [uneven(False), uneven(True)]
+    sketch = BlockSRHT(Layout.of(module).n, 24)
+    with (
+        pytest.warns(UserWarning, match=r"from batch 2 on.*\n?.*parallel"),
+        pytest.warns(UserWarning, match="couples them"),
+    ):
+        rows = sketch_gradients(module, batches, sketch, loss)
+    assert not rows.scale_known.any()
+
+
+def test_a_loss_that_weighs_its_examples_in_another_way_than_before_is_doubted():
+    """Each batch fits a usual way; that the second is another one shows that the first may have fitted by chance."""
+
+    def loss(module, batch):
+        each = F.cross_entropy(module(batch["x"]).mT, batch["labels"], reduction="none").sum(1)
+        counts = (batch["labels"] != -100).sum(1)
+        return (each / counts).mean() if batch["flag"] else each.sum() / counts.sum()
+
+    torch.manual_seed(0)
+    module, batches = Net(), [uneven(False), uneven(True)]
+    for batch in batches:
+        del batch["text"]
+    rows = rows_of(module, batches, loss)
+    assert rows.scale_known.tolist() == [False] * 4 + [True] * 4
