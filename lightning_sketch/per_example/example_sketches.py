@@ -205,7 +205,7 @@ class ExampleSketches:
             return self._listed({name: hooks.reasons.get(name, "no hook saw it") for name in new})
         del gradients, total
         each = loss.detach() if loss.shape == (examples,) else None
-        if each is not None and not self.weighings.given:  # they add up to a sum
+        if each is not None and self.weighings.weight_fn is None:  # they add up to a sum
             ways = [Weighing("a sum over examples", torch.ones(examples, dtype=torch.float64), summed=True)]
         else:
             ways = self.weighings(batch)
@@ -230,9 +230,9 @@ class ExampleSketches:
         There are more witnesses than two as long as the ways that fit disagree about an example.
         """
         rows, losses, fitting = list[Tensor](), dict[int, float](), ways
-        none = (shares == 0).all(1).cpu()
+        zero = (shares == 0).all(1).cpu()
         while order and len(losses) < MOST_WITNESSES:
-            if len(losses) >= WITNESSES and (disagreement(fitting)[~none] <= 1 + tolerance(self.parameters)).all():
+            if len(losses) >= WITNESSES and (disagreement(fitting)[~zero] <= 1 + tolerance(self.parameters)).all():
                 break
             apart = disagreement(fitting).tolist() if len(losses) >= WITNESSES else None
             place = order.pop(0) if apart is None else order.pop(max(range(len(order)), key=lambda i: apart[order[i]]))
@@ -242,7 +242,7 @@ class ExampleSketches:
             found = weighings_of(shares[places], torch.stack(rows), places, ways, tolerance(self.parameters))
             if isinstance(found, str):
                 return found, losses
-            fitting = [way for way in found if none[way.weights == 0].all()]  # who does not count has no gradient
+            fitting = [way for way in found if zero[way.weights == 0].all()]  # who does not count has no gradient
             if not fitting:
                 return "a weight of zero would be that of an example with a gradient", losses
         return fitting, losses
@@ -293,8 +293,8 @@ class ExampleSketches:
         each = loss.shape == (len(rows),)
         whole = self.layout.sketch(self.sketch, gradients_of(loss.sum(), self.parameters))
         error = tolerance(self.parameters)
-        if each and not self.weighings.given:
-            ways = [way for way in ways if way.summed]
+        if each and self.weighings.weight_fn is None:
+            ways = [Weighing("a sum over examples", torch.ones(len(rows), dtype=torch.float64), summed=True)]
         fitting = []
         for way in ways:
             shares = rows / way.scale.to(rows)[:, None]

@@ -261,3 +261,18 @@ def test_a_loss_that_weighs_its_examples_in_another_way_than_before_is_doubted()
         del batch["text"]
     rows = rows_of(module, batches, loss)
     assert rows.scale_known.tolist() == [False] * 4 + [True] * 4
+
+
+@pytest.mark.parametrize("engine", ["hooks", "loop"])
+@pytest.mark.parametrize("reduction", [None, "mean", "sum"])
+def test_losses_of_each_example_add_up_whatever_the_reduction_says(engine, reduction):
+    torch.manual_seed(0)
+    module = Net()
+    batch = {"x": torch.randn(5, WIDTH), "labels": torch.randint(CLASSES, (5,))}
+
+    def loss(module, batch):
+        return F.cross_entropy(module(batch["x"]), batch["labels"], reduction="none")
+
+    rows = rows_of(module, [batch], loss, engine=engine, reduction=reduction)
+    assert is_right(rows, module, [batch], lambda module, batch: loss(module, batch).sum()).all()
+    assert rows.scale_known.all()
