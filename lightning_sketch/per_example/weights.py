@@ -101,8 +101,9 @@ class Weighings:
         if self.reduction == "mean":
             return [mean]
         labels, masks = self._counted(batch, examples)
-        of_tokens = [way for way in masks if way.of_tokens]  # count rather than weigh, where both say the same
-        others = [way for way in masks if not way.of_tokens]
+        # Where an even batch tells no difference, a loss of texts counts texts, one of tokens counts tokens.
+        of_tokens = [way for way in masks if way.of_tokens and not _has_classes(batch, examples)]
+        others = [way for way in masks if way not in of_tokens]
         return [*labels, *of_tokens, mean, *others, Weighing("a sum over examples", ones, summed=True)]
 
     def _counted(self, batch: Any, examples: int) -> tuple[list[Weighing], list[Weighing]]:
@@ -116,6 +117,14 @@ class Weighings:
             if isinstance(leaf, Tensor) and _is_mask(leaf, examples):
                 of_masks += _both(f"a mean over ones of {name}", leaf != 0)
         return of_labels[::-1] if self.shifted_first else of_labels, of_masks
+
+
+def _has_classes(batch: Any, examples: int) -> bool:
+    """Return whether a batch has a label for each example: its labels, or else a column of repeated whole numbers."""
+    if has_labels(batch):
+        return labels_of(batch).ndim == 1
+    columns = [leaf for _, _, leaf in leaves_of(batch) if isinstance(leaf, Tensor) and leaf.shape == (examples,)]
+    return any(not column.is_floating_point() and len(column.unique()) < examples for column in columns)
 
 
 def _both(name: str, counts: Tensor) -> list[Weighing]:
