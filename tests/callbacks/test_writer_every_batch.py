@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow, some
 from models import Digits, dataset, fit, trainer
 from pytorch_lightning import LightningModule
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -170,7 +171,7 @@ SCHEDULES = {
 }
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", some(SCHEDULES, ["linear to zero, per step"]))
 def test_the_rate_of_a_row_is_that_of_its_step(tmp_path, name):
     """Also at a checkpoint, of this training, of a file, and of a file that was saved by a Trainer without a writer."""
     make, interval = SCHEDULES[name]
@@ -253,7 +254,7 @@ class Loads(LightningModule):
 
 
 @pytest.mark.parametrize("name", COLLATORS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, slow(2)])
 def test_an_indexed_data_set_works_with_collators_of_hugging_face_with_and_without_a_writer(tmp_path, name, workers):
     transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
     words = {word: i for i, word in enumerate("<pad> a b c d e f".split())}
