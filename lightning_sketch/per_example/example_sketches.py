@@ -1,8 +1,7 @@
 """Sketched gradients of each example of a batch, by the fastest engine that is right, checked on every batch."""
 
 import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -10,13 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import BatchStructure, has_labels, labels_of
+from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.autodiff.losses import CrossEntropy, LossFn, OutputLoss, loss_values, on_copies
+from lightning_sketch.autodiff.losses import LossFn, on_copies
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.loop import loop_sketches, vmap_sketches
+from lightning_sketch.per_example.output_losses import OutputLosses, last_output
 from lightning_sketch.per_example.verify import (
     MOST_WITNESSES,
     WITNESSES,
@@ -36,9 +36,6 @@ from lightning_sketch.per_example.weights import KnownWays, Reduction, Weighing,
 # How per-example gradients are computed.
 Engine = Literal["auto", "hooks", "loop", "vmap"]
 ENGINES: tuple[Engine, ...] = get_args(Engine)
-
-_SAME_LOSS = 1e-3  # relative difference of a witness's loss, alone and from the output of its batch
-_TRIES = 3  # batches on which a loss of the output is looked for
 
 
 class ExampleGradients(NamedTuple):
@@ -120,7 +117,7 @@ class ExampleSketches:
         self._hooks: tuple[ExampleHooks, SketchAccumulator] | None = None
         self._ways = KnownWays()
         self._reasons: set[str] | None = None  # parameters for which hooks had a reason on the first batch
-        self._output_losses = _OutputLosses()
+        self._output_losses = OutputLosses()
         self._coupled = self._unchecked = self._refuted = self._random = False
 
     def __call__(self, batch: Any) -> ExampleGradients:
@@ -179,7 +176,7 @@ class ExampleSketches:
     def forget_batches(self) -> None:
         """Forget what earlier batches have shown about the structure of a batch: those of another loader follow."""
         self.structure = self.weighings.structure = replace(self.structure)
-        self._output_losses = _OutputLosses()
+        self._output_losses = OutputLosses()
 
     def _by_hooks(self, batch: Any, examples: int, number: int) -> ExampleGradients | str | None:
         """Return the rows that hooks give; or why they are not the examples' gradients; None if all rows are zero."""
@@ -191,7 +188,7 @@ class ExampleSketches:
             self._hooks = ExampleHooks(self.module, self.parameters), accumulator
         hooks, accumulator = self._hooks
         accumulator.start(examples)
-        with hooks.recording(accumulator, examples), _last_output(self.module, examples) as outputs:
+        with hooks.recording(accumulator, examples), last_output(self.module, examples) as outputs:
             loss = self.loss_fn(self.module, batch)
             total = loss.sum()
             hooks.before_backward(total)
@@ -346,75 +343,6 @@ class ExampleSketches:
         """Return whether the loss draws random numbers, so that two passes differ."""
         first, second = (self.loss_fn(self.module, batch).detach().sum() for _ in range(2))
         return not torch.equal(first, second)
-
-
-@contextmanager
-def _last_output(module: nn.Module, examples: int) -> Iterator[list[Tensor]]:
-    """Yield a list that has, after a forward pass, the last output of the module or one of its children, or nothing.
-
-    An output is a tensor with the examples along its first axis, or a mapping with such `logits`.
-    """
-    found: list[Tensor] = []
-
-    def note(part: nn.Module, args: tuple, output: Any) -> None:
-        logits = output.get("logits") if isinstance(output, Mapping) else output
-        if isinstance(logits, Tensor) and logits.shape[:1] == (examples,):
-            found[:] = [logits.detach()]
-
-    handles = [part.register_forward_hook(note) for part in (module, *module.children())]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _OutputLosses:
-    """A function from the output of a batch to the losses of its examples alone, if these are a usual loss of it.
-
-    It is known by the losses of witnesses, as their own passes gave them, and by that of the batch.
-    """
-
-    def __init__(self) -> None:
-        self.loss: OutputLoss | None = None
-        self.missed = 0
-
-    def __call__(
-        self,
-        outputs: list[Tensor],
-        batch: Any,
-        structure: BatchStructure,
-        alone: Mapping[int, float],
-        way: Weighing,
-        whole: Tensor,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the losses and the probabilities of the true labels, (examples,), None where they are not known.
-
-        Args:
-            outputs: The output, or nothing.
-            batch: The batch.
-            structure: Where its examples are.
-            alone: The losses of witnesses by their places.
-            way: How the loss weighs the examples.
-            whole: The loss of the batch.
-        """
-        if not outputs or not has_labels(batch) or self.missed >= _TRIES:
-            return None, None
-        parts = [part for part, _ in structure.parts(batch, 1)]
-        expected = torch.tensor(list(alone.values()))
-        for loss in [self.loss] if self.loss else loss_values(outputs[0], batch):
-            try:
-                each = torch.stack([loss(outputs[0][i : i + 1], part).float() for i, part in enumerate(parts)]).cpu()
-            except (ValueError, IndexError, RuntimeError):  # labels of another kind than before
-                continue
-            shares = (each / way.scale).where(way.weights > 0, 0.0).sum()
-            both = torch.cat([each[list(alone)].double(), shares[None]]), torch.cat([expected, whole.cpu()[None]])
-            if torch.allclose(both[0], both[1].double(), rtol=_SAME_LOSS, atol=_SAME_LOSS**2):
-                self.loss = loss
-                of_classes = isinstance(loss, CrossEntropy) and not labels_of(batch).is_floating_point()
-                return each, (-each).exp() if of_classes else None
-        self.loss, self.missed = None, self.missed + 1
-        return None, None
 
 
 def _loss_in(returned: Any) -> Tensor:
