@@ -2,13 +2,16 @@
 
 from lightning_sketch.attribution.calibrate import Calibration, calibrate
 from lightning_sketch.attribution.curvature import Curvature, Influence
+from lightning_sketch.attribution.fit_preconditioner import fit_preconditioner
 from lightning_sketch.attribution.ggn import fit_ggn
 from lightning_sketch.attribution.gradient_store import GradientStore
 from lightning_sketch.attribution.indexed_dataset import Indexed, IndexedDataset, batch_ids, indexed
+from lightning_sketch.attribution.preconditioner import Preconditioner
 from lightning_sketch.attribution.row_curvature import row_curvature
-from lightning_sketch.attribution.scores import TopK, scored_rows, scores, together, top_k
+from lightning_sketch.attribution.scores import TopK, reliability, scored_rows, scores, together, top_k
 from lightning_sketch.attribution.self_influence import SelfInfluence, self_influence
 from lightning_sketch.attribution.sketch_gradients import sketch_gradients
+from lightning_sketch.attribution.split_half import suggest_dim
 from lightning_sketch.store import (
     STAGES,
     CorruptFile,
@@ -31,6 +34,7 @@ __all__ = [
     "Indexed",
     "IndexedDataset",
     "Influence",
+    "Preconditioner",
     "RowAppender",
     "RowSource",
     "SelfInfluence",
@@ -41,13 +45,16 @@ __all__ = [
     "batch_ids",
     "calibrate",
     "fit_ggn",
+    "fit_preconditioner",
     "indexed",
     "read_shard",
+    "reliability",
     "row_curvature",
     "scored_rows",
     "scores",
     "self_influence",
     "sketch_gradients",
+    "suggest_dim",
     "together",
     "top_k",
 ]

@@ -13,20 +13,20 @@ Source: Schraudolph (2002), doi:10.1162/08997660260028683; for its use in sketch
 `benchmarks/lds.py`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_sketch.attribution._directed import Directed, DirectedStructure, along, check_rows
 from lightning_sketch.attribution.curvature import Curvature, CurvatureSum
 from lightning_sketch.attribution.indexed_dataset import without_index
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable, on_device
 from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName, OutputModel
-from lightning_sketch.autodiff.output_roots import Draws, Root
+from lightning_sketch.autodiff.output_roots import Draws
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.example_sketches import Engine, ExampleSketches
@@ -106,86 +106,19 @@ def fit_ggn(
     total = CurvatureSum(sketch.dim)
     structure = BatchStructure(num_examples, batch_dim, split_fn)
 
-    def along(module: nn.Module, directed: _Directed) -> Tensor:
-        """Return the sum over examples of <v, output>, whose gradient for each example is a row."""
-        output = model.forward(directed.batch)[0]
-        # a product of rows and columns: that of the elements would be one more tensor of this size
-        return (directed.root.vector(output).unsqueeze(-2) @ output.unsqueeze(-1)).sum()
-
-    both = _DirectedStructure(of_batch=structure)
+    both = DirectedStructure(of_batch=structure)
     sketches = ExampleSketches(
-        module, layout, sketch=sketch, loss_fn=along, engine=engine, reduction="sum", structure=both
+        module, layout, sketch=sketch, loss_fn=along(model), engine=engine, reduction="sum", structure=both
     )
     weights = layout.parameters(module)
     for batch in batches:
         with preserve_state(module):
             batch = on_device(differentiable(without_index(batch)), weights[0].device)
             output, loss = model.output_and_loss(batch)
-            _check_rows(output, structure.count(batch))
+            check_rows(output, structure.count(batch))
             roots = loss.roots(output, batch, drawn)
             del output  # a root needs it no more
             none = torch.zeros(structure.count(batch), sketch.dim, device=weights[0].device)
-            rows = [sketches(_Directed(batch, root))[0] if root.parts[0].any() else none for root in roots]
+            rows = [sketches(Directed(batch, root))[0] if root.parts[0].any() else none for root in roots]
         total.add(torch.stack(rows, 1).cpu())
     return total.curvature("ggn", module_fingerprint(module))
-
-
-@dataclass(frozen=True)
-class _Directed:
-    """A batch with a vector at the output of each of its examples.
-
-    Args:
-        batch: The batch.
-        root: The vectors, kept as what they are made from.
-    """
-
-    batch: Any
-    root: Root
-
-
-@dataclass
-class _DirectedStructure(BatchStructure):
-    """The structure of batches with vectors: that of the batches, and the first axis of what vectors are made from.
-
-    Args:
-        of_batch: The structure of the batches.
-    """
-
-    of_batch: BatchStructure = field(default_factory=BatchStructure)
-
-    @property
-    def along_first_axis(self) -> bool:
-        """Whether the examples are along the first axis."""
-        return self.of_batch.along_first_axis
-
-    def count(self, directed: _Directed) -> int:
-        """Return the number of examples."""
-        return self.of_batch.count(directed.batch)
-
-    def parts(self, directed: _Directed, size: int, examples: int | None = None) -> Iterator[tuple[_Directed, int]]:
-        """Yield parts of at most `size` examples with their vectors, each with its number of examples."""
-        start = 0
-        for part, count in self.of_batch.parts(directed.batch, size, examples):
-            root = directed.root.of(*(tensor[start : start + count] for tensor in directed.root.parts))
-            yield _Directed(part, root), count
-            start += count
-
-    def each(self, directed: _Directed) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], _Directed]]:
-        """Return the tensors of the batch and the vectors, and a function that makes a batch of one of their slices."""
-        tensors, batch_of_one = self.of_batch.each(directed.batch)
-
-        def directed_of_one(slices: Sequence[Tensor]) -> _Directed:
-            root = directed.root.of(*(slice.unsqueeze(0) for slice in slices[len(tensors) :]))
-            return _Directed(batch_of_one(slices[: len(tensors)]), root)
-
-        return [*tensors, *directed.root.parts], directed_of_one
-
-
-def _check_rows(output: Tensor, examples: int) -> None:
-    """Refuse an output that does not have one row per example."""
-    if not output.ndim or len(output) != examples:
-        raise ValueError(
-            f"ggn needs an output of shape (examples, classes) or (examples, tokens, classes) of {examples} examples, "
-            f"got shape {tuple(output.shape)}; pass model_fn=lambda module, batch: ... that returns it, or use "
-            "curvature='margin' or 'fisher', which need none."
-        )

@@ -8,7 +8,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch.attribution.fit_preconditioner import fit_preconditioner
 from lightning_sketch.attribution.indexed_dataset import batch_ids, indexed, without_index
+from lightning_sketch.attribution.preconditioner import Kind as PreconditionerKind
+from lightning_sketch.attribution.preconditioner import Preconditioner
 from lightning_sketch.autodiff.batches import (
     BatchStructure,
     differentiable,
@@ -50,6 +53,7 @@ def sketch_gradients(
     batch_dim: int = 0,
     split_fn: Callable[[Any], Iterable[Any]] | None = None,
     per_token: bool = False,
+    preconditioner: Preconditioner | PreconditionerKind | None = None,
 ) -> SketchedGradients:
     """Compute the sketched gradient of each example's own loss, in evaluation mode and float32 or wider.
 
@@ -84,10 +88,14 @@ def sketch_gradients(
         per_token: Whether to compute a row for each label that is not -100, of the loss of this token alone, with its
             position in the column `token`, and that of its example among all in the column `example`. The labels are
             the entry "labels" of a batch, or the last of a tuple.
+        preconditioner: What gradients are multiplied by before they are sketched, so that `dot` is influence, see
+            `fit_preconditioner`; rows and queries need the same. "ekfac" or "kfac" fits it to these batches,
+            "optimizer" takes that of the Trainer of the module.
 
     Returns:
         The rows, (examples, dim), in the order of the examples, with the columns `example_id`, `loss` and `prob_true`
-        where they are known, `weight` (the example's weight in a mean over its batch), `scale_known` and `fingerprint`.
+        where they are known, `weight` (the example's weight in a mean over its batch), `scale_known`, `fingerprint` and
+        `preconditioner` (its `id`, or 0).
 
     Raises:
         ValueError: if sizes disagree, or the engine does not support the module; the message has the parameter and the
@@ -111,6 +119,19 @@ def sketch_gradients(
     if loss_fn is None and not hasattr(module, "training_step"):
         raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: mean loss.")
     structure = BatchStructure(num_examples, batch_dim, split_fn)
+    if isinstance(preconditioner, str) and preconditioner == "optimizer":
+        preconditioner = _of_trainer(module, layout)
+    elif isinstance(preconditioner, str):
+        preconditioner = fit_preconditioner(
+            module,
+            batches,
+            preconditioner,
+            parameters=list(layout.names),
+            loss_fn=loss_fn,
+            num_examples=num_examples,
+            batch_dim=batch_dim,
+            split_fn=split_fn,
+        )
     sketches = ExampleSketches(
         module,
         layout,
@@ -120,8 +141,10 @@ def sketch_gradients(
         weight_fn=weight_fn,
         reduction=reduction,
         structure=structure,
+        gradient_map=None if preconditioner is None else preconditioner.of(layout, module_fingerprint(module)),
     )
-    make = ExampleRows(sketches, row_fn, per_token=per_token)
+    made_by = 0 if preconditioner is None else preconditioner.id
+    make = ExampleRows(sketches, row_fn, per_token=per_token, preconditioner=made_by)
     parts: list[SketchedGradients] = []
     for batch in indexed(batches):
         parts.append(make(without_index(batch), batch_ids(batch, index_key, structure=structure)))
@@ -142,6 +165,7 @@ class ExampleRows:
         sketches: Computes the sketched gradients.
         row_fn: As in `sketch_gradients`.
         per_token: As in `sketch_gradients`.
+        preconditioner: The `id` of the preconditioner of the rows; 0 for none.
 
     Attributes:
         fingerprint: The fingerprint of the module.
@@ -149,8 +173,15 @@ class ExampleRows:
         places: The place in its batch of the example of each row of the last batch.
     """
 
-    def __init__(self, sketches: ExampleSketches, row_fn: RowFn | None = None, *, per_token: bool = False):
-        self.sketches, self.row_fn, self.per_token = sketches, row_fn, per_token
+    def __init__(
+        self,
+        sketches: ExampleSketches,
+        row_fn: RowFn | None = None,
+        *,
+        per_token: bool = False,
+        preconditioner: int = 0,
+    ):
+        self.sketches, self.row_fn, self.per_token, self.preconditioner = sketches, row_fn, per_token, preconditioner
         self.device = next(iter(sketches.parameters.values())).device
         self.fingerprint = module_fingerprint(sketches.module)
         self.in_doubt, self.places = False, torch.zeros(0, dtype=torch.long)
@@ -191,6 +222,7 @@ class ExampleRows:
         columns = {
             **columns,
             "fingerprint": torch.full((count,), self.fingerprint),
+            "preconditioner": torch.full((count,), self.preconditioner),
             "weight": found.weights.float(),
             "scale_known": torch.full((count,), found.scale_known),
         }
@@ -303,3 +335,14 @@ def doubted(rows: SketchedGradients) -> SketchedGradients:
     """Return rows with their scale marked as not known."""
     unknown = torch.zeros(len(rows), dtype=torch.bool)
     return SketchedGradients(rows.sketches, rows.sketch, {**rows.columns, "scale_known": unknown})
+
+
+def _of_trainer(module: nn.Module, layout: Layout) -> Preconditioner:
+    """Return the preconditioner of the optimizers that train a LightningModule."""
+    optimizers = getattr(getattr(module, "_trainer", None), "optimizers", None)
+    if not optimizers:
+        raise ValueError(
+            f"preconditioner='optimizer' takes that of the Trainer that has trained the module, and this "
+            f"{type(module).__name__} has none; pass Preconditioner.from_optimizer(module, optimizer)."
+        )
+    return Preconditioner.from_optimizer(module, optimizers, parameters=list(layout.names))

@@ -25,6 +25,7 @@ from lightning_sketch.operators.random import FLIP_SLACK
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.operators.streaming import StreamingSketch, Which
 from lightning_sketch.per_example.factors import Factor, LowRank, SparseRows
+from lightning_sketch.per_example.precondition import GradientMap
 
 # Numbers that are formed and sketched at once: 4 MB in float32.
 _BUFFER = 1 << 20
@@ -50,6 +51,7 @@ class SketchAccumulator:
         sketch: The sketch, of vectors of the layout's size.
         layout: Where in the flat vector each parameter lies.
         parameters: The parameters that factors may belong to, by their names in the layout.
+        gradient_map: A linear map of the gradients, which each factor goes through before it is sketched.
 
     Raises:
         ValueError: if sizes disagree, or a parameter is not in the layout.
@@ -64,10 +66,17 @@ class SketchAccumulator:
     torch.Size([5, 4])
     """
 
-    def __init__(self, sketch: Sketch, layout: Layout, *, parameters: Mapping[str, nn.Parameter]):
+    def __init__(
+        self,
+        sketch: Sketch,
+        layout: Layout,
+        *,
+        parameters: Mapping[str, nn.Parameter],
+        gradient_map: GradientMap | None = None,
+    ):
         if sketch.n != layout.n:
             raise ValueError(f"the sketch takes n={sketch.n} numbers, the layout has {layout.n}; use n={layout.n}.")
-        self._sketch = sketch
+        self._sketch, self._map = sketch, gradient_map
         self._parameters = dict(parameters)  # keeps them alive, and with them their ids
         self._offsets: dict[int, int] = {}
         start = 0
@@ -111,11 +120,15 @@ class SketchAccumulator:
         sums = self._started()
         offset, start, size = self._place(factor)
         with full_precision(sums.like.device):
+            if self._map is not None:
+                factor = self._map.factor(factor)
+                offset, start, size = self._place(factor)
             if isinstance(factor, SparseRows):
                 index = factor.index.to(sums.like.device, torch.int64)
                 sums.write_rows(offset, index, _plain(factor.values, sums.like))
             elif isinstance(factor, LowRank):
-                fill = _product(_plain(factor.left, sums.like), _plain(factor.right, sums.like))
+                scale = None if factor.scale is None else _plain(factor.scale, sums.like)
+                fill = _product(_plain(factor.left, sums.like), _plain(factor.right, sums.like), scale)
                 sums.write(offset + start, offset + start + size, fill)
             else:
                 sums.write(offset + start, offset + start + size, _copy(_plain(factor.values, sums.like)))
@@ -174,8 +187,12 @@ def _copy(values: Float[Tensor, "examples numbers"]) -> _Fill:
     return fill
 
 
-def _product(left: Float[Tensor, "examples tokens rows"], right: Float[Tensor, "examples tokens columns"]) -> _Fill:
-    """Return a function that writes numbers low..high of each example's flattened matrix sum_t left_t right_tᵀ.
+def _product(
+    left: Float[Tensor, "examples tokens rows"],
+    right: Float[Tensor, "examples tokens columns"],
+    scale: Float[Tensor, "rows columns"] | None = None,
+) -> _Fill:
+    """Return a function that writes numbers low..high of each example's flattened matrix scale * sum_t left_t right_tᵀ.
 
     It writes them into a buffer: in place where the range is one of whole rows, else cut out of whole rows.
     """
@@ -185,17 +202,22 @@ def _product(left: Float[Tensor, "examples tokens rows"], right: Float[Tensor, "
         first, last = low // columns, -(-high // columns)
         rows = transposed[examples, first:last]
         shape = (len(target), last - first, columns)
-        if not add and low == first * columns and high == last * columns:
-            torch.bmm(rows, right[examples], out=target.view(shape))
-        elif math.prod(shape) <= len(scratch):
-            whole = scratch[: math.prod(shape)].view(shape)
+        in_place = not add and low == first * columns and high == last * columns
+        if in_place or math.prod(shape) <= len(scratch):
+            whole = target.view(shape) if in_place else scratch[: math.prod(shape)].view(shape)
             torch.bmm(rows, right[examples], out=whole)
-            _write(target, whole.flatten(1)[:, low - first * columns : high - first * columns], add)
+            if scale is not None:
+                whole *= scale[first:last]
+            if not in_place:
+                _write(target, whole.flatten(1)[:, low - first * columns : high - first * columns], add)
         else:  # two or three rows, long ones
             for row in range(first, last):
                 start, stop = max(low, row * columns), min(high, (row + 1) * columns)
-                part = right[examples, :, start - row * columns : stop - row * columns]
-                _write(target[:, start - low : stop - low], torch.bmm(transposed[examples, row, None], part)[:, 0], add)
+                within = slice(start - row * columns, stop - row * columns)
+                part = torch.bmm(transposed[examples, row, None], right[examples, :, within])[:, 0]
+                if scale is not None:
+                    part *= scale[row, within]
+                _write(target[:, start - low : stop - low], part, add)
 
     return fill
 

@@ -1,7 +1,7 @@
 """Sketched gradients of each example of a batch, by the fastest engine that is right, checked on every batch."""
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,6 +17,7 @@ from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.loop import loop_sketches, vmap_sketches
 from lightning_sketch.per_example.output_losses import OutputLosses, last_output
+from lightning_sketch.per_example.precondition import GradientMap
 from lightning_sketch.per_example.verify import (
     MOST_WITNESSES,
     WITNESSES,
@@ -80,6 +81,7 @@ class ExampleSketches:
         reduction: "mean" or "sum", what the loss does over the examples of a batch.
         names: The names of the parameters to differentiate by, all of the layout if None; others are zero in the rows.
         structure: Where the examples are, unless they are rows of tensors.
+        gradient_map: A linear map of the gradients, after which they are sketched, such as a preconditioner.
 
     Raises:
         ValueError: if the engine is unknown or does not support the module, or if a parameter is frozen; if the
@@ -98,6 +100,7 @@ class ExampleSketches:
         reduction: Reduction | None = None,
         names: Collection[str] | None = None,
         structure: BatchStructure | None = None,
+        gradient_map: Callable[[Mapping[str, nn.Parameter]], GradientMap] | None = None,
     ):
         if engine not in ENGINES:
             raise ValueError(f"engine={engine!r} is not known; use one of {', '.join(map(repr, ENGINES))}.")
@@ -113,8 +116,10 @@ class ExampleSketches:
                 f"rows are to cover {', '.join(frozen[:10])}, which {'is' if len(frozen) == 1 else 'are'} frozen now; "
                 "set requires_grad=True while rows are computed."
             )
+        self._map = None if gradient_map is None else gradient_map(self.parameters)
         self.batches = self.by_hooks = 0  # that were seen, and of these the ones that hooks split
-        self._hooks: tuple[ExampleHooks, SketchAccumulator] | None = None
+        self._hooks: ExampleHooks | None = None
+        self._accumulator = SketchAccumulator(sketch, layout, parameters=self.parameters, gradient_map=self._map)
         self._ways = KnownWays()
         self._reasons: set[str] | None = None  # parameters for which hooks had a reason on the first batch
         self._output_losses = OutputLosses()
@@ -184,9 +189,8 @@ class ExampleSketches:
             reason = self._unsupported(batch)
             if reason:
                 return reason
-            accumulator = SketchAccumulator(self.sketch, self.layout, parameters=self.parameters)
-            self._hooks = ExampleHooks(self.module, self.parameters), accumulator
-        hooks, accumulator = self._hooks
+            self._hooks = ExampleHooks(self.module, self.parameters)
+        hooks, accumulator = self._hooks, self._accumulator
         accumulator.start(examples)
         with hooks.recording(accumulator, examples), last_output(self.module, examples) as outputs:
             loss = self.loss_fn(self.module, batch)
@@ -258,13 +262,18 @@ class ExampleSketches:
     def alone(self, batch: Any, place: int, examples: int) -> tuple[Float[Tensor, " dim"], float]:
         """Return the sketch of the gradient of one example of a batch alone, and its loss."""
         loss = self.loss_fn(self.module, one(self.structure, batch, place, examples)).sum()
-        return self.layout.sketch(self.sketch, gradients_of(loss, self.parameters)), float(loss.detach())
+        return self._sketched(loss), float(loss.detach())
+
+    def _sketched(self, loss: Tensor) -> Float[Tensor, " dim"]:
+        """Return the sketch of the gradient of a loss."""
+        gradients = gradients_of(loss, self.parameters)
+        return self.layout.sketch(self.sketch, gradients if self._map is None else self._map.gradients(gradients))
 
     def _one_by_one(self, batch: Any, examples: int, number: int) -> ExampleGradients:
         """Return the rows of the loop, or of vmap."""
         sketches = vmap_sketches if self.engine == "vmap" else loop_sketches
         rows, losses = sketches(
-            self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn, self.structure
+            self.module, batch, self.parameters, self.layout, self.sketch, self.loss_fn, self.structure, self._map
         )
         ways, before = self.weighings(batch), self._coupled
         if examples > 1 and (self._unchecked or (number + 1) & number == 0):  # batches 1, 2, 4, 8, ...
@@ -288,7 +297,7 @@ class ExampleSketches:
         self._unchecked = False
         loss = self.loss_fn(self.module, batch)
         each = loss.shape == (len(rows),)
-        whole = self.layout.sketch(self.sketch, gradients_of(loss.sum(), self.parameters))
+        whole = self._sketched(loss.sum())
         error = tolerance(self.parameters)
         if each and self.weighings.weight_fn is None:
             ways = [Weighing("a sum over examples", torch.ones(len(rows), dtype=torch.float64), summed=True)]

@@ -1,7 +1,7 @@
 """Per-example gradients as layers give them: factors, not yet formed where forming would be large.
 
     Dense(p, v)           grad_b = v_b
-    LowRank(p, l, r)      grad_b = sum_t l_bt r_btᵀ              as a matrix, rows of l, columns of r
+    LowRank(p, l, r)      grad_b = sum_t l_bt r_btᵀ              as a matrix, rows of l, columns of r; times `scale`
     SparseRows(p, i, v)   grad_b[i_bt] += v_bt for each t        rows of an embedding's table
 
 b runs over the examples. All factors of a parameter add up to its gradients. The rule of a layer makes factors and
@@ -41,12 +41,14 @@ class LowRank:
         left: The left factors, (examples, tokens, rows).
         right: The right factors, (examples, tokens, columns).
         start: Where the matrix begins in the flat parameter; it may cover only a part.
+        scale: Numbers that multiply the products elementwise, the same for all examples; None for ones.
     """
 
     parameter: nn.Parameter
     left: Float[Tensor, "examples tokens rows"]
     right: Float[Tensor, "examples tokens columns"]
     start: int = 0
+    scale: Float[Tensor, "rows columns"] | None = None
 
 
 @dataclass(frozen=True, eq=False)

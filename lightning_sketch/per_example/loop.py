@@ -17,6 +17,7 @@ from lightning_sketch.autodiff.functional import swap_tensors
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn
 from lightning_sketch.operators.sketch import Sketch
+from lightning_sketch.per_example.precondition import GradientMap
 
 # The most numbers in the gradients that vmap computes in one call, and in those that are sketched in one call.
 _VMAP_NUMBERS = 1 << 24
@@ -31,6 +32,7 @@ def loop_sketches(
     sketch: Sketch,
     loss_fn: LossFn,
     structure: BatchStructure | None = None,
+    gradient_map: GradientMap | None = None,
 ) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"]]:
     """Compute the sketch of each example's gradient, and its loss, by one backward pass per example.
 
@@ -42,11 +44,12 @@ def loop_sketches(
         sketch: The sketch, of vectors of the layout's size.
         loss_fn: (module, batch of one example) -> loss.
         structure: Where the examples are, unless they are rows of tensors.
+        gradient_map: A linear map of the gradients, after which they are sketched.
 
     Returns:
         The rows (examples, dim) and the losses (examples,).
     """
-    rows, losses = _Sketched(layout, sketch, parameters), []
+    rows, losses = _Sketched(layout, sketch, parameters, gradient_map), []
     for example, _ in (structure or BatchStructure()).parts(batch, 1):
         loss = loss_fn(module, example).sum()
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
@@ -63,6 +66,7 @@ def vmap_sketches(
     sketch: Sketch,
     loss_fn: LossFn,
     structure: BatchStructure | None = None,
+    gradient_map: GradientMap | None = None,
 ) -> tuple[Float[Tensor, "examples dim"], Float[Tensor, " examples"]]:
     """Compute the sketch of each example's gradient, and its loss, by vmap; arguments as in `loop_sketches`.
 
@@ -80,7 +84,7 @@ def vmap_sketches(
     gradients_of = torch.func.vmap(
         torch.func.grad(loss_of, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different"
     )
-    rows, losses = _Sketched(layout, sketch, parameters), []
+    rows, losses = _Sketched(layout, sketch, parameters, gradient_map), []
     size = max(1, _VMAP_NUMBERS // sum(p.numel() for p in own))
     for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         try:
@@ -104,10 +108,17 @@ class _Sketched:
         layout: Where in the flat vector each parameter lies.
         sketch: The sketch, of vectors of the layout's size.
         parameters: The parameters that gradients are added of, by their names in the layout.
+        gradient_map: A linear map that gradients go through first.
     """
 
-    def __init__(self, layout: Layout, sketch: Sketch, parameters: Mapping[str, Tensor]):
-        self.layout, self.sketch = layout, sketch
+    def __init__(
+        self,
+        layout: Layout,
+        sketch: Sketch,
+        parameters: Mapping[str, Tensor],
+        gradient_map: GradientMap | None = None,
+    ):
+        self.layout, self.sketch, self.map = layout, sketch, gradient_map
         dtypes = (parameter.dtype for parameter in parameters.values())
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         self.like = torch.empty(0, dtype=dtype, device=next(iter(parameters.values())).device)
@@ -117,6 +128,7 @@ class _Sketched:
 
     def add(self, gradients: Mapping[str, Tensor | None]) -> None:
         """Add the gradients of one example, by name; None or a missing name is zero."""
+        gradients = gradients if self.map is None else self.map.gradients(gradients)
         if self.at_once < 2:
             self.rows.append(self.layout.sketch(self.sketch, gradients)[None].to(self.like))
             return

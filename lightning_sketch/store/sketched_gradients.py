@@ -45,6 +45,7 @@ _STORED = (torch.bool, torch.int64, torch.float32, torch.float64)  # types of co
 #     finite        False if the gradient had an inf or NaN: the step was skipped and the sketch is zero
 #     weight        weight of the example in a mean over a batch, such as its number of labels
 #     scale_known   False if the length of the row was not compared with the gradient of the example alone
+#     preconditioner  id of what the gradient was multiplied by before it was sketched; 0 for nothing
 DEFAULTS: dict[str, int | float | bool] = {
     "example_id": UNKNOWN_ID,
     "stage": STAGES.index("predict"),
@@ -59,6 +60,7 @@ DEFAULTS: dict[str, int | float | bool] = {
     "finite": True,
     "weight": float("nan"),
     "scale_known": True,
+    "preconditioner": 0,
 }
 
 

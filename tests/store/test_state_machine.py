@@ -37,9 +37,10 @@ USER_COLUMNS = {
     "padded": lambda uid: uid % 3 == 0,
     "weight": lambda uid: uid / 2,
     "scale_known": lambda uid: uid % 5 > 0,
+    "preconditioner": lambda uid: uid % 3,
 }
 UNKNOWN = {"score": None, "count": -1, "flag": False, "source": "", "many": [], "loss": None, "prob_true": None}
-UNKNOWN |= {"padded": False, "finite": True, "weight": None, "scale_known": True}
+UNKNOWN |= {"padded": False, "finite": True, "weight": None, "scale_known": True, "preconditioner": 0}
 
 
 FAULTS = "kill", "kill in a write", "interrupt", "full"
