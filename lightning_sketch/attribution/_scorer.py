@@ -363,12 +363,14 @@ class Scorer:
         train: The source that they were selected from.
         queries: The vectors that rows are multiplied by, for each value of `rows.partners`.
         length: rows, (rows, dim) -> the lengths that their scores are divided by, (*dampings, rows), as for cosine.
+        halves: Whether `parts` yields the products over the first and the second half of the numbers.
     """
 
     rows: Selected
     train: RowSource
     queries: Mapping[int, Vectors]
     length: Callable[[Tensor], Tensor] | None = None
+    halves: bool = False
 
     @property
     def ids(self) -> Int[Tensor, " rows"]:
@@ -389,6 +391,15 @@ class Scorer:
         """Yield the scores of the rows in order, each block with its positions among the rows.
 
         Warns:
+            UserWarning: as in `parts`.
+        """
+        for place, found in self.parts(batch_rows):
+            yield place, whole(found)
+
+    def parts(self, batch_rows: int = 4096) -> Iterator[tuple[slice, Float[Tensor, "parts *dampings queries rows"]]]:
+        """Yield two parts that add up to the scores if `halves`, else the scores as the only part; as `blocks` does.
+
+        Warns:
             UserWarning: at the end, if there were rows of zeros, or rows that are not finite, whose scores are NaN.
         """
         start, seen = 0, Counter[str]()
@@ -399,9 +410,9 @@ class Scorer:
             say_rows(count, len(self.rows), f"that were scored are {what}")
 
     def _scores(self, sketches: Float[Tensor, "rows dim"], place: slice, seen: Counter[str]) -> Tensor:
-        """Return the scores of a block of rows, converted to float32 a part at a time.
+        """Return the parts of the scores of a block of rows, converted to float32 some rows at a time.
 
-        All parts are converted in the same memory, since memory that was never used before is slow.
+        All of them are converted in the same memory, since memory that was never used before is slow.
         """
         part = max(1, _PART // sketches.shape[1])
         buffer = torch.empty(min(part, len(sketches)), sketches.shape[1], dtype=torch.float32, device=sketches.device)
@@ -416,7 +427,9 @@ class Scorer:
                 if len(own) == 1:
                     found.append(self._products(self.queries[own[0]], rows, wide, factor, seen))
                     continue
-                each = torch.empty(*self.shape[:-1], len(rows), dtype=torch.float64, device=rows.device)
+                each = torch.empty(
+                    1 + self.halves, *self.shape[:-1], len(rows), dtype=torch.float64, device=rows.device
+                )
                 for step in own:
                     at = steps == step
                     each[..., at] = self._products(self.queries[step], rows[at], wide[at], factor[at], seen).double()
@@ -425,9 +438,9 @@ class Scorer:
 
     def _products(
         self, vectors: Vectors, rows: Tensor, wide: Float[Tensor, "rows dim"], factor: Tensor, seen: Counter[str]
-    ) -> Float[Tensor, "*dampings queries rows"]:
+    ) -> Float[Tensor, "parts *dampings queries rows"]:
         """Return the scores of some rows, which are also given in float32: in float32, or float64 if need be."""
-        found = vectors.single @ wide.T
+        found = self._multiplied(vectors.single, wide)
         sizes = found.abs().amax(tuple(range(found.ndim - 1)))
         poor = ~((sizes > _SMALL) & (sizes < _LARGE))  # NaN too
         factors = factor if self.length is None else factor / self.length(wide)
@@ -447,7 +460,21 @@ class Scorer:
         for what, count in (("zero", int(zero.sum())), ("not finite; their scores are NaN", int((~finite).sum()))):
             seen.update({what: count} if count else {})
         factors = factor * size if self.length is None else (factor / self.length(parts)).where(~zero, 0)
-        return (vectors.exact @ parts.T) * (vectors.scale[..., None] * factors[..., None, :])
+        return self._multiplied(vectors.exact, parts) * (vectors.scale[..., None] * factors[..., None, :])
+
+    def _multiplied(
+        self, vectors: Float[Tensor, "*dampings queries dim"], rows: Float[Tensor, "rows dim"]
+    ) -> Float[Tensor, "parts *dampings queries rows"]:
+        """Return the products of vectors and rows, or their two parts: the same operations, and one addition."""
+        if not self.halves:
+            return (vectors @ rows.T)[None]
+        halves = zip(vectors.tensor_split(2, -1), rows.tensor_split(2, -1), strict=True)
+        return torch.stack([half @ own.T for half, own in halves])
+
+
+def whole(parts: Float[Tensor, "parts *leading rows"]) -> Float[Tensor, "*leading rows"]:
+    """Return the sum of parts, without a copy if there is one."""
+    return parts[0] if len(parts) == 1 else parts.sum(0)
 
 
 def _moderate(values: Tensor) -> bool:

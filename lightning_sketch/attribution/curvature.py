@@ -333,7 +333,7 @@ class Influence:
 
     def log(self) -> None:
         """Log the curvature and the damping in use; a second time the same is not logged."""
-        _log_once(str(self))
+        log_once(str(self))
 
     @property
     def _dampings(self) -> tuple[float, ...]:
@@ -376,13 +376,13 @@ class Influence:
 
 
 @cache
-def _log_once(text: str) -> None:
+def log_once(text: str, level: int = logging.INFO) -> None:
     """Log a text, unless it was logged before."""
     log = logging.getLogger("lightning_sketch")
     if not log.hasHandlers():  # logging is not configured: print to stderr, as Lightning does
         log.addHandler(logging.StreamHandler())
         log.setLevel(logging.INFO)
-    log.info(text)
+    log.log(level, text)
 
 
 @dataclass(frozen=True)

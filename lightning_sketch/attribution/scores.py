@@ -33,7 +33,7 @@ sketches; Barshan et al. (2020), "RelatIF", arXiv:2003.11630, for relative influ
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast, get_args
 
@@ -50,9 +50,11 @@ from lightning_sketch.attribution._scorer import (
     narrowed,
     select,
     split,
+    whole,
 )
 from lightning_sketch.attribution.curvature import Curvature, Damping, Influence, Kind
 from lightning_sketch.attribution.row_curvature import row_curvature
+from lightning_sketch.attribution.split_half import HALVES, SplitHalf
 from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients, Strings, whole_number
 
 Method = Literal["dot", "cosine", "tracin", "influence"]
@@ -121,18 +123,73 @@ def scores(
     check_group(group)
     batch_rows = whole_number(batch_rows, "batch_rows")
     members = scorers(queries, train, method, curvature, damping, normalize, weighted)
-    ids = [member.ids for member in members]
+    ids, agreement = [member.ids for member in members], _agreement(members)
     if group is not None:
-        total, unique = sum_by_id(torch.cat([_all(member, batch_rows) for member in members], -1), torch.cat(ids))
-        named = as_given(unique, (member.train for member in members))
+        parts, unique = _sums(members, torch.cat(ids), batch_rows)
+        agreement.add(parts)
+        total, named = whole(parts), as_given(unique, (member.train for member in members))
         if isinstance(named, list):
             total = total[..., sorted(range(len(named)), key=named.__getitem__)]
-        return total / len(members)
-    _check_order(ids)
-    total = _all(members[0], batch_rows)
-    for member in members[1:]:
-        total = total + _all(member, batch_rows)
-    return total.div_(len(members))
+    else:
+        _check_order(ids)
+        total = torch.empty(members[0].shape)
+        for place, parts in _means(members, batch_rows):
+            agreement.add(parts)
+            total = total.to(torch.promote_types(total.dtype, parts.dtype))
+            total[..., place] = whole(parts)
+    agreement.warn()
+    return narrowed(total)
+
+
+def reliability(
+    queries: Queries | Sequence[Queries],
+    train: RowSource | Sequence[RowSource],
+    *,
+    method: Literal["dot", "cosine", "tracin"] = "dot",
+    weighted: bool = False,
+    group: Group | None = None,
+    batch_rows: int = 4096,
+) -> Float[Tensor, " queries"]:
+    """Estimate how near the scores of each query are to those of gradients that were never sketched.
+
+    See the module `attribution.split_half` for the formula. `top_k` returns the same with its scores.
+
+    Args:
+        queries: The rows of the queries, as in `scores`.
+        train: The rows of the training examples, or a list of such rows, as in `scores`.
+        method: "dot", "cosine" or "tracin".
+        weighted: Whether the scores are multiplied by the weights of the rows, as in `scores`.
+        group: "example_id" for scores that are summed over rows of equal id.
+        batch_rows: Most rows in memory at a time.
+
+    Returns:
+        (queries,), the estimated correlation, over the rows, of the scores with those without a sketch, from 0 to 1;
+        NaN for a query whose scores are all the same.
+
+    Raises:
+        ValueError: as in `scores`; for "influence", for fewer than 30 rows, and for a kind of sketch whose halves are
+            not sketches.
+
+    Cost: that of `scores`, with a few numbers per query in memory.
+
+    >>> from lightning_sketch.operators import BlockSRHT
+    >>> sketch, rows = BlockSRHT(n=5000, dim=256), torch.randn(5, 5000)  # 40 examples of 5 gradients and some noise
+    >>> gradients = rows.repeat(8, 1) + 0.1 * torch.randn(40, 5000)
+    >>> train = SketchedGradients(sketch.matvec(gradients), sketch)
+    >>> bool(reliability(SketchedGradients(sketch.matvec(rows), sketch), train).mean() > 0.9)
+    True
+    """
+    check_group(group)
+    batch_rows = whole_number(batch_rows, "batch_rows")
+    members = scorers(queries, train, method, "ggn", normalize=False, weighted=weighted)
+    agreement = _agreement(members)
+    if group is not None:
+        agreement.add(_sums(members, torch.cat([member.ids for member in members]), batch_rows)[0])
+    else:
+        _check_order([member.ids for member in members])
+        for _, parts in _means(members, batch_rows):
+            agreement.add(parts)
+    return agreement.known()
 
 
 def scored_rows(queries: Queries, train: RowSource) -> Int[Tensor, " columns"]:
@@ -197,9 +254,15 @@ class TopK(_TopK):
         example_ids: The ids of the examples, int64, (queries, k), or lists of names; of rows without ids the step of a
             training step, else the position in `train`.
         unit: What the ids are of: "example", "step" or "row".
+        reliability: The estimated correlation of each query's scores, over all rows, with those without a sketch,
+            (queries,), from 0 to 1; see the module `attribution.split_half`. None for influence, whose curvature is
+            made of the same sketches; for kinds of sketches other than "block_srht", "fjl" and "gaussian"; and for
+            fewer than 30 rows.
     """
 
     unit: Unit = "example"
+    reliability: Float[Tensor, " queries"] | None = None
+    _said: str = ""
 
     def __repr__(self) -> str:
         queries, k = self.scores.shape
@@ -209,7 +272,8 @@ class TopK(_TopK):
             pairs = zip(map(_plain, ids), self.scores[i, :_SHOWN].tolist(), strict=True)
             best = ", ".join(f"{example} ({score:.3g})" for example, score in pairs)
             lines.append(f"    query {i}: {best}{', ...' if k > _SHOWN else ''}")
-        return "\n".join(lines + (["    ..."] if queries > _SHOWN else []))
+        lines += ["    ..."] * (queries > _SHOWN) + [f"    {self._said}"] * bool(self._said)
+        return "\n".join(lines)
 
 
 def top_k(
@@ -242,8 +306,9 @@ def top_k(
         batch_rows: Most rows in memory at a time.
 
     Returns:
-        `TopK(scores, example_ids)`, both (queries, k). The id of a row without id is the step of a training step, else
-        the row's position in `train`. NaN is last.
+        `TopK(scores, example_ids)`, both (queries, k), with `reliability`, (queries,): how near the scores are to those
+        of gradients that were never sketched. The id of a row without id is the step of a training step, else the row's
+        position in `train`. NaN is last.
 
     Raises:
         ValueError: as in `scores`; if k is not positive; for several dampings.
@@ -263,15 +328,18 @@ def top_k(
     best = _Best(whole_number(k, "k"), largest)
     if len(members[0].shape) > 2:
         raise ValueError("top_k takes one damping, got several; use scores(...) for these.")
-    ids = [member.ids for member in members]
+    ids, agreement = [member.ids for member in members], _agreement(members)
     same = all(torch.equal(own, ids[0]) for own in ids[1:])
     if group is not None and not (same and len(ids[0].unique()) == len(ids[0])):
-        best.add(*_sums(members, torch.cat(ids), batch_rows))
-        return best.found(members)
+        parts, unique = _sums(members, torch.cat(ids), batch_rows)
+        agreement.add(parts)
+        best.add(whole(parts), unique)
+        return best.found(members, agreement)
     _check_order(ids)
-    for place, found in _means(members, batch_rows):
-        best.add(found, ids[0][place])
-    return best.found(members)
+    for place, parts in _means(members, batch_rows):
+        agreement.add(parts)
+        best.add(whole(parts), ids[0][place])
+    return best.found(members, agreement)
 
 
 class _Best:
@@ -292,12 +360,18 @@ class _Best:
         )[1]
         self.best = scores.gather(1, place), ids.gather(1, place)
 
-    def found(self, members: list[Scorer]) -> TopK:
+    def found(self, members: list[Scorer], agreement: SplitHalf) -> TopK:
         """Return the best of all columns that were added, which are one at least."""
         scores, ids = cast(tuple[Tensor, Tensor], self.best)
         result = TopK(narrowed(scores), as_given(ids, (member.train for member in members)))
         result.unit = members[0].unit
+        result.reliability, result._said = agreement.reliability(), str(agreement)
         return result
+
+
+def _agreement(members: list[Scorer]) -> SplitHalf:
+    """Return what compares the halves of the scores of members."""
+    return SplitHalf([member.train.sketch for member in members] if members[0].halves else [])
 
 
 def _plain(example: Any) -> Any:
@@ -305,43 +379,38 @@ def _plain(example: Any) -> Any:
     return example.item() if isinstance(example, Tensor) else example
 
 
-def _all(member: Scorer, batch_rows: int) -> Float[Tensor, "*dampings queries rows"]:
-    """Return the scores of all rows."""
-    result = torch.empty(member.shape)
-    for place, found in member.blocks(batch_rows):
-        result = result.to(torch.promote_types(result.dtype, found.dtype))
-        result[..., place] = found
-    return narrowed(result)
-
-
-def _means(members: list[Scorer], batch_rows: int) -> Iterator[tuple[slice, Float[Tensor, "queries rows"]]]:
-    """Yield the mean scores of all members with their positions; the blocks of the members may differ in size."""
-    streams = [member.blocks(batch_rows) for member in members]
+def _means(
+    members: list[Scorer], batch_rows: int
+) -> Iterator[tuple[slice, Float[Tensor, "parts *dampings queries rows"]]]:
+    """Yield parts of the mean scores of all members with their positions; blocks of members may differ in size."""
+    streams = [member.parts(batch_rows) for member in members]
     waiting = [next(stream)[1] for stream in streams]
     start, count = 0, len(members[0].rows)
     while True:
-        size = min(found.shape[1] for found in waiting)
-        total = sum((found[:, :size] for found in waiting), torch.zeros(()))
-        yield slice(start, start + size), total / len(members)
+        size = min(found.shape[-1] for found in waiting)
+        total = waiting[0][..., :size]
+        for found in waiting[1:]:
+            total = total + found[..., :size]
+        yield slice(start, start + size), total if len(members) == 1 else total / len(members)
         start += size
-        waiting = [found[:, size:] for found in waiting]
+        waiting = [found[..., size:] for found in waiting]
         pairs = zip(waiting, streams, strict=True)
         ends = start == count
-        waiting = [found if found.shape[1] else next(stream, (None, found))[1] for found, stream in pairs]
+        waiting = [found if found.shape[-1] else next(stream, (None, found))[1] for found, stream in pairs]
         if ends:
             return
 
 
 def _sums(
     members: list[Scorer], ids: Int[Tensor, " rows"], batch_rows: int
-) -> tuple[Float[Tensor, "queries ids"], Int[Tensor, " ids"]]:
-    """Return the scores summed by id, as a mean over members, and the ids."""
+) -> tuple[Float[Tensor, "parts *dampings queries ids"], Int[Tensor, " ids"]]:
+    """Return parts of the scores summed by id, as a mean over members, and the ids."""
     unique, inverse = ids.unique(return_inverse=True)
-    total, start = torch.zeros(members[0].shape[0], len(unique)), 0
+    total, start = torch.zeros(1 + members[0].halves, *members[0].shape[:-1], len(unique)), 0
     for member in members:
-        for place, found in member.blocks(batch_rows):
+        for place, found in member.parts(batch_rows):
             total = total.to(torch.promote_types(total.dtype, found.dtype))
-            total.index_add_(1, inverse[start + place.start : start + place.stop], found.to(total.dtype))
+            total.index_add_(-1, inverse[start + place.start : start + place.stop], found.to(total.dtype))
         start += len(member.rows)
     return total / len(members), unique
 
@@ -445,7 +514,7 @@ def scorers(
     options = damping, "cosine" if normalize and method == "dot" else method, normalize, weighted
     one_curvature = cast(CurvatureLike, curvature)  # unless it is a list
     if isinstance(train, RowSource):
-        return [_scorer(cast(Queries, queries), train, one_curvature, *options)]
+        return _halved([_scorer(cast(Queries, queries), train, one_curvature, *options)], method)
     for source in train if isinstance(train, list | tuple) else [train]:
         check_train(source)
     members = list(queries) if isinstance(queries, list | tuple) else []
@@ -455,7 +524,14 @@ def scorers(
             f"{len(train)} sources of rows need as many queries and curvatures, in lists: each member's queries are "
             f"taken at its own weights; got {len(members)} queries and {len(curvatures)} curvatures."
         )
-    return [_scorer(q, t, c, *options) for q, t, c in zip(members, train, curvatures, strict=True)]
+    return _halved([_scorer(q, t, c, *options) for q, t, c in zip(members, train, curvatures, strict=True)], method)
+
+
+def _halved(members: list[Scorer], method: Method) -> list[Scorer]:
+    """Return scorers that yield the halves of their scores, where these are scores of two sketches."""
+    if method == "influence" or any(member.train.sketch.kind not in HALVES for member in members):
+        return members
+    return [replace(member, halves=True) for member in members]
 
 
 def check_train(train: Any) -> None:
