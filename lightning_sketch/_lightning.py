@@ -4,6 +4,8 @@ They concern base classes, loggers, the progress bar, the scale of gradients, ba
 settings of a Trainer.
 """
 
+import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -217,6 +219,12 @@ def param_groups(trainer: Trainer, optimizers: Sequence[Optimizer]) -> Sequence[
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
+def load_optimizers(trainer: Any, states: Sequence[Mapping[str, Any]]) -> None:
+    """Make the optimizers of the module that a Trainer evaluates, with the states that a checkpoint has."""
+    trainer.strategy.setup_optimizers(trainer)
+    trainer.strategy.load_optimizer_state_dict({"optimizer_states": states})
+
+
 def common_lr(groups: Sequence[Mapping[str, Any]]) -> float:
     """Return the learning rate of param groups if all have the same; otherwise NaN."""
     rates = {float(group["lr"]) for group in groups}
@@ -227,6 +235,29 @@ def evaluated_loader(trainer: Trainer, index: int) -> Any:
     """Return the data loader of this index on which the Trainer validates, tests or predicts."""
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if trainer.state.fn == "fit" else trainer._active_loop
     return loop._combined_loader.flattened[index]
+
+
+class EvaluatedBatches:
+    """The batches on which the Trainer validates, tests or predicts, as its module gets them; they can be read again.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[Any]:
+        loop: Any = self.trainer._active_loop
+        strategy, module = self.trainer.strategy, self.trainer.lightning_module
+        for i, (loader, count) in enumerate(zip(loop._combined_loader.flattened, loop.max_batches, strict=True)):
+            own = copy.copy(loader)
+            if "_iterator" in vars(own):
+                own.__dict__["_iterator"] = None  # of persistent workers, which serve the Trainer
+            for batch in itertools.islice(own, None if count == math.inf else int(count)):
+                batch = self.trainer.precision_plugin.convert_input(batch)
+                batch = module._on_before_batch_transfer(batch, dataloader_idx=i)
+                yield strategy.batch_to_device(batch, dataloader_idx=i)
 
 
 def changed_hooks(module: LightningModule) -> list[str]:

@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -57,7 +57,7 @@ def fit_preconditioner(
     kind: FittedKind = "ekfac",
     *,
     damping: float = DAMPING,
-    labels: Labels = "model",
+    labels: Labels | None = None,
     draws: int = 1,
     max_classes: int = 32,
     max_factor: int = 8192,
@@ -84,7 +84,8 @@ def fit_preconditioner(
         kind: "ekfac", whose eigenvalues are right in its eigenbasis, or "kfac", in one pass.
         damping: The damping of each block, in units of the mean of its eigenvalues; `Preconditioner.damped` changes it.
         labels: "model" draws labels from the model's own output; "data" takes those of the batches (the empirical
-            Fisher matrix), which needs the trained loss alone and not its output.
+            Fisher matrix), which needs the trained loss alone and not its output. If None, those of the model, or, if
+            its output or the loss of that cannot be determined, which a warning says, those of the batches.
         draws: How many labels are drawn for each example with many classes, or for each token.
         max_classes: Up to so many classes, of examples that have a single label, all are summed exactly.
         max_factor: A factor of more rows is kept as its diagonal.
@@ -104,8 +105,8 @@ def fit_preconditioner(
         The preconditioner: about 3 n numbers for square layers, less for wide ones.
 
     Raises:
-        ValueError: if there are no batches, or, for "ekfac", they can be read only once; if the loss of the output is
-            not the trained loss or cannot be determined.
+        ValueError: if there are no batches, or, for "ekfac", they can be read only once; with labels="model", if the
+            loss of the output is not the trained loss or cannot be determined.
 
     Warns:
         UserWarning: if hooks do not support some parameters, so that their preconditioner is diagonal and the examples
@@ -122,9 +123,9 @@ def fit_preconditioner(
     >>> {name: [tuple(block.eigenvalues.shape) for block in blocks] for name, blocks in p.blocks.items()}
     {'weight': [(2, 3)], 'bias': [(1, 2)]}
     """
-    for name, value, known in (("kind", kind, FittedKind), ("labels", labels, Labels)):
-        if value not in get_args(known):
-            raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, get_args(known)))}.")
+    for name, value, known in (("kind", kind, get_args(FittedKind)), ("labels", labels, (*get_args(Labels), None))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not known; use one of {', '.join(map(repr, known))}.")
     if kind == "ekfac" and iter(batches) is batches:
         raise ValueError(
             "kind='ekfac' reads the batches twice, and these can be read only once; pass a data loader or a list, or "
@@ -133,21 +134,21 @@ def fit_preconditioner(
     layout = Layout.of(module, parameters if isinstance(parameters, str) else list(parameters))
     structure = BatchStructure(num_examples, batch_dim, split_fn)
     generator = torch.Generator().manual_seed(seed)
-    passes: _ByModel | _ByData
-    if labels == "model":
+    by_model = by_data = None
+    if labels != "data":
         model = OutputModel(module, model_fn, output_loss_fn, loss_fn)
         if model.given is not None and not hasattr(model.given, "roots"):
             raise ValueError(
-                f"labels='model' needs the method `roots` of an output loss, which {model.given!r} does not have; use "
-                "'cross_entropy', 'binary_cross_entropy' or 'squared_error', or labels='data'."
+                f"labels of the model need the method `roots` of an output loss, which {model.given!r} does not have; "
+                "use 'cross_entropy', 'binary_cross_entropy' or 'squared_error', or labels='data'."
             )
-        passes = _ByModel(model, Draws(generator, draws, max_classes), structure)
-    else:
-        if loss_fn is None and not hasattr(module, "training_step"):
-            raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: loss.")
+        by_model = _ByModel(model, Draws(generator, draws, max_classes), structure)
+    if labels != "model" and (loss_fn is not None or hasattr(module, "training_step")):
         weighings = Weighings(module, weight_fn, reduction, structure)
-        passes = _ByData(module, on_copies(loss_fn or training_step_loss), weighings)
-    fit = _Fit(module, layout, passes)
+        by_data = _ByData(module, on_copies(loss_fn or training_step_loss), weighings)
+    if by_model is None and by_data is None:
+        raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: loss.")
+    fit = _Fit(module, layout, cast(_ByModel | _ByData, by_model or by_data), None if by_model is None else by_data)
     factors = _FactorSums(fit.parameters, max_factor)
     fit.over(batches, factors)
     add = summed or (lambda tensor: tensor)
@@ -231,7 +232,8 @@ class _ByData:
     """
 
     def __init__(self, module: nn.Module, loss_fn: LossFn, weighings: Weighings):
-        self.module, self.loss_fn, self.weighings, self.structure = module, loss_fn, weighings, weighings.structure
+        self.module, self.loss_fn, self.weighings = module, loss_fn, weighings
+        self.of_batch = self.structure = weighings.structure
         self.batches, self.warned = 0, False
 
     def __call__(self, batch: Any) -> Iterator[_Pass]:
@@ -252,14 +254,15 @@ class _Fit:
         module: The module.
         layout: The parameters.
         passes: batch -> its backward passes.
+        otherwise: The same, to be used if those of the first batch cannot be made.
 
     Attributes:
         parameters: The parameters, by name.
         examples: The number of examples of the last pass over all batches.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, passes: "_ByModel | _ByData"):
-        self.module, self.passes, self.examples = module, passes, 0
+    def __init__(self, module: nn.Module, layout: Layout, passes: "_ByModel | _ByData", otherwise: "_ByData | None"):
+        self.module, self.passes, self.otherwise, self.examples = module, passes, otherwise, 0
         self.parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
         self.hooks: ExampleHooks | None = None
         self.alone: dict[str, nn.Parameter] = {}  # parameters that hooks do not support
@@ -273,15 +276,27 @@ class _Fit:
         """
         self.examples = 0
         device = next(iter(self.parameters.values())).device
-        of_batch = getattr(self.passes, "of_batch", self.passes.structure)
         for batch in batches:
             with preserve_state(self.module), full_precision(device):
                 batch = on_device(differentiable(without_index(batch)), device)
-                self.examples += of_batch.count(batch)
-                for own in self.passes(batch):
+                for own in self._passes(batch):
                     self._add(own, accumulator)
+                self.examples += self.passes.of_batch.count(batch)
         if not self.examples:
             raise ValueError("fit_preconditioner got no batches; pass a list of them or a data loader.")
+
+    def _passes(self, batch: Any) -> Iterator[_Pass]:
+        """Yield the passes of a batch, the other ones from the first batch on if it has none of the first kind."""
+        try:
+            yield from self.passes(batch)
+        except ValueError as error:
+            if self.hooks is not None or self.otherwise is None:
+                raise
+            warnings.warn(
+                f"the preconditioner takes the labels of the data (labels='data'), since {error}", stacklevel=4
+            )
+            self.passes = self.otherwise
+            yield from self.passes(batch)
 
     def _add(self, own: _Pass, accumulator: _Accumulator) -> None:
         """Run one backward pass."""

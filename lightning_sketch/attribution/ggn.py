@@ -22,6 +22,7 @@ from torch import nn
 from lightning_sketch.attribution._directed import Directed, DirectedStructure, along, check_rows
 from lightning_sketch.attribution.curvature import Curvature, CurvatureSum
 from lightning_sketch.attribution.indexed_dataset import without_index
+from lightning_sketch.attribution.preconditioner import Preconditioner
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable, on_device
 from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
@@ -48,6 +49,7 @@ def fit_ggn(
     num_examples: int | Callable[[Any], int] | None = None,
     batch_dim: int = 0,
     split_fn: Callable[[Any], Iterable[Any]] | None = None,
+    preconditioner: Preconditioner | None = None,
 ) -> Curvature:
     """Compute the Gauss-Newton matrix over all examples of the batches, at the module's current weights.
 
@@ -73,6 +75,7 @@ def fit_ggn(
             has one row for each.
         batch_dim: The axis of the examples in a batch, as in `sketch_gradients`.
         split_fn: batch -> batches of one example, as in `sketch_gradients`.
+        preconditioner: That of the rows that the curvature is for.
 
     Returns:
         The curvature, at most dim x dim in float64.
@@ -106,9 +109,17 @@ def fit_ggn(
     total = CurvatureSum(sketch.dim)
     structure = BatchStructure(num_examples, batch_dim, split_fn)
 
+    mapped = None if preconditioner is None else preconditioner.of(layout, module_fingerprint(module))
     both = DirectedStructure(of_batch=structure)
     sketches = ExampleSketches(
-        module, layout, sketch=sketch, loss_fn=along(model), engine=engine, reduction="sum", structure=both
+        module,
+        layout,
+        sketch=sketch,
+        loss_fn=along(model),
+        engine=engine,
+        reduction="sum",
+        structure=both,
+        gradient_map=mapped,
     )
     weights = layout.parameters(module)
     for batch in batches:

@@ -10,6 +10,8 @@ from lightning_sketch._files import CorruptFile, check_folder
 from lightning_sketch.attribution._scorer import Queries
 from lightning_sketch.attribution.curvature import Curvature, Damping
 from lightning_sketch.attribution.ggn import fit_ggn
+from lightning_sketch.attribution.preconditioner import FOLDER as PRECONDITIONERS
+from lightning_sketch.attribution.preconditioner import Preconditioner
 from lightning_sketch.attribution.scores import (
     FOLDER,
     CurvatureLike,
@@ -28,7 +30,7 @@ from lightning_sketch.per_example.example_sketches import Engine
 from lightning_sketch.per_example.weights import Reduction
 from lightning_sketch.store.format import CorruptShard
 from lightning_sketch.store.row_store import RowStore
-from lightning_sketch.store.sketched_gradients import SketchedGradients
+from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, STAGES, SketchedGradients
 
 
 class GradientStore(RowStore):
@@ -52,6 +54,37 @@ class GradientStore(RowStore):
         print(store.top_k(queries, k=5, method="influence").example_ids)
     """
 
+    @property
+    def preconditioner(self) -> Preconditioner | None:
+        """The preconditioner of the rows that were taken at a checkpoint; None if they have none.
+
+        Raises:
+            ValueError: if rows of several are visible; select some with `where`.
+            CorruptFile: if a file of it is not what was written.
+        """
+        return self._preconditioner_of(self.rows.columns["stage"] != STAGES.index("fit"))
+
+    def _preconditioner_of(self, rows: Tensor) -> Preconditioner | None:
+        """Return the preconditioner of the rows of a mask."""
+        found = self.rows.columns["preconditioner"][rows].unique().tolist()
+        if len(found) > 1:
+            raise ValueError(
+                f"the rows have {len(found)} different preconditioners; choose with store.where(preconditioner=...) or "
+                "store.where(stage=...)."
+            )
+        known = [id for id in found if id not in (NONE, OF_STEP)]
+        try:
+            return Preconditioner.load(self.path / PRECONDITIONERS, known[0]) if known else None
+        except FileNotFoundError as error:
+            raise CorruptFile(
+                f"the preconditioner of the rows is gone from {self.path / PRECONDITIONERS}; restore it from a copy."
+            ) from error
+
+    def _preconditioner_at(self, module: nn.Module) -> Preconditioner | None:
+        """Return the preconditioner of the rows at the module's present weights; None if there are no such rows."""
+        there = self.rows.columns["fingerprint"] == module_fingerprint(module)
+        return self._preconditioner_of(there & (self.rows.columns["stage"] != STAGES.index("fit")))
+
     def sketch_gradients(
         self,
         module: nn.Module,
@@ -69,6 +102,8 @@ class GradientStore(RowStore):
         per_token: bool = False,
     ) -> SketchedGradients:
         """Compute sketched gradients of examples with the sketch and the parameters of the store, as queries.
+
+        They go through the preconditioner of the rows at the module's weights, if these have one.
 
         Args:
             module: The module, which is left as it was.
@@ -108,6 +143,7 @@ class GradientStore(RowStore):
             batch_dim=batch_dim,
             split_fn=split_fn,
             per_token=per_token,
+            preconditioner=self._preconditioner_at(module),
         )
 
     def fit_curvature(
@@ -178,6 +214,7 @@ class GradientStore(RowStore):
             num_examples=num_examples,
             batch_dim=batch_dim,
             split_fn=split_fn,
+            preconditioner=self._preconditioner_at(module),
         )
         found.save(self.path / FOLDER)
         return found
@@ -196,7 +233,7 @@ class GradientStore(RowStore):
         )
 
     def verify(self) -> int:
-        """Read every file, curvatures too, compare its checksum, and return the number of rows, visible or not.
+        """Read every file, curvatures and preconditioners too, compare its checksum, and return the number of all rows.
 
         Raises:
             CorruptFile: if files are truncated, changed, exchanged, foreign or missing; the message names all.
@@ -210,6 +247,16 @@ class GradientStore(RowStore):
             try:
                 check_folder(path.parent)
                 Curvature.read(path)
+            except CorruptFile as error:
+                wrong.append(str(error))
+        kept = self.path / PRECONDITIONERS
+        for path in sorted(kept.iterdir()) if kept.is_dir() else ():
+            try:
+                check_folder(kept)
+                check_folder(path)
+                Preconditioner.read(path, check=True)
+            except FileNotFoundError:  # it was not written to its end, and no row has it
+                continue
             except CorruptFile as error:
                 wrong.append(str(error))
         if wrong:

@@ -123,7 +123,7 @@ class Preconditioner:
         several = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
         found: dict[int, Tensor] = {}
         for one in several:
-            found |= second_moments(one)
+            found |= divisors(one)
         named = dict(zip(layout.names, layout.parameters(module), strict=True))
         missing = [name for name, parameter in named.items() if id(parameter) not in found]
         if missing:
@@ -153,6 +153,11 @@ class Preconditioner:
     def damped(self, damping: float) -> "Preconditioner":
         """Return the same preconditioner with another damping; nothing is fitted again."""
         return replace(self, damping=damping)
+
+    def to(self, device: torch.device | str) -> "Preconditioner":
+        """Return the same preconditioner with its numbers in the memory of a device."""
+        blocks = {name: [block.to(device) for block in own] for name, own in self.blocks.items()}
+        return replace(self, blocks=blocks)
 
     def whiten(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Return L g: the gradients of parameters, by name, each times its part of L; None stays None.
@@ -303,9 +308,7 @@ class _StoredBlocks(Mapping[str, Sequence[Block]]):
         return file
 
 
-def second_moments(
-    optimizer: torch.optim.Optimizer, gradients: Mapping[int, Tensor] | None = None
-) -> dict[int, Tensor]:
+def divisors(optimizer: torch.optim.Optimizer, gradients: Mapping[int, Tensor] | None = None) -> dict[int, Tensor]:
     """Return sqrt(v) + epsilon with bias correction for each parameter that has a state, by the parameter's id.
 
     Args:
@@ -317,7 +320,7 @@ def second_moments(
         ValueError: if the optimizer is of another kind.
     """
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    entry = _entry_of(optimizer)
+    entry = check_adaptive(optimizer)
     found: dict[int, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -342,7 +345,7 @@ def divisor(
         state: The state of the parameter.
         gradient: The gradient of the step under way, which v is to have in it; None for v as it is.
     """
-    entry = _entry_of(optimizer)
+    entry = check_adaptive(optimizer)
     decay = group["alpha"] if entry == "square_avg" else group["betas"][1]
     steps, square = float(state.get("step", 0)), state.get(entry)
     if gradient is not None:
@@ -364,7 +367,12 @@ def diagonal(values: Tensor) -> Block:
     return Block(0, values.detach().reshape(1, -1))
 
 
-def _entry_of(optimizer: torch.optim.Optimizer) -> str:
+def check_adaptive(optimizer: torch.optim.Optimizer) -> str:
+    """Return the entry of an optimizer's state that has the mean square of the gradient.
+
+    Raises:
+        ValueError: if none is known.
+    """
     names = [kind.__name__ for kind in type(optimizer).__mro__]
     entry = next((_MEAN_SQUARES[name] for name in names if name in _MEAN_SQUARES), None)
     if entry is None:

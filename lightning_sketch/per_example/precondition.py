@@ -44,6 +44,11 @@ class Block:
         """Whether P is diagonal."""
         return self.left is None and self.right is None
 
+    def to(self, device: torch.device | str) -> "Block":
+        """Return the same block on a device."""
+        left, right = (None if basis is None else basis.to(device) for basis in (self.left, self.right))
+        return Block(self.start, self.eigenvalues.to(device), left, right)
+
     @property
     def stop(self) -> int:
         """Where the block ends in the flat parameter."""

@@ -6,6 +6,7 @@
     rows/r00002/a00000003/00000017.safetensors      the 18th file of rows (a shard) of rank 2 in run 3
     rows/manifests/r00002-a00000003.json            how many shards rank 2 has committed in run 3, the last one's seal
     curvature/                                      see `attribution.Curvature`
+    preconditioner/3fa9c04417be21d8/                see `attribution.Preconditioner`
     store.lock, rows/r00002/a00000003/writer.lock   held while the store, or this rank's run, is changed
 
 Every file but the locks has a checksum and the UUID, and each shard has the seal of the one before it, so that a file

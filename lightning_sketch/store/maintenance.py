@@ -28,9 +28,11 @@ from lightning_sketch.store.writer import RowAppender
 
 _NEVER = 1e6  # seconds: while compacting, files are cut by size alone
 _SNAPSHOT = re.compile(r"rows(-\d+)?")
+PRECONDITIONER = re.compile(r"[0-9a-f]{16}")
 _OWN = {  # the names of a store's files in its folders, whose other files are the user's
     "attempts": re.compile(r"\d{8}\.json(\.\w+\.tmp)?"),
     "curvature": re.compile(r"[a-z]+_[0-9a-f]{16}\.safetensors(\.\w+\.tmp)?"),
+    "preconditioner": re.compile(r"(\d{5}\.safetensors|preconditioner\.json)(\.\w+\.tmp)?"),
     "manifests": re.compile(rf"{MANIFEST.pattern}(\.\w+\.tmp)?"),
     "run": re.compile(r"\d{8}\.safetensors(\.\w+\.tmp)?|writer\.lock"),
 }
@@ -155,6 +157,11 @@ def erase(path: Path) -> None:
                 _remove_rows(folder)
         _remove(path / "attempts", _OWN["attempts"])
         _remove(path / "curvature", _OWN["curvature"])
+        kept = path / "preconditioner"
+        for folder in kept.iterdir() if kept.is_dir() and not kept.is_symlink() else ():
+            if PRECONDITIONER.fullmatch(folder.name):
+                _remove(folder, _OWN["preconditioner"])
+        _remove_empty(kept)
         sync_folder(path)
 
 

@@ -28,6 +28,10 @@ STAGES: tuple[Stage, ...] = get_args(Stage)
 
 UNKNOWN_ID = -1
 
+# Ids of preconditioners: of rows without one, and of rows of training steps, whose gradients went through that of the
+# optimizer at their step, (sqrt(v) + epsilon)^-1, and are compared with queries without one.
+NONE, OF_STEP = 0, 1
+
 _STORED = (torch.bool, torch.int64, torch.float32, torch.float64)  # types of columns
 
 # The columns of every row, with the value that means "unknown":
@@ -45,7 +49,7 @@ _STORED = (torch.bool, torch.int64, torch.float32, torch.float64)  # types of co
 #     finite        False if the gradient had an inf or NaN: the step was skipped and the sketch is zero
 #     weight        weight of the example in a mean over a batch, such as its number of labels
 #     scale_known   False if the length of the row was not compared with the gradient of the example alone
-#     preconditioner  id of what the gradient was multiplied by before it was sketched; 0 for nothing
+#     preconditioner    id of what the gradient was multiplied by before it was sketched
 DEFAULTS: dict[str, int | float | bool] = {
     "example_id": UNKNOWN_ID,
     "stage": STAGES.index("predict"),
@@ -60,7 +64,7 @@ DEFAULTS: dict[str, int | float | bool] = {
     "finite": True,
     "weight": float("nan"),
     "scale_known": True,
-    "preconditioner": 0,
+    "preconditioner": NONE,
 }
 
 

@@ -17,13 +17,14 @@ from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import on_copies, training_step_loss
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.callbacks.gradient_sketch_writer._examples import DuplicateFinder
+from lightning_sketch.callbacks.gradient_sketch_writer._preconditioned import StepPreconditioner
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.example_sketches import ExampleSketches
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.verify import by_reason, disagreement, hooks_fail, tolerance, weighings_by_losses
 from lightning_sketch.per_example.weights import KnownWays, Weighing, Weighings
-from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, keys_of
+from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, UNKNOWN_ID, Column, SketchedGradients, keys_of
 
 Fallback = Literal["loop", "vmap"]  # engines of the second pass
 
@@ -59,6 +60,7 @@ class TrainingExamples:
         weighings: Lists the ways in which the loss may weigh the examples of a batch.
         fallback: The engine of the second pass, or None for no such pass.
         unsupported: The names of the parameters that hooks do not support, which the second pass covers.
+        preconditioned: Whether gradients go through the preconditioner of the optimizer.
 
     Attributes:
         doubt: Whether the scale of the rows up to the last batch is in doubt; the caller sets it back to False.
@@ -73,6 +75,7 @@ class TrainingExamples:
         weighings: Weighings,
         fallback: Fallback | None,
         unsupported: Collection[str],
+        preconditioned: bool = False,
     ):
         self.module, self.layout, self.sketch, self.weighings = module, layout, sketch, weighings
         self.structure = weighings.structure
@@ -93,6 +96,7 @@ class TrainingExamples:
             )
         self.hooks = ExampleHooks(module, self.parameters)
         self.accumulator = SketchAccumulator(sketch, layout, parameters=self.parameters)
+        self.preconditioner = StepPreconditioner(trainer, self.parameters) if preconditioned else None
         self.batch: _Batch | None = None
         self.batches, self.checked, self.doubt = 0, False, False
         self.ways: KnownWays | None = KnownWays()  # None once a batch did not fit
@@ -147,7 +151,9 @@ class TrainingExamples:
         self.batch = _Batch(columns, way.scale, second)
         examples = self.structure.count(batch)
         self.accumulator.start(examples)
-        self.hooks.attach(self.accumulator, examples)
+        if self.preconditioner is not None:
+            self.preconditioner.begin_batch(self.accumulator)
+        self.hooks.attach(self.preconditioner or self.accumulator, examples)
 
     def before_backward(self, loss: Tensor) -> None:
         """Tell the hooks which loss is differentiated."""
@@ -180,6 +186,7 @@ class TrainingExamples:
             "epoch": torch.full((count,), trainer.current_epoch),
             "lr": torch.full((count,), lr),
             "fingerprint": torch.full((count,), module_fingerprint(self.module, self.frozen)),
+            "preconditioner": torch.full((count,), NONE if self.preconditioner is None else OF_STEP),
         }
         return SketchedGradients(rows, self.sketch, columns)
 
@@ -187,6 +194,8 @@ class TrainingExamples:
         """Remove all hooks."""
         self.batch = None
         self.hooks.detach()
+        if self.preconditioner is not None:
+            self.preconditioner.stop()
 
     def _weighing(self, batch: Any) -> tuple[Weighing, bool]:
         """Return the way in which the loss weighs the examples of a batch, and whether that is known."""
@@ -232,7 +241,13 @@ class TrainingExamples:
             if trainer.accumulate_grad_batches > 1 or getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
                 return True
             total = trainer.strategy.reduce(total, reduce_op="mean")
-        whole = self.layout.sketch(self.sketch, {name: p.grad for name, p in self.parameters.items()})
+        gradients = {name: p.grad for name, p in self.parameters.items()}
+        if self.preconditioner is not None:
+            scale = loss_scale(trainer)
+            unscaled = {name: None if g is None else g / scale for name, g in gradients.items()}
+            divided = self.preconditioner.divided(unscaled)
+            gradients = {name: None if g is None else g * scale for name, g in divided.items()}
+        whole = self.layout.sketch(self.sketch, gradients)
         if not whole.isfinite().all():
             return False
         if not (total - whole).norm() <= _MAX_SUM_ERROR * whole.norm():

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from lightning_sketch._lightning import Trainer, common_lr, gradient_scale, loss_scale, param_groups
 from lightning_sketch.autodiff.fingerprint import Known, module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.callbacks.gradient_sketch_writer._preconditioned import StepPreconditioner
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, keys_of
+from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, UNKNOWN_ID, Column, SketchedGradients, keys_of
 
 
 class StepRows:
@@ -20,9 +21,13 @@ class StepRows:
         module: The module that is trained.
         layout: The parameters that rows cover.
         sketch: The sketch of the layout's vector.
+        preconditioner: What gradients are divided by, if they are.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, sketch: Sketch):
+    def __init__(
+        self, module: nn.Module, layout: Layout, sketch: Sketch, preconditioner: StepPreconditioner | None = None
+    ):
+        self.preconditioner = preconditioner
         self.module, self.layout, self.sketch = module, layout, sketch
         self.parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
         self.loss: Tensor | None = None
@@ -66,7 +71,11 @@ class StepRows:
             self.frozen.clear()
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         gradients = {name: p.grad for name, p in self.parameters.items() if id(p) in stepped}
-        row = self.layout.sketch(self.sketch, gradients) / gradient_scale(trainer, optimizer)
+        scale = gradient_scale(trainer, optimizer)
+        if self.preconditioner is not None:
+            unscaled = {name: None if g is None else g / scale for name, g in gradients.items()}
+            gradients, scale = self.preconditioner.divided(unscaled), 1.0
+        row = self.layout.sketch(self.sketch, gradients) / scale
         loss = torch.nan if summed is None else trainer.strategy.reduce(summed, reduce_op="mean")
         step = trainer.global_step + 1
         columns: dict[str, Any] = {
@@ -75,6 +84,7 @@ class StepRows:
             "lr": common_lr(param_groups(trainer, [optimizer])),
             "loss": float(loss),
             "fingerprint": module_fingerprint(self.module, self.frozen),
+            "preconditioner": NONE if self.preconditioner is None else OF_STEP,
         }
         # If a closure is called several times, as by LBFGS, the row of its last call remains.
         self.pending[step] = SketchedGradients(

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -80,6 +80,12 @@ class StoreRun:
         if self.appender is not None and not self.failed:
             with self._failing():
                 self.appender.doubt_scale()
+
+    def keep(self, write: Callable[[], Any]) -> None:
+        """Write a file that rows rely on beside them, by calling a function."""
+        if self.appender is not None and not self.failed:
+            with self._failing():
+                write()
 
     def flush(self) -> None:
         """Wait until all rows are on the disk."""

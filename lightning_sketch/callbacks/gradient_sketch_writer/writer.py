@@ -18,11 +18,14 @@ from lightning_sketch._lightning import (
     batches_done,
     common_lr,
     log_scalars,
+    muted_loggers,
     param_groups,
     state_key,
 )
+from lightning_sketch.attribution.preconditioner import Preconditioner
 from lightning_sketch.attribution.sketch_gradients import ExampleRows, RowFn
 from lightning_sketch.autodiff.batches import BatchStructure
+from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import training_step_loss
 from lightning_sketch.callbacks.gradient_sketch_writer._checkpoint_rows import CheckpointRows
@@ -32,6 +35,11 @@ from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import (
     unsupported_by_hooks,
 )
 from lightning_sketch.callbacks.gradient_sketch_writer._examples import ExampleIds, UserColumns
+from lightning_sketch.callbacks.gradient_sketch_writer._preconditioned import (
+    Choice,
+    StepPreconditioner,
+    of_checkpoint,
+)
 from lightning_sketch.callbacks.gradient_sketch_writer._step_rows import StepRows
 from lightning_sketch.callbacks.gradient_sketch_writer._store_session import (
     Granularity,
@@ -43,7 +51,7 @@ from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.per_example.example_sketches import ENGINES, Engine, ExampleSketches
 from lightning_sketch.per_example.rules.normalization import couples
 from lightning_sketch.per_example.weights import Reduction, Weighings
-from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Stage
+from lightning_sketch.store.sketched_gradients import NONE, UNKNOWN_ID, Stage
 from lightning_sketch.store.spec import DTYPES, Dtype
 from lightning_sketch.subspace import SubspaceModule
 
@@ -107,6 +115,13 @@ class GradientSketchWriter(CallbackBase):
         overwrite: Whether the first fit deletes the store that the folder has, unless it resumes it.
         on_error: What to do if rows cannot be written, as on a full disk: "raise" ends the training at the next file;
             "warn" goes on without rows, and the store says that some are missing.
+        preconditioner: What gradients are multiplied by before they are sketched, so that the products of rows are
+            influence, with a damping for each layer: the better choice for language models, not for small images.
+            "ekfac" fits it to the data loader of `trainer.validate`, in two passes before its rows are written, and the
+            store keeps it (about 3 n numbers); "kfac" in one; or what `fit_preconditioner` returned. "optimizer" is the
+            diagonal of Adam: rows of training are S P_t^-1 g with that of their step, whose products with plain queries
+            are how much the step lowers a loss; at a checkpoint that of the optimizer that trained. Rows of training
+            have no other, and queries="val" has none.
 
     Raises:
         ValueError: If an argument is out of its range; before training, if the folder has a store of other rows or, on
@@ -149,6 +164,7 @@ class GradientSketchWriter(CallbackBase):
         columns_fn: Callable[[Any], Mapping[str, Any]] | None = None,
         overwrite: bool = False,
         on_error: OnError = "raise",
+        preconditioner: Choice | None = None,
     ):
         super().__init__()
         for argument, value, known in (
@@ -165,6 +181,13 @@ class GradientSketchWriter(CallbackBase):
                 raise ValueError(
                     f"GradientSketchWriter({argument}={value!r}) is not known; use {', '.join(map(repr, known))}."
                 )
+        if not (preconditioner in ("ekfac", "kfac", "optimizer", None) or isinstance(preconditioner, Preconditioner)):
+            raise ValueError(
+                f"GradientSketchWriter(preconditioner={preconditioner!r}) is not known; use 'ekfac', 'kfac', "
+                "'optimizer', None, or what fit_preconditioner returned."
+            )
+        if preconditioner == "optimizer" and fallback is not None:
+            raise ValueError("fallback takes its passes before the step, whose preconditioner they lack; leave it out.")
         if columns_fn is not None and not callable(columns_fn):
             raise ValueError(f"columns_fn={columns_fn!r} is no function; pass lambda batch: {{'source': ...}}.")
         if dim < 1 or every_n_train_steps < 1:
@@ -172,6 +195,7 @@ class GradientSketchWriter(CallbackBase):
         self.per, self.every_n_train_steps, self.parameters = per, every_n_train_steps, parameters
         self.loss_fn, self.row_fn, self.weight_fn, self.reduction = loss_fn, row_fn, weight_fn, reduction
         self.engine, self.fallback, self.queries, self.name = engine, fallback, queries, name or "sketches"
+        self.preconditioner = preconditioner
 
         self._session = StoreSession(
             dirpath,
@@ -189,6 +213,7 @@ class GradientSketchWriter(CallbackBase):
         self._example_ids = ExampleIds(index_key, self._structure)
         self._own_columns = UserColumns(columns_fn)
         self._position: dict[str, Any] = {}
+        self._optimizer_states: list[Mapping[str, Any]] = []
         self._lr = math.nan  # of the last optimizer step
         self._run: StoreRun | None = None
         self._steps: StepRows | None = None
@@ -228,6 +253,7 @@ class GradientSketchWriter(CallbackBase):
         stale = checkpoint.get("lr_schedulers") or isinstance(pl_module, SubspaceModule)
         lr = (own or {}).get("lr", math.nan if stale else common_lr(groups))
         self._session.measured = own
+        self._optimizer_states = checkpoint.get("optimizer_states", []) if self.preconditioner == "optimizer" else []
         self._position = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"], "lr": lr}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -235,7 +261,7 @@ class GradientSketchWriter(CallbackBase):
         _check(trainer, pl_module, stage, self.per, self.loss_fn is not None)
         if stage == "fit" and trainer.global_step == 0:  # the checkpoint is loaded after this hook
             self._session.resumed, self._lr = None, math.nan
-        self._position, self._session.measured = {}, self._session.resumed
+        self._position, self._session.measured, self._optimizer_states = {}, self._session.resumed, []
         self._example_ids.attach(trainer, pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -255,7 +281,9 @@ class GradientSketchWriter(CallbackBase):
         if self.per == "step":
             layout = Layout.of(pl_module, self.parameters)
             self._run = self._session.open_fit(trainer, layout, self.every_n_train_steps)
-            self._steps = StepRows(pl_module, layout, self._run.spec.operator)
+            named = dict(zip(layout.names, layout.parameters(pl_module), strict=True))
+            own = StepPreconditioner(trainer, named) if self.preconditioner == "optimizer" else None
+            self._steps = StepRows(pl_module, layout, self._run.spec.operator, own)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Collect the ids of the examples, and attach hooks if rows of examples are recorded in this step."""
@@ -372,13 +400,15 @@ class GradientSketchWriter(CallbackBase):
             contribution=bool(couples(pl_module)),
         )
         sketch = self._run.spec.operator
-        return TrainingExamples(trainer, pl_module, layout, sketch, weighings, self.fallback, unsupported)
+        own = self.preconditioner == "optimizer"
+        return TrainingExamples(trainer, pl_module, layout, sketch, weighings, self.fallback, unsupported, own)
 
     def _checkpoint_rows(
         self, trainer: Trainer, pl_module: LightningModule, run: StoreRun, stage: Stage
     ) -> CheckpointRows:
         """Return the writer of rows of examples at the module's present weights; all ranks call it."""
         layout, sketch, loss_fn = run.spec.parameters, run.spec.operator, self.loss_fn or training_step_loss
+        found = None if stage == "queries" else self._preconditioner(trainer, pl_module, run)
         sketches = ExampleSketches(
             pl_module,
             layout,
@@ -388,8 +418,9 @@ class GradientSketchWriter(CallbackBase):
             weight_fn=self.weight_fn,
             reduction=self.reduction,
             structure=self._structure(),
+            gradient_map=None if found is None else found.of(layout, module_fingerprint(pl_module)),
         )
-        rows = ExampleRows(sketches, self.row_fn)
+        rows = ExampleRows(sketches, self.row_fn, preconditioner=NONE if found is None else found.id)
         first = trainer.strategy.broadcast(rows.fingerprint)
         if rows.fingerprint != first:
             warnings.warn(
@@ -400,6 +431,24 @@ class GradientSketchWriter(CallbackBase):
             rows.fingerprint = first  # that of the checkpoint, with which queries are made
         now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "lr": self._lr}
         return CheckpointRows(rows, run, stage, self._position or now, self._example_ids.hashed)
+
+    def _preconditioner(self, trainer: Trainer, pl_module: LightningModule, run: StoreRun) -> Preconditioner | None:
+        """Return the preconditioner of rows at the module's present weights; all ranks call it."""
+        if self.preconditioner is None:
+            return None
+        num_examples, batch_dim, split_fn = self._structure.args
+        with muted_loggers(trainer):
+            return of_checkpoint(
+                self.preconditioner,
+                trainer,
+                pl_module,
+                run,
+                self._optimizer_states,
+                loss_fn=self.loss_fn,
+                num_examples=num_examples,
+                batch_dim=batch_dim,
+                split_fn=split_fn,
+            )
 
     def _close(self) -> None:
         """Remove all hooks, and commit the rows."""

@@ -1,0 +1,223 @@
+"""Rows of a writer that went through a preconditioner: the optimizer's while training, a fitted one at a checkpoint."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Digits, dataset, fit, trainer
+from pytorch_lightning import LightningModule
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_sketch import GradientSketchWriter, GradientStore
+from lightning_sketch.attribution import IndexedDataset, fit_preconditioner, sketch_gradients
+
+WORDS, LR = 7, 0.01
+
+
+class WithoutForward(LightningModule):
+    """A table that is looked up and multiplied by, a normalization, a bias; the first batches do not see all words."""
+
+    def __init__(self, make):
+        super().__init__()
+        torch.manual_seed(0)
+        self.make = make
+        self.table, self.mix, self.norm = nn.Embedding(WORDS, 6), nn.Linear(6, 6), nn.LayerNorm(6)
+        self.head = nn.Linear(6, WORDS)
+        self.head.weight = self.table.weight
+
+    def logits(self, x):
+        return self.head(self.norm(torch.tanh(self.mix(self.table(x)))).mean(1))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.logits(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return self.make(self.parameters())
+
+
+class Words(WithoutForward):
+    def forward(self, x):
+        return self.logits(x)
+
+
+OPTIMIZERS = {
+    "adam": lambda p: torch.optim.Adam(p, lr=LR, betas=(0.0, 0.9)),  # without momentum the step is -lr P_t^-1 g
+    "rmsprop": lambda p: torch.optim.RMSprop(p, lr=LR, alpha=0.9),
+}
+
+
+class Moves(Callback):
+    """The vectors by which steps move the weights."""
+
+    def __init__(self):
+        self.moves, self.before = [], None
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        self.before = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.moves.append(nn.utils.parameters_to_vector(module.parameters()).detach() - self.before)
+
+
+def words(count=24, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(WORDS, (count, 3), generator=generator).sort(0).values
+    return IndexedDataset(TensorDataset(x, torch.randint(WORDS, (count,), generator=generator)))
+
+
+@pytest.mark.parametrize("per", ["step", "example"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_rows_of_training_are_the_step_that_the_optimizer_takes(name, per, tmp_path):
+    """Without momentum it is -lr P_t⁻¹ g, and g the mean of the examples' gradients: exact to float32 rounding.
+
+    P_t has the gradient of the step itself in it, without which the first step would divide by epsilon.
+    """
+    moves, writer = (
+        Moves(),
+        GradientSketchWriter(tmp_path / "store", dim=32, dtype="float32", per=per, preconditioner="optimizer"),
+    )
+    fit(tmp_path, moves, writer, model=Words(OPTIMIZERS[name]), data=DataLoader(words(), batch_size=8))
+    rows = GradientStore.open(writer.dirpath).read()
+    assert (rows.preconditioner == 1).all()
+    for step, move in enumerate(moves.moves, 1):
+        truth = rows.sketch.matvec(move) / -LR
+        found = rows.where(step=step).sketches.mean(0)
+        assert (found - truth).norm() < 2e-4 * truth.norm(), step
+
+
+def test_a_step_of_accumulated_batches_has_the_mean_gradient_in_its_divisor(tmp_path):
+    moves = Moves()
+    writer = GradientSketchWriter(tmp_path / "store", dim=32, dtype="float32", preconditioner="optimizer")
+    data = DataLoader(words(), batch_size=8)
+    fit(tmp_path, moves, writer, model=Words(OPTIMIZERS["adam"]), data=data, max_epochs=1, accumulate_grad_batches=3)
+    (row,) = GradientStore.open(writer.dirpath).read().sketches
+    truth = GradientStore.open(writer.dirpath).sketch.matvec(moves.moves[2]) / -LR
+    assert (row - truth).norm() < 2e-4 * truth.norm()
+
+
+def test_training_is_unchanged_bit_for_bit(tmp_path):
+    data = DataLoader(words(), batch_size=8)
+    plain = fit(tmp_path / "a", model=Words(OPTIMIZERS["adam"]), data=data)
+    writer = GradientSketchWriter(tmp_path / "store", dim=32, per="example", preconditioner="optimizer")
+    written = fit(tmp_path / "b", writer, model=Words(OPTIMIZERS["adam"]), data=data)
+    for a, b in zip(plain.parameters(), written.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["ekfac", "kfac"])
+def test_rows_of_a_validation_are_those_of_sketch_gradients(kind, tmp_path):
+    """The same preconditioner, fitted to the same examples in two passes, and the same queries; both are kept."""
+    data = DataLoader(words(), batch_size=8)
+    writer = GradientSketchWriter(tmp_path / "store", dim=32, dtype="float32", preconditioner=kind)
+    model = fit(tmp_path, writer, model=Words(OPTIMIZERS["adam"]), data=data, max_epochs=1)
+    model.trainer.validate(model, data, verbose=False)
+    store = GradientStore.open(writer.dirpath)
+    assert store.where(stage="fit").preconditioner is None
+    rows, p = store.where(stage="validate").read(), store.where(stage="validate").preconditioner
+    plain = [[x, y] for x, y in DataLoader(words().dataset, batch_size=8)]
+    own = fit_preconditioner(model, plain, kind)
+    torch.testing.assert_close(p.blocks["mix.weight"][0].eigenvalues, own.blocks["mix.weight"][0].eigenvalues)
+    truth = sketch_gradients(model, plain, store.sketch, preconditioner=own)
+    torch.testing.assert_close(rows.sketches @ rows.sketches.T, truth.sketches @ truth.sketches.T, rtol=1e-3, atol=1e-2)
+    queries = store.sketch_gradients(model, plain)
+    torch.testing.assert_close(queries.sketches, rows.sketches)
+    assert (queries.preconditioner == p.id).all()
+
+
+def test_rows_that_are_written_in_parts_share_the_first_preconditioner(tmp_path, caplog):
+    model, data = Words(OPTIMIZERS["adam"]), words()
+    writer = GradientSketchWriter(tmp_path / "store", dim=16, preconditioner="ekfac")
+    run = trainer(tmp_path, writer)
+    for part in (range(12), range(12, 24)):
+        run.validate(model, DataLoader(torch.utils.data.Subset(data, part), batch_size=4), verbose=False)
+    store = GradientStore.open(writer.dirpath)
+    assert len(store) == 24
+    assert store.preconditioner.examples == 12
+    assert "that of earlier rows at these weights is used again" in caplog.text
+    assert store.verify() == 24
+    file = next((store.path / "preconditioner").rglob("00001.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"00001\.safetensors"):
+        store.verify()
+
+
+def test_that_of_the_optimizer_at_a_checkpoint_is_the_one_that_the_checkpoint_has(tmp_path):
+    """Read anew, through configure_optimizers, or of the Trainer that has fitted: the same."""
+    data, save = DataLoader(words(), batch_size=8), ModelCheckpoint(tmp_path, filename="last", save_last=True)
+    found = []
+    writer = GradientSketchWriter(tmp_path / "a", dim=16, preconditioner="optimizer")
+    model = fit(tmp_path, writer, save, model=Words(OPTIMIZERS["rmsprop"]), data=data, enable_checkpointing=True)
+    run = model.trainer
+    run.validate(model, data, verbose=False)
+    found.append(GradientStore.open(writer.dirpath).where(stage="validate").preconditioner)
+    again = GradientSketchWriter(tmp_path / "b", dim=16, preconditioner="optimizer")
+    other = Words(OPTIMIZERS["rmsprop"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning misses the callback that saved
+        trainer(tmp_path, again).validate(
+            other, data, ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=False
+        )
+    found.append(GradientStore.open(again.dirpath).preconditioner)
+    assert found[0].id == found[1].id
+    state = run.optimizers[0].state[model.mix.weight]["square_avg"]
+    torch.testing.assert_close(found[0].blocks["mix.weight"][0].eigenvalues.view(6, 6), state.sqrt() + 1e-8)
+
+
+def test_what_cannot_be_is_said_before_training(tmp_path):
+    data = DataLoader(words(), batch_size=8)
+    sgd = Words(lambda p: torch.optim.SGD(p, lr=0.1))
+    for per in ("step", "example"):
+        writer = GradientSketchWriter(tmp_path / per, dim=16, per=per, preconditioner="optimizer")
+        with pytest.raises(MisconfigurationException, match="SGD has no mean square of gradients"):
+            trainer(tmp_path, writer).fit(sgd, data)
+    writer = GradientSketchWriter(tmp_path / "validate", dim=16, preconditioner="optimizer")
+    with pytest.raises(MisconfigurationException, match="needs the optimizer that has trained"):
+        trainer(tmp_path, writer).validate(Words(OPTIMIZERS["adam"]), data)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_arguments_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="preconditioner='shampoo'"):
+        GradientSketchWriter(preconditioner="shampoo")
+    with pytest.raises(ValueError, match="leave it out"):
+        GradientSketchWriter(preconditioner="optimizer", fallback="loop")
+
+
+def test_a_module_without_an_output_has_the_labels_of_its_data(tmp_path):
+    """As people write modules: no forward, and several children. It is said, and the rows are right."""
+    data = DataLoader(words(), batch_size=8)
+    model = WithoutForward(OPTIMIZERS["adam"])
+    writer = GradientSketchWriter(tmp_path / "store", dim=32, preconditioner="ekfac")
+    with pytest.warns(UserWarning, match="takes the labels of the data"):
+        trainer(tmp_path, writer).validate(model, data, verbose=False)
+    own = fit_preconditioner(model, [[x, y] for x, y in DataLoader(words().dataset, batch_size=8)], labels="data")
+    kept = GradientStore.open(writer.dirpath).preconditioner
+    for name, (block,) in own.blocks.items():
+        torch.testing.assert_close(kept.blocks[name][0].eigenvalues, block.eigenvalues, rtol=1e-3, atol=1e-6)
+
+
+def test_images_with_workers_that_persist_and_batch_norm(tmp_path):
+    """The passes over the loader do not take its workers' batches away from the validation, nor change statistics."""
+
+    class Model(Digits):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    model = Model()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    data = DataLoader(dataset(40), batch_size=16, num_workers=1, persistent_workers=True)
+    writer = GradientSketchWriter(tmp_path / "store", dim=32, preconditioner="ekfac")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(tmp_path, writer).validate(model, data, verbose=False)
+    assert len(GradientStore.open(writer.dirpath)) == 40
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
