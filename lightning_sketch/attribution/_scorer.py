@@ -28,6 +28,8 @@ from torch import Tensor
 from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.store.index import equal_rows
 from lightning_sketch.store.sketched_gradients import (
+    NONE,
+    OF_STEP,
     STAGES,
     UNKNOWN_ID,
     RowSource,
@@ -78,7 +80,9 @@ def select(queries: Queries, train: RowSource, weighted: bool = False) -> Select
     if isinstance(queries, Mapping):
         return _select_by_step(queries, train, keep, weighted)
     _check_queries(queries, train)
-    return _selected(train, _at_weights(queries.fingerprint, columns, keep), weighted=weighted)
+    there = _at_weights(queries.fingerprint, columns, keep)
+    _check_preconditioner(queries, columns["preconditioner"][there])
+    return _selected(train, there, weighted=weighted)
 
 
 def select_all(train: RowSource, rates: bool) -> Selected:
@@ -89,6 +93,11 @@ def select_all(train: RowSource, rates: bool) -> Selected:
     """
     columns = train.metadata()
     keep = scorable(columns)
+    if (columns["preconditioner"][keep] == OF_STEP).any():
+        raise ValueError(
+            "rows of training that went through the optimizer's preconditioner have no self-influence, which takes the "
+            "gradient on one side without it; use rows at a checkpoint: trainer.validate(model, train_loader)."
+        )
     if rates:
         _check_one_kind(columns["stage"][keep])
     return _selected(train, keep, rates=rates)
@@ -128,6 +137,21 @@ def scorable(columns: Mapping[str, Any]) -> Bool[Tensor, " rows"]:
             stacklevel=2,
         )
     return keep
+
+
+def one_preconditioner(rows: RowSource) -> int:
+    """Return the id of the preconditioner that all rows went through, `NONE` if none.
+
+    Raises:
+        ValueError: if they went through different ones.
+    """
+    found = rows.metadata()["preconditioner"].unique().tolist()
+    if len(found) != 1:
+        raise ValueError(
+            f"the rows went through {len(found)} different preconditioners ({_few(torch.tensor(found))}, 0 is none); "
+            "choose with .where(preconditioner=...)."
+        )
+    return int(found[0])
 
 
 def one_fingerprint(rows: RowSource) -> int:
@@ -221,6 +245,8 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource, keep: Tensor, weig
         raise ValueError(f"every checkpoint needs the same queries in the same order; got {counts} by step.")
     columns = train.metadata()
     _check_one_kind(columns["stage"][keep])
+    for at in queries.values():
+        _check_preconditioner(at, columns["preconditioner"][keep & (columns["stage"] == _FIT)])
     steps = torch.tensor(sorted(queries))
     if (columns["stage"][keep] == _FIT).any():
         before = torch.searchsorted(steps, columns["step"] - 1, right=True) - 1
@@ -235,7 +261,9 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource, keep: Tensor, weig
             )
         keep = keep & torch.isin(partners, steps)
         for step, at in queries.items():
-            _check_same_weights(at, columns["fingerprint"][keep & (partners == step)], step)
+            own = keep & (partners == step)
+            _check_same_weights(at, columns["fingerprint"][own], step)
+            _check_preconditioner(at, columns["preconditioner"][own])
     return _selected(train, keep, partners[keep], rates=True, weighted=weighted)
 
 
@@ -247,6 +275,27 @@ def _check_same_weights(queries: SketchedGradients, found: Tensor, step: int) ->
             f"at step {step} the queries were taken at weights {queries.fingerprint}, rows at {_few(other)}; use rows "
             "and queries of one run."
         )
+
+
+def _check_preconditioner(queries: SketchedGradients, found: Tensor) -> None:
+    """Refuse rows, given by the ids of their preconditioners, that went through another one than the queries."""
+    made = found.unique().tolist()
+    if not made:
+        return
+    own = one_preconditioner(queries)
+    if made == [own] or (made == [OF_STEP] and own == NONE):
+        return
+    if len(made) > 1:
+        raise ValueError(
+            f"the rows went through {len(made)} different preconditioners ({_few(torch.tensor(made))}; 0 is none, 1 "
+            "that of the optimizer at each step); choose with .where(preconditioner=...)."
+        )
+    what = ["no preconditioner" if id == NONE else f"the preconditioner {id}" for id in (own, made[0])]
+    raise ValueError(
+        f"the queries went through {what[0]}, the rows through {what[1]}, so that their products mean nothing; make "
+        "the queries with store.sketch_gradients(module, batches), which takes that of the rows, or pass "
+        "sketch_gradients(..., preconditioner=...) the same."
+    )
 
 
 def _check_one_kind(stages: Tensor) -> None:
@@ -273,10 +322,11 @@ def _selected(
                 "that a GradientSketchWriter writes have it, others need a column 'lr'."
             )
         others = sorted(getattr(train, "optimizers", frozenset()) - {"SGD"})
-        if others:
+        if others and not (columns["preconditioner"][keep] == OF_STEP).all():
             warnings.warn(
                 f"the rows were trained by {', '.join(others)}: tracin ranks them, but its scale is that of steps "
-                "of SGD, lr times the gradient.",
+                "of SGD, lr times the gradient. GradientSketchWriter(preconditioner='optimizer') writes rows that have "
+                "the scale of Adam's steps.",
                 stacklevel=2,
             )
     if weighted:

@@ -21,17 +21,24 @@ A as a matrix        by its eigenvectors, computed once for all dampings; above 
                      minutes, by a Cholesky factor for each damping
 A = Rᵀ R, R small    (q - Rᵀ (R Rᵀ + lambda I)⁻¹ R q) / lambda: a system of as many equations as there are rows
 
-The automatic damping is large enough that the noise of the curvature is not inverted:
+The automatic damping is large enough that neither the noise of few examples nor that of the sketch is inverted:
 
-    lambda = max(0.01 e, kappa b² / tr A),    e = tr A² / tr A
+    lambda = max(0.01 e, kappa b² / tr A max(1, 15 p / dim)),    e = tr A² / tr A,    p = (tr A)² / tr A²
 
 e      an energy-weighted mean eigenvalue; unlike tr A / dim it does not depend on the size of the sketch
 b²     expected squared error of A from a random half of the examples, see `curvature`
 kappa  0.3; 0.1 for the empirical Fisher
+p      the effective dimension of A: that of as many equal eigenvalues
 
-In units of e: c = lambda / e = max(0.01, kappa v) with v = b² / tr A². A large v, or few effective examples, means that
-a few examples carry the curvature; how far they move a retrained model cannot be known then from one model, and
-`calibrate` measures it.
+In units of e: c = lambda / e = max(0.01, kappa v max(1, 15 p / dim)) with v = b² / tr A². A sketch adds (tr A)² / dim
+to tr A², which is p / dim of it, so that small eigenvalues are made of its errors where dim is not large beside p. For
+an image classifier dim 256 is large (p = 11, few directions carry all), for a small language model dim 4096 hardly is
+(p = 290). Form and factor are not derived but chosen by retraining on 17 problems: the automatic damping has .975 of
+the LDS of the best damping on average and .88 at worst; without the factor .961 and .84.
+
+A large v, or few effective examples, means that a few examples carry the curvature; how far they move a retrained model
+cannot be known then from one model, and `calibrate` measures it. A large v of many effective examples means that these
+all differ.
 
 Source: Park et al. (2023), "TRAK", arXiv:2303.14186, for trak; Ledoit and Wolf (2004), "A well-conditioned estimator
 for large-dimensional covariance matrices", doi:10.1016/S0047-259X(03)00096-4, for b².
@@ -59,8 +66,8 @@ Kind = Literal["ggn", "margin", "fisher", "trak"]
 Damping = float | int | Literal["auto"] | Sequence[float]
 
 _EIGENVECTORS_UP_TO = 1024
-_FLOOR = 0.01
-_NOISY, _FEW = 0.1, 0.1
+_FLOOR, _FULL = 0.01, 15
+_NOISY, _FEW = 0.5, 0.1
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -70,6 +77,7 @@ class Curvature:
     Attributes:
         kind: "ggn", "margin", "fisher" or "trak", see the module `attribution.curvature`.
         fingerprint: Fingerprint of the weights at which it was taken; 0 if unknown.
+        preconditioner: The `id` of the preconditioner that the gradients went through before they were sketched, or 0.
         examples: The number of examples, n.
         mean_square: The mean over examples of the squared Frobenius norm, mean |B_i|².
         effective_samples: The effective number of examples that carry A, at most n.
@@ -91,6 +99,7 @@ class Curvature:
     effective_samples: float
     matrix: Float[Tensor, "dim dim"] | None = None
     root: Float[Tensor, "rows dim"] | None = None
+    preconditioner: int = 0
     trace: float = field(init=False)
     trace_of_square: float = field(init=False)
 
@@ -116,6 +125,11 @@ class Curvature:
         """The expected squared error of A from a random half of the examples, b²."""
         return max(0.0, self.mean_square - self.trace_of_square) / self.examples
 
+    @property
+    def effective_dim(self) -> float:
+        """The effective dimension of A, (tr A)² / tr A²: that of as many equal eigenvalues, at most `dim`."""
+        return self.trace**2 / self.trace_of_square
+
     def dense(self) -> Float[Tensor, "dim dim"]:
         """Return A as a matrix."""
         return self._stored if self.root is None else self.root.T @ self.root
@@ -131,11 +145,12 @@ class Curvature:
         Raises:
             OSError: if the disk is full or the folder cannot be written.
         """
-        path = _path(Path(folder), self.kind, self.fingerprint)
+        path = _path(Path(folder), self.kind, self.fingerprint, self.preconditioner)
         name = "root" if self.matrix is None else "matrix"
         numbers = {"examples": self.examples, "mean_square": self.mean_square}
         numbers |= {"effective_samples": self.effective_samples}
         metadata = {"kind": self.kind, "fingerprint": str(self.fingerprint), **{k: repr(v) for k, v in numbers.items()}}
+        metadata["preconditioner"] = str(self.preconditioner)
         metadata["store"] = store_id(path.absolute().parents[1])  # another store may have another sketch
         if metadata["store"]:
             check_folder(path.parent)  # a link would be written through
@@ -143,19 +158,20 @@ class Curvature:
         return path
 
     @classmethod
-    def load(cls, folder: str | Path, kind: Kind, *, fingerprint: int) -> "Curvature":
+    def load(cls, folder: str | Path, kind: Kind, *, fingerprint: int, preconditioner: int = 0) -> "Curvature":
         """Read a curvature that `save` wrote.
 
         Args:
             folder: The folder that was given to `save`.
             kind: The kind of the curvature.
             fingerprint: Fingerprint of the weights at which it was taken.
+            preconditioner: The `id` of its preconditioner, 0 for none.
 
         Raises:
             FileNotFoundError: if there is none of this kind at these weights.
             CorruptFile: if the file is not what was written.
         """
-        path = _path(Path(folder), kind, fingerprint)
+        path = _path(Path(folder), kind, fingerprint, preconditioner)
         if not path.exists():
             raise FileNotFoundError(
                 f"no curvature {kind!r} at weights {fingerprint} in {folder}; call "
@@ -173,7 +189,8 @@ class Curvature:
         file = TensorFile(path, sealed=False)  # the first version wrote no checksum
         metadata, tensors = file.header, {name: file.tensor(name) for name in file.shapes}
         kind, fingerprint = cast(Kind, metadata.get("kind", "")), int(metadata.get("fingerprint", 0))
-        if path != _path(path.parent, kind, fingerprint):
+        preconditioner = int(metadata.get("preconditioner", 0))
+        if path != _path(path.parent, kind, fingerprint, preconditioner):
             raise CorruptFile(f"{path} belongs elsewhere: it has {kind!r} at weights {fingerprint}; put it back there.")
         store = store_id(path.absolute().parents[1])
         check_place(path, {"store": metadata.get("store") or store}, {"store": store})
@@ -181,6 +198,7 @@ class Curvature:
         return cls(
             kind=kind,
             fingerprint=fingerprint,
+            preconditioner=preconditioner,
             examples=int(metadata["examples"]),
             mean_square=float(metadata["mean_square"]),
             effective_samples=float(metadata["effective_samples"]),
@@ -217,7 +235,7 @@ class CurvatureSum:
         self._squared_traces += float(traces.square().sum())
         self._accumulate(rows.flatten(0, 1))
 
-    def curvature(self, kind: Kind, fingerprint: int = 0) -> Curvature:
+    def curvature(self, kind: Kind, fingerprint: int = 0, preconditioner: int = 0) -> Curvature:
         """Return the curvature of the examples that were added.
 
         Raises:
@@ -237,6 +255,7 @@ class CurvatureSum:
         return Curvature(
             kind=kind,
             fingerprint=fingerprint,
+            preconditioner=preconditioner,
             examples=n,
             mean_square=self._mean_square / n,
             effective_samples=effective,
@@ -270,7 +289,8 @@ class Influence:
         ValueError: if a damping is not positive, since noise would be inverted then.
 
     Warns:
-        UserWarning: if "auto" is a guess, since few examples carry the curvature.
+        UserWarning: if "auto" is a guess, since few examples carry the curvature (less than a tenth, effectively), or
+            since a random half of them has another curvature (v > 0.5).
 
     >>> total = CurvatureSum(2)
     >>> total.add(torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]]))
@@ -288,10 +308,10 @@ class Influence:
             if damping != "auto":
                 raise ValueError(f"damping={damping!r} is not known; use 'auto', a number, or several numbers.")
             damping = automatic(curvature)
-            if measured.doubtful:
+            if measured.doubt:
                 warnings.warn(
-                    f"few examples carry the curvature: v = {self.noise:.2g}, {self.effective_samples:.0f} effective "
-                    f"of {curvature.examples} examples. The automatic damping {damping:.3g} is a guess; calibrate(...) "
+                    f"{measured.doubt}: v = {self.noise:.2g}, {self.effective_samples:.0f} effective of "
+                    f"{curvature.examples} examples. The automatic damping {damping:.3g} is a guess; calibrate(...) "
                     "measures it with short trainings.",
                     stacklevel=2,
                 )
@@ -392,12 +412,14 @@ class _Measures:
     Args:
         scale: The energy-weighted mean eigenvalue, e.
         noise: The relative noise, v.
+        fill: How far it fills the sketch, p / dim.
         effective_samples: The effective number of examples that carry the curvature.
         examples: The number of examples.
     """
 
     scale: float
     noise: float
+    fill: float
     effective_samples: float
     examples: int
 
@@ -407,27 +429,31 @@ class _Measures:
         return cls(
             curvature.trace_of_square / curvature.trace,
             curvature.half_noise / curvature.trace_of_square,
+            curvature.effective_dim / curvature.dim,
             curvature.effective_samples,
             curvature.examples,
         )
 
     @property
-    def doubtful(self) -> bool:
-        """Whether few examples carry the curvature, so that an automatic damping is a guess."""
-        return self.noise > _NOISY or self.effective_samples < _FEW * self.examples
+    def doubt(self) -> str:
+        """Why an automatic damping is a guess, or nothing."""
+        if self.effective_samples < _FEW * self.examples:
+            return "few examples carry the curvature"
+        return "the curvature is noisy, as all examples differ" if self.noise > _NOISY else ""
 
 
 def automatic(curvature: Curvature) -> float:
     """Return the automatic damping, by the rule of this module.
 
     >>> total = CurvatureSum(2)
-    >>> total.add(torch.eye(2)[:, None])  # A = I / 2, e = 1/2, b² = (1 - 1/2) / 2, so lambda = 0.3 b²
+    >>> total.add(torch.eye(2)[:, None])  # A = I / 2, e = 1/2, b² = (1 - 1/2) / 2, p = 2, so lambda = 0.3 b² 15
     >>> round(automatic(total.curvature("ggn")), 6)
-    0.075
+    1.125
     """
     measured, kappa = _Measures.of(curvature), 0.1 if curvature.kind == "fisher" else 0.3
-    return max(_FLOOR, kappa * measured.noise) * measured.scale
+    return max(_FLOOR, kappa * measured.noise * max(1, _FULL * measured.fill)) * measured.scale
 
 
-def _path(folder: Path, kind: Kind, fingerprint: int) -> Path:
-    return folder / f"{kind}_{fingerprint % (1 << 64):016x}.safetensors"
+def _path(folder: Path, kind: Kind, fingerprint: int, preconditioner: int) -> Path:
+    made_at = [fingerprint, preconditioner] if preconditioner else [fingerprint]
+    return folder / f"{'_'.join([kind, *(f'{id % (1 << 64):016x}' for id in made_at)])}.safetensors"

@@ -132,4 +132,4 @@ def fit_ggn(
             none = torch.zeros(structure.count(batch), sketch.dim, device=weights[0].device)
             rows = [sketches(Directed(batch, root))[0] if root.parts[0].any() else none for root in roots]
         total.add(torch.stack(rows, 1).cpu())
-    return total.curvature("ggn", module_fingerprint(module))
+    return total.curvature("ggn", module_fingerprint(module), 0 if preconditioner is None else preconditioner.id)

@@ -100,10 +100,9 @@ class GradientStore(RowStore):
         batch_dim: int = 0,
         split_fn: Callable[[Any], Iterable[Any]] | None = None,
         per_token: bool = False,
+        preconditioner: Preconditioner | None = None,
     ) -> SketchedGradients:
         """Compute sketched gradients of examples with the sketch and the parameters of the store, as queries.
-
-        They go through the preconditioner of the rows at the module's weights, if these have one.
 
         Args:
             module: The module, which is left as it was.
@@ -121,6 +120,7 @@ class GradientStore(RowStore):
             split_fn: batch -> batches of one example, for graphs, with the loop only.
             per_token: Whether to compute a row for each label that is not -100, of the loss of this token alone, with
                 its position in the column `token`: which of my words was taught by what.
+            preconditioner: What gradients are multiplied by; that of the rows at these weights if None.
 
         Returns:
             The rows, (examples, dim), in the order of the examples.
@@ -143,7 +143,7 @@ class GradientStore(RowStore):
             batch_dim=batch_dim,
             split_fn=split_fn,
             per_token=per_token,
-            preconditioner=self._preconditioner_at(module),
+            preconditioner=preconditioner or self._preconditioner_at(module),
         )
 
     def fit_curvature(
@@ -162,6 +162,7 @@ class GradientStore(RowStore):
         num_examples: int | Callable[[Any], int] | None = None,
         batch_dim: int = 0,
         split_fn: Callable[[Any], Iterable[Any]] | None = None,
+        preconditioner: Preconditioner | None = None,
     ) -> Curvature:
         """Compute the Gauss-Newton matrix and save it in the store, where `method="influence"` reads it.
 
@@ -188,6 +189,7 @@ class GradientStore(RowStore):
             num_examples: The number of examples of a batch, or batch -> this number, if its tensors disagree.
             batch_dim: The axis of the examples, 1 for (time, batch, ...), with the loop only.
             split_fn: batch -> batches of one example, for graphs and packed sequences, with the loop only.
+            preconditioner: What gradients are multiplied by; that of the rows at these weights if None.
 
         Returns:
             The curvature, which is also saved.
@@ -214,7 +216,7 @@ class GradientStore(RowStore):
             num_examples=num_examples,
             batch_dim=batch_dim,
             split_fn=split_fn,
-            preconditioner=self._preconditioner_at(module),
+            preconditioner=preconditioner or self._preconditioner_at(module),
         )
         found.save(self.path / FOLDER)
         return found

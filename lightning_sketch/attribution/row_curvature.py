@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.attribution._scorer import one_fingerprint, scorable
+from lightning_sketch.attribution._scorer import one_fingerprint, one_preconditioner, scorable
 from lightning_sketch.attribution.curvature import Curvature, CurvatureSum, RowKind
 from lightning_sketch.store.sketched_gradients import RowSource, whole_number
 
@@ -50,12 +50,12 @@ def row_curvature(train: RowSource, kind: RowKind = "margin", *, batch_rows: int
         )
     keep = scorable(train.metadata())
     rows = train if keep.all() else train.where(keep)
-    fingerprint = one_fingerprint(rows)
+    fingerprint, preconditioner = one_fingerprint(rows), one_preconditioner(rows)
     _check_probabilities(rows.metadata()["prob_true"], kind)
     total = CurvatureSum(rows.sketch.dim)
     for block in rows.blocks(whole_number(batch_rows, "batch_rows")):
         total.add((block.sketches.double() * _row_weights(block.prob_true, kind)[:, None])[:, None])
-    return total.curvature(kind, fingerprint)
+    return total.curvature(kind, fingerprint, preconditioner)
 
 
 def _row_weights(prob_true: Float[Tensor, " rows"], kind: RowKind) -> Float[Tensor, " rows"]:

@@ -48,6 +48,7 @@ from lightning_sketch.attribution._scorer import (
     Vectors,
     check_scale,
     narrowed,
+    one_preconditioner,
     select,
     split,
     whole,
@@ -234,6 +235,7 @@ def together(queries: SketchedGradients) -> SketchedGradients:
     """
     columns = {
         "fingerprint": torch.tensor([queries.fingerprint]),
+        "preconditioner": torch.tensor([one_preconditioner(queries)]),
         "loss": queries.loss.sum(0, keepdim=True),
         "finite": queries.finite.all(0, keepdim=True),
     }
@@ -469,6 +471,12 @@ def inverse_of(curvature: CurvatureLike, damping: Damping, rows: RowSource, fing
     found = inverse.curvature
     if found.dim != rows.sketch.dim:
         raise ValueError(f"the curvature has dim={found.dim}, rows have {rows.sketch.dim}; fit it with their sketch.")
+    if found.preconditioner != one_preconditioner(rows):
+        what = ["no preconditioner" if id == 0 else str(id) for id in (found.preconditioner, one_preconditioner(rows))]
+        raise ValueError(
+            f"the curvature is of gradients that went through {what[0]}, the rows through {what[1]}; fit it with "
+            "store.fit_curvature(module, batches), or fit_ggn(..., preconditioner=...)."
+        )
     if found.fingerprint and fingerprint and found.fingerprint != fingerprint:
         raise ValueError(
             f"the curvature was taken at weights {found.fingerprint}, rows and queries at {fingerprint}; fit it at the "
@@ -490,7 +498,7 @@ def curvature_of(curvature: Kind | Curvature, rows: RowSource, fingerprint: int)
             "curvature='ggn' needs the model's outputs, which rows do not have; pass curvature=fit_ggn(module, "
             "batches, sketch, layout), or 'margin', which needs the rows alone."
         )
-    return Curvature.load(path / FOLDER, "ggn", fingerprint=fingerprint)
+    return Curvature.load(path / FOLDER, "ggn", fingerprint=fingerprint, preconditioner=one_preconditioner(rows))
 
 
 def scorers(

@@ -31,7 +31,7 @@ _SNAPSHOT = re.compile(r"rows(-\d+)?")
 PRECONDITIONER = re.compile(r"[0-9a-f]{16}")
 _OWN = {  # the names of a store's files in its folders, whose other files are the user's
     "attempts": re.compile(r"\d{8}\.json(\.\w+\.tmp)?"),
-    "curvature": re.compile(r"[a-z]+_[0-9a-f]{16}\.safetensors(\.\w+\.tmp)?"),
+    "curvature": re.compile(r"[a-z]+(_[0-9a-f]{16}){1,2}\.safetensors(\.\w+\.tmp)?"),
     "preconditioner": re.compile(r"(\d{5}\.safetensors|preconditioner\.json)(\.\w+\.tmp)?"),
     "manifests": re.compile(rf"{MANIFEST.pattern}(\.\w+\.tmp)?"),
     "run": re.compile(r"\d{8}\.safetensors(\.\w+\.tmp)?|writer\.lock"),
