@@ -9,6 +9,7 @@ from rows import random_rows
 
 from lightning_sketch.attribution import Influence, scores
 from lightning_sketch.attribution.curvature import CurvatureSum, automatic
+from lightning_sketch.operators import BlockSRHT
 
 
 def curvature(examples, dim=20, kind="ggn", rows=2):
@@ -71,16 +72,33 @@ def test_a_sweep_shares_its_eigenvectors(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["ggn", "margin", "trak", "fisher"])
-@pytest.mark.parametrize("examples", [8, 4000])
-def test_automatic_damping_is_its_formula(kind, examples):
-    """With 8 examples the noise counts, with 4000 the floor: v = b² / tr A² falls as 1 / n."""
-    found = curvature(examples, kind=kind, dim=4)
+@pytest.mark.parametrize(("examples", "dim"), [(8, 4), (8, 400), (4000, 4)])
+def test_automatic_damping_is_its_formula(kind, examples, dim):
+    """With 8 examples the noise counts, more where they fill the sketch, with 4000 the floor: v falls as 1 / n."""
+    found = curvature(examples, kind=kind, dim=dim)
     dense, n = found.dense(), examples
-    e = dense.square().sum() / dense.trace()
+    e, p = dense.square().sum() / dense.trace(), dense.trace() ** 2 / dense.square().sum()
     noise = (found.mean_square - dense.square().sum()) / n / dense.trace()
     kappa = 0.1 if kind == "fisher" else 0.3
-    assert automatic(found) == pytest.approx(float(max(0.01 * e, kappa * noise)))
+    assert found.effective_dim == pytest.approx(float(p))
+    assert (p / dim > 1 / 15) == (dim == 4)
+    assert automatic(found) == pytest.approx(float(max(0.01 * e, kappa * noise * max(1, 15 * p / dim))))
     assert (automatic(found) > 0.0101 * e) == (examples == 8)
+
+
+def test_the_noise_of_the_sketch_has_damping_of_its_own():
+    """A sketch of dim d adds (tr A)² / d to tr A²: the effective dimension falls from p to 1 / (1 / p + 1 / d)."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2000, 300, generator=generator) @ torch.randn(300, 3000, generator=generator)
+    whole = 1 / (1 / 300 + 1 / 2000 + 1 / 3000)  # of 2000 normal rows of 300 dimensions, which are not quite orthogonal
+    ratios = []
+    for dim in (64, 512):
+        total = CurvatureSum(dim)
+        total.add(BlockSRHT(3000, dim).matvec(rows)[:, None])
+        found = total.curvature("ggn")
+        assert found.effective_dim == pytest.approx(1 / (1 / whole + 1 / dim), rel=0.05)
+        ratios.append(Influence(found, "auto").relative_damping / (0.3 * found.half_noise / found.trace_of_square))
+    assert ratios[0] > ratios[1] > 3
 
 
 def test_the_damping_in_use_is_an_attribute_and_is_logged_once(caplog):
@@ -101,20 +119,25 @@ def test_the_damping_in_use_is_an_attribute_and_is_logged_once(caplog):
     assert [record.message for record in caplog.records] == [str(inverse)]
 
 
-def test_an_automatic_damping_that_is_a_guess_warns():
-    """Few examples carry A: seen by the noise of A, or by the effective number of examples."""
-    noisy = curvature(12)
-    with pytest.warns(UserWarning, match=r"few examples carry the curvature: v = .*calibrate"):
-        Influence(noisy, "auto")
+def test_an_automatic_damping_that_is_a_guess_warns(recwarn):
+    """Where few examples carry A, and where all of them do but have nothing in common."""
     total = CurvatureSum(4)
     total.add(
         torch.randn(3000, 1, 4, generator=torch.Generator().manual_seed(0)) * (torch.arange(3000) < 100)[:, None, None]
     )
     uneven = total.curvature("ggn")
     assert Influence(uneven, 0.1).noise < 0.1  # 100 nonzero examples: little noise, but few of 3000
-    with pytest.warns(UserWarning, match="few examples carry"):
+    with pytest.warns(UserWarning, match=r"few examples carry the curvature: v = .*effective of 3000.*calibrate"):
         Influence(uneven, "auto")
+    noisy = curvature(12, dim=500, rows=1)
+    assert Influence(noisy, "auto").effective_samples > 11
+    with pytest.warns(UserWarning, match="the curvature is noisy, as all examples differ: v = "):
+        Influence(noisy, "auto")
+    recwarn.clear()
     Influence(noisy, 0.1)  # a damping that was passed does not warn
+    many = curvature(60)
+    assert 0.1 < Influence(many, "auto").noise < 0.5  # they differ, but the rule knows how much
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("damping", [0, 0.0, -1.0, float("nan"), float("inf"), [0.1, 0.0], []])
