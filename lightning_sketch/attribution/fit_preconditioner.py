@@ -156,6 +156,8 @@ def fit_preconditioner(
     blocks = {name: _covering(own, fit.parameters[name]) for name, own in factors.blocks(examples, add).items()}
     if kind == "ekfac":
         moments = _Moments(blocks, factors.names, factors.uses)
+        if by_model is not None:
+            by_model.compares = False
         fit.over(batches, moments)
         blocks = moments.blocks(examples, add)
     unknown = [name for name, own in blocks.items() if not any(block.eigenvalues.any() for block in own)]
@@ -210,10 +212,11 @@ class _ByModel:
         self.model, self.draws, self.of_batch = model, draws, of_batch
         self.structure, self.loss_fn = DirectedStructure(of_batch=of_batch), along(model)
         self.weighings = Weighings(model.module, None, "sum", self.structure)
+        self.compares = True  # until all batches were compared with the trained loss
 
     def __call__(self, batch: Any) -> Iterator[_Pass]:
         """Yield the passes of a batch."""
-        output, loss = self.model.output_and_loss(batch)
+        output, loss = self.model.output_and_loss(batch, compare=self.compares)
         check_rows(output, self.of_batch.count(batch))
         roots = loss.roots(output, batch, self.draws)
         del output
@@ -412,18 +415,17 @@ class _FactorSums:
             self._dense[name] = self._dense[name] + whole if name in self._dense else whole
         elif isinstance(factor, LowRank):
             left, right = factor.left, factor.right
-            trace = (left @ left.mT * (right @ right.mT)).sum()
-            left, right = left * (right != 0).any(-1, keepdim=True), right * (left != 0).any(-1, keepdim=True)
             place = factor.start, left.shape[2], right.shape[2]
-            self._add(name, place, LowRank, (self._product(left), self._product(right), trace))
+            sums = self._product(left, _counted(right)), self._product(right, _counted(left))
+            self._add(name, place, LowRank, (*sums, _square_norm(factor)))
         else:
             rows, values = len(factor.parameter), factor.values
-            sums, _ = _by_row(factor)
-            looked_up = (values != 0).any(-1)
+            by_row, _ = _by_row(factor)
+            looked_up = _counted(values)
             counts = values.new_zeros(rows)
             counts.index_add_(0, factor.index[looked_up].to(values.device), values.new_ones(int(looked_up.sum())))
             place = 0, rows, values.shape[2]
-            self._add(name, place, SparseRows, (counts, self._product(values), sums.square().sum()))
+            self._add(name, place, SparseRows, (counts, self._product(values, looked_up), by_row.square().sum()))
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Add the gradient of one example."""
@@ -469,10 +471,32 @@ class _FactorSums:
         use.right += own[1]
         use.trace += own[2]
 
-    def _product(self, vectors: Float[Tensor, "examples tokens numbers"]) -> Tensor:
-        """Return the sum of x xᵀ over examples and tokens, or its diagonal where it is too wide."""
-        flat = vectors.flatten(0, 1)
-        return flat.square().sum(0) if flat.shape[1] > self.max_factor else flat.T @ flat
+    def _product(self, vectors: Float[Tensor, "examples tokens numbers"], counted: Tensor) -> Tensor:
+        """Return the sum of x xᵀ over examples and the tokens that count, or its diagonal where it is too wide."""
+        flat, counts, width = vectors.flatten(0, 1), counted.flatten(), vectors.shape[2]
+        if width <= self.max_factor:
+            flat = flat * counts[:, None]
+            return flat.T @ flat
+        total = flat.new_zeros(width)
+        for part, own in zip(flat.split(_PART // width + 1), counts.split(_PART // width + 1), strict=True):
+            total += (part * own[:, None]).square_().sum(0)  # a copy of all would be as large as the logits
+        return total
+
+
+def _square_norm(factor: LowRank) -> Tensor:
+    """Return the sum of the squares of all gradients: from products of their factors, or formed where that is less."""
+    left, right = factor.left, factor.right
+    (examples, tokens, rows), columns = left.shape, right.shape[2]
+    if tokens * (rows + columns) <= rows * columns:
+        return (left @ left.mT * (right @ right.mT)).sum()
+    size = max(1, _PART // (columns * examples))
+    parts = (_slab([factor], low, min(low + size, rows), columns) for low in range(0, rows, size))
+    return torch.stack([part.square_().sum() for part in parts]).sum()
+
+
+def _counted(vectors: Float[Tensor, "examples tokens numbers"]) -> Tensor:
+    """Return which tokens have a vector that is not zero, without a copy of all vectors."""
+    return torch.linalg.vector_norm(vectors, ord=float("inf"), dim=-1) > 0
 
 
 def _kronecker(start: int, uses: Sequence[_Use], examples: int) -> Block:
@@ -585,11 +609,11 @@ class _Moments:
             examples = len(numbers(known[0]))
             size = max(1, _PART // (columns * examples))
             for low in range(0, rows, size):
-                slab = _slab(known, low, min(low + size, rows), columns, block.start)
+                slab = _slab(known, low, min(low + size, rows), columns)
                 total[low : low + size] += slab.square_().sum(0)
 
 
-def _slab(factors: Sequence[Factor], low: int, high: int, columns: int, start: int) -> Tensor:
+def _slab(factors: Sequence[Factor], low: int, high: int, columns: int) -> Tensor:
     """Return the sum of factors, formed in rows low..high of each example's matrix, (examples, rows, columns)."""
     slab = torch.zeros(())
     for factor in factors:

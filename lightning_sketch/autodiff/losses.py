@@ -457,11 +457,15 @@ class OutputModel:
                 raise ValueError(self._mismatch(difference, trained.value))
         return None
 
-    def output_and_loss(self, batch: Any) -> tuple[Tensor, OutputLoss]:
+    def output_and_loss(self, batch: Any, *, compare: bool = True) -> tuple[Tensor, OutputLoss]:
         """Return the output for the batch, without a graph, and its loss, one of `OUTPUT_LOSSES` unless it is given.
 
         A default is compared with the loss that is trained, or else with the one that the model itself returns. One
         graph at a time, and beside the output and its gradient one tensor of this size.
+
+        Args:
+            batch: The batch.
+            compare: False for a batch that was compared before, at the same weights.
 
         Raises:
             ValueError: if the loss is not the one that is trained, or it is ambiguous which one that is.
@@ -469,6 +473,8 @@ class OutputModel:
         with torch.enable_grad():  # without gradients bitsandbytes drops those of its layers
             if self.given is not None:
                 return self.forward(batch)[0].detach(), cast(OutputLoss, self.given)
+            if not compare and self._chosen is not None:
+                return self.forward(batch)[0].detach(), self._chosen
             trained = self._trained(batch)
             output, own = self.forward(batch)
             if trained is None and own is not None:
