@@ -11,16 +11,18 @@ each other, so that Var d is what the errors add to Var s. If r is the correlati
 contradict each other.
 
 C is the number of chunks of a Block SRHT whose dim is a power of two: products within a chunk have no error in s, as
-a rotation keeps them, but opposite ones in a and b; these are 1 / C of all errors if chunks have the same energy. Other
-sketches have f = 1.
+a rotation keeps them, but opposite ones in a and b; these are 1 / C of all errors if chunks have the same energy, and
+more, so that the estimate is low, if a few have most of it. Other sketches have f = 1.
 
-It is the correlation with exact *scores*, which is no promise about what scores are good for: on a small language model
-`dot` predicts retraining poorly at any dim. An example that is both query and row has a product with itself
-that outweighs all others and raises the estimate.
+It is the correlation with exact *scores*, which is no promise about what scores are good for. On a GPT of 90,432
+parameters it says .86 and .96 for dim 1024 and 4096 of plain gradients, .55 and .80 of gradients whitened by EK-FAC,
+whose products are spread over more directions and predict retraining better all the same. An example that is both query
+and row has a product with itself that outweighs all others and raises the estimate.
 
-The halves of other kinds are not sketches of that sort: half of the numbers of a CountSketch see half of the
-parameters, and those of QK, FFD and AFFD have the same errors. Under `influence` each half would have a curvature of
-its own.
+Other kinds are refused, since their halves are not such sketches: half of the numbers of a CountSketch see half of the
+parameters (measured: the estimate is up to .08 too low), the numbers of QK, FFD and AFFD have errors in common (up to
+.2 too high), those of AFJL opposite ones (up to .12 too low). Under `influence` each half would have a curvature of its
+own.
 
 Source: Brown (1910) and Spearman (1910), British Journal of Psychology 3, for halves; Rulon (1939), "A simplified
 procedure for determining the reliability of a test by split-halves", Harvard Educational Review 9, for the difference.
