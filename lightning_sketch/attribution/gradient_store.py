@@ -12,6 +12,7 @@ from lightning_sketch.attribution.curvature import Curvature, Damping
 from lightning_sketch.attribution.ggn import fit_ggn
 from lightning_sketch.attribution.preconditioner import FOLDER as PRECONDITIONERS
 from lightning_sketch.attribution.preconditioner import Preconditioner
+from lightning_sketch.attribution.row_arguments import inherited
 from lightning_sketch.attribution.scores import (
     FOLDER,
     CurvatureLike,
@@ -28,7 +29,7 @@ from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName
 from lightning_sketch.per_example.example_sketches import Engine
 from lightning_sketch.per_example.weights import Reduction
-from lightning_sketch.store.format import CorruptShard
+from lightning_sketch.store.format import CorruptShard, read_runs
 from lightning_sketch.store.row_store import RowStore
 from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, STAGES, SketchedGradients
 
@@ -80,6 +81,13 @@ class GradientStore(RowStore):
                 f"the preconditioner of the rows is gone from {self.path / PRECONDITIONERS}; restore it from a copy."
             ) from error
 
+    def _inherited(self, module: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of queries, inherited where they are not given from the rows at the module's weights."""
+        columns = self.rows.columns
+        there = columns["fingerprint"] == module_fingerprint(module)
+        attempts = columns["attempt"][there if there.any() else slice(None)].unique().tolist()
+        return inherited([run for run in read_runs(self.snapshot) if run.number in attempts], given)
+
     def _preconditioner_at(self, module: nn.Module) -> Preconditioner | None:
         """Return the preconditioner of the rows at the module's present weights; None if there are no such rows."""
         there = self.rows.columns["fingerprint"] == module_fingerprint(module)
@@ -103,6 +111,10 @@ class GradientStore(RowStore):
         preconditioner: Preconditioner | None = None,
     ) -> SketchedGradients:
         """Compute sketched gradients of examples with the sketch and the parameters of the store, as queries.
+
+        What is not given is that of the rows: their `loss_fn`, `row_fn`, `weight_fn`, `reduction`, `num_examples`,
+        `batch_dim`, `split_fn` and preconditioner. Functions are known in the process that has written the rows, or if
+        they have a name in a module that is imported; else a warning says which to pass.
 
         Args:
             module: The module, which is left as it was.
@@ -128,21 +140,24 @@ class GradientStore(RowStore):
         Raises:
             ValueError: If there are no batches, or no engine can split the gradients.
         """
+        given = {
+            "loss_fn": loss_fn,
+            "row_fn": row_fn,
+            "weight_fn": weight_fn,
+            "reduction": reduction,
+            "num_examples": num_examples,
+            "batch_dim": batch_dim,
+            "split_fn": split_fn,
+        }
         return sketch_gradients(
             module,
             batches,
             self.sketch,
-            loss_fn,
-            row_fn=row_fn,
             engine=engine,
             parameters=list(self.spec.parameters.names),
-            weight_fn=weight_fn,
-            reduction=reduction,
             index_key=index_key,
-            num_examples=num_examples,
-            batch_dim=batch_dim,
-            split_fn=split_fn,
             per_token=per_token,
+            **self._inherited(module, given),
             preconditioner=preconditioner or self._preconditioner_at(module),
         )
 
@@ -201,6 +216,7 @@ class GradientStore(RowStore):
         if curvature != "ggn":
             raise ValueError(f"curvature={curvature!r} is made from the rows and need not be fitted; fit 'ggn'.")
         self._warn_if_no_rows_at(module_fingerprint(module))
+        given = {"loss_fn": loss_fn, "num_examples": num_examples, "batch_dim": batch_dim, "split_fn": split_fn}
         found = fit_ggn(
             module,
             batches,
@@ -212,10 +228,7 @@ class GradientStore(RowStore):
             draws=draws,
             seed=seed,
             engine=engine,
-            loss_fn=loss_fn,
-            num_examples=num_examples,
-            batch_dim=batch_dim,
-            split_fn=split_fn,
+            **self._inherited(module, given),
             preconditioner=preconditioner or self._preconditioner_at(module),
         )
         found.save(self.path / FOLDER)
@@ -354,7 +367,8 @@ class GradientStore(RowStore):
             batch_rows: Most rows in memory at a time.
 
         Returns:
-            `TopK(scores, example_ids)`, both (queries, k).
+            `TopK(scores, example_ids)`, both (queries, k), with `reliability`, (queries,): how near the scores are to
+            those of gradients that were never sketched, or None; see `attribution.reliability`.
 
         Raises:
             ValueError: as `attribution.top_k`.

@@ -205,6 +205,7 @@ class Run:
         origin: The id of the run whose checkpoint this one continues without its rows, as its store was lost.
         incomplete: Whether rows could not be written, and the fit went on without.
         optimizer: The classes of the optimizers, separated by commas, such as "AdamW"; empty if unknown.
+        arguments: What the rows were computed with, as far as it is not the default; functions by name.
     """
 
     number: int
@@ -216,6 +217,7 @@ class Run:
     origin: str | None = None
     incomplete: bool = False
     optimizer: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, snapshot: Snapshot, *, once: bool = False) -> bool:
         """Write the record of the run; with `once` only if the number is free. Return whether it was written."""
@@ -231,6 +233,7 @@ def begin_run(
     world_size: int = 1,
     origin: str | None = None,
     optimizer: str = "",
+    arguments: Mapping[str, Any] | None = None,
 ) -> Run:
     """Record a new run under the next free number; see `RowStore.begin_run`, and for `origin` `Run`."""
     if stage not in get_args(RunStage):
@@ -240,7 +243,17 @@ def begin_run(
     snapshot = Snapshot.read(path)
     if not snapshot.store:
         snapshot = create_store(path, snapshot.spec)
-    run = Run(0, stage, parent, parent_step, world_size, str(uuid.uuid4()), origin, optimizer=optimizer)
+    run = Run(
+        0,
+        stage,
+        parent,
+        parent_step,
+        world_size,
+        str(uuid.uuid4()),
+        origin,
+        optimizer=optimizer,
+        arguments=arguments or {},
+    )
     with locked(path / LOCK):  # compaction keeps the lineage of the latest fit, so this one comes before or after it
         return _numbered(run, Snapshot.read(path))
 
@@ -283,13 +296,15 @@ def read_runs(snapshot: Snapshot) -> list[Run]:
     runs: list[Run] = []
     number_or_none = int | None
     types = {"number": int, "stage": str, "parent": number_or_none, "parent_step": number_or_none, "world_size": int}
-    types |= {"id": str, "origin": str | None, "incomplete": bool, "optimizer": str} if sealed else {}
+    types |= (
+        {"id": str, "origin": str | None, "incomplete": bool, "optimizer": str, "arguments": dict} if sealed else {}
+    )
     for file in files:
         place = run_path(snapshot.path, len(runs) + 1)
         if file != place:
             raise CorruptFile(f"{place} is missing, or {file} is not a file of a store; restore it from a copy.")
         expected = {"number": len(runs) + 1} | ({"store": snapshot.store} if sealed else {})
-        found = read_document(file, types, expected, defaults={"optimizer": ""}, sealed=sealed)
+        found = read_document(file, types, expected, defaults={"optimizer": "", "arguments": {}}, sealed=sealed)
         older = found["parent"] is None or 1 <= found["parent"] < found["number"]  # so that there is no cycle
         if found["stage"] not in get_args(RunStage) or not older:
             raise CorruptFile(f"{file} has stage {found['stage']} and parent {found['parent']}, which cannot be.")

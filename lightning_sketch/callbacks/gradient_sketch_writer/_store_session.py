@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from lightning_sketch._lightning import Trainer, is_dev_run, print_on_rank_zero
+from lightning_sketch.attribution.row_arguments import recorded, remember
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators.kinds import make_sketch
 from lightning_sketch.store.format import Run, RunStage, Snapshot, begin_run, create_store, read_runs
@@ -169,6 +170,7 @@ class StoreSession:
         seed: The seed of the sketch.
         overwrite: Whether the first fit deletes the store that its folder has, unless it resumes it.
         on_error: Whether rows that cannot be written end the training, or are left out from then on.
+        arguments: The arguments that rows are computed with, which queries inherit.
 
     Attributes:
         dirpath: The folder of the store that was opened last.
@@ -189,7 +191,9 @@ class StoreSession:
         seed: int,
         overwrite: bool,
         on_error: OnError,
+        arguments: Mapping[str, Any],
     ):
+        self.arguments = arguments
         self.dirpath = self._requested = None if dirpath is None else os.path.abspath(Path(dirpath).expanduser())
         self.name, self.per, self.dtype = name, per, dtype
         self.kind, self.dim, self.seed = kind, dim, seed
@@ -272,6 +276,7 @@ class StoreSession:
             return StoreRun(trainer, *nothing, self.on_error, cast(OSError, failure))
         snapshot, run = decided
         self.dirpath = str(snapshot.path)
+        remember(run.id, self.arguments)
         self.overwrite &= is_dev_run(trainer) or stage != "fit"
         return StoreRun(trainer, snapshot, run, self.on_error)
 
@@ -307,7 +312,8 @@ class StoreSession:
         step = trainer.global_step if known and stage == "fit" else None
         origin = str(parent.get("run")) if parent is not None and lost else None
         optimizers = ", ".join(dict.fromkeys(type(o).__name__ for o in trainer.optimizers)) if stage == "fit" else ""
-        return snapshot, begin_run(folder, stage, number, step, trainer.world_size, origin, optimizers)
+        kept = recorded(self.arguments)
+        return snapshot, begin_run(folder, stage, number, step, trainer.world_size, origin, optimizers, kept)
 
     def _folder(self, trainer: Trainer, parent: Mapping[str, Any] | None) -> Path:
         """Return the folder of the store."""

@@ -207,6 +207,15 @@ class GradientSketchWriter(CallbackBase):
             seed=seed,
             overwrite=overwrite,
             on_error=on_error,
+            arguments={
+                "loss_fn": loss_fn,
+                "row_fn": row_fn,
+                "weight_fn": weight_fn,
+                "reduction": reduction,
+                "num_examples": num_examples,
+                "batch_dim": batch_dim,
+                "split_fn": split_fn,
+            },
         )
         self._structure = partial(BatchStructure, num_examples, batch_dim, split_fn)
         self._structure()  # raises if an argument is out of its range
