@@ -251,14 +251,14 @@ def with_preconditioner(table: Table, corpus: Corpus, models: list[list[Trained]
         "4 draws": {"draws": 4},
         "K-FAC": {"kind": "kfac"},
         "no embeddings": {"parameters": ["blocks*", "norm*", "head*"]},
-        "head alone": {"parameters": "head*"},
+        "embeddings and head alone": {"parameters": ["tokens*", "head*"]},
     }
     for name, options in variants.items():
-        module = first.module()
-        fit = measured(lambda module=module, options=options: _whitening(corpus, module, **options))
-        kept = {"parameters": options["parameters"]} if "parameters" in options else {}
-        rows = Sketched(corpus, module, 4096, preconditioner=fit.value[1], **kept)
-        table.add(f"ours, EK-FAC rows, dim 4096, {name}", rows.scores() + fit)
+        table.add(f"ours, EK-FAC rows, dim 4096, {name}", _variant(corpus, first, 4096, **options))
+    for dim in DIMS:
+        table.add(f"ours, EK-FAC rows, dim {dim}, head alone", _variant(corpus, first, dim, parameters="head*"))
+    several_heads = [_variant(corpus, trained, 4096, parameters="head*") for trained in last]
+    table.add("ours, EK-FAC rows, dim 4096, head alone, 5 models", mean(several_heads))
     for count in (2, 4, 8):
         table.add(f"ours, EK-FAC rows, dim 4096, last {count} of 8 steps of a run", several(models[0][-count:], 4096))
     for dim in DIMS:
@@ -272,6 +272,15 @@ def with_preconditioner(table: Table, corpus: Corpus, models: list[list[Trained]
 
 def _whitening(corpus: Corpus, module: nn.Module, **options) -> tuple[nn.Module, Preconditioner]:
     return module, fit_preconditioner(module, batches(corpus.x, corpus.y), loss_fn=loss, **options)
+
+
+def _variant(corpus: Corpus, trained: Trained, dim: int, **options) -> Measured:
+    """Return scores of rows whitened in another way; all numbers of the parameters if they are fewer than dim."""
+    module = trained.module()
+    fit = measured(lambda: _whitening(corpus, module, **options))
+    kept = {"parameters": options["parameters"]} if "parameters" in options else {}
+    dim = min(dim, Layout.of(module, *kept.values()).n)
+    return Sketched(corpus, module, dim, preconditioner=fit.value[1], **kept).scores() + fit
 
 
 def others(table: Table, corpus: Corpus, models: list[Trained], halves: list[Trained]) -> None:
