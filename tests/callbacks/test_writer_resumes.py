@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import dataset
+from pytorch_lightning import seed_everything
+from torch.utils.data import DataLoader
+from writing import Model
 
 from lightning_sketch import GradientStore
 
@@ -101,6 +105,17 @@ def test_two_processes_write_every_example_and_mark_the_duplicate(tmp_path):
     assert store.where(padded=True).metadata()["example_id"].tolist() == [0]
     assert sorted(columns["rank"].unique().tolist()) == [0, 1]
     assert len(columns["fingerprint"].unique()) == 1
+
+
+def test_two_processes_fit_one_preconditioner_and_write_comparable_rows(tmp_path):
+    """Each has its own examples; both write S L g with the L that rank 0 saved, as queries in a third process have."""
+    store = finished(tmp_path, 2, 1, "validate", "ekfac")
+    assert store.preconditioner.examples == 126
+    seed_everything(3, verbose=False)
+    queries = store.sketch_gradients(Model(), DataLoader(dataset(125), batch_size=25))
+    rows = store.where(padded=False).read()
+    order = rows.example_id.argsort()
+    torch.testing.assert_close(rows.sketches[order], queries.sketches, rtol=1e-3, atol=1e-3)
 
 
 def test_killed_before_the_first_checkpoint_and_started_again_as_it_was(tmp_path, uninterrupted):

@@ -1,10 +1,10 @@
 """Program that trains with a writer and checkpoints, to be killed and resumed by tests.
 
-python writing.py FOLDER DEVICES STEPS [validate] [die=K ...]
+python writing.py FOLDER DEVICES STEPS [validate] [ekfac] [optimizer] [die=K ...]
 
 It resumes from the newest checkpoint in FOLDER/saved, if there is one. Checkpoints are made at the ends of epochs, of 8
 steps, since samplers restart on resuming. It prints STEP k after each step. validate: only write rows of 125 examples.
-die=K: the process of the last rank dies after step K, once.
+ekfac, optimizer: with this preconditioner. die=K: the process of the last rank dies after step K, once.
 """
 
 import os
@@ -53,12 +53,12 @@ class Dies(Callback):
             os._exit(9)
 
 
-def main(folder: Path, devices: int, steps: int, validate: bool, dies: list[int]):
+def main(folder: Path, devices: int, steps: int, validate: bool, preconditioner: str | None, dies: list[int]):
     torch.set_num_threads(1)
     seed_everything(3, verbose=False)
     saved = sorted((folder / "saved").glob("*.ckpt"), key=lambda path: int(path.stem.split("=")[1]))
     save = ModelCheckpoint(folder / "saved", filename="{step}", every_n_train_steps=8, save_top_k=-1)
-    writer = GradientSketchWriter(folder / "store", dim=64, dtype="float32")
+    writer = GradientSketchWriter(folder / "store", dim=64, dtype="float32", preconditioner=preconditioner)
     run = trainer(
         folder,
         *([] if validate else [save, Slow()]),
@@ -81,4 +81,5 @@ def main(folder: Path, devices: int, steps: int, validate: bool, dies: list[int]
 
 if __name__ == "__main__":
     die = [int(option.removeprefix("die=")) for option in sys.argv if option.startswith("die=")]
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "validate" in sys.argv, die)
+    named = next((name for name in ("ekfac", "optimizer") if name in sys.argv), None)
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), "validate" in sys.argv, named, die)
