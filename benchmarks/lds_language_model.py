@@ -251,14 +251,14 @@ def with_preconditioner(table: Table, corpus: Corpus, models: list[list[Trained]
         "4 draws": {"draws": 4},
         "K-FAC": {"kind": "kfac"},
         "no embeddings": {"parameters": ["blocks*", "norm*", "head*"]},
-        "embeddings and head alone": {"parameters": ["tokens*", "head*"]},
     }
     for name, options in variants.items():
         table.add(f"ours, EK-FAC rows, dim 4096, {name}", _variant(corpus, first, 4096, **options))
-    for dim in DIMS:
-        table.add(f"ours, EK-FAC rows, dim {dim}, head alone", _variant(corpus, first, dim, parameters="head*"))
-    several_heads = [_variant(corpus, trained, 4096, parameters="head*") for trained in last]
-    table.add("ours, EK-FAC rows, dim 4096, head alone, 5 models", mean(several_heads))
+    for what, names in {"head alone": ["head*"], "embeddings and head alone": ["tokens*", "head*"]}.items():
+        for dim in DIMS:
+            found = [_variant(corpus, trained, dim, parameters=names) for trained in last]
+            table.add(f"ours, EK-FAC rows, dim {dim}, {what}", found[0])
+            table.add(f"ours, EK-FAC rows, dim {dim}, {what}, 5 models", mean(found))
     for count in (2, 4, 8):
         table.add(f"ours, EK-FAC rows, dim 4096, last {count} of 8 steps of a run", several(models[0][-count:], 4096))
     for dim in DIMS:
