@@ -29,6 +29,7 @@ from lightning_sketch.autodiff.batches import BatchStructure, differentiable, on
 from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import (
+    Compare,
     LossFn,
     OutputLoss,
     OutputLossName,
@@ -157,7 +158,7 @@ def fit_preconditioner(
     if kind == "ekfac":
         moments = _Moments(blocks, factors.names, factors.uses)
         if by_model is not None:
-            by_model.compares = False
+            by_model.compare = None
         fit.over(batches, moments)
         blocks = moments.blocks(examples, add)
     unknown = [name for name, own in blocks.items() if not any(block.eigenvalues.any() for block in own)]
@@ -212,11 +213,11 @@ class _ByModel:
         self.model, self.draws, self.of_batch = model, draws, of_batch
         self.structure, self.loss_fn = DirectedStructure(of_batch=of_batch), along(model)
         self.weighings = Weighings(model.module, None, "sum", self.structure)
-        self.compares = True  # until all batches were compared with the trained loss
+        self.compare: Compare = "value"  # with the trained loss; None once all batches were compared
 
     def __call__(self, batch: Any) -> Iterator[_Pass]:
         """Yield the passes of a batch."""
-        output, loss = self.model.output_and_loss(batch, compare=self.compares)
+        output, loss = self.model.output_and_loss(batch, compare=self.compare)
         check_rows(output, self.of_batch.count(batch))
         roots = loss.roots(output, batch, self.draws)
         del output
@@ -495,7 +496,9 @@ def _square_norm(factor: LowRank) -> Tensor:
 
 
 def _counted(vectors: Float[Tensor, "examples tokens numbers"]) -> Tensor:
-    """Return which tokens have a vector that is not zero, without a copy of all vectors."""
+    """Return which tokens have a vector that is not zero, without a copy of all vectors if these are many numbers."""
+    if vectors.numel() <= _PART:
+        return (vectors != 0).any(-1)
     return torch.linalg.vector_norm(vectors, ord=float("inf"), dim=-1) > 0
 
 

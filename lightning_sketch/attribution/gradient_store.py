@@ -170,7 +170,7 @@ class GradientStore(RowStore):
         model_fn: Callable[[nn.Module, Any], Any] | None = None,
         output_loss_fn: OutputLossName | OutputLoss | None = None,
         max_classes: int = 32,
-        draws: int = 8,
+        draws: int | None = None,
         seed: int = 0,
         engine: Engine = "auto",
         loss_fn: LossFn | None = None,
@@ -195,7 +195,7 @@ class GradientStore(RowStore):
                 object such as `CrossEntropy(shift=True)`, which says too which tokens have a loss (`ignore_index`,
                 `labels_fn`). By default the one that has the value and the gradient of the trained loss.
             max_classes: With more classes, and for tokens always, `draws` labels are drawn for each example.
-            draws: The number of labels to draw.
+            draws: The number of labels to draw; None for 8, or 2 where an example has several tokens.
             seed: Seed of the draws.
             engine: "hooks", from the backward pass of a whole batch; "vmap"; "loop", one example at a time; "auto":
                 hooks as long as they are exact, else the loop.

@@ -231,6 +231,7 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 OutputLoss = CrossEntropy | BinaryCrossEntropy | SquaredError
 
 # Losses of an output that can be asked for by name.
+Compare = Literal["gradient", "value"] | None  # with the loss that is trained
 OutputLossName = Literal["cross_entropy", "binary_cross_entropy", "squared_error"]
 OUTPUT_LOSSES: dict[OutputLossName, OutputLoss] = {
     "cross_entropy": CrossEntropy(),
@@ -457,7 +458,7 @@ class OutputModel:
                 raise ValueError(self._mismatch(difference, trained.value))
         return None
 
-    def output_and_loss(self, batch: Any, *, compare: bool = True) -> tuple[Tensor, OutputLoss]:
+    def output_and_loss(self, batch: Any, *, compare: Compare = "gradient") -> tuple[Tensor, OutputLoss]:
         """Return the output for the batch, without a graph, and its loss, one of `OUTPUT_LOSSES` unless it is given.
 
         A default is compared with the loss that is trained, or else with the one that the model itself returns. One
@@ -465,7 +466,8 @@ class OutputModel:
 
         Args:
             batch: The batch.
-            compare: False for a batch that was compared before, at the same weights.
+            compare: What is compared of every batch: "gradient", and with it the value; "value" alone, but for the
+                first batch, which saves two backward passes; None for batches that were compared before.
 
         Raises:
             ValueError: if the loss is not the one that is trained, or it is ambiguous which one that is.
@@ -473,8 +475,12 @@ class OutputModel:
         with torch.enable_grad():  # without gradients bitsandbytes drops those of its layers
             if self.given is not None:
                 return self.forward(batch)[0].detach(), cast(OutputLoss, self.given)
-            if not compare and self._chosen is not None:
+            if compare is None and self._chosen is not None:
                 return self.forward(batch)[0].detach(), self._chosen
+            if compare == "value" and self._chosen is not None and self.loss_fn is not None:
+                known = _Gradient(float(self._trained_loss(batch).detach().mean()))
+                output = self.forward(batch)[0].detach()
+                return output, self._find(output, batch, known)
             trained = self._trained(batch)
             output, own = self.forward(batch)
             if trained is None and own is not None:
