@@ -22,15 +22,38 @@ def test_example(script, tmp_path):
     quiet = {**os.environ, "WANDB_SILENT": "true", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=quiet)
     assert done.returncode == 0, done.stderr[-3000:]
-    if script.stem == "padded_language_model":
-        words_are_taught_by_their_documents(done.stdout)
-        return
-    (picture,) = re.findall(r"^picture: (.+)$", done.stdout, re.MULTILINE)
-    assert Path(picture).stat().st_size > 10_000
-    if script.stem == "intrinsic_dimension":
-        intrinsic_dimensions_differ(done.stdout)
-    if script.stem == "attribution":
-        influence_knows_who_taught_an_answer(done.stdout)
+    check, pictures = {
+        "attribution": (influence_knows_who_taught_an_answer, 1),
+        "intrinsic_dimension": (intrinsic_dimensions_differ, 1),
+        "language_model": (documents_that_taught_a_sentence_are_missed, 0),
+        "padded_language_model": (words_are_taught_by_their_documents, 0),
+        "select_data": (what_is_selected_is_of_the_task, 0),
+    }.get(script.stem, (None, 1))
+    found = re.findall(r"^picture: (.+)$", done.stdout, re.MULTILINE)
+    assert len(found) == pictures
+    assert all(Path(picture).stat().st_size > 10_000 for picture in found)
+    if check is not None:
+        check(done.stdout)
+
+
+def documents_that_taught_a_sentence_are_missed(printed):
+    """The loss rises more without them than without random ones, and by more than trainings differ (0.1)."""
+    found = re.findall(r"^ +(-?\d\.\d+) ± \d\.\d+ .*documents: (.+)$", printed, re.MULTILINE)
+    rise = {name: float(value) for value, name in found}
+    assert rise.keys() == {"taught it", "looks like it", "random"}
+    assert rise["taught it"] > rise["random"] + 0.2
+    (known,) = re.findall(r"not sketched: (.+)$", printed, re.MULTILINE)
+    assert 0.6 < float(known) < 0.95
+    assert len(re.findall(r"^ +0\.\d\d  \S.{50}.* 0\.\d\d  \S", printed, re.MULTILINE)) == 15
+
+
+def what_is_selected_is_of_the_task(printed):
+    """One image in four of the pool is of the task, and nearly all that are selected; they teach it better."""
+    rows = re.findall(r"^\d +(\d+)% +(\d+\.\d)% +(\d+\.\d)%", printed, re.MULTILINE)
+    assert len(rows) == 3
+    for turned, selected, random in rows:
+        assert int(turned) >= 95
+        assert float(selected) > float(random) + 3
 
 
 def words_are_taught_by_their_documents(printed):
