@@ -7,9 +7,10 @@
     kfac     U diag(a) Uᵀ = A,  V diag(b) Vᵀ = B,  P = t (A / tr A) ⊗ (B / tr B),  t = tr P, which is computed exactly
     ekfac    P = (U ⊗ V) diag(E) (U ⊗ V)ᵀ,  E = (1/n) sum (Uᵀ G V)², in a second pass
 
-Where a table is looked up, l is a unit vector, and A is diagonal; where a matrix is used in both ways, as a tied
-embedding is, A and B are sums of both, weighted by their traces. A factor that is wider than `max_factor`, as of a
-vocabulary, keeps its diagonal only. Biases, normalizations, and parameters that no rule splits have a diagonal P.
+Of a layer with a bias G has a column more, the bias's gradient, and r a one more. Where a table is looked up, l is a
+unit vector, and A is diagonal; where a matrix is used in both ways, as a tied embedding is, A and B are sums of both,
+weighted by their traces. A factor that is wider than `max_factor`, as of a vocabulary, keeps its diagonal only.
+Normalizations, parameters that no rule splits, and biases of which a layer has not the only use have a diagonal P.
 """
 
 import warnings
@@ -40,9 +41,9 @@ from lightning_sketch.autodiff.losses import (
 from lightning_sketch.autodiff.output_roots import Draws
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators._precision import full_precision
-from lightning_sketch.per_example.factors import Dense, Factor, LowRank, SparseRows
+from lightning_sketch.per_example.factors import Bias, Dense, Factor, LowRank, SparseRows, separate
 from lightning_sketch.per_example.hooks import ExampleHooks
-from lightning_sketch.per_example.precondition import Block, formed, numbers
+from lightning_sketch.per_example.precondition import Block, JointBias, formed, numbers
 from lightning_sketch.per_example.verify import by_reason, gradients_of, hooks_fail, tolerance, weighings_by_losses
 from lightning_sketch.per_example.weights import Reduction, Weighings
 
@@ -161,7 +162,7 @@ def fit_preconditioner(
             by_model.compare = None
         fit.over(batches, moments)
         blocks = moments.blocks(examples, add)
-    unknown = [name for name, own in blocks.items() if not any(block.eigenvalues.any() for block in own)]
+    unknown = [name for name, own in blocks.items() if own and not any(b.eigenvalues.any() for b in own)]
     if unknown:
         warnings.warn(
             f"no example has a gradient of {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}, so that their "
@@ -357,6 +358,7 @@ class _Scaled:
 
     accumulator: _Accumulator
     scale: Tensor
+    joins_biases = True
 
     def add(self, factor: Factor) -> None:
         """Add a factor."""
@@ -371,6 +373,9 @@ class _Scaled:
 # Where a matrix lies in a parameter: its first number, its rows and columns.
 _Place = tuple[int, int, int]
 
+# What is summed up: the products or the lookups of a matrix, and the bias that its layer adds.
+_Key = tuple[type, JointBias | None]
+
 
 @dataclass(eq=False)
 class _Use:
@@ -380,11 +385,13 @@ class _Use:
         left: The sum of l lᵀ, or its diagonal.
         right: The sum of r rᵀ, or its diagonal.
         trace: The sum of the squares of all gradients.
+        of_bias: The part of it that is the bias's.
     """
 
     left: Tensor
     right: Tensor
     trace: Tensor
+    of_bias: Tensor
 
 
 class _FactorSums:
@@ -398,10 +405,13 @@ class _FactorSums:
         uses: The most factors that a parameter had in one pass.
     """
 
+    joins_biases = True
+
     def __init__(self, parameters: Mapping[str, nn.Parameter], max_factor: int):
         self.parameters, self.max_factor = parameters, max_factor
         self.names = {id(parameter): name for name, parameter in parameters.items()}
-        self.sums: dict[tuple[str, _Place], dict[type, _Use]] = {}
+        self.sums: dict[tuple[str, _Place], dict[_Key, _Use]] = {}
+        self.alone: set[str] = set()  # what has gradients of its own, that are not those of a layer's bias
         self.squares: dict[str, Tensor] = {}
         self.uses: Counter[str] = Counter()
         self._now: Counter[str] = Counter()
@@ -412,13 +422,19 @@ class _FactorSums:
         name = self.names[id(factor.parameter)]
         self._now[name] += 1
         if isinstance(factor, Dense):
-            whole = formed(factor)
-            self._dense[name] = self._dense[name] + whole if name in self._dense else whole
+            self.alone.add(name)
+            self._add_whole(name, factor)
         elif isinstance(factor, LowRank):
+            place, bias = (factor.start, factor.left.shape[2], factor.right.shape[2]), None
+            of_bias = factor.left.new_zeros(())
+            if factor.bias is not None:
+                bias = JointBias(self.names[id(factor.bias.parameter)], factor.bias.side, factor.bias.start)
+                own = cast(Dense, separate(factor)[1])
+                self._add_whole(bias.name, own)
+                factor, of_bias = _with_ones(factor), own.values.square().sum()
             left, right = factor.left, factor.right
-            place = factor.start, left.shape[2], right.shape[2]
             sums = self._product(left, _counted(right)), self._product(right, _counted(left))
-            self._add(name, place, LowRank, (*sums, _square_norm(factor)))
+            self._add(name, place, (LowRank, bias), (*sums, _square_norm(factor), of_bias))
         else:
             rows, values = len(factor.parameter), factor.values
             by_row, _ = _by_row(factor)
@@ -426,10 +442,21 @@ class _FactorSums:
             counts = values.new_zeros(rows)
             counts.index_add_(0, factor.index[looked_up].to(values.device), values.new_ones(int(looked_up.sum())))
             place = 0, rows, values.shape[2]
-            self._add(name, place, SparseRows, (counts, self._product(values, looked_up), by_row.square().sum()))
+            self._add(
+                name,
+                place,
+                (SparseRows, None),
+                (counts, self._product(values, looked_up), by_row.square().sum(), values.new_zeros(())),
+            )
+
+    def _add_whole(self, name: str, factor: Dense) -> None:
+        """Add gradients that are given whole to those of the pass."""
+        whole = formed(factor)
+        self._dense[name] = self._dense[name] + whole if name in self._dense else whole
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Add the gradient of one example."""
+        self.alone.add(name)
         self._square(name, gradient.reshape(1, -1))
 
     def end(self) -> None:
@@ -448,29 +475,62 @@ class _FactorSums:
             add: Sums a tensor over processes.
         """
         found: dict[str, list[Block]] = {name: [] for name in self.parameters}
+        joint = self._joint()
         for (name, place), uses in sorted(self.sums.items(), key=lambda item: item[0]):
-            several = [_Use(add(use.left), add(use.right), add(use.trace)) for use in uses.values()]
-            found[name].append(_kronecker(place[0], several, examples))
+            several = [_Use(*map(add, (u.left, u.right, u.trace, u.of_bias))) for u in uses.values()]
+            bias = next(iter(uses))[1] if name in joint else None
+            if bias is None:
+                several = [
+                    _Use(_square(u.left, place[1]), _square(u.right, place[2]), u.trace - u.of_bias, u.of_bias)
+                    for u in several
+                ]
+            found[name].append(_kronecker(place[0], several, examples, bias))
+        joined = {block.bias.name for own in found.values() for block in own if block.bias is not None}
         for name, own in found.items():
-            if not own:
+            if not own and name not in joined:
                 squares = self.squares.get(name)
                 squares = torch.zeros(self.parameters[name].numel()) if squares is None else squares
                 own.append(diagonal(add(squares) / examples))
         return found
 
+    def _joint(self) -> set[str]:
+        """Return the matrices that all have a bias which nothing else adds, so that it joins their blocks."""
+        biases: dict[str, set[JointBias | None]] = {}
+        for (name, _), uses in self.sums.items():
+            biases.setdefault(name, set()).update(bias for _, bias in uses)
+        of: Counter[str] = Counter(name for own in biases.values() for name in {b.name for b in own if b is not None})
+        places = Counter(name for name, _ in self.sums)
+        return {
+            name
+            for name, own in biases.items()
+            if None not in own
+            and name not in self.alone
+            and len(own) == places[name]  # one bias each
+            and all(of[bias.name] == 1 and bias.name not in self.alone for bias in own if bias is not None)
+            and sum(
+                self._size(name, place, bias) for (n, place), uses in self.sums.items() if n == name for _, bias in uses
+            )
+            == sum(self.parameters[bias.name].numel() for bias in {b.name: b for b in own if b is not None}.values())
+        }
+
+    @staticmethod
+    def _size(name: str, place: _Place, bias: JointBias | None) -> int:
+        return 0 if bias is None else place[1] if bias.side == "left" else place[2]
+
     def _square(self, name: str, values: Float[Tensor, "examples numbers"]) -> None:
         own = values.to(torch.promote_types(values.dtype, torch.float32)).square().sum(0)
         self.squares[name] = self.squares[name] + own if name in self.squares else own
 
-    def _add(self, name: str, place: _Place, kind: type, own: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _add(self, name: str, place: _Place, key: _Key, own: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         uses = self.sums.setdefault((name, place), {})
-        if kind not in uses:
-            uses[kind] = _Use(*own)
+        if key not in uses:
+            uses[key] = _Use(*own)
             return
-        use = uses[kind]
+        use = uses[key]
         use.left += own[0]
         use.right += own[1]
         use.trace += own[2]
+        use.of_bias += own[3]
 
     def _product(self, vectors: Float[Tensor, "examples tokens numbers"], counted: Tensor) -> Tensor:
         """Return the sum of x xᵀ over examples and the tokens that count, or its diagonal where it is too wide."""
@@ -502,18 +562,33 @@ def _counted(vectors: Float[Tensor, "examples tokens numbers"]) -> Tensor:
     return torch.linalg.vector_norm(vectors, ord=float("inf"), dim=-1) > 0
 
 
-def _kronecker(start: int, uses: Sequence[_Use], examples: int) -> Block:
+def _with_ones(factor: LowRank) -> LowRank:
+    """Return the factor of a matrix with the layer's bias as one more column, or row where the sides are exchanged."""
+    left, right = factor.left, factor.right
+    if cast(Bias, factor.bias).side == "left":
+        right = torch.nn.functional.pad(right, (0, 1), value=1.0)
+    else:
+        left = torch.nn.functional.pad(left, (0, 1), value=1.0)
+    return replace(factor, left=left, right=right, bias=None)
+
+
+def _square(matrix: Tensor, size: int) -> Tensor:
+    """Return the first rows and columns of a sum of products, or of its diagonal."""
+    return matrix[:size] if matrix.ndim == 1 else matrix[:size, :size]
+
+
+def _kronecker(start: int, uses: Sequence[_Use], examples: int, bias: JointBias | None) -> Block:
     """Return the block of K-FAC of a matrix that is used in one or two ways."""
     rows, columns = len(uses[0].left), len(uses[0].right)
     trace = sum(float(use.trace) for use in uses)
     if not trace > 0:
-        return Block(start, torch.zeros(rows, columns))
+        return Block(start, torch.zeros(rows, columns), bias=bias)
     used = [use for use in uses if float(use.trace) > 0]
     (a, left), (b, right) = (
         _eigen([(float(use.trace), use.left if side == 0 else use.right) for use in used]) for side in (0, 1)
     )
     eigenvalues = torch.outer(a / a.sum(), b / b.sum()) * (trace / examples)
-    return Block(start, eigenvalues.to(uses[0].right.dtype), left, right)
+    return Block(start, eigenvalues.to(uses[0].right.dtype), left, right, bias)
 
 
 def _eigen(parts: Sequence[tuple[float, Tensor]]) -> tuple[Tensor, Tensor | None]:
@@ -534,6 +609,8 @@ def _eigen(parts: Sequence[tuple[float, Tensor]]) -> tuple[Tensor, Tensor | None
 
 def _covering(blocks: list[Block], parameter: nn.Parameter) -> list[Block]:
     """Return blocks that cover a parameter, each number once; of what none covers, zeros."""
+    if not blocks:  # a bias that is in the blocks of a matrix
+        return []
     found: list[Block] = []
     end = 0
     for block in sorted(blocks, key=lambda block: (block.start, -block.stop)):
@@ -561,19 +638,21 @@ class _Moments:
         self.sums = {
             name: [torch.zeros_like(block.eigenvalues) for block in blocks]
             for name, blocks in kfac.items()
-            if not all(block.is_diagonal and len(block.eigenvalues) == 1 for block in blocks)
+            if not all(block.is_diagonal and len(block.eigenvalues) == 1 and block.bias is None for block in blocks)
         }
         self.held: dict[str, list[Factor]] = {}
 
     def add(self, factor: Factor) -> None:
         """Add a factor of the gradients of the examples."""
         name = self.names[id(factor.parameter)]
-        if name not in self.sums:
+        if name not in self.sums or not self.sums[name]:
             return
         if self.uses[name] > 1:
             self.held.setdefault(name, []).append(factor)
         else:
             self._square(name, [factor])
+
+    joins_biases = True
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Do nothing: the squares of what hooks do not support are known from the first pass."""
@@ -601,8 +680,9 @@ class _Moments:
             rotated = [block.rotate(factor) for factor in factors]
             if any(own is None for own in rotated):
                 whole = sum((formed(factor) for factor in factors), torch.zeros(()))
-                part = Dense(factors[0].parameter, whole[:, block.start : block.stop], block.start)
-                rotated = [block.rotate(part)]
+                biases = [separate(f)[1] for f in factors if isinstance(f, LowRank) and f.bias]
+                bias = sum((formed(own) for own in biases), torch.zeros(())) if biases and block.bias else None
+                rotated = [block.rotate(Dense(factors[0].parameter, block.joined(whole, bias), block.start))]
             known = [own for own in rotated if own is not None]
             if len(known) == 1 and isinstance(known[0], SparseRows):
                 sums, which = _by_row(known[0])

@@ -2,7 +2,7 @@
 
     rows and queries are S L g,  Lᵀ L = (P + lambda)⁻¹       so that their inner product is that of influence functions
 
-kind       P of a matrix                                       P of other parameters
+kind       P of a matrix with the layer's bias                 P of other parameters
 ekfac      (U ⊗ V) diag(E) (U ⊗ V)ᵀ, E = E (Uᵀ G V)²           diagonal, E g²
 kfac       the same with E = a product of eigenvalues          diagonal, E g²
 optimizer  diagonal, sqrt(v) + epsilon of Adam                 the same
@@ -15,10 +15,11 @@ arXiv:2308.03296, for influence by it; Choe et al. (2024), arXiv:2405.13954, and
 for whitening before a projection.
 """
 
+import json
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from lightning_sketch._files import CorruptFile, TensorFile, check_folder, make_
 from lightning_sketch._files import write_tensors as write_file
 from lightning_sketch.autodiff.fingerprint import fingerprint, module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.per_example.precondition import Block, Blocks, GradientMap, Preconditioned
+from lightning_sketch.per_example.precondition import Block, Blocks, GradientMap, JointBias, Preconditioned
 from lightning_sketch.store.format import store_id
 
 Kind = Literal["ekfac", "kfac", "optimizer"]
@@ -146,8 +147,10 @@ class Preconditioner:
         total = zlib.crc32(self.kind.encode())
         for name in sorted(self.blocks):
             tensors = [t for block in self.blocks[name] for t in (block.eigenvalues, block.left, block.right)]
-            total = (total * 0x9E3779B1 + zlib.crc32(name.encode())) % (1 << 64)
-            total = (total * 0x9E3779B1 + fingerprint([t for t in tensors if t is not None])) % (1 << 64)
+            places = [(block.start, block.bias) for block in self.blocks[name]]
+            total = (total * 0x9E3779B1 + zlib.crc32(f"{name} {places}".encode())) % (1 << 64)
+            known = [tensor for tensor in tensors if tensor is not None]
+            total = (total * 0x9E3779B1 + (fingerprint(known) if known else 0)) % (1 << 64)
         return fingerprint([torch.tensor([total - (1 << 63), _bits(self.damping)])])
 
     def damped(self, damping: float) -> "Preconditioner":
@@ -192,8 +195,18 @@ class Preconditioner:
         Raises:
             ValueError: if one is missing, or has another shape.
         """
-        sizes = {name: sum(b.eigenvalues.numel() for b in own) for name, own in self.blocks.items() if name in shapes}
-        wrong = [name for name, shape in shapes.items() if sizes.get(name) != shape.numel()]
+        sizes: dict[str, int] = {}
+        alone: list[str] = []
+        for name, own in self.blocks.items():
+            for block in own:
+                rows, columns = block.shape
+                sizes[name] = sizes.get(name, 0) + rows * columns
+                if block.bias is not None:
+                    side = rows if block.bias.side == "left" else columns
+                    sizes[block.bias.name] = sizes.get(block.bias.name, 0) + side
+                    alone += [name] * (name in shapes and block.bias.name not in shapes)
+                    alone += [block.bias.name] * (block.bias.name in shapes and name not in shapes)
+        wrong = [name for name, shape in shapes.items() if sizes.get(name) != shape.numel() or name in alone]
         if wrong:
             raise ValueError(
                 f"the preconditioner does not cover {', '.join(wrong[:5])}{' ...' if len(wrong) > 5 else ''}; fit it "
@@ -221,6 +234,8 @@ class Preconditioner:
                 parts = {"eigenvalues": block.eigenvalues, "left": block.left, "right": block.right}
                 tensors |= {f"{k}.{part}": t.detach().cpu() for part, t in parts.items() if t is not None}
             header = {"store": store, **{f"{k}.start": str(block.start) for k, block in enumerate(blocks)}}
+            joint = {f"{k}.bias": block.bias for k, block in enumerate(blocks) if block.bias is not None}
+            header |= {key: json.dumps(asdict(bias)) for key, bias in joint.items()}
             seals.append(write_file(_file(path, i), tensors, header))
         fields = {"kind": self.kind, "fingerprint": str(self.fingerprint), "examples": self.examples, "store": store}
         write_document(
@@ -289,7 +304,8 @@ class _StoredBlocks(Mapping[str, Sequence[Block]]):
             k = len(blocks)
             parts = (f"{k}.{part}" for part in ("left", "right"))
             left, right = (file.tensor(key) if key in file.shapes else None for key in parts)
-            blocks.append(Block(int(file.header[f"{k}.start"]), file.tensor(f"{k}.eigenvalues"), left, right))
+            bias = JointBias(**json.loads(file.header[f"{k}.bias"])) if f"{k}.bias" in file.header else None
+            blocks.append(Block(int(file.header[f"{k}.start"]), file.tensor(f"{k}.eigenvalues"), left, right, bias))
         return blocks
 
     def check(self) -> None:

@@ -24,7 +24,7 @@ from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.operators.random import FLIP_SLACK
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.operators.streaming import StreamingSketch, Which
-from lightning_sketch.per_example.factors import Factor, LowRank, SparseRows
+from lightning_sketch.per_example.factors import Factor, LowRank, SparseRows, separate
 from lightning_sketch.per_example.precondition import GradientMap
 
 # Numbers that are formed and sketched at once: 4 MB in float32.
@@ -93,6 +93,11 @@ class SketchAccumulator:
             raise ValueError(f"{', '.join(sorted(unknown))}: not in the layout, which starts with {layout.names[:10]}.")
         self._sums: _ChunkedSums | _WholeSums | None = None
 
+    @property
+    def joins_biases(self) -> bool:
+        """Whether the factor of a matrix is to come with its layer's bias."""
+        return self._map is not None
+
     @torch.no_grad()
     def start(self, examples: int) -> None:
         """Begin a new batch of this number of examples, with rows of zeros."""
@@ -118,20 +123,23 @@ class SketchAccumulator:
             RuntimeError: before the first `start`.
         """
         sums = self._started()
-        offset, start, size = self._place(factor)
+        self._place(factor)
         with full_precision(sums.like.device):
-            if self._map is not None:
-                factor = self._map.factor(factor)
-                offset, start, size = self._place(factor)
-            if isinstance(factor, SparseRows):
-                index = factor.index.to(sums.like.device, torch.int64)
-                sums.write_rows(offset, index, _plain(factor.values, sums.like))
-            elif isinstance(factor, LowRank):
-                scale = None if factor.scale is None else _plain(factor.scale, sums.like)
-                fill = _product(_plain(factor.left, sums.like), _plain(factor.right, sums.like), scale)
-                sums.write(offset + start, offset + start + size, fill)
-            else:
-                sums.write(offset + start, offset + start + size, _copy(_plain(factor.values, sums.like)))
+            for own in separate(factor) if self._map is None else self._map.factors(factor):
+                self._write(sums, own)
+
+    def _write(self, sums: "_ChunkedSums | _WholeSums", factor: Factor) -> None:
+        """Add a factor of one parameter."""
+        offset, start, size = self._place(factor)
+        if isinstance(factor, SparseRows):
+            index = factor.index.to(sums.like.device, torch.int64)
+            sums.write_rows(offset, index, _plain(factor.values, sums.like))
+        elif isinstance(factor, LowRank):
+            scale = None if factor.scale is None else _plain(factor.scale, sums.like)
+            fill = _product(_plain(factor.left, sums.like), _plain(factor.right, sums.like), scale)
+            sums.write(offset + start, offset + start + size, fill)
+        else:
+            sums.write(offset + start, offset + start + size, _copy(_plain(factor.values, sums.like)))
 
     @torch.no_grad()
     def rows(self) -> Float[Tensor, "examples dim"]:

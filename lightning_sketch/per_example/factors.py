@@ -8,7 +8,8 @@ b runs over the examples. All factors of a parameter add up to its gradients. Th
 knows nothing of sketches; an accumulator adds factors up and knows nothing of layers.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -33,6 +34,21 @@ class Dense:
 
 
 @dataclass(frozen=True, eq=False)
+class Bias:
+    """The bias of a layer whose matrix has products as its gradient; its own is the sum of one factor over tokens.
+
+    Attributes:
+        parameter: The bias.
+        side: Which factor is the gradient of the layer's output, "left" or "right".
+        start: Where its numbers begin in the flat bias; they may be a part of it.
+    """
+
+    parameter: nn.Parameter
+    side: Literal["left", "right"] = "left"
+    start: int = 0
+
+
+@dataclass(frozen=True, eq=False)
 class LowRank:
     """The gradients of a matrix as products: sum_t left_t right_tᵀ for each example, row-major.
 
@@ -42,6 +58,7 @@ class LowRank:
         right: The right factors, (examples, tokens, columns).
         start: Where the matrix begins in the flat parameter; it may cover only a part.
         scale: Numbers that multiply the products elementwise, the same for all examples; None for ones.
+        bias: The bias of the layer, whose gradient this factor has too, see `separate`; None for none.
     """
 
     parameter: nn.Parameter
@@ -49,6 +66,7 @@ class LowRank:
     right: Float[Tensor, "examples tokens columns"]
     start: int = 0
     scale: Float[Tensor, "rows columns"] | None = None
+    bias: Bias | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +89,14 @@ Factor = Dense | LowRank | SparseRows
 
 class Unsupported(Exception):
     """Raised where a gradient cannot be split into examples; the message gives the reason."""
+
+
+def separate(factor: Factor) -> list[Factor]:
+    """Return the factor as one for each parameter: that of the matrix, and that of the layer's bias if it has one."""
+    if not isinstance(factor, LowRank) or factor.bias is None:
+        return [factor]
+    bias, own = factor.bias, factor.left if factor.bias.side == "left" else factor.right
+    return [replace(factor, bias=None), Dense(bias.parameter, own.sum(1), bias.start)]
 
 
 def wide(tensor: Tensor) -> Tensor:

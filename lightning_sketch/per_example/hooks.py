@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from lightning_sketch._private import required
 from lightning_sketch.autodiff.preserve_state import measurement_depth
 from lightning_sketch.per_example.autograd_graph import BroadcastUse, Graph, SharedTensor
-from lightning_sketch.per_example.factors import Dense, Factor, Unsupported
+from lightning_sketch.per_example.factors import Dense, Factor, LowRank, Unsupported, separate
 from lightning_sketch.per_example.rules.linear import looked_up
 from lightning_sketch.per_example.rules.registry import LayerFn, Rule, rule_of
 
 
 @runtime_checkable
 class Accumulator(Protocol):
-    """An object that factors of per-example gradients are added to."""
+    """An object that factors of per-example gradients are added to, one for each parameter.
+
+    If it has an attribute `joins_biases` that is true, the factor of a matrix comes with the layer's bias.
+    """
 
     def add(self, factor: Factor) -> None:
         """Add a factor of the gradients of the examples."""
@@ -312,10 +315,14 @@ class _HookPass:
             except Unsupported as error:
                 self.explain(wanted, f"{prefix}{error}")
                 return
+            joins = getattr(self.accumulator, "joins_biases", False)
             for factor in factors:
-                if self.wanted([factor.parameter]):
-                    self.supported.add(self.name(factor.parameter))
-                    self.accumulator.add(factor)
+                both = [factor.parameter, factor.bias.parameter] if isinstance(factor, LowRank) and factor.bias else []
+                joint = joins and both and len(self.wanted(both)) == 2
+                for own in [factor] if joint else separate(factor):
+                    if self.wanted([own.parameter]):
+                        self.supported |= {self.name(p) for p in (both if joint else [own.parameter])}
+                        self.accumulator.add(own)
 
 
 def _dense(parameter: nn.Parameter, values: Tensor) -> list[Factor]:

@@ -203,7 +203,8 @@ class StepPreconditioner:
             block = Block(0, found[name].square().view(1, -1))  # L = (P²)^-1/2
             own = Preconditioned({name: [block]}, 0.0, {name: self.parameters[name]})
             for factor in factors:
-                self.accumulator.add(own.factor(factor))
+                for divided in own.factors(factor):
+                    self.accumulator.add(divided)
 
     def _divisors(self, gradients: Mapping[int, Tensor]) -> dict[str, Tensor]:
         found: dict[int, Tensor] = {}

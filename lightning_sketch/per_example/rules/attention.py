@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.per_example.factors import Dense, Factor, LowRank, wide
+from lightning_sketch.per_example.factors import Bias, Dense, Factor, LowRank, wide
 from lightning_sketch.per_example.rules.registry import RULES, Recorder, Rule
 
 _OWN = ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -144,12 +144,10 @@ def _factors(
     matrix: _Place | None, shift: _Place | None, examples: int, input: Tensor | None, gradient: Tensor
 ) -> list[Factor]:
     left = _by_example(gradient, examples)
-    factors: list[Factor] = []
+    bias = None if shift is None else Bias(shift[0], start=shift[1])
     if matrix is not None and input is not None:
-        factors.append(LowRank(matrix[0], left, _by_example(input, examples), matrix[1]))
-    if shift is not None:
-        factors.append(Dense(shift[0], left.sum(1), shift[1]))
-    return factors
+        return [LowRank(matrix[0], left, _by_example(input, examples), matrix[1], bias=bias)]
+    return [] if shift is None else [Dense(shift[0], left.sum(1), shift[1])]
 
 
 def _by_example(tensor: Tensor, examples: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-from lightning_sketch.per_example.factors import Dense, Factor, LowRank, Unsupported, wide
+from lightning_sketch.per_example.factors import Bias, Dense, Factor, LowRank, Unsupported, wide
 from lightning_sketch.per_example.rules.registry import built_in
 
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -28,22 +28,26 @@ def convolution(module: _Convolution, input: Tensor, gradient: Tensor) -> list[F
     if gradient.ndim != len(module.kernel_size) + 2:
         raise Unsupported("its input has no axis of examples")
     weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
-    out = wide(gradient).flatten(2)
+    out, trained = wide(gradient).flatten(2), bias if bias is not None and bias.requires_grad else None
+    if weight.requires_grad and module.groups <= _MAX_PRODUCTS:
+        return _products(weight, trained, module.groups, _patches(module, wide(input), gradient.shape[2:]), out)
     factors: list[Factor] = []
     if weight.requires_grad:
-        factors += _weight(weight, module.groups, _patches(module, wide(input), gradient.shape[2:]), out)
-    if bias is not None and bias.requires_grad:
-        factors.append(Dense(bias, out.sum(2)))
+        patches = _patches(module, wide(input), gradient.shape[2:]).transpose(2, 3)
+        factors.append(Dense(weight, (out.unflatten(1, (module.groups, -1)) @ patches).flatten(1)))
+    if trained is not None:
+        factors.append(Dense(trained, out.sum(2)))
     return factors
 
 
-def _weight(weight: nn.Parameter, groups: int, patches: Tensor, out: Tensor) -> list[Factor]:
-    """Return the weight's factors from (examples, groups, numbers, places) and (examples, channels, places)."""
-    out = out.unflatten(1, (groups, -1))
-    if groups > _MAX_PRODUCTS:
-        return [Dense(weight, (out @ patches.transpose(2, 3)).flatten(1))]
-    left, right, size = out.transpose(2, 3), patches.transpose(2, 3), weight.numel() // groups
-    return [LowRank(weight, left[:, i], right[:, i], start=i * size) for i in range(groups)]
+def _products(
+    weight: nn.Parameter, bias: nn.Parameter | None, groups: int, patches: Tensor, out: Tensor
+) -> list[Factor]:
+    """Return a factor for each group from (examples, groups, numbers, places) and (examples, channels, places)."""
+    left, right = out.unflatten(1, (groups, -1)).transpose(2, 3), patches.transpose(2, 3)
+    size, channels = weight.numel() // groups, left.shape[3]
+    biases = [None if bias is None else Bias(bias, start=i * channels) for i in range(groups)]
+    return [LowRank(weight, left[:, i], right[:, i], i * size, bias=biases[i]) for i in range(groups)]
 
 
 def _patches(module: _Convolution, input: Tensor, places: Size) -> Tensor:

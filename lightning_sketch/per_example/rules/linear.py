@@ -8,11 +8,11 @@ x, y and g, the gradient of the loss with respect to y, have the examples along 
 between the first and the last.
 """
 
-from typing import cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from lightning_sketch.per_example.factors import Dense, Factor, LowRank, SparseRows, Unsupported, wide
+from lightning_sketch.per_example.factors import Bias, Factor, LowRank, SparseRows, Unsupported, wide
 from lightning_sketch.per_example.rules.registry import built_in
 
 
@@ -58,10 +58,9 @@ def _products(module: nn.Module, input: Tensor, gradient: Tensor, transposed: bo
     weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter | None, module.bias)
     input, gradient = _tokens(wide(input)), _tokens(wide(gradient))
     left, right = (input, gradient) if transposed else (gradient, input)
-    factors: list[Factor] = [LowRank(weight, left, right)]
-    if bias is not None and bias.requires_grad:
-        factors.append(Dense(bias, gradient.sum(1)))
-    return factors
+    trained = bias is not None and bias.requires_grad
+    side: Literal["left", "right"] = "right" if transposed else "left"
+    return [LowRank(weight, left, right, bias=Bias(cast(nn.Parameter, bias), side) if trained else None)]
 
 
 def _tokens(tensor: Tensor) -> Tensor:
