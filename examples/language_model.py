@@ -4,7 +4,8 @@ A small GPT learns the first paragraphs of 1,500 docstrings of Python's standard
 per document, the sketch of its gradient after whitening by EK-FAC. Questions are sentences that the GPT has never seen,
 cut in two: who taught it to go on like this? Beside the answer stands what looks alike to a bag of words, TF-IDF.
 
-Which of the two is right? What they found for 30 sentences is removed, and the GPT is trained again.
+Which of the two is right? What they found for 30 sentences is removed, and the GPT is trained again. Both are far above
+random documents; between them another seed may decide: sentences this short repeat the words of those that taught them.
 """
 
 import ast
