@@ -5,6 +5,8 @@ scores over a half is compared, by Spearman's rank correlation for each test exa
 see `lightning_sketch.metrics`). Logistic regression with 650 parameters, and a network 64-64-10 with 4,810, whose truth
 is the mean of two trainings. All attributions of a network are of the same model, or the same ten.
 
+EK-FAC rows: whitened layer by layer before the sketch, all classes summed exactly.
+
 dim        of the sketch; 1024 is more than logistic regression has, and exact there
 lds        mean over 200 test examples, and its 95 % interval for other tests and other halves
 ceiling    the LDS of one training as a prediction of another one with another seed
@@ -34,6 +36,7 @@ from lightning_sketch.attribution import (
     Curvature,
     calibrate,
     fit_ggn,
+    fit_preconditioner,
     row_curvature,
     scores,
     self_influence,
@@ -77,15 +80,16 @@ class Bench:
 
 
 class Sketched:
-    """The rows, queries and curvature of one model."""
+    """The rows, queries and curvature of one model, whitened by EK-FAC if it has a damping."""
 
-    def __init__(self, given: Problem, module: nn.Module, dim: int, seed: int = 0):
+    def __init__(self, given: Problem, module: nn.Module, dim: int, seed: int = 0, ekfac: float | None = None):
         if (missing := dim - sum(p.numel() for p in module.parameters())) > 0:
             module = copy.deepcopy(module)  # unused zeros up to dim: one chunk, where the sketch is orthogonal
             module.register_parameter("padding", nn.Parameter(torch.zeros(missing)))
         layout = Layout.of(module)
         sketch = BlockSRHT(layout.n, dim, seed=seed)
         self.given, self.module, self.layout, self.sketch = given, module, layout, sketch
+        self.preconditioner = None if ekfac is None else fit_preconditioner(module, [(given.x, given.y)], damping=ekfac)
         self.rows = self._rows(given.x, given.y)
         self.queries = self._rows(given.x_test, given.y_test)
 
@@ -99,7 +103,8 @@ class Sketched:
             output = module(batch[0])
             return given.loss(output, batch[1]), output.softmax(1).gather(1, batch[1][:, None])[:, 0]
 
-        return sketch_gradients(self.module, [(x, y)], self.sketch, loss, row_fn=None if y.is_floating_point() else row)
+        by = None if y.is_floating_point() else row
+        return sketch_gradients(self.module, [(x, y)], self.sketch, loss, row_fn=by, preconditioner=self.preconditioner)
 
     def curvature(self, kind: str) -> Curvature:
         if kind == "ggn":
@@ -108,6 +113,25 @@ class Sketched:
 
     def influence(self, kind: str, damping="auto") -> Tensor:
         return scores(self.queries, self.rows, method="influence", curvature=self.curvature(kind), damping=damping)
+
+
+def without_sketch(given: Problem, module: nn.Module, damping: float) -> Tensor:
+    """Return the influence by EK-FAC with class sums that are exact, of gradients that are not sketched."""
+    p = fit_preconditioner(module, [(given.x, given.y)], damping=damping)
+    weights = dict(module.named_parameters())
+
+    def whitened(x: Tensor, y: Tensor) -> Tensor:
+        def loss(weights, x, y):
+            return given.loss(torch.func.functional_call(module, weights, (x[None],)), y[None]).mean()
+
+        gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(weights, x, y)
+        found = []
+        for i in range(len(x)):
+            own = p.whiten({name: gradient[i] for name, gradient in gradients.items()})
+            found.append(torch.cat([part.flatten() for part in own.values()]))
+        return torch.stack(found)
+
+    return whitened(given.x_test, given.y_test) @ whitened(given.x, given.y).T
 
 
 def line(name: str, found: dict[str, Tensor], seconds: float, asked: float | None = None) -> None:
@@ -134,6 +158,21 @@ def table(name: str, with_peers: bool) -> None:
             if (kind, dim, linear) == ("margin", 1024, False):
                 asked = 0.64
             line(f"ours, {kind}, dim {dim}, 1 model", mean, (time.perf_counter() - start) / 3, asked)
+    for dim in (256, 512, 1024):
+        for damping in (0.1, 1.0):
+            start = time.perf_counter()
+            found = []
+            for seed in range(3):
+                own = Sketched(bench.given, bench.full[0], dim, seed, damping)
+                found.append(bench.judge(scores(own.queries, own.rows)))
+            mean = {key: sum(f[key] for f in found) / 3 for key in found[0]}
+            name = f"ours, EK-FAC rows, damping {damping:g}, dim {dim}, 1 model"
+            line(name, mean, (time.perf_counter() - start) / 3)
+    for damping in (0.03, 0.1, 0.3, 1.0):
+        start = time.perf_counter()
+        found_whole = without_sketch(bench.given, bench.full[0], damping)
+        name = f"EK-FAC of all classes, damping {damping:g}, no sketch"
+        line(name, bench.judge(found_whole), time.perf_counter() - start)
     if not linear:
         print(f"  {'one training predicts another':48} {float(found[0]['ceiling']):6.3f}")
         ensembles(bench)
@@ -248,7 +287,8 @@ def main():
     arguments.add_argument("--all", action="store_true", help="all sets, three lengths of training")
     arguments.add_argument("--no-peers", action="store_true")
     chosen = arguments.parse_args()
-    warnings.filterwarnings("ignore", message="few examples carry")
+    warnings.filterwarnings("ignore", message="few examples carry|the curvature is noisy")
+    warnings.filterwarnings("ignore", message="no example has a gradient of padding")
     there = [name for name in MODULES if installed(name)]
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ["torch", *there])
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {versions}")
