@@ -401,7 +401,8 @@ def log_once(text: str, level: int = logging.INFO) -> None:
     log = logging.getLogger("lightning_sketch")
     if not log.hasHandlers():  # logging is not configured: print to stderr, as Lightning does
         log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
+        if log.level == logging.NOTSET:
+            log.setLevel(logging.INFO)
     log.log(level, text)
 
 
