@@ -10,6 +10,7 @@ random documents; between them another seed may decide: sentences this short rep
 
 import ast
 import random
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -124,7 +125,8 @@ def main():
 
     # A row for each document; then one for each question, whose gradient is whitened in the same way.
     model = train(documents)
-    writer = GradientSketchWriter(OUT / "store", dim=4096, preconditioner="ekfac", overwrite=True)
+    shutil.rmtree(OUT / "store", ignore_errors=True)  # rows of an earlier run, to which a validation would add its own
+    writer = GradientSketchWriter(OUT / "store", dim=4096, preconditioner="ekfac")
     loader = DataLoader(IndexedDataset(documents), batch_size=64, collate_fn=batches)
     Trainer(callbacks=[writer], accelerator="cpu", **QUIET).validate(model, loader, verbose=False)
     store = GradientStore.open(writer.dirpath)

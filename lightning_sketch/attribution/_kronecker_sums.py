@@ -1,5 +1,6 @@
 """Sums over examples from which the blocks of K-FAC and EK-FAC are made; `fit_preconditioner` has the formulas."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -226,8 +227,8 @@ def _kronecker(start: int, uses: Sequence[_Use], examples: int, bias: JointBias 
     """Return the block of K-FAC of a matrix that is used in one or two ways."""
     rows, columns = len(uses[0].left), len(uses[0].right)
     trace = sum(float(use.trace) for use in uses)
-    if not trace > 0:
-        return Block(start, torch.zeros(rows, columns), bias=bias)
+    if not 0 < trace < math.inf:
+        return Block(start, torch.full((rows, columns), 0.0 if trace == 0 else math.nan), bias=bias)
     used = [use for use in uses if float(use.trace) > 0]
     (a, left), (b, right) = (
         _eigen([(float(use.trace), use.left if side == 0 else use.right) for use in used]) for side in (0, 1)

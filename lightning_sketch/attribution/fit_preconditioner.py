@@ -42,7 +42,7 @@ from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.per_example.factors import Factor, LowRank
 from lightning_sketch.per_example.hooks import ExampleHooks
-from lightning_sketch.per_example.precondition import numbers
+from lightning_sketch.per_example.precondition import Blocks, numbers
 from lightning_sketch.per_example.verify import by_reason, gradients_of, hooks_fail, tolerance, weighings_by_losses
 from lightning_sketch.per_example.weights import Reduction, Weighings
 
@@ -153,12 +153,14 @@ def fit_preconditioner(
     add = summed or (lambda tensor: tensor)
     examples = int(add(torch.tensor(fit.examples)))
     blocks = {name: covering(own, fit.parameters[name]) for name, own in factors.blocks(examples, add).items()}
+    _check_finite(blocks)
     if kind == "ekfac":
         moments = Moments(blocks, factors.names, factors.uses)
         if by_model is not None:
             by_model.compare = None
         fit.over(batches, moments)
         blocks = moments.blocks(examples, add)
+    _check_finite(blocks)
     unknown = [name for name, own in blocks.items() if own and not any(b.eigenvalues.any() for b in own)]
     if unknown:
         warnings.warn(
@@ -169,6 +171,16 @@ def fit_preconditioner(
     return Preconditioner(
         kind=kind, fingerprint=module_fingerprint(module), examples=examples, damping=damping, blocks=blocks
     )
+
+
+def _check_finite(blocks: Blocks) -> None:
+    """Refuse eigenvalues that are not finite."""
+    broken = [name for name, own in blocks.items() if not all(b.eigenvalues.isfinite().all() for b in own)]
+    if broken:
+        raise ValueError(
+            f"the preconditioner of {', '.join(broken[:5])} is not finite: the gradient of an example is not, or its "
+            "square is beyond float32; leave the example out, or use a module in float64."
+        )
 
 
 @runtime_checkable
@@ -268,7 +280,7 @@ class _Fit:
         self.parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
         self.hooks: ExampleHooks | None = None
         self.alone: dict[str, nn.Parameter] = {}  # parameters that hooks do not support
-        self.warned = False
+        self.warned = self.said = False
 
     def over(self, batches: Iterable[Any], accumulator: _Accumulator) -> None:
         """Add the factors of all gradients of all batches.
@@ -311,6 +323,9 @@ class _Fit:
             scaled = accumulator if own.scale is None else _Scaled(accumulator, own.scale)
             with hooks.recording(scaled, count):
                 loss = loss_fn(self.module, own.batch).sum()
+                if not loss.isfinite():
+                    self._add_finite(own, count, accumulator)
+                    return
                 hooks.before_backward(loss)
                 gradients = gradients_of(loss, supported)
             missed = [name for name, g in gradients.items() if g is not None and name not in hooks.supported]
@@ -326,6 +341,14 @@ class _Fit:
                     if gradient is not None:
                         accumulator.add_gradient(name, gradient.to_dense())
         accumulator.end()
+
+    def _add_finite(self, own: _Pass, count: int, accumulator: _Accumulator) -> None:
+        """Run the backward pass of each example whose loss is finite, where that of the batch is not."""
+        if not self.said:
+            self.said = True
+            warnings.warn("examples whose loss is not finite are left out of the preconditioner.", stacklevel=5)
+        for i, (part, _) in enumerate(self.passes.structure.parts(own.batch, 1, count) if count > 1 else ()):
+            self._add(_Pass(part, None if own.scale is None else own.scale[i : i + 1]), accumulator)
 
     def _supported(self, own: _Pass) -> ExampleHooks:
         """Find, on the first pass, which parameters hooks support, and return hooks for these."""

@@ -498,3 +498,29 @@ def test_a_real_vocabulary_costs_the_memory_of_a_training_step():
     fitted, rows = map(float, done.stdout.split())
     assert 1 < fitted < 3.2
     assert 1 < rows < 4
+
+
+def test_an_example_whose_loss_is_not_finite_is_left_out_and_said():
+    """The eigenvalues are those of the other examples, whose mean has one example fewer in its sum."""
+    module, batches = case("tokens")
+    broken = [(x.clone(), y) for x, y in batches]
+    broken[1][0][2] = torch.nan
+    whole = [(x[[0, 1, 3, 4]] if len(x) == 5 else x, y[[0, 1, 3, 4]] if len(y) == 5 else y) for x, y in batches]
+    with pytest.warns(UserWarning, match="loss is not finite are left out"):
+        found = fit_preconditioner(module, broken, loss_fn=cross_entropy, output_loss_fn="cross_entropy")
+    true = fit_preconditioner(module, whole, loss_fn=cross_entropy)
+    for name in ("layer.weight", "head.weight"):
+        own, other = found.blocks[name][0].eigenvalues, true.blocks[name][0].eigenvalues
+        torch.testing.assert_close(own * 8, other * 7, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:.*not finite are left out")
+def test_a_gradient_that_is_not_finite_is_refused():
+    """The square root of zero has an infinite slope, though the loss is finite."""
+    module, batches = case("linear")
+
+    def loss_fn(module, batch):
+        return cross_entropy(module, batch) + module.layer(batch[0] * 0).sub(module.layer.bias).abs().sum().sqrt()
+
+    with pytest.raises(ValueError, match="is not finite: the gradient of an example is not"):
+        fit_preconditioner(module, batches, "kfac", loss_fn=loss_fn, labels="data")
