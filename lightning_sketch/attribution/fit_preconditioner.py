@@ -119,8 +119,9 @@ def fit_preconditioner(
     >>> module, batch = nn.Linear(3, 2), (torch.randn(8, 3), torch.randint(2, (8,)))
     >>> loss_fn = lambda module, batch: nn.functional.cross_entropy(module(batch[0]), batch[1])
     >>> p = fit_preconditioner(module, [batch], "kfac", loss_fn=loss_fn)
+    >>> # the bias is one more column of the weight's block
     >>> {name: [tuple(block.eigenvalues.shape) for block in blocks] for name, blocks in p.blocks.items()}
-    {'weight': [(2, 3)], 'bias': [(1, 2)]}
+    {'weight': [(2, 4)], 'bias': []}
     """
     for name, value, known in (("kind", kind, get_args(FittedKind)), ("labels", labels, (*get_args(Labels), None))):
         if value not in known:

@@ -302,3 +302,12 @@ def test_tracin_under_adam_has_the_scale_of_what_training_without_the_example_ch
     assert 1 / 3 < slope["optimizer"] < 3
     assert not 0.1 < slope[None] < 10
     assert torch.corrcoef(torch.stack([found["optimizer"].double().flatten(), truth.flatten()]))[0, 1] > 0.8
+
+
+def test_rows_of_some_layers_have_the_preconditioner_of_these(tmp_path):
+    model, data = Words(OPTIMIZERS["adam"]), DataLoader(words(), batch_size=8)
+    writer = GradientSketchWriter(tmp_path / "store", dim=16, parameters=["mix*", "norm*"], preconditioner="ekfac")
+    trainer(tmp_path, writer).validate(model, data, verbose=False)
+    store = GradientStore.open(writer.dirpath)
+    assert list(store.preconditioner.blocks) == ["mix.weight", "mix.bias", "norm.weight", "norm.bias"]
+    assert store.sketch_gradients(model, [[x, y] for x, y in DataLoader(words().dataset, batch_size=8)]).sketch.n == 54

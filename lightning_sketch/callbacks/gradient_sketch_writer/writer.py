@@ -87,7 +87,7 @@ class GradientSketchWriter(CallbackBase):
             named in a warning and in the store's spec. In batch norm's training mode a row is a share of a batch whose
             examples are coupled, and marked so. Costs a forward pass of four examples for each batch, for their scale.
         every_n_train_steps: The number of optimizer steps between two rows during training.
-        parameters: Which parameters to include, as a shell pattern on their names.
+        parameters: Which parameters to include, as shell patterns of their names.
         index_key: The key or position of the ids in a batch, numbers or strings, or "hash" for ids that are hashes of
             the examples' contents, which differ each time where augmentation is random. An `IndexedDataset` needs none.
         queries: "val" to write rows of the validation examples too, at each validation during training, so that TracIn
@@ -146,7 +146,7 @@ class GradientSketchWriter(CallbackBase):
         sketch: str = "block_srht",
         per: Granularity = "step",
         every_n_train_steps: int = 1,
-        parameters: str = "*",
+        parameters: str | list[str] = "*",
         index_key: str | int | None = None,
         queries: Literal["val"] | None = None,
         dtype: Dtype = "bfloat16",
