@@ -220,8 +220,9 @@ def param_groups(trainer: Trainer, optimizers: Sequence[Optimizer]) -> Sequence[
 
 
 def load_optimizers(trainer: Any, states: Sequence[Mapping[str, Any]]) -> None:
-    """Make the optimizers of the module that a Trainer evaluates, with the states that a checkpoint has."""
-    trainer.strategy.setup_optimizers(trainer)
+    """Give the states that a checkpoint has to the optimizers of the last fit, or else to new ones."""
+    if len(trainer.strategy.optimizers) != len(states):
+        trainer.strategy.setup_optimizers(trainer)
     trainer.strategy.load_optimizer_state_dict({"optimizer_states": states})
 
 

@@ -276,7 +276,7 @@ class _Fit:
         examples: The number of examples of the last pass over all batches.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, passes: "_ByModel | _ByData", otherwise: "_ByData | None"):
+    def __init__(self, module: nn.Module, layout: Layout, passes: _ByModel | _ByData, otherwise: _ByData | None):
         self.module, self.passes, self.otherwise, self.examples = module, passes, otherwise, 0
         self.parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
         self.hooks: ExampleHooks | None = None

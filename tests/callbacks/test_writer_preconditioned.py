@@ -167,6 +167,10 @@ def test_that_of_the_optimizer_at_a_checkpoint_is_the_one_that_the_checkpoint_ha
         )
     found.append(GradientStore.open(again.dirpath).preconditioner)
     assert found[0].id == found[1].id
+    third = GradientSketchWriter(tmp_path / "c", dim=16, preconditioner="optimizer")
+    run.callbacks.append(third)  # with the Trainer that has fitted, and a checkpoint
+    run.validate(model, data, ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=False)
+    assert GradientStore.open(third.dirpath).preconditioner.id == found[0].id
     state = run.optimizers[0].state[model.mix.weight]["square_avg"]
     torch.testing.assert_close(found[0].blocks["mix.weight"][0].eigenvalues.view(6, 6), state.sqrt() + 1e-8)
 

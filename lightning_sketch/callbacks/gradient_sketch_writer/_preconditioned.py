@@ -1,6 +1,8 @@
 """Preconditioners of the rows that a writer stores: fitted at a checkpoint, or an optimizer's at each of its steps."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -56,7 +58,7 @@ def of_checkpoint(
     layout, weights = run.spec.parameters, module_fingerprint(module)
     kind = choice if isinstance(choice, str) else choice.kind
     folder = run.folder / FOLDER
-    kept = trainer.strategy.broadcast(_kept(choice, folder, weights) if trainer.is_global_zero else None)
+    kept = trainer.strategy.broadcast(_kept(choice, folder, layout, weights) if trainer.is_global_zero else None)
     if kept is None:
         if isinstance(choice, Preconditioner):
             found = choice
@@ -66,8 +68,8 @@ def of_checkpoint(
             passes = "two passes" if choice == "ekfac" else "one pass"
             print_on_rank_zero(
                 trainer,
-                f"preconditioner={choice!r}: {passes} of about a training step a batch over the data loader, before "
-                "its rows are written",
+                f"preconditioner={choice!r}: {passes} over the data loader before its rows are written, of about three "
+                "training steps a batch",
             )
             with preserve_state(module):  # a pass over a data loader draws random numbers
                 found = fit_preconditioner(
@@ -90,8 +92,8 @@ def of_checkpoint(
     return found if trainer.strategy.root_device.type == "cpu" else found.to(trainer.strategy.root_device)
 
 
-def _kept(choice: Choice, folder: Any, weights: int) -> int | None:
-    """Return the id of the preconditioner of this choice and these weights that a store has, the first if several."""
+def _kept(choice: Choice, folder: Path, layout: Layout, weights: int) -> int | None:
+    """Return the id of the first preconditioner of this choice, these weights and parameters that a store has."""
     if isinstance(choice, Preconditioner):
         return None
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -99,8 +101,10 @@ def _kept(choice: Choice, folder: Any, weights: int) -> int | None:
             found = Preconditioner.read(path)
         except FileNotFoundError:
             continue  # it was not written to its end
-        if found.kind == choice and found.fingerprint == weights:
-            return found.id
+        with contextlib.suppress(ValueError):
+            if found.kind == choice:
+                found.of(layout, weights)
+                return found.id
     return None
 
 
