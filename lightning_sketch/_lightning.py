@@ -20,6 +20,7 @@ from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcess
 from pytorch_lightning.utilities.compile import _maybe_unwrap_optimized
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
 from lightning_sketch._private import required
 
@@ -243,6 +244,9 @@ class EvaluatedBatches:
 
     Args:
         trainer: The Trainer.
+
+    Raises:
+        ValueError: When they are read, if a loader or its data set can be read only once.
     """
 
     def __init__(self, trainer: Trainer):
@@ -252,9 +256,17 @@ class EvaluatedBatches:
         loop: Any = self.trainer._active_loop
         strategy, module = self.trainer.strategy, self.trainer.lightning_module
         for i, (loader, count) in enumerate(zip(loop._combined_loader.flattened, loop.max_batches, strict=True)):
-            own = copy.copy(loader)
-            if "_iterator" in vars(own):
-                own.__dict__["_iterator"] = None  # of persistent workers, which serve the Trainer
+            dataset = getattr(loader, "dataset", None)
+            if any(hasattr(source, "__next__") for source in (loader, dataset)):
+                once = type(dataset if hasattr(dataset, "__next__") else loader).__name__
+                raise ValueError(
+                    f"a {once} can be read only once, and a preconditioner is fitted before rows are written; use data "
+                    "that can be read again, or pass preconditioner=fit_preconditioner(model, some_batches)."
+                )
+            own = copy.copy(loader) if isinstance(loader, DataLoader) else loader
+            if isinstance(own, DataLoader):  # persistent workers and a sampler that iterates serve the Trainer
+                own.__dict__["_iterator"] = None
+                own.__dict__["batch_sampler"] = copy.copy(own.batch_sampler)
             for batch in itertools.islice(own, None if count == math.inf else int(count)):
                 batch = self.trainer.precision_plugin.convert_input(batch)
                 batch = module._on_before_batch_transfer(batch, dataloader_idx=i)

@@ -2,9 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -38,6 +38,29 @@ class _Use:
     right: Tensor
     trace: Tensor
     of_bias: Tensor
+
+
+@runtime_checkable
+class Processes(Protocol):
+    """Several processes, which call the same methods in the same order."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over the processes."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in the order of their ranks."""
+
+
+class OneProcess:
+    """The only process."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the tensor."""
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value alone."""
+        return [value]
 
 
 class FactorSums:
@@ -113,13 +136,15 @@ class FactorSums:
         self.uses |= self._now
         self._now.clear()
 
-    def blocks(self, examples: int, add: Callable[[Tensor], Tensor]) -> dict[str, list[Block]]:
+    def blocks(self, examples: int, processes: Processes) -> dict[str, list[Block]]:
         """Return the blocks of K-FAC of each parameter, in which a matrix has its factors' eigenvectors.
 
         Args:
             examples: The number of examples of all processes.
-            add: Sums a tensor over processes.
+            processes: The processes, which may have seen different layers.
         """
+        add = processes.sum
+        self._agree(processes)
         found: dict[str, list[Block]] = {name: [] for name in self.parameters}
         joint = self._joint()
         for (name, place), uses in sorted(self.sums.items(), key=lambda item: item[0]):
@@ -138,6 +163,27 @@ class FactorSums:
                 squares = torch.zeros(self.parameters[name].numel()) if squares is None else squares
                 own.append(diagonal(add(squares) / examples))
         return found
+
+    def _agree(self, processes: Processes) -> None:
+        """Add sums of zero for what other processes have seen, so that all have the same in the same order."""
+        shapes = {
+            (*place, *key): (use.left.shape, use.right.shape)
+            for place, u in self.sums.items()
+            for key, use in u.items()
+        }
+        seen = dict[tuple, tuple]()
+        for others in processes.gather(shapes):
+            seen |= others
+        self.alone = self.alone.union(*processes.gather(self.alone))
+        first = next(iter(self.parameters.values()))
+        like = torch.empty(0, dtype=torch.promote_types(first.dtype, torch.float32), device=first.device)
+        agreed: dict[tuple[str, _Place], dict[_Key, _Use]] = {}
+        for name, place, kind, bias in sorted(seen, key=str):
+            left, right = seen[name, place, kind, bias]
+            missing = _Use(like.new_zeros(left), like.new_zeros(right), like.new_zeros(()), like.new_zeros(()))
+            own = self.sums.get((name, place), {}).get((kind, bias), missing)
+            agreed.setdefault((name, place), {})[kind, bias] = own
+        self.sums = agreed
 
     def _joint(self) -> set[str]:
         """Return the matrices that all have a bias which nothing else adds, so that it joins their blocks."""
@@ -309,8 +355,9 @@ class Moments:
             self._square(name, factors)
         self.held.clear()
 
-    def blocks(self, examples: int, add: Callable[[Tensor], Tensor]) -> dict[str, list[Block]]:
+    def blocks(self, examples: int, processes: Processes) -> dict[str, list[Block]]:
         """Return the blocks of EK-FAC."""
+        add = processes.sum
         found = {}
         for name, blocks in self.kfac.items():
             sums = self.sums.get(name)

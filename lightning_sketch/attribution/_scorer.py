@@ -293,8 +293,8 @@ def _check_preconditioner(queries: SketchedGradients, found: Tensor) -> None:
     what = ["no preconditioner" if id == NONE else f"the preconditioner {id}" for id in (own, made[0])]
     raise ValueError(
         f"the queries went through {what[0]}, the rows through {what[1]}, so that their products mean nothing; make "
-        "the queries with store.sketch_gradients(module, batches), which takes that of the rows, or pass "
-        "sketch_gradients(..., preconditioner=...) the same."
+        "the queries with store.sketch_gradients(module, batches), which takes that of the rows at its weights (for "
+        "rows of training store.where(stage='fit').sketch_gradients), or sketch_gradients(..., preconditioner=...)."
     )
 
 
@@ -325,8 +325,8 @@ def _selected(
         if others and not (columns["preconditioner"][keep] == OF_STEP).all():
             warnings.warn(
                 f"the rows were trained by {', '.join(others)}: tracin ranks them, but its scale is that of steps "
-                "of SGD, lr times the gradient. GradientSketchWriter(preconditioner='optimizer') writes rows that have "
-                "the scale of Adam's steps.",
+                "of SGD, lr times the gradient. Rows of training by GradientSketchWriter(preconditioner='optimizer') "
+                "have the scale of Adam's steps.",
                 stacklevel=2,
             )
     if weighted:

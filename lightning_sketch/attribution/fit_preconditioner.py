@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch.attribution._directed import Directed, DirectedStructure, along, check_rows
-from lightning_sketch.attribution._kronecker_sums import FactorSums, Moments, covering
+from lightning_sketch.attribution._kronecker_sums import FactorSums, Moments, OneProcess, Processes, covering
 from lightning_sketch.attribution.indexed_dataset import without_index
 from lightning_sketch.attribution.preconditioner import DAMPING, Preconditioner
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable, on_device
@@ -70,7 +70,7 @@ def fit_preconditioner(
     num_examples: int | Callable[[Any], int] | None = None,
     batch_dim: int = 0,
     split_fn: Callable[[Any], Iterable[Any]] | None = None,
-    summed: Callable[[Tensor], Tensor] | None = None,
+    processes: Processes | None = None,
 ) -> Preconditioner:
     """Fit K-FAC or EK-FAC of all parameters to training examples, at the module's current weights.
 
@@ -98,7 +98,7 @@ def fit_preconditioner(
         num_examples: The number of examples of a batch, or batch -> this number, as in `sketch_gradients`.
         batch_dim: The axis of the examples, as in `sketch_gradients`.
         split_fn: batch -> batches of one example, as in `sketch_gradients`.
-        summed: A function that sums a tensor over processes, each of which has other batches; all call it alike.
+        processes: How to sum tensors over the processes, each of which has other batches; None for one process.
 
     Returns:
         The preconditioner: about 3 n numbers for square layers, less for wide ones.
@@ -148,19 +148,28 @@ def fit_preconditioner(
         by_data = _ByData(module, on_copies(loss_fn or training_step_loss), weighings)
     if by_model is None and by_data is None:
         raise ValueError(f"{type(module).__name__} has no training_step; pass loss_fn=lambda module, batch: loss.")
-    fit = _Fit(module, layout, cast(_ByModel | _ByData, by_model or by_data), None if by_model is None else by_data)
+    processes = processes or OneProcess()
+    passes = cast(_ByModel | _ByData, by_model or by_data)
+    fit = _Fit(module, layout, passes, None if by_model is None else by_data, processes)
     factors = FactorSums(fit.parameters, max_factor)
     fit.over(batches, factors)
-    add = summed or (lambda tensor: tensor)
-    examples = int(add(torch.tensor(fit.examples)))
-    blocks = {name: covering(own, fit.parameters[name]) for name, own in factors.blocks(examples, add).items()}
+    if not fit.examples:
+        raise ValueError("fit_preconditioner got no batches; pass a list of them or a data loader.")
+    examples = int(processes.sum(torch.tensor(fit.examples)))
+    blocks = {name: covering(own, fit.parameters[name]) for name, own in factors.blocks(examples, processes).items()}
     _check_finite(blocks)
     if kind == "ekfac":
         moments = Moments(blocks, factors.names, factors.uses)
         if by_model is not None:
             by_model.compare = None
+        first = fit.examples
         fit.over(batches, moments)
-        blocks = moments.blocks(examples, add)
+        if fit.examples != first:
+            raise ValueError(
+                f"kind='ekfac' reads the batches twice, and these had {first} examples first, {fit.examples} then; "
+                "pass a loader that has the same examples each time, or kind='kfac'."
+            )
+        blocks = moments.blocks(examples, processes)
     _check_finite(blocks)
     unknown = [name for name, own in blocks.items() if own and not any(b.eigenvalues.any() for b in own)]
     if unknown:
@@ -252,14 +261,18 @@ class _ByData:
         self.batches, self.warned = 0, False
 
     def __call__(self, batch: Any) -> Iterator[_Pass]:
-        """Yield the only pass of a batch."""
+        """Yield the pass of a batch; or one of each example, if it is not known how the loss weighs them."""
         ways, error = self.weighings(batch), tolerance(dict(self.module.named_parameters()))
         number, self.batches = self.batches, self.batches + 1
         found = weighings_by_losses(self.module, batch, self.loss_fn, ways, self.structure, number, error)
-        if isinstance(found, str) and not self.warned:
+        if not isinstance(found, str):
+            yield _Pass(batch, found[0].scale)
+            return
+        if not self.warned:
             self.warned = True
-            warnings.warn(f"examples are weighed as if the loss were {ways[0].name}, since {found}.", stacklevel=4)
-        yield _Pass(batch, (ways if isinstance(found, str) else found)[0].scale)
+            warnings.warn(f"examples are differentiated one at a time, which is slow, since {found}.", stacklevel=4)
+        for part, _ in self.structure.parts(batch, 1, len(ways[0].weights)):
+            yield _Pass(part)
 
 
 class _Fit:
@@ -270,13 +283,22 @@ class _Fit:
         layout: The parameters.
         passes: batch -> its backward passes.
         otherwise: The same, to be used if those of the first batch cannot be made.
+        processes: The processes, each of which has other batches.
 
     Attributes:
         parameters: The parameters, by name.
         examples: The number of examples of the last pass over all batches.
     """
 
-    def __init__(self, module: nn.Module, layout: Layout, passes: _ByModel | _ByData, otherwise: _ByData | None):
+    def __init__(
+        self,
+        module: nn.Module,
+        layout: Layout,
+        passes: _ByModel | _ByData,
+        otherwise: _ByData | None,
+        processes: Processes,
+    ):
+        self.processes = processes
         self.module, self.passes, self.otherwise, self.examples = module, passes, otherwise, 0
         self.parameters = dict(zip(layout.names, layout.parameters(module), strict=True))
         self.hooks: ExampleHooks | None = None
@@ -284,11 +306,7 @@ class _Fit:
         self.warned = self.said = False
 
     def over(self, batches: Iterable[Any], accumulator: _Accumulator) -> None:
-        """Add the factors of all gradients of all batches.
-
-        Raises:
-            ValueError: if there is no batch.
-        """
+        """Add the factors of all gradients of all batches."""
         self.examples = 0
         device = next(iter(self.parameters.values())).device
         for batch in batches:
@@ -297,8 +315,6 @@ class _Fit:
                 for own in self._passes(batch):
                     self._add(own, accumulator)
                 self.examples += self.passes.of_batch.count(batch)
-        if not self.examples:
-            raise ValueError("fit_preconditioner got no batches; pass a list of them or a data loader.")
 
     def _passes(self, batch: Any) -> Iterator[_Pass]:
         """Yield the passes of a batch, the other ones from the first batch on if it has none of the first kind."""
@@ -358,6 +374,8 @@ class _Fit:
             failing = hooks_fail(self.module, own.batch, self.parameters, self.passes.loss_fn, structure, ways)
         except ValueError as error:
             failing = dict.fromkeys(self.parameters, str(error))
+        for others in reversed(self.processes.gather(failing)):
+            failing = {**others, **failing}
         self.alone = {name: self.parameters[name] for name in failing}
         if failing:
             warnings.warn(
@@ -385,7 +403,9 @@ class _Scaled:
         """Add a factor."""
         scale = self.scale.to(numbers(factor))
         if isinstance(factor, LowRank):
-            self.accumulator.add(replace(factor, left=factor.left * scale[:, None, None]))
+            side = "left" if factor.bias is None else factor.bias.side  # that of the output, whose sum the bias has
+            scaled: Any = {side: getattr(factor, side) * scale[:, None, None]}
+            self.accumulator.add(replace(factor, **scaled))
         else:
             shape = (-1,) + (1,) * (factor.values.ndim - 1)
             self.accumulator.add(replace(factor, values=factor.values * scale.view(shape)))

@@ -18,7 +18,7 @@ for whitening before a projection.
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -46,7 +46,6 @@ _MEAN_SQUARES = {
     "Adam": "exp_avg_sq",
     "AdamW": "exp_avg_sq",
     "NAdam": "exp_avg_sq",
-    "RAdam": "exp_avg_sq",
     "RMSprop": "square_avg",
 }
 
@@ -110,7 +109,7 @@ class Preconditioner:
 
         Args:
             module: The module.
-            optimizer: Adam, AdamW, NAdam, RAdam or RMSprop after some steps, or several optimizers.
+            optimizer: Adam, AdamW, NAdam or RMSprop of PyTorch after some steps, or several optimizers.
             parameters: The parameters to cover, as shell patterns of their names.
             damping: The damping c. Without it a number whose gradient was always zero would be divided by epsilon.
 
@@ -168,7 +167,7 @@ class Preconditioner:
         Raises:
             ValueError: if it does not cover a parameter.
         """
-        self.check({name: g.shape for name, g in gradients.items() if g is not None})
+        self.check({name: g.shape for name, g in gradients.items() if g is not None}, set(gradients))
         return Preconditioned(self.blocks, self.damping, {}).gradients(gradients)
 
     def of(self, layout: Layout, weights: int) -> Callable[[Mapping[str, nn.Parameter]], GradientMap]:
@@ -189,8 +188,12 @@ class Preconditioner:
         self.check(dict(zip(layout.names, layout.shapes, strict=True)))
         return partial(Preconditioned, self.blocks, self.damping)
 
-    def check(self, shapes: Mapping[str, torch.Size]) -> None:
+    def check(self, shapes: Mapping[str, torch.Size], zero: Collection[str] = ()) -> None:
         """Refuse parameters that it does not cover.
+
+        Args:
+            shapes: The shapes of the parameters, by name.
+            zero: The names of more parameters, whose gradients are zero.
 
         Raises:
             ValueError: if one is missing, or has another shape.
@@ -204,8 +207,8 @@ class Preconditioner:
                 if block.bias is not None:
                     side = rows if block.bias.side == "left" else columns
                     sizes[block.bias.name] = sizes.get(block.bias.name, 0) + side
-                    alone += [name] * (name in shapes and block.bias.name not in shapes)
-                    alone += [block.bias.name] * (block.bias.name in shapes and name not in shapes)
+                    for one, other in ((name, block.bias.name), (block.bias.name, name)):
+                        alone += [one] * (one in shapes and other not in shapes and other not in zero)
         wrong = [name for name, shape in shapes.items() if sizes.get(name) != shape.numel() or name in alone]
         if wrong:
             raise ValueError(
@@ -229,6 +232,9 @@ class Preconditioner:
             check_folder(path)  # a link would be written through
         seals = []
         for i, blocks in enumerate(self.blocks.values()):
+            if not blocks:  # a bias that is in the blocks of a matrix
+                seals.append("")
+                continue
             tensors: dict[str, Tensor] = {}
             for k, block in enumerate(blocks):
                 parts = {"eigenvalues": block.eigenvalues, "left": block.left, "right": block.right}
@@ -298,8 +304,10 @@ class _StoredBlocks(Mapping[str, Sequence[Block]]):
         return iter(self.names)
 
     def __getitem__(self, name: str) -> Sequence[Block]:
-        file = self._file(name)
         blocks: list[Block] = []
+        if not self.seals[self.places[name]]:
+            return blocks
+        file = self._file(name)
         while f"{len(blocks)}.start" in file.header:
             k = len(blocks)
             parts = (f"{k}.{part}" for part in ("left", "right"))
@@ -311,7 +319,8 @@ class _StoredBlocks(Mapping[str, Sequence[Block]]):
     def check(self) -> None:
         """Compare all files with their checksums."""
         for name in self.names:
-            self._file(name).check()
+            if self.seals[self.places[name]]:
+                self._file(name).check()
 
     def _file(self, name: str) -> TensorFile:
         path = _file(self.path, self.places[name])
@@ -328,7 +337,7 @@ def divisors(optimizer: torch.optim.Optimizer, gradients: Mapping[int, Tensor] |
     """Return sqrt(v) + epsilon with bias correction for each parameter that has a state, by the parameter's id.
 
     Args:
-        optimizer: Adam, AdamW, NAdam, RAdam or RMSprop, perhaps wrapped by Lightning.
+        optimizer: Adam, AdamW, NAdam or RMSprop of PyTorch, perhaps wrapped by Lightning.
         gradients: The gradients of the step under way, by the parameter's id: v is then that after this step, and a
             parameter needs no state before it. If None, v is that of the last step.
 
@@ -346,6 +355,8 @@ def divisors(optimizer: torch.optim.Optimizer, gradients: Mapping[int, Tensor] |
             gradient = None if gradients is None else gradients.get(id(parameter))
             if gradients is not None and gradient is None:
                 continue
+            if gradient is not None and not _is_decoupled(optimizer, group):  # then v has the decay in it too
+                gradient = gradient + group["weight_decay"] * parameter.detach()
             found[id(parameter)] = divisor(optimizer, group, state, gradient)
     return found
 
@@ -389,14 +400,19 @@ def check_adaptive(optimizer: torch.optim.Optimizer) -> str:
     Raises:
         ValueError: if none is known.
     """
-    names = [kind.__name__ for kind in type(optimizer).__mro__]
+    names = [kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim")]
     entry = next((_MEAN_SQUARES[name] for name in names if name in _MEAN_SQUARES), None)
     if entry is None:
         raise ValueError(
-            f"{type(optimizer).__name__} has no mean square of gradients that is known here, as "
+            f"{type(optimizer).__name__} has no mean square of gradients that is known here, as PyTorch's own "
             f"{', '.join(_MEAN_SQUARES)} have; use fit_preconditioner(module, batches), or none: SGD needs none."
         )
     return entry
+
+
+def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
+    """Return whether weight decay is no part of the gradient."""
+    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
 
 
 def _bits(number: float) -> int:

@@ -4,6 +4,7 @@ Numbers and words are in the record of the run. Functions are known in the proce
 one they are found again if they have a name in a module that is imported there, and missed aloud if not.
 """
 
+import inspect
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -70,7 +71,7 @@ def _name(function: Any) -> str:
 def _by_name(name: str) -> Any:
     """Return the function of this name in a module that is imported; None if there is none."""
     module, _, path = name.partition(":")
-    found: Any = sys.modules.get(module)
+    found: Any = sys.modules.get(module) if module != "__main__" else None  # another script has other functions
     for part in path.split("."):
         found = getattr(found, part, None)
-    return found if callable(found) else None
+    return found if inspect.isfunction(found) else None

@@ -128,6 +128,8 @@ def sketch_gradients(
             preconditioner,
             parameters=list(layout.names),
             loss_fn=loss_fn,
+            weight_fn=weight_fn,
+            reduction=reduction,
             num_examples=num_examples,
             batch_dim=batch_dim,
             split_fn=split_fn,

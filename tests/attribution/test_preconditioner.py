@@ -374,10 +374,10 @@ def test_a_preconditioner_is_kept_and_read_a_parameter_at_a_time(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=r"00001\.safetensors"):
+    with pytest.raises(ValueError, match=r"00002\.safetensors"):
         Preconditioner.read(path, check=True)
     file.unlink()
-    with pytest.raises(ValueError, match=r"00001\.safetensors is missing; restore it"):
+    with pytest.raises(ValueError, match=r"00002\.safetensors is missing; restore it"):
         Preconditioner.read(path, check=True)
 
 
@@ -524,3 +524,111 @@ def test_a_gradient_that_is_not_finite_is_refused():
 
     with pytest.raises(ValueError, match="is not finite: the gradient of an example is not"):
         fit_preconditioner(module, batches, "kfac", loss_fn=loss_fn, labels="data")
+
+
+@pytest.mark.parametrize("name", ["transposed", "tokens"])
+def test_labels_of_the_data_give_second_moments_of_the_examples_own_gradients(name):
+    """Of batches of several: the bias of a layer has the scale of its example too, on whichever side it is."""
+    module, batches = case(name)
+    p = fit_preconditioner(module, batches, loss_fn=cross_entropy, labels="data")
+    pairs = [(x[None], y[None]) for batch in batches for x, y in zip(*batch, strict=True)]
+    own = torch.stack([flat(module, cross_entropy(module, pair)) for pair in pairs])
+    for key in ("layer.weight", "head.weight"):
+        (block,) = p.blocks[key]
+        moments = (own[:, places(module, key, block)] @ torch.kron(block.left, block.right)).square().mean(0)
+        torch.testing.assert_close(block.eigenvalues.flatten(), moments)
+
+
+def test_class_weights_are_those_that_are_passed_and_unknown_ones_take_the_loop():
+    """In an example's own loss class weights cancel, and P is that of the plain loss either way."""
+    module, batches = case("tokens")
+    weights = torch.tensor([1.0, 5.0, 0.5, 2.0, 9.0]).double()
+
+    def weighted(module, batch):
+        return F.cross_entropy(module(batch[0]), batch[1], weights)
+
+    true = fit_preconditioner(module, batches, "kfac", loss_fn=cross_entropy, labels="data")
+    known = fit_preconditioner(
+        module, batches, "kfac", loss_fn=weighted, labels="data", weight_fn=lambda batch: weights[batch[1]].sum()
+    )
+    with pytest.warns(UserWarning, match="differentiated one at a time"):
+        found = fit_preconditioner(module, batches, "kfac", loss_fn=weighted, labels="data")
+    for own in (known, found):
+        torch.testing.assert_close(own.blocks["head.weight"][0].eigenvalues, true.blocks["head.weight"][0].eigenvalues)
+
+
+class Three:
+    """Three processes that have seen the same."""
+
+    def sum(self, tensor):
+        return tensor * 3
+
+    def gather(self, value):
+        return [value] * 3
+
+
+def test_three_processes_with_the_same_examples_give_what_one_does():
+    module, batches = case("attention")
+    one = fit_preconditioner(module, batches, loss_fn=cross_entropy)
+    three = fit_preconditioner(module, batches, loss_fn=cross_entropy, processes=Three())
+    assert three.examples == 3 * one.examples
+    for name, blocks in one.blocks.items():
+        for block, other in zip(blocks, three.blocks[name], strict=True):
+            torch.testing.assert_close(block.eigenvalues, other.eigenvalues)
+
+
+RANKS = """
+import sys, warnings
+import torch, torch.distributed as dist, torch.multiprocessing, torch.nn.functional as F
+from torch import nn
+from lightning_sketch.attribution import fit_preconditioner
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts, self.head = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)]), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.experts[int(x[0, 0] > 0)](x)))
+
+class Ranks:
+    def sum(self, tensor):
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    def gather(self, value):
+        found = [None] * 2
+        dist.all_gather_object(found, value)
+        return found
+
+def loss_fn(module, batch):
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+def main(rank, file):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    module, x = Branches(), torch.randn(2, 8, 6)
+    x[:, :, 0] = torch.tensor([[-1.0], [1.0]]) * x[:, :, 0].abs()
+    batches = [(x[i], torch.arange(8) % 3) for i in range(2)]
+    found = fit_preconditioner(module, [batches[rank]], loss_fn=loss_fn, labels="data", processes=Ranks())
+    true = fit_preconditioner(module, batches, loss_fn=loss_fn, labels="data")
+    for name, blocks in true.blocks.items():
+        for block, other in zip(blocks, found.blocks[name], strict=True):
+            torch.testing.assert_close(other.eigenvalues, block.eigenvalues)
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn(main, (sys.argv[1],), 2)
+    print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_that_saw_different_layers_fit_what_one_does(tmp_path):
+    """Each process has one branch only, of the same shapes: sums of other layers must not be added up."""
+    program = tmp_path / "ranks.py"
+    program.write_text(RANKS)
+    done = subprocess.run([sys.executable, program, tmp_path / "meet"], capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]

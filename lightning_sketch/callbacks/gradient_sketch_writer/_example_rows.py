@@ -175,6 +175,12 @@ class TrainingExamples:
         if self.parameters and not self.checked:
             self.checked = self._check_sum(trainer, shares)
         factor = (batch.scale * trainer.accumulate_grad_batches / loss_scale(trainer)).to(shares)
+        if self.preconditioner is not None:
+            if self.preconditioner.batches == trainer.accumulate_grad_batches:
+                scale = loss_scale(trainer)
+                unscaled = {n: None if p.grad is None else p.grad / scale for n, p in self.parameters.items()}
+                self.preconditioner.clip(unscaled)
+            factor = factor * self.preconditioner.clipped
         rows = (shares * factor[:, None]).float().cpu()
         if batch.second is not None:
             rows += batch.second.float().cpu()
@@ -243,7 +249,7 @@ class TrainingExamples:
             total = trainer.strategy.reduce(total, reduce_op="mean")
         gradients = {name: p.grad for name, p in self.parameters.items()}
         if self.preconditioner is not None:
-            scale = loss_scale(trainer)
+            scale = loss_scale(trainer) * self.preconditioner.batches / trainer.accumulate_grad_batches
             unscaled = {name: None if g is None else g / scale for name, g in gradients.items()}
             divided = self.preconditioner.divided(unscaled)
             gradients = {name: None if g is None else g * scale for name, g in divided.items()}

@@ -18,7 +18,7 @@ from lightning_sketch._lightning import (
     print_on_rank_zero,
 )
 from lightning_sketch.attribution.fit_preconditioner import fit_preconditioner
-from lightning_sketch.attribution.preconditioner import FOLDER, Preconditioner, check_adaptive, divisors
+from lightning_sketch.attribution.preconditioner import DAMPING, FOLDER, Preconditioner, check_adaptive, divisors
 from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.preserve_state import preserve_state
@@ -56,7 +56,6 @@ def of_checkpoint(
         ValueError: As `fit_preconditioner`, or if the one that was passed is of other weights.
     """
     layout, weights = run.spec.parameters, module_fingerprint(module)
-    kind = choice if isinstance(choice, str) else choice.kind
     folder = run.folder / FOLDER
     kept = trainer.strategy.broadcast(_kept(choice, folder, layout, weights) if trainer.is_global_zero else None)
     if kept is None:
@@ -77,7 +76,7 @@ def of_checkpoint(
                     EvaluatedBatches(trainer),
                     choice,
                     parameters=list(layout.names),
-                    summed=lambda tensor: _summed(trainer, tensor),
+                    processes=Ranks(trainer),
                     **fit_options,
                 )
         if trainer.is_global_zero:
@@ -86,7 +85,8 @@ def of_checkpoint(
             return found
         kept = trainer.strategy.broadcast(found.id)
     else:
-        print_on_rank_zero(trainer, f"preconditioner={kind!r}: that of earlier rows at these weights is used again")
+        again = f"preconditioner={choice!r}: that of earlier rows at these weights is used again"
+        print_on_rank_zero(trainer, f"{again}: {Preconditioner.load(folder, kept)}")
     trainer.strategy.barrier()
     found = Preconditioner.load(folder, kept)  # eigenvectors have a sign, which may differ between machines
     return found if trainer.strategy.root_device.type == "cpu" else found.to(trainer.strategy.root_device)
@@ -102,18 +102,32 @@ def _kept(choice: Choice, folder: Path, layout: Layout, weights: int) -> int | N
         except FileNotFoundError:
             continue  # it was not written to its end
         with contextlib.suppress(ValueError):
-            if found.kind == choice:
+            if found.kind == choice and found.damping == DAMPING:
                 found.of(layout, weights)
                 return found.id
     return None
 
 
-def _summed(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over ranks."""
-    if trainer.world_size == 1:
-        return tensor
-    device = trainer.strategy.root_device
-    return trainer.strategy.reduce(tensor.to(device), reduce_op="sum").to(tensor.device)
+class Ranks:
+    """The ranks of a Trainer, each of which has other examples.
+
+    Args:
+        trainer: The Trainer.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer = trainer
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over ranks."""
+        if self.trainer.world_size == 1:
+            return tensor
+        device = self.trainer.strategy.root_device
+        return self.trainer.strategy.reduce(tensor.to(device), reduce_op="sum").to(tensor.device)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all ranks."""
+        return [self.trainer.strategy.broadcast(value, rank) for rank in range(self.trainer.world_size)]
 
 
 def _of_optimizer(
@@ -157,6 +171,7 @@ class StepPreconditioner:
         self.held: dict[str, list[Factor]] = {}
         self.handles: list[Any] = []
         self.batches = 0  # of the step under way
+        self.clipped = 1.0  # the factor of the last step that was clipped by its norm
         self.steps_done = -1
         self.accumulator: Accumulator | None = None
         for optimizer in trainer.optimizers:
@@ -164,6 +179,20 @@ class StepPreconditioner:
                 check_adaptive(optimizer)
             except ValueError as error:
                 raise MisconfigurationException(f"preconditioner='optimizer': {error}") from error
+
+    def clip(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """Return the gradients of a step, by name, as the Trainer is going to clip them.
+
+        The norm is that of these gradients, which are all that the optimizer steps by if rows cover all parameters.
+        """
+        most, known = self.trainer.gradient_clip_val, [g for g in gradients.values() if g is not None]
+        if not most or not known:
+            return dict(gradients)
+        if getattr(self.trainer.gradient_clip_algorithm, "value", None) == "value":
+            return {name: None if g is None else g.clamp(-most, most) for name, g in gradients.items()}
+        norm = torch.stack([g.detach().float().norm() for g in known]).norm()
+        self.clipped = float((most / (norm + 1e-6)).clamp(max=1.0))
+        return {name: None if g is None else g * self.clipped for name, g in gradients.items()}
 
     def divided(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
         """Return P_t⁻¹ g of the gradients of the step, by name, which P_t has in it; None where none steps."""
@@ -173,7 +202,8 @@ class StepPreconditioner:
     def begin_batch(self, accumulator: Accumulator) -> None:
         """Pass factors of the next batch on to an accumulator, divided once the gradient of their parameter is known.
 
-        With accumulated batches that gradient is the mean of those so far; in DDP it is that of this process.
+        With accumulated batches that gradient is the mean of those so far; in DDP it is that of this process. Its
+        clipping is that of the step before.
         """
         self.stop()
         if self.steps_done != self.trainer.global_step:
@@ -201,7 +231,7 @@ class StepPreconditioner:
         factors = self.held.pop(name, [])
         if not factors or parameter.grad is None or self.accumulator is None:
             return
-        scale = self.trainer.accumulate_grad_batches / self.batches / loss_scale(self.trainer)
+        scale = self.clipped * self.trainer.accumulate_grad_batches / self.batches / loss_scale(self.trainer)
         found = self._divisors({id(parameter): parameter.grad * scale})
         if name in found:
             block = Block(0, found[name].square().view(1, -1))  # L = (P²)^-1/2

@@ -454,6 +454,8 @@ class GradientSketchWriter(CallbackBase):
                 run,
                 self._optimizer_states,
                 loss_fn=self.loss_fn,
+                weight_fn=self.weight_fn,
+                reduction=self.reduction,
                 num_examples=num_examples,
                 batch_dim=batch_dim,
                 split_fn=split_fn,
