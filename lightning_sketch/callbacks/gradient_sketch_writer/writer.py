@@ -121,7 +121,8 @@ class GradientSketchWriter(CallbackBase):
             store keeps it (about 3 n numbers); "kfac" in one; or what `fit_preconditioner` returned. "optimizer" is the
             diagonal of Adam: rows of training are S P_t^-1 g with that of their step, whose products with plain queries
             are how much the step lowers a loss; at a checkpoint that of the optimizer that trained. Rows of training
-            have no other, and queries="val" has none.
+            have no other, and queries="val" has none. These rows are of clipped gradients; with per="example" P_t has
+            the clipping of the step before in it, and under DDP the gradient of its own rank.
 
     Raises:
         ValueError: If an argument is out of its range; before training, if the folder has a store of other rows or, on
