@@ -87,7 +87,8 @@ def fit_preconditioner(
             its output or the loss of that cannot be determined, which a warning says, those of the batches.
         draws: How many labels are drawn for each example with many classes, or for each token.
         max_classes: Up to so many classes, of examples that have a single label, all are summed exactly.
-        max_factor: A factor of more rows is kept as its diagonal.
+        max_factor: A factor of more rows is kept as its diagonal. For the head of a GPT with a vocabulary of 2,000 the
+            LDS was .36 with the diagonal and .37 with the whole factor, of 320 .62 with either.
         seed: Seed of the draws.
         parameters: The parameters to cover, as shell patterns of their names.
         loss_fn: The trained loss, (module, batch) -> mean loss; the module's `training_step` if None.
