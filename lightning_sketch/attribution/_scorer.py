@@ -322,7 +322,14 @@ def _selected(
                 "that a GradientSketchWriter writes have it, others need a column 'lr'."
             )
         others = sorted(getattr(train, "optimizers", frozenset()) - {"SGD"})
-        if others and not (columns["preconditioner"][keep] == OF_STEP).all():
+        whitened = ~torch.isin(columns["preconditioner"][keep], torch.tensor([NONE, OF_STEP]))
+        if whitened.any():
+            warnings.warn(
+                "the rows went through a preconditioner, and their products are influence: tracin sums these, each "
+                "times a learning rate, whose scale is that of no step; use method='dot' or 'cosine'.",
+                stacklevel=2,
+            )
+        elif others and not (columns["preconditioner"][keep] == OF_STEP).all():
             warnings.warn(
                 f"the rows were trained by {', '.join(others)}: tracin ranks them, but its scale is that of steps "
                 "of SGD, lr times the gradient. Rows of training by GradientSketchWriter(preconditioner='optimizer') "

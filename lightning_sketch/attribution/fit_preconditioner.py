@@ -180,7 +180,12 @@ def fit_preconditioner(
             stacklevel=2,
         )
     return Preconditioner(
-        kind=kind, fingerprint=module_fingerprint(module), examples=examples, damping=damping, blocks=blocks
+        kind=kind,
+        fingerprint=module_fingerprint(module),
+        examples=examples,
+        damping=damping,
+        labels="model" if fit.passes is by_model else "data",
+        blocks=blocks,
     )
 
 
@@ -325,7 +330,9 @@ class _Fit:
             if self.hooks is not None or self.otherwise is None:
                 raise
             warnings.warn(
-                f"the preconditioner takes the labels of the data (labels='data'), since {error}", stacklevel=4
+                f"the preconditioner takes the labels of the data (labels='data'), since {error} A writer takes "
+                "preconditioner=fit_preconditioner(model, loader, model_fn=...).",
+                stacklevel=4,
             )
             self.passes = self.otherwise
             yield from self.passes(batch)

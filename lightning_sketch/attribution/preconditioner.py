@@ -61,6 +61,7 @@ class Preconditioner:
         fingerprint: Fingerprint of the weights at which it was taken; 0 if unknown.
         examples: The number of examples that it is a mean over; 0 for that of an optimizer.
         damping: The damping c of each block, in units of the mean of its eigenvalues.
+        labels: "model" or "data", where the labels that it was fitted with come from; empty for that of an optimizer.
         blocks: The blocks of each parameter, by name.
 
     Raises:
@@ -72,7 +73,7 @@ class Preconditioner:
     >>> loss_fn = lambda module, batch: nn.functional.cross_entropy(module(batch[0]), batch[1])
     >>> p = fit_preconditioner(module, [batch], loss_fn=loss_fn)
     >>> p
-    Preconditioner: ekfac of 2 parameters, 8 numbers, of 8 examples, damping 0.1 of each block's mean eigenvalue
+    Preconditioner: ekfac of 2 parameters, 8 numbers, of 8 examples with labels of the model, damping 0.1 of each mean
     >>> rows = sketch_gradients(module, [batch], BlockSRHT(8, 4), loss_fn, preconditioner=p)
     """
 
@@ -80,6 +81,7 @@ class Preconditioner:
     fingerprint: int
     examples: int
     damping: float = DAMPING
+    labels: str = ""
     blocks: Blocks
 
     def __post_init__(self):
@@ -90,10 +92,10 @@ class Preconditioner:
             )
 
     def __repr__(self) -> str:
-        of = f", of {self.examples} examples" if self.examples else ""
+        of = f", of {self.examples} examples with labels of the {self.labels}" if self.examples else ""
         return (
             f"Preconditioner: {self.kind} of {len(self.blocks)} parameters, {self.n} numbers{of}, damping "
-            f"{self.damping:g} of each block's mean eigenvalue"
+            f"{self.damping:g} of each mean"
         )
 
     @classmethod
@@ -244,6 +246,7 @@ class Preconditioner:
             header |= {key: json.dumps(asdict(bias)) for key, bias in joint.items()}
             seals.append(write_file(_file(path, i), tensors, header))
         fields = {"kind": self.kind, "fingerprint": str(self.fingerprint), "examples": self.examples, "store": store}
+        fields["labels"] = self.labels
         write_document(
             path / _DOCUMENT, {**fields, "damping": self.damping, "names": list(self.blocks), "seals": seals}
         )
@@ -272,13 +275,13 @@ class Preconditioner:
             CorruptFile: if a file is not what was written.
         """
         types: dict[str, Any] = {"kind": str, "fingerprint": str, "examples": int, "damping": float}
-        types |= {"names": list, "seals": list, "store": str}
+        types |= {"names": list, "seals": list, "store": str, "labels": str}
         found = read_document(path / _DOCUMENT, types, {"store": store_id(path.absolute().parents[1])})
         blocks = _StoredBlocks(path, found["names"], found["seals"])
         if check:
             blocks.check()
         weights = int(found["fingerprint"])
-        own = {"kind": found["kind"], "fingerprint": weights, "examples": found["examples"]}
+        own = {"kind": found["kind"], "fingerprint": weights, "examples": found["examples"], "labels": found["labels"]}
         result = cls(**own, damping=found["damping"], blocks=blocks)
         result.__dict__["id"] = _id(path)  # else all of it would be read
         return result

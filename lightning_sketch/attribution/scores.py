@@ -80,7 +80,9 @@ def scores(
 ) -> Float[Tensor, "*dampings queries columns"]:
     """Compute the influence of each training row on each query.
 
-    A positive score helps the query. The module `attribution.scores` has the formulas and scales of the methods.
+    A positive score helps the query. "dot" times a learning rate is how much a step of SGD on the example lowers the
+    query's loss, "tracin" over the batch size how much its share of all steps did, "influence" over the number of
+    examples how much the loss rises without the example; the head of the file `attribution/scores.py` has the formulas.
 
     Args:
         queries: The rows of the queries; for tracin by the step of their checkpoint, {step: queries}, with the same

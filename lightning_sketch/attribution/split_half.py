@@ -21,8 +21,8 @@ and row has a product with itself that outweighs all others and raises the estim
 
 Other kinds are refused, since their halves are not such sketches: half of the numbers of a CountSketch see half of the
 parameters (measured: the estimate is up to .08 too low), the numbers of QK, FFD and AFFD have errors in common (up to
-.2 too high), those of AFJL opposite ones (up to .12 too low). Under `influence` each half would have a curvature of its
-own.
+.2 too high), those of AFJL opposite ones (up to .12 too low). So is a Block SRHT of two chunks or fewer whose dim is no
+power of two. Under `influence` each half would have a curvature of its own.
 
 Source: Brown (1910) and Spearman (1910), British Journal of Psychology 3, for halves; Rulon (1939), "A simplified
 procedure for determining the reliability of a test by split-halves", Harvard Educational Review 9, for the difference.
@@ -58,7 +58,7 @@ class SplitHalf:
     """
 
     def __init__(self, sketches: Sequence[Sketch]):
-        self.sketches = sketches
+        self.sketches = sketches if all(map(_has_halves, sketches)) else ()
         self._rows, self._moments, self._center = torch.zeros(()), torch.zeros(()), torch.zeros(())
 
     def add(self, parts: Float[Tensor, "parts *queries rows"]) -> None:
@@ -197,6 +197,11 @@ def _some(rows: RowSource) -> Float[Tensor, "rows dim"]:
     found = torch.cat([block.sketches.cpu() for block in rows.where(chosen).blocks()])
     _, size = split(found)
     return found.double() / size.max()
+
+
+def _has_halves(sketch: Sketch) -> bool:
+    """Return whether the halves of a sketch are sketches: not those of few chunks of a dim that is no power of two."""
+    return sketch.kind != "block_srht" or sketch.dim.bit_count() == 1 or sketch.n > 2 * sketch.dim
 
 
 def _kept(sketch: Sketch) -> float:

@@ -380,3 +380,19 @@ def test_rows_of_some_layers_have_the_preconditioner_of_these(tmp_path):
     store = GradientStore.open(writer.dirpath)
     assert list(store.preconditioner.blocks) == ["mix.weight", "mix.bias", "norm.weight", "norm.bias"]
     assert store.sketch_gradients(model, [[x, y] for x, y in DataLoader(words().dataset, batch_size=8)]).sketch.n == 54
+
+
+def test_rows_of_examples_with_batch_norm_are_written(tmp_path):
+    """A bias before a normalization has a gradient of rounding, which the division by its own size makes a number."""
+    data = DataLoader(IndexedDataset(dataset(64)), batch_size=32)
+    writer = GradientSketchWriter(tmp_path / "store", dim=32, per="example", preconditioner="optimizer")
+    fit(tmp_path, writer, model=Digits(dropout=0.0), data=data)
+    assert len(GradientStore.open(writer.dirpath)) == 128
+
+
+def test_what_becomes_of_rows_at_the_same_weights_is_printed(tmp_path, caplog):
+    model, writer = Words(OPTIMIZERS["adam"]), GradientSketchWriter(tmp_path / "store", dim=16)
+    run = trainer(tmp_path, writer)
+    for count in (24, 8):
+        run.validate(model, DataLoader(words().dataset if count == 8 else words(), batch_size=8), verbose=False)
+    assert "sketches: 24 rows of validate at these weights are there" in caplog.text

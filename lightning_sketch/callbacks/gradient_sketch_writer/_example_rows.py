@@ -21,7 +21,8 @@ from lightning_sketch.callbacks.gradient_sketch_writer._preconditioned import St
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.example_sketches import ExampleSketches
-from lightning_sketch.per_example.hooks import ExampleHooks
+from lightning_sketch.per_example.factors import Factor
+from lightning_sketch.per_example.hooks import Accumulator, ExampleHooks
 from lightning_sketch.per_example.verify import by_reason, disagreement, hooks_fail, tolerance, weighings_by_losses
 from lightning_sketch.per_example.weights import KnownWays, Weighing, Weighings
 from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, UNKNOWN_ID, Column, SketchedGradients, keys_of
@@ -44,6 +45,19 @@ class _Batch:
     columns: Mapping[str, Column]
     scale: Float[Tensor, " examples"]
     second: Float[Tensor, "examples dim"] | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Both:
+    """Two accumulators that get the same factors."""
+
+    first: Accumulator
+    second: Accumulator
+
+    def add(self, factor: Factor) -> None:
+        """Add a factor to both."""
+        self.first.add(factor)
+        self.second.add(factor)
 
 
 class TrainingExamples:
@@ -97,6 +111,7 @@ class TrainingExamples:
         self.hooks = ExampleHooks(module, self.parameters)
         self.accumulator = SketchAccumulator(sketch, layout, parameters=self.parameters)
         self.preconditioner = StepPreconditioner(trainer, self.parameters) if preconditioned else None
+        self.plain: SketchAccumulator | None = None  # of the first batch, without the preconditioner
         self.batch: _Batch | None = None
         self.batches, self.checked, self.doubt = 0, False, False
         self.ways: KnownWays | None = KnownWays()  # None once a batch did not fit
@@ -153,7 +168,10 @@ class TrainingExamples:
         self.accumulator.start(examples)
         if self.preconditioner is not None:
             self.preconditioner.begin_batch(self.accumulator)
-        self.hooks.attach(self.preconditioner or self.accumulator, examples)
+            if not self.checked:  # the division would turn the rounding of a gradient that is zero into a number
+                self.plain = SketchAccumulator(self.sketch, self.layout, parameters=self.parameters)
+                self.plain.start(examples)
+        self.hooks.attach(self._accumulators(), examples)
 
     def before_backward(self, loss: Tensor) -> None:
         """Tell the hooks which loss is differentiated."""
@@ -173,7 +191,8 @@ class TrainingExamples:
         self.hooks.detach()
         self._check_reasons()
         if self.parameters and not self.checked:
-            self.checked = self._check_sum(trainer, shares)
+            self.checked = self._check_sum(trainer, shares if self.plain is None else self.plain.rows())
+            self.plain = None
         factor = (batch.scale * trainer.accumulate_grad_batches / loss_scale(trainer)).to(shares)
         if self.preconditioner is not None:
             if self.preconditioner.batches == trainer.accumulate_grad_batches:
@@ -202,6 +221,12 @@ class TrainingExamples:
         self.hooks.detach()
         if self.preconditioner is not None:
             self.preconditioner.stop()
+
+    def _accumulators(self) -> Accumulator:
+        """Return what factors of the batch are added to."""
+        if self.preconditioner is None:
+            return self.accumulator
+        return self.preconditioner if self.plain is None else _Both(self.preconditioner, self.plain)
 
     def _weighing(self, batch: Any) -> tuple[Weighing, bool]:
         """Return the way in which the loss weighs the examples of a batch, and whether that is known."""
@@ -247,13 +272,7 @@ class TrainingExamples:
             if trainer.accumulate_grad_batches > 1 or getattr(trainer.strategy, "_ddp_comm_hook", None) is not None:
                 return True
             total = trainer.strategy.reduce(total, reduce_op="mean")
-        gradients = {name: p.grad for name, p in self.parameters.items()}
-        if self.preconditioner is not None:
-            scale = loss_scale(trainer) * self.preconditioner.batches / trainer.accumulate_grad_batches
-            unscaled = {name: None if g is None else g / scale for name, g in gradients.items()}
-            divided = self.preconditioner.divided(unscaled)
-            gradients = {name: None if g is None else g * scale for name, g in divided.items()}
-        whole = self.layout.sketch(self.sketch, gradients)
+        whole = self.layout.sketch(self.sketch, {name: p.grad for name, p in self.parameters.items()})
         if not whole.isfinite().all():
             return False
         if not (total - whole).norm() <= _MAX_SUM_ERROR * whole.norm():

@@ -17,6 +17,7 @@ from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators.kinds import make_sketch
 from lightning_sketch.store.format import Run, RunStage, Snapshot, begin_run, create_store, read_runs
 from lightning_sketch.store.maintenance import erase
+from lightning_sketch.store.row_store import RowStore
 from lightning_sketch.store.sketched_gradients import STAGES, SketchedGradients, Stage
 from lightning_sketch.store.spec import DTYPES, Dtype, StoreSpec
 from lightning_sketch.store.writer import RowAppender
@@ -87,6 +88,21 @@ class StoreRun:
         if self.appender is not None and not self.failed:
             with self._failing():
                 write()
+
+    def say_replaced(self, name: str, fingerprint: int, trainer: Trainer) -> None:
+        """Print that rows at the same weights are there, and what becomes of them."""
+        if self.appender is None or self.failed:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of rows that are missing, which whoever opens the store is told
+            columns = RowStore.open(self.folder).metadata()
+        there = (columns["fingerprint"] == fingerprint) & (columns["stage"] == STAGES.index(self.stage))
+        if there.any():
+            print_on_rank_zero(
+                trainer,
+                f"{name}: {int(there.sum())} rows of {self.stage} at these weights are there; rows of other examples "
+                "are added to them, rows of equal ids and loader replace them, and rows without ids replace all",
+            )
 
     def flush(self) -> None:
         """Wait until all rows are on the disk."""

@@ -120,9 +120,10 @@ class GradientSketchWriter(CallbackBase):
             "ekfac" fits it to the data loader of `trainer.validate`, in two passes before its rows are written, and the
             store keeps it (about 3 n numbers); "kfac" in one; or what `fit_preconditioner` returned. "optimizer" is the
             diagonal of Adam: rows of training are S P_t^-1 g with that of their step, whose products with plain queries
-            are how much the step lowers a loss; at a checkpoint that of the optimizer that trained. Rows of training
-            have no other, and queries="val" has none. These rows are of clipped gradients; with per="example" P_t has
-            the clipping of the step before in it, and under DDP the gradient of its own rank.
+            are how much the step lowers a loss (with per="example" over the batch size); at a checkpoint it is that of
+            the optimizer that trained. With "ekfac" and "kfac" the rows of training, and those of queries="val", are
+            plain. Rows of Adam's steps are of clipped gradients; with per="example" P_t has the clipping of the step
+            before in it, and under DDP the gradient of its own rank.
 
     Raises:
         ValueError: If an argument is out of its range; before training, if the folder has a store of other rows or, on
@@ -439,6 +440,8 @@ class GradientSketchWriter(CallbackBase):
                 stacklevel=2,
             )
             rows.fingerprint = first  # that of the checkpoint, with which queries are made
+        if trainer.is_global_zero and stage != "queries":
+            run.say_replaced(self.name, rows.fingerprint, trainer)
         now = {"step": trainer.global_step, "epoch": trainer.current_epoch, "lr": self._lr}
         return CheckpointRows(rows, run, stage, self._position or now, self._example_ids.hashed)
 
