@@ -11,6 +11,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in ("test_acceptance.py", "test_examples.py"))  # the longest first
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -188,7 +188,11 @@ class Model(pl.LightningModule):
         return F.cross_entropy(self(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:  # not ru_maxrss, which has the peak of the process that started this one in it
+        lines = dict(line.split(":") for line in open("/proc/self/status"))
+        return int(lines["VmHWM"].split()[0]) * 1024
+    except FileNotFoundError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 def fit(vocabulary, examples, tokens):
     module = Model(vocabulary)
@@ -206,9 +210,9 @@ print((peak() - before) / (2 * 128 * 50_257 * 4))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loss", "most"), [("cross_entropy", 2.3), ("found", 3.2)])
-def test_a_real_vocabulary_costs_the_memory_of_a_training_step(loss, most):
-    """In tensors of the size of the logits, 51 MB: 1.9, and 2.8 beside the loss of a training step, which has as many.
+@pytest.mark.parametrize("loss", ["cross_entropy", "found"])
+def test_a_real_vocabulary_costs_the_memory_of_a_training_step(loss):
+    """In tensors of the size of the logits, 51 MB: 2.9, and a training step of this loss has 3.0.
 
     Each tensor is given back to the system as it is freed: else the peak varies by 1 to 3 of them from run to run.
     """
@@ -216,4 +220,4 @@ def test_a_real_vocabulary_costs_the_memory_of_a_training_step(loss, most):
     run = subprocess.run(
         [sys.executable, "-c", PEAK, loss], capture_output=True, text=True, check=True, env=environment
     )
-    assert float(run.stdout) < most
+    assert 1 < float(run.stdout) < 3.2
