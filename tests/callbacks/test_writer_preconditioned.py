@@ -227,9 +227,7 @@ def test_that_of_the_optimizer_at_a_checkpoint_is_the_one_that_the_checkpoint_ha
     other = Words(OPTIMIZERS["rmsprop"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Lightning misses the callback that saved
-        trainer(tmp_path, again).validate(
-            other, data, ckpt_path=tmp_path / "last.ckpt", verbose=False, weights_only=False
-        )
+        trainer(tmp_path, again).validate(other, data, ckpt_path=tmp_path / "last.ckpt", verbose=False, **TRUSTED)
     found.append(GradientStore.open(again.dirpath).preconditioner)
     assert found[0].id == found[1].id
     third = GradientSketchWriter(tmp_path / "c", dim=16, preconditioner="optimizer")
