@@ -259,6 +259,12 @@ def with_preconditioner(table: Table, corpus: Corpus, models: list[list[Trained]
             found = [_variant(corpus, trained, dim, parameters=names) for trained in last]
             table.add(f"ours, EK-FAC rows, dim {dim}, {what}", found[0])
             table.add(f"ours, EK-FAC rows, dim {dim}, {what}, 5 models", mean(found))
+    module = first.module()
+    adam = Preconditioner.from_optimizer(module, first.optimizer(module))
+    for name, p in (("EK-FAC rows", fitted[id(first)].value[1]), ("Adam rows", adam)):
+        rows = Sketched(corpus, module, 4096, preconditioner=p)
+        ggn = fit_ggn(module, batches(corpus.x, corpus.y), rows.sketch, rows.layout, loss_fn=loss, preconditioner=p)
+        table.add(f"ours, {name}, dim 4096, ggn, auto", rows.scores(method="influence", curvature=ggn))
     for count in (2, 4, 8):
         table.add(f"ours, EK-FAC rows, dim 4096, last {count} of 8 steps of a run", several(models[0][-count:], 4096))
     for dim in DIMS:

@@ -152,7 +152,7 @@ class FactorSums:
             bias = next(iter(uses))[1] if name in joint else None
             if bias is None:
                 several = [
-                    _Use(_square(u.left, place[1]), _square(u.right, place[2]), u.trace - u.of_bias, u.of_bias)
+                    _Use(_first(u.left, place[1]), _first(u.right, place[2]), u.trace - u.of_bias, u.of_bias)
                     for u in several
                 ]
             found[name].append(_kronecker(place[0], several, examples, bias))
@@ -186,28 +186,21 @@ class FactorSums:
         self.sums = agreed
 
     def _joint(self) -> set[str]:
-        """Return the matrices that all have a bias which nothing else adds, so that it joins their blocks."""
-        biases: dict[str, set[JointBias | None]] = {}
-        for (name, _), uses in self.sums.items():
-            biases.setdefault(name, set()).update(bias for _, bias in uses)
-        of: Counter[str] = Counter(name for own in biases.values() for name in {b.name for b in own if b is not None})
-        places = Counter(name for name, _ in self.sums)
-        return {
-            name
-            for name, own in biases.items()
-            if None not in own
-            and name not in self.alone
-            and len(own) == places[name]  # one bias each
-            and all(of[bias.name] == 1 and bias.name not in self.alone for bias in own if bias is not None)
-            and sum(
-                self._size(name, place, bias) for (n, place), uses in self.sums.items() if n == name for _, bias in uses
-            )
-            == sum(self.parameters[bias.name].numel() for bias in {b.name: b for b in own if b is not None}.values())
-        }
+        """Return the matrices whose biases join their blocks: each has one that nothing else adds, and all of it."""
+        biases: dict[str, list[JointBias | None]] = {}
+        covered: Counter[str] = Counter()  # how many numbers of a bias are in blocks
+        for (name, (_, rows, columns)), uses in self.sums.items():
+            for _, bias in uses:
+                biases.setdefault(name, []).append(bias)
+                if bias is not None:
+                    covered[bias.name] += rows if bias.side == "left" else columns
 
-    @staticmethod
-    def _size(name: str, place: _Place, bias: JointBias | None) -> int:
-        return 0 if bias is None else place[1] if bias.side == "left" else place[2]
+        def joins(bias: JointBias | None) -> bool:
+            if bias is None or bias.name in self.alone:
+                return False
+            return covered[bias.name] == self.parameters[bias.name].numel()  # more, if several layers add it
+
+        return {name for name, own in biases.items() if name not in self.alone and all(map(joins, own))}
 
     def _square(self, name: str, values: Float[Tensor, "examples numbers"]) -> None:
         own = values.to(torch.promote_types(values.dtype, torch.float32)).square().sum(0)
@@ -264,7 +257,7 @@ def _with_ones(factor: LowRank) -> LowRank:
     return replace(factor, left=left, right=right, bias=None)
 
 
-def _square(matrix: Tensor, size: int) -> Tensor:
+def _first(matrix: Tensor, size: int) -> Tensor:
     """Return the first rows and columns of a sum of products, or of its diagonal."""
     return matrix[:size] if matrix.ndim == 1 else matrix[:size, :size]
 
@@ -322,8 +315,11 @@ class Moments:
 
     Args:
         kfac: The blocks of each parameter.
+        names: The names of the parameters, by their ids.
         uses: How many factors a parameter has in one pass; those of several are held until the last one has come.
     """
+
+    joins_biases = True
 
     def __init__(self, kfac: Mapping[str, Sequence[Block]], names: Mapping[int, str], uses: Mapping[str, int]):
         self.kfac, self.names, self.uses = kfac, names, uses
@@ -343,8 +339,6 @@ class Moments:
             self.held.setdefault(name, []).append(factor)
         else:
             self._square(name, [factor])
-
-    joins_biases = True
 
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Do nothing: the squares of what hooks do not support are known from the first pass."""

@@ -44,7 +44,7 @@ from lightning_sketch.per_example.factors import Factor, LowRank
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.precondition import Blocks, numbers
 from lightning_sketch.per_example.verify import by_reason, gradients_of, hooks_fail, tolerance, weighings_by_losses
-from lightning_sketch.per_example.weights import Reduction, Weighings
+from lightning_sketch.per_example.weights import KnownWays, Reduction, Weighings
 
 FittedKind = Literal["ekfac", "kfac"]
 Labels = Literal["model", "data"]
@@ -102,7 +102,7 @@ def fit_preconditioner(
         processes: How to sum tensors over the processes, each of which has other batches; None for one process.
 
     Returns:
-        The preconditioner: about 3 n numbers for square layers, less for wide ones.
+        The preconditioner: 3 n numbers for square layers, more for wide ones (4.6 n for a GPT of 90,000 parameters).
 
     Raises:
         ValueError: if there are no batches, or, for "ekfac", they can be read only once; with labels="model", if the
@@ -264,19 +264,21 @@ class _ByData:
     def __init__(self, module: nn.Module, loss_fn: LossFn, weighings: Weighings):
         self.module, self.loss_fn, self.weighings = module, loss_fn, weighings
         self.of_batch = self.structure = weighings.structure
-        self.batches, self.warned = 0, False
+        self.ways, self.batches, self.warned = KnownWays(), 0, False
 
     def __call__(self, batch: Any) -> Iterator[_Pass]:
         """Yield the pass of a batch; or one of each example, if it is not known how the loss weighs them."""
         ways, error = self.weighings(batch), tolerance(dict(self.module.named_parameters()))
         number, self.batches = self.batches, self.batches + 1
         found = weighings_by_losses(self.module, batch, self.loss_fn, ways, self.structure, number, error)
-        if not isinstance(found, str):
-            yield _Pass(batch, found[0].scale)
+        way = None if isinstance(found, str) else self.ways.narrow(found)
+        if way is not None:
+            yield _Pass(batch, way.scale)
             return
+        reason = found if isinstance(found, str) else "the loss weighs its examples in another way than before"
         if not self.warned:
             self.warned = True
-            warnings.warn(f"examples are differentiated one at a time, which is slow, since {found}.", stacklevel=4)
+            warnings.warn(f"examples are differentiated one at a time, which is slow, since {reason}.", stacklevel=4)
         for part, _ in self.structure.parts(batch, 1, len(ways[0].weights)):
             yield _Pass(part)
 

@@ -264,14 +264,11 @@ class GradientStore(RowStore):
                 Curvature.read(path)
             except CorruptFile as error:
                 wrong.append(str(error))
-        kept = self.path / PRECONDITIONERS
-        for path in sorted(kept.iterdir()) if kept.is_dir() else ():
+        for path in Preconditioner.stored(self.path / PRECONDITIONERS):
             try:
-                check_folder(kept)
+                check_folder(path.parent)
                 check_folder(path)
                 Preconditioner.read(path, check=True)
-            except FileNotFoundError:  # it was not written to its end, and no row has it
-                continue
             except CorruptFile as error:
                 wrong.append(str(error))
         if wrong:

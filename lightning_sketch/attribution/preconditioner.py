@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from lightning_sketch._files import CorruptFile, TensorFile, check_folder, make_folder, read_document, write_document
 from lightning_sketch._files import write_tensors as write_file
+from lightning_sketch.attribution.adaptive import divisors
 from lightning_sketch.autodiff.fingerprint import fingerprint, module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.per_example.precondition import Block, Blocks, GradientMap, JointBias, Preconditioned
@@ -40,14 +41,6 @@ FOLDER = "preconditioner"  # the folder of a store that has its preconditioners
 DAMPING = 0.1
 
 _DOCUMENT = "preconditioner.json"
-
-# The entry of an optimizer's state that has the mean square of the gradient, by the name of its class.
-_MEAN_SQUARES = {
-    "Adam": "exp_avg_sq",
-    "AdamW": "exp_avg_sq",
-    "NAdam": "exp_avg_sq",
-    "RMSprop": "square_avg",
-}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -164,7 +157,7 @@ class Preconditioner:
         return replace(self, blocks=blocks)
 
     def whiten(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-        """Return L g: the gradients of parameters, by name, each times its part of L; None stays None.
+        """Return L g: the gradients of parameters, by name, each times its part of L; None is zero.
 
         Raises:
             ValueError: if it does not cover a parameter.
@@ -198,7 +191,7 @@ class Preconditioner:
             zero: The names of more parameters, whose gradients are zero.
 
         Raises:
-            ValueError: if one is missing, or has another shape.
+            ValueError: if one is missing, or has another size.
         """
         sizes: dict[str, int] = {}
         alone: list[str] = []
@@ -265,6 +258,11 @@ class Preconditioner:
             CorruptFile: if a file is not what was written.
         """
         return cls.read(_path(Path(folder), id))
+
+    @classmethod
+    def stored(cls, folder: Path) -> Iterator[Path]:
+        """Yield the folders below this one that `save` wrote to their end, in the order of their names."""
+        yield from sorted(document.parent for document in folder.glob(f"*/{_DOCUMENT}"))
 
     @classmethod
     def read(cls, path: Path, *, check: bool = False) -> "Preconditioner":
@@ -336,86 +334,9 @@ class _StoredBlocks(Mapping[str, Sequence[Block]]):
         return file
 
 
-def divisors(optimizer: torch.optim.Optimizer, gradients: Mapping[int, Tensor] | None = None) -> dict[int, Tensor]:
-    """Return sqrt(v) + epsilon with bias correction for each parameter that has a state, by the parameter's id.
-
-    Args:
-        optimizer: Adam, AdamW, NAdam or RMSprop of PyTorch, perhaps wrapped by Lightning.
-        gradients: The gradients of the step under way, by the parameter's id: v is then that after this step, and a
-            parameter needs no state before it. If None, v is that of the last step.
-
-    Raises:
-        ValueError: if the optimizer is of another kind.
-    """
-    optimizer = getattr(optimizer, "optimizer", optimizer)
-    entry = check_adaptive(optimizer)
-    found: dict[int, Tensor] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            if gradients is None and entry not in state:
-                continue
-            gradient = None if gradients is None else gradients.get(id(parameter))
-            if gradients is not None and gradient is None:
-                continue
-            if gradient is not None and not _is_decoupled(optimizer, group):  # then v has the decay in it too
-                gradient = gradient + group["weight_decay"] * parameter.detach()
-            found[id(parameter)] = divisor(optimizer, group, state, gradient)
-    return found
-
-
-def divisor(
-    optimizer: torch.optim.Optimizer, group: Mapping[str, Any], state: Mapping[str, Any], gradient: Tensor | None = None
-) -> Tensor:
-    """Return sqrt(v) + epsilon of a parameter, by which an optimizer divides its step.
-
-    Args:
-        optimizer: The optimizer.
-        group: The group of the parameter.
-        state: The state of the parameter.
-        gradient: The gradient of the step under way, which v is to have in it; None for v as it is.
-    """
-    entry = check_adaptive(optimizer)
-    decay = group["alpha"] if entry == "square_avg" else group["betas"][1]
-    steps, square = float(state.get("step", 0)), state.get(entry)
-    if gradient is not None:
-        own = gradient.detach().float().square() * (1 - decay)
-        square, steps = own if square is None else own.add_(square.float() * decay), steps + 1
-    assert square is not None
-    mean = square.float()
-    if entry == "square_avg":
-        if group["centered"] and "grad_avg" in state:
-            mean = (mean - state["grad_avg"].float().square()).clamp(min=0)
-        return mean.sqrt() + group["eps"]
-    if group.get("amsgrad") and "max_exp_avg_sq" in state:
-        mean = torch.maximum(mean, state["max_exp_avg_sq"].float())
-    return (mean / (1 - decay**steps)).sqrt() + group["eps"]
-
-
 def diagonal(values: Tensor) -> Block:
     """Return the block of a parameter whose preconditioner is diagonal."""
     return Block(0, values.detach().reshape(1, -1))
-
-
-def check_adaptive(optimizer: torch.optim.Optimizer) -> str:
-    """Return the entry of an optimizer's state that has the mean square of the gradient.
-
-    Raises:
-        ValueError: if none is known.
-    """
-    names = [kind.__name__ for kind in type(optimizer).__mro__ if kind.__module__.startswith("torch.optim")]
-    entry = next((_MEAN_SQUARES[name] for name in names if name in _MEAN_SQUARES), None)
-    if entry is None:
-        raise ValueError(
-            f"{type(optimizer).__name__} has no mean square of gradients that is known here, as PyTorch's own "
-            f"{', '.join(_MEAN_SQUARES)} have; use fit_preconditioner(module, batches), or none: SGD needs none."
-        )
-    return entry
-
-
-def _is_decoupled(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> bool:
-    """Return whether weight decay is no part of the gradient."""
-    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW)))
 
 
 def _bits(number: float) -> int:

@@ -29,7 +29,7 @@ _functions: dict[str, dict[str, Any]] = {}  # by the UUID of the run that they w
 def recorded(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a run's record keeps of arguments: those that are not the default, functions by their names."""
     given = {name: value for name, value in arguments.items() if value != INHERITED[name]}
-    return {name: _name(value) if callable(value) else value for name, value in given.items()}
+    return {name: {"function": _name(value)} if callable(value) else value for name, value in given.items()}
 
 
 def remember(run: str, arguments: Mapping[str, Any]) -> None:
@@ -49,12 +49,12 @@ def inherited(runs: Sequence[Run], given: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in recorded.items():
         if name not in given or given[name] != INHERITED[name]:
             continue
-        named = INHERITED[name] is None and isinstance(value, str) and name.endswith(("_fn", "examples"))
-        function = known.get(name) or (_by_name(value) if named else value)
-        if function is None:
-            missed.append(f"{name}={value}")
-        else:
-            found[name] = function
+        if not isinstance(value, dict):
+            found[name] = value
+            continue
+        found[name] = known.get(name) or _by_name(value["function"])
+        if found[name] is None:
+            missed.append(f"{name}={value['function']}")
     if missed:
         warnings.warn(
             f"the rows were computed with {', '.join(missed)}, which is not known in this process; pass the same "

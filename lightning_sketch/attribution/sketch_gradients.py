@@ -122,6 +122,11 @@ def sketch_gradients(
     if isinstance(preconditioner, str) and preconditioner == "optimizer":
         preconditioner = _of_trainer(module, layout)
     elif isinstance(preconditioner, str):
+        if iter(batches) is batches:
+            raise ValueError(
+                f"preconditioner={preconditioner!r} is fitted to the batches before their rows are computed, and these "
+                "can be read only once; pass a list or a data loader, or what fit_preconditioner returned."
+            )
         preconditioner = fit_preconditioner(
             module,
             batches,

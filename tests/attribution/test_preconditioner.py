@@ -135,7 +135,7 @@ MODULES = {
     "bare": (Bare, numbers(6)),
     "recurrent": (Recurrent, numbers(TOKENS, 6)),
 }
-FAST = ["tokens", "embedding", "groups", "attention", "tied_head", "bare", "recurrent"]
+FAST = ["tokens", "embedding", "groups", "attention", "tied_head", "bare", "recurrent", "shared_bias"]
 
 
 def case(name, dtype=torch.float64):

@@ -38,6 +38,15 @@ def test_plain_queries_and_whitened_rows_are_refused_and_the_other_way_round(mad
     torch.testing.assert_close(scores(whitened, whitened), whitened.sketches @ whitened.sketches.T)
 
 
+def test_batches_that_can_be_read_once_are_refused_for_a_preconditioner_by_name(made):
+    module, batches, _, plain, whitened = made
+    for kind in ("ekfac", "kfac"):
+        with pytest.raises(ValueError, match="can be read only once"):
+            sketch_gradients(module, iter(batches), plain.sketch, cross_entropy, preconditioner=kind)
+    rows = sketch_gradients(module, batches, plain.sketch, cross_entropy, preconditioner="ekfac")
+    torch.testing.assert_close(rows.sketches, whitened.sketches)
+
+
 def test_another_damping_is_another_preconditioner(made):
     module, batches, p, _, whitened = made
     other = sketch_gradients(module, batches, whitened.sketch, cross_entropy, preconditioner=p.damped(0.2))

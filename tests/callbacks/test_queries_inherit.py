@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_sketch import GradientSketchWriter, GradientStore
 from lightning_sketch.attribution import IndexedDataset, row_arguments
+from lightning_sketch.store.format import Run
 
 
 class Sequences(LightningModule):
@@ -95,3 +96,13 @@ def test_a_sum_and_weights_are_inherited(tmp_path):
     store = GradientStore.open(writer.dirpath)
     queries = store.sketch_gradients(model, DataLoader(points, batch_size=4))
     torch.testing.assert_close(queries.sketches, store.read().sketches)
+
+
+def test_a_function_of_another_script_of_the_same_name_is_not_taken(monkeypatch):
+    """A script is __main__ in its own process, and so is the one that asks."""
+    monkeypatch.setattr(sys.modules["__main__"], "squared", both, raising=False)
+    for name in ("__main__:squared", "functools:partial"):  # nor is a class, as which a partial function is recorded
+        run = Run(1, arguments={"loss_fn": {"function": name}, "reduction": "sum"})
+        with pytest.warns(UserWarning, match=f"loss_fn={name}, which is not known"):
+            found = row_arguments.inherited([run], {"loss_fn": None, "reduction": None})
+        assert found == {"loss_fn": None, "reduction": "sum"}

@@ -196,9 +196,7 @@ class TrainingExamples:
         factor = (batch.scale * trainer.accumulate_grad_batches / loss_scale(trainer)).to(shares)
         if self.preconditioner is not None:
             if self.preconditioner.batches == trainer.accumulate_grad_batches:
-                scale = loss_scale(trainer)
-                unscaled = {n: None if p.grad is None else p.grad / scale for n, p in self.parameters.items()}
-                self.preconditioner.clip(unscaled)
+                self.preconditioner.clip({}, loss_scale(trainer))
             factor = factor * self.preconditioner.clipped
         rows = (shares * factor[:, None]).float().cpu()
         if batch.second is not None:

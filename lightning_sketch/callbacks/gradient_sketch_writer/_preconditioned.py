@@ -17,8 +17,9 @@ from lightning_sketch._lightning import (
     loss_scale,
     print_on_rank_zero,
 )
+from lightning_sketch.attribution.adaptive import check_adaptive, divisors
 from lightning_sketch.attribution.fit_preconditioner import fit_preconditioner
-from lightning_sketch.attribution.preconditioner import DAMPING, FOLDER, Preconditioner, check_adaptive, divisors
+from lightning_sketch.attribution.preconditioner import DAMPING, FOLDER, Preconditioner
 from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.preserve_state import preserve_state
@@ -96,11 +97,8 @@ def _kept(choice: Choice, folder: Path, layout: Layout, weights: int) -> int | N
     """Return the id of the first preconditioner of this choice, these weights and parameters that a store has."""
     if isinstance(choice, Preconditioner):
         return None
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        try:
-            found = Preconditioner.read(path)
-        except FileNotFoundError:
-            continue  # it was not written to its end
+    for path in Preconditioner.stored(folder):
+        found = Preconditioner.read(path)
         with contextlib.suppress(ValueError):
             if found.kind == choice and found.damping == DAMPING:
                 found.of(layout, weights)
@@ -180,17 +178,21 @@ class StepPreconditioner:
             except ValueError as error:
                 raise MisconfigurationException(f"preconditioner='optimizer': {error}") from error
 
-    def clip(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    def clip(self, gradients: Mapping[str, Tensor | None], scale: float) -> dict[str, Tensor | None]:
         """Return the gradients of a step, by name, as the Trainer is going to clip them.
 
-        The norm is that of these gradients, which are all that the optimizer steps by if rows cover all parameters.
+        Args:
+            gradients: The gradients, without the factor of a loss scaler.
+            scale: This factor, which the gradients of all parameters, whose norm counts, still have.
         """
-        most, known = self.trainer.gradient_clip_val, [g for g in gradients.values() if g is not None]
+        most = self.trainer.gradient_clip_val
+        groups = (group for optimizer in self.trainer.optimizers for group in optimizer.param_groups)
+        known = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         if not most or not known:
             return dict(gradients)
         if getattr(self.trainer.gradient_clip_algorithm, "value", None) == "value":
             return {name: None if g is None else g.clamp(-most, most) for name, g in gradients.items()}
-        norm = torch.stack([g.detach().float().norm() for g in known]).norm()
+        norm = torch.stack([g.detach().float().norm() for g in known]).norm() / scale
         self.clipped = float((most / (norm + 1e-6)).clamp(max=1.0))
         return {name: None if g is None else g * self.clipped for name, g in gradients.items()}
 

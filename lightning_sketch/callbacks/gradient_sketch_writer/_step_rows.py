@@ -74,7 +74,7 @@ class StepRows:
         scale = gradient_scale(trainer, optimizer)
         if self.preconditioner is not None:
             unscaled = {name: None if g is None else g / scale for name, g in gradients.items()}
-            gradients, scale = self.preconditioner.divided(self.preconditioner.clip(unscaled)), 1.0
+            gradients, scale = self.preconditioner.divided(self.preconditioner.clip(unscaled, scale)), 1.0
         row = self.layout.sketch(self.sketch, gradients) / scale
         loss = torch.nan if summed is None else trainer.strategy.reduce(summed, reduce_op="mean")
         step = trainer.global_step + 1

@@ -118,7 +118,7 @@ class GradientSketchWriter(CallbackBase):
         preconditioner: What gradients are multiplied by before they are sketched, so that the products of rows are
             influence, with a damping for each layer: the better choice for language models, not for small images.
             "ekfac" fits it to the data loader of `trainer.validate`, in two passes before its rows are written, and the
-            store keeps it (about 3 n numbers); "kfac" in one; or what `fit_preconditioner` returned. "optimizer" is the
+            store keeps it (3 to 5 n numbers); "kfac" in one; or what `fit_preconditioner` returned. "optimizer" is the
             diagonal of Adam: rows of training are S P_t^-1 g with that of their step, whose products with plain queries
             are how much the step lowers a loss (with per="example" over the batch size); at a checkpoint it is that of
             the optimizer that trained. With "ekfac" and "kfac" the rows of training, and those of queries="val", are
@@ -199,6 +199,15 @@ class GradientSketchWriter(CallbackBase):
         self.engine, self.fallback, self.queries, self.name = engine, fallback, queries, name or "sketches"
         self.preconditioner = preconditioner
 
+        self._arguments = {  # that queries inherit
+            "loss_fn": loss_fn,
+            "row_fn": row_fn,
+            "weight_fn": weight_fn,
+            "reduction": reduction,
+            "num_examples": num_examples,
+            "batch_dim": batch_dim,
+            "split_fn": split_fn,
+        }
         self._session = StoreSession(
             dirpath,
             name=self.name,
@@ -209,15 +218,7 @@ class GradientSketchWriter(CallbackBase):
             seed=seed,
             overwrite=overwrite,
             on_error=on_error,
-            arguments={
-                "loss_fn": loss_fn,
-                "row_fn": row_fn,
-                "weight_fn": weight_fn,
-                "reduction": reduction,
-                "num_examples": num_examples,
-                "batch_dim": batch_dim,
-                "split_fn": split_fn,
-            },
+            arguments=self._arguments,
         )
         self._structure = partial(BatchStructure, num_examples, batch_dim, split_fn)
         self._structure()  # raises if an argument is out of its range
@@ -449,21 +450,9 @@ class GradientSketchWriter(CallbackBase):
         """Return the preconditioner of rows at the module's present weights; all ranks call it."""
         if self.preconditioner is None:
             return None
-        num_examples, batch_dim, split_fn = self._structure.args
+        fit_options = {name: value for name, value in self._arguments.items() if name != "row_fn"}
         with muted_loggers(trainer):
-            return of_checkpoint(
-                self.preconditioner,
-                trainer,
-                pl_module,
-                run,
-                self._optimizer_states,
-                loss_fn=self.loss_fn,
-                weight_fn=self.weight_fn,
-                reduction=self.reduction,
-                num_examples=num_examples,
-                batch_dim=batch_dim,
-                split_fn=split_fn,
-            )
+            return of_checkpoint(self.preconditioner, trainer, pl_module, run, self._optimizer_states, **fit_options)
 
     def _close(self) -> None:
         """Remove all hooks, and commit the rows."""
