@@ -8,6 +8,7 @@ from lightning_sketch.curvature.result import Count, Spectrum
 from lightning_sketch.curvature.serialization import load_spectrum, save_spectrum
 from lightning_sketch.curvature.spectrum import spectrum
 from lightning_sketch.linalg.deflated import Deflated
+from lightning_sketch.linalg.diagonal import Diagonal, diagonal
 
 __all__ = [
     "GGN",
@@ -15,10 +16,12 @@ __all__ = [
     "Count",
     "CrossEntropy",
     "Deflated",
+    "Diagonal",
     "EmpiricalFisher",
     "Hessian",
     "Spectrum",
     "SquaredError",
+    "diagonal",
     "load_spectrum",
     "save_spectrum",
     "spectrum",

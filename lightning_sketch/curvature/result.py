@@ -69,6 +69,9 @@ class Spectrum:
         n: The size of the operator.
         trace: The sum of all eigenvalues, by Hutchinson's estimator; NaN if it was not estimated.
         trace_sem: The standard error of `trace`, from the same few starts: an error of twice as much is not rare.
+        trace_of_square: The sum of all squared eigenvalues, tr A² = ||A||_F², in the unit of eigenvalues squared; NaN
+            if it was not estimated.
+        trace_of_square_sem: The standard error of `trace_of_square`, as `trace_sem`.
         quadrature: Nodes and weights that represent all eigenvalues.
         gradient_shares: Shares of the gradient in the spaces of the first 1, 2, ... eigenvectors, (r,); None if no
             gradient was passed.
@@ -90,6 +93,8 @@ class Spectrum:
     n: int = 0
     trace: float = math.nan
     trace_sem: float = math.nan
+    trace_of_square: float = math.nan
+    trace_of_square_sem: float = math.nan
     quadrature: Quadrature | None = None
     gradient_shares: Float[Tensor, " r"] | None = None
     vectors: Float[Tensor, "dim k"] | None = None
@@ -221,6 +226,14 @@ class Spectrum:
         """
         largest = float(self.eigenvalues.abs().max())
         return self.n * self._quadrature.mean(self._quadrature.nodes.abs()) / largest if largest else 0.0
+
+    @property
+    def frobenius_norm(self) -> float:
+        """The root of the sum of all squared eigenvalues, ||A||_F; NaN if it was not estimated.
+
+        Its standard error is `trace_of_square_sem / (2 * frobenius_norm)`.
+        """
+        return math.sqrt(self.trace_of_square)
 
     def alignment(self, sketched_vector: Float[Tensor, " dim"], k: int) -> Share:
         """Return the share of a vector in the space of the k top eigenvectors, ||P g||² / ||g||², from S g alone.

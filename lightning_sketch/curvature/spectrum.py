@@ -7,7 +7,7 @@ them (`linalg.ritz`). The result says which of these have converged.
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from lightning_sketch.linalg.alignment import better_of, shares, shares_by_dots
 from lightning_sketch.linalg.krylov import Krylov
 from lightning_sketch.linalg.lanczos import dot, start_vector
 from lightning_sketch.linalg.linearity import checked_defect
-from lightning_sketch.linalg.quadrature import quadrature, trace
+from lightning_sketch.linalg.quadrature import Trace, quadrature, trace
 from lightning_sketch.linalg.ritz import rayleigh_ritz
 from lightning_sketch.operators.base import LinearOperator
 from lightning_sketch.operators.block_srht import BlockSRHT
@@ -148,15 +148,27 @@ def spectrum(
             "largest mean nothing. Half precision or a loss that varies between calls does this.",
             stacklevel=2,
         )
-    if len(found.eigenvalues) == n and found.converged.all():
-        value, sem = float(found.eigenvalues.sum()), float(found.residuals.sum())
-    else:
-        value, sem = trace(krylov.runs, n, found.eigenvalues, found.residuals, found.converged)
     density = krylov.runs[: 1 + density_probes]
     nodes = quadrature(density, density_matvecs if density_probes else done)
+    (total, total_sem), (squares, squares_sem) = (_sum_of_powers(found, krylov, power) for power in (1, 2))
     return replace(
-        found, trace=value, trace_sem=sem, quadrature=nodes, gradient_shares=_gradient_shares(found, krylov, gradient)
+        found,
+        trace=total,
+        trace_sem=total_sem,
+        trace_of_square=squares,
+        trace_of_square_sem=squares_sem,
+        quadrature=nodes,
+        gradient_shares=_gradient_shares(found, krylov, gradient),
     )
+
+
+def _sum_of_powers(found: Spectrum, krylov: Krylov, power: Literal[1, 2]) -> Trace:
+    """Return tr A or tr A², exact where all eigenvalues are known."""
+    values, errors = found.eigenvalues, found.residuals
+    if len(values) == found.n and found.converged.all():
+        error = power * (values.abs() ** (power - 1) * errors).sum()
+        return Trace(float((values**power).sum()), float(error))
+    return trace(krylov.runs, found.n, values, errors, found.converged, power=power)
 
 
 def _gradient_shares(found: Spectrum, krylov: Krylov, gradient: Tensor | None) -> Tensor | None:
