@@ -5,7 +5,7 @@
 kind       P of a matrix with the layer's bias                 P of other parameters
 ekfac      (U ⊗ V) diag(E) (U ⊗ V)ᵀ, E = E (Uᵀ G V)²           diagonal, E g²
 kfac       the same with E = a product of eigenvalues          diagonal, E g²
-optimizer  diagonal, sqrt(v) + epsilon of Adam                 the same
+optimizer  diagonal, by which Adam and its like divide        the same
 
 The damping is that of each block: lambda = c times the mean of its eigenvalues.
 
@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from lightning_sketch._files import CorruptFile, TensorFile, check_folder, make_folder, read_document, write_document
 from lightning_sketch._files import write_tensors as write_file
-from lightning_sketch.attribution.adaptive import divisors
 from lightning_sketch.autodiff.fingerprint import fingerprint, module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.optimizer_state import divisors
 from lightning_sketch.per_example.precondition import Block, Blocks, GradientMap, JointBias, Preconditioned
 from lightning_sketch.store.format import store_id
 
@@ -100,11 +100,11 @@ class Preconditioner:
         parameters: str | Sequence[str] = "*",
         damping: float = DAMPING,
     ) -> "Preconditioner":
-        """Take the diagonal by which an optimizer divides its steps: P = sqrt(v) + epsilon, with bias correction.
+        """Take the diagonal P by which an optimizer divides its steps, see `autodiff.optimizer_state`.
 
         Args:
             module: The module.
-            optimizer: Adam, AdamW, NAdam or RMSprop of PyTorch after some steps, or several optimizers.
+            optimizer: Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad of PyTorch after some steps, or several optimizers.
             parameters: The parameters to cover, as shell patterns of their names.
             damping: The damping c. Without it a number whose gradient was always zero would be divided by epsilon.
 

@@ -17,11 +17,11 @@ from lightning_sketch._lightning import (
     loss_scale,
     print_on_rank_zero,
 )
-from lightning_sketch.attribution.adaptive import check_adaptive, divisors
 from lightning_sketch.attribution.fit_preconditioner import fit_preconditioner
 from lightning_sketch.attribution.preconditioner import DAMPING, FOLDER, Preconditioner
 from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.optimizer_state import check_adaptive, divisors
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.callbacks.gradient_sketch_writer._store_session import StoreRun
 from lightning_sketch.per_example.factors import Factor
