@@ -5,7 +5,7 @@
 kind       P of a matrix with the layer's bias                 P of other parameters
 ekfac      (U ⊗ V) diag(E) (U ⊗ V)ᵀ, E = E (Uᵀ G V)²           diagonal, E g²
 kfac       the same with E = a product of eigenvalues          diagonal, E g²
-optimizer  diagonal, by which Adam and its like divide        the same
+optimizer  diagonal, by which Adam and its like divide         the same
 
 The damping is that of each block: lambda = c times the mean of its eigenvalues.
 
@@ -104,7 +104,7 @@ class Preconditioner:
 
         Args:
             module: The module.
-            optimizer: Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad of PyTorch after some steps, or several optimizers.
+            optimizer: Adam, AdamW, NAdam, Adamax, RMSprop or Adagrad of PyTorch after some steps, or several of them.
             parameters: The parameters to cover, as shell patterns of their names.
             damping: The damping c. Without it a number whose gradient was always zero would be divided by epsilon.
 

@@ -13,7 +13,7 @@ Source: Kingma and Ba (2015), arXiv:1412.6980, algorithms 1 and 2; Loshchilov an
 decay; Duchi, Hazan and Singer (2011), JMLR 12, for Adagrad.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,6 +122,26 @@ def check_adaptive(optimizer: torch.optim.Optimizer) -> str:
             f"{', '.join(_ENTRIES)}. Use another kind of preconditioner, or none."
         )
     return entry
+
+
+def with_optimizers(
+    optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    groups: Sequence[Mapping[str, Any]] | None = None,
+) -> list[tuple[torch.optim.Optimizer, Mapping[str, Any]]]:
+    """Return each param group that has parameters, with its optimizer.
+
+    Args:
+        optimizers: One optimizer or several, perhaps wrapped by Lightning.
+        groups: The groups with the options that steps use, where they are not those of `param_groups`; every one has a
+            parameter of one of the optimizers.
+    """
+    several = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+    plain = [getattr(one, "optimizer", one) for one in several]
+    own = [(one, group) for one in plain for group in one.param_groups if group["params"]]
+    if groups is None:
+        return own
+    owner = {id(parameter): one for one, group in own for parameter in group["params"]}
+    return [(owner[id(group["params"][0])], group) for group in groups if group["params"]]
 
 
 def _updated(entry: str, group: Mapping[str, Any], kept: Tensor | None, gradient: Tensor) -> Tensor:

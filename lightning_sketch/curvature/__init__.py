@@ -4,9 +4,11 @@ from lightning_sketch.autodiff.losses import BinaryCrossEntropy, CrossEntropy, S
 from lightning_sketch.curvature.fisher import EmpiricalFisher
 from lightning_sketch.curvature.ggn import GGN
 from lightning_sketch.curvature.hessian import Hessian
+from lightning_sketch.curvature.preconditioned import Preconditioned
 from lightning_sketch.curvature.result import Count, Spectrum
 from lightning_sketch.curvature.serialization import load_spectrum, save_spectrum
 from lightning_sketch.curvature.spectrum import spectrum
+from lightning_sketch.curvature.stability import Stability, stability_edge
 from lightning_sketch.linalg.deflated import Deflated
 from lightning_sketch.linalg.diagonal import Diagonal, diagonal
 
@@ -19,10 +21,13 @@ __all__ = [
     "Diagonal",
     "EmpiricalFisher",
     "Hessian",
+    "Preconditioned",
     "Spectrum",
     "SquaredError",
+    "Stability",
     "diagonal",
     "load_spectrum",
     "save_spectrum",
     "spectrum",
+    "stability_edge",
 ]
