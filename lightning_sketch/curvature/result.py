@@ -81,6 +81,14 @@ class Spectrum:
         sketch: The sketch S of the vectors; None if the vectors themselves were kept. With method "projected" the S of
             S A Sᵀ.
         method: "lanczos", or "projected": then eigenvalues, trace and density are those of S A Sᵀ, and n is dim.
+        noise_samples: The number of draws of random numbers that the matrix is a mean over, if the loss draws any: all
+            errors are those of the matrix for these draws. 0 for a loss that draws none.
+        data_error: The standard error of the largest eigenvalue as an estimate of that of ever more batches like these;
+            NaN unless `over_batches` was asked for.
+        data_bias: How much too large it is on average, as such an estimate: batches add noise to the matrix, and noise
+            raises the largest eigenvalue.
+        batch_lambda_max: The largest eigenvalue of each batch's own matrix, (batches,); NaN where it has not converged.
+            None unless `over_batches` was asked for.
     """
 
     eigenvalues: Float[Tensor, " r"]
@@ -102,6 +110,10 @@ class Spectrum:
     krylov: Krylov | None = None
     sketch: Sketch | None = None
     method: Method = "lanczos"
+    noise_samples: int = 0
+    data_error: float = math.nan
+    data_bias: float = math.nan
+    batch_lambda_max: Float[Tensor, " batches"] | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self._described()}"
@@ -110,11 +122,17 @@ class Spectrum:
         pairs = zip(self.eigenvalues.tolist(), self.converged.tolist(), strict=True)
         shown = [f"{value:.4g}{'' if known else '?'}" for value, known in pairs]
         ends = ", ".join(shown[:5]), ", ".join(shown[:-4:-1])
+        over = ""
+        if math.isfinite(self.data_error):
+            over += f"\n    over batches: largest ± {self.data_error:.2g}, too large by about {self.data_bias:.2g}"
+        if self.noise_samples:
+            draws = "1 draw" if self.noise_samples == 1 else f"{self.noise_samples} draws"
+            over += f"\n    for {draws} of the loss's random numbers"
         legend = "\n    ? marks what has not converged" if "?" in "".join(ends) else ""
         return (
             f"{int(self.converged.sum())} of {len(shown)} Ritz values converged, of an operator of size {self.n:,}, by "
             f"{self.num_products} products\n    largest {ends[0]}\n    smallest {ends[1]}"
-            f"\n    trace {self.trace:.4g} ± {self.trace_sem:.2g}{legend}"
+            f"\n    trace {self.trace:.4g} ± {self.trace_sem:.2g}{over}{legend}"
         )
 
     @property

@@ -4,15 +4,17 @@ Lanczos runs on the full operator and keeps only the sketches S v_j; sketched Ra
 them (`linalg.ritz`). The result says which of these have converged.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch.curvature.data_error import check_batches, data_error, origin_of
 from lightning_sketch.curvature.result import Method, Spectrum
 from lightning_sketch.linalg.alignment import better_of, shares, shares_by_dots
 from lightning_sketch.linalg.krylov import Krylov
@@ -40,6 +42,7 @@ def spectrum(
     density_matvecs: int = 32,
     method: Method = "lanczos",
     gradient: Float[Tensor, " n"] | None = None,
+    over_batches: bool = False,
     on_product: Callable[[int, int], None] | None = None,
 ) -> Spectrum:
     """Compute the largest and the smallest eigenvalues of a symmetric operator, with error bars.
@@ -70,11 +73,16 @@ def spectrum(
             eigenvalues were off by 8 to 18 % at dim 512, and by 4 to 7 % at 2048
             (`benchmarks/projected_vs_lanczos.py`).
         gradient: A vector of size n, whose share in the space of the top eigenvectors is computed as well.
+        over_batches: Whether to compute as well how far the largest eigenvalue depends on the batches, and that of each
+            batch alone: `data_error`, `data_bias` and `batch_lambda_max` of the result. It takes as many products again
+            as the leading eigenvectors needed, 15 more, and at most 32 with each batch; memory for about twelve
+            vectors of size n. Under `distributed`, over the batches of all ranks.
         on_product: Called as on_product(products taken, largest number of products) after each product of a run.
 
     Raises:
         ValueError: If the operator is not square, an argument is out of its range, a product is not
-            finite, or the operator is not linear (`linearity_defect` above 0.05) or not symmetric.
+            finite, the operator is not linear (`linearity_defect` above 0.05) or not symmetric, or it has no two
+            batches to compute over.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> s = BlockSRHT(n=256, dim=16, seed=0)
@@ -87,67 +95,23 @@ def spectrum(
         raise ValueError(f"a spectrum needs a square operator, got shape {operator.shape}.")
     if gradient is not None and gradient.shape != (n,):
         raise ValueError(f"gradient is a vector of size {n}, got shape {tuple(gradient.shape)}.")
+    if over_batches:
+        check_batches(operator, method)
+    origin = origin_of(operator)
     projection = BlockSRHT(n, min(dim, n), seed=seed) if method == "projected" else None
     if projection is not None:
         operator, n = projection @ operator @ projection.T, projection.dim
         gradient = None if gradient is None else projection.matvec(gradient)
     check_arguments(num_matvecs, dim, top_k, bottom_k, tol, density_probes, density_matvecs, method, n)
     krylov = Krylov(seed, BlockSRHT(n, dim, seed=seed) if dim < n else None)
-
-    def steps() -> Iterator[Tensor]:
-        """Yield the vectors of a run from a new start vector."""
-        for v in krylov.grow(operator, gradient):
-            if on_product is not None:
-                on_product(krylov.num_products, max(krylov.num_products, num_matvecs))
-            yield v
-
-    def result(defect: float) -> Spectrum:
-        tau = min(max(30 * defect, 100 * torch.finfo(operator.dtype).eps), 0.03)
-        pairs = rayleigh_ritz(krylov.runs, tau, defect, exact=krylov.sketch is None)
-        return Spectrum(
-            pairs.values,
-            pairs.residuals,
-            tol=tol,
-            linearity_defect=defect,
-            num_products=krylov.num_products + 6,
-            n=n,
-            vectors=pairs.vectors,
-            coefficients=pairs.coefficients,
-            krylov=krylov,
-            sketch=projection or krylov.sketch,
-            method=method,
-        )
-
-    least = min(density_matvecs, num_matvecs) if density_probes else 0
+    growing = _Growing(operator, krylov, gradient, top_k, bottom_k, tol, num_matvecs, on_product)
     with operator.hold(), torch.no_grad():
-        first = start_vector(operator, seed, name="0")
-        defect = checked_defect(operator, first, start_vector(operator, seed, name="defect"), random=True)
-        previous: Tensor | None = first
-        del first  # `previous` alone keeps a vector in memory
-        for done, v in enumerate(steps(), start=1):
-            if previous is not None and done == min(4, num_matvecs):  # on Krylov vectors as well
-                defect = max(defect, checked_defect(operator, previous, v))
-            previous = v if done < 4 else None
-            if done == num_matvecs or done % _CHECK_EVERY == 0:
-                found = result(defect)
-                if done == num_matvecs or (done >= least and _enough(found, top_k, bottom_k)):
-                    break
-        del v
-        length = max(_CHECK_EVERY, done // 4)
-        for start in range(max(1, density_probes, (num_matvecs - done) // length)):
-            before = found
-            for _ in zip(range(max(length, density_matvecs if start < density_probes else 0)), steps(), strict=False):
-                pass
-            found = result(defect)
-            found = replace(found, known=_unchanged(before, found))
-            if start + 1 >= density_probes and _enough(found, top_k, bottom_k):
-                break
-    if defect > _DEFECT_WARNED:
-        warnings.warn(
-            f"the operator is linear only to {defect:.1e} of its size; eigenvalues below {10 * defect:.0e} of the "
-            "largest mean nothing. Half precision or a loss that varies between calls does this.",
-            stacklevel=2,
-        )
+        found = growing.first_run(least=min(density_matvecs, num_matvecs) if density_probes else 0)
+        done = krylov.num_products
+        found = growing.further_runs(found, density_probes, density_matvecs)
+        if over_batches:
+            found = _with_data_error(found, operator, growing.tau)
+    _warn_of(growing.defect)
     density = krylov.runs[: 1 + density_probes]
     nodes = quadrature(density, density_matvecs if density_probes else done)
     (total, total_sem), (squares, squares_sem) = (_sum_of_powers(found, krylov, power) for power in (1, 2))
@@ -159,7 +123,126 @@ def spectrum(
         trace_of_square_sem=squares_sem,
         quadrature=nodes,
         gradient_shares=_gradient_shares(found, krylov, gradient),
+        sketch=projection or krylov.sketch,
+        method=method,
+        noise_samples=getattr(origin, "noise_samples", 0),
     )
+
+
+@dataclass
+class _Growing:
+    """A spectrum that becomes known better with each Lanczos run.
+
+    Attributes:
+        operator: The operator, held.
+        krylov: The record of the runs, which grows.
+        gradient: A vector whose products with the Lanczos vectors are recorded too.
+        top_k: The number of the largest eigenvalues that are wanted.
+        bottom_k: The number of the smallest ones.
+        tol: The largest relative residual of a converged pair.
+        most: The largest number of products of the first run.
+        on_product: Called after each product of a run, with their number and the largest number of them.
+        defect: The largest defect of linearity that was seen.
+    """
+
+    operator: LinearOperator
+    krylov: Krylov
+    gradient: Tensor | None
+    top_k: int
+    bottom_k: int
+    tol: float
+    most: int
+    on_product: Callable[[int, int], None] | None
+    defect: float = 0.0
+
+    def first_run(self, least: int) -> Spectrum:
+        """Run until all eigenvalues asked for have converged, after `least` products at the earliest."""
+        first = start_vector(self.operator, self.krylov.seed, name="0")
+        other = start_vector(self.operator, self.krylov.seed, name="defect")
+        self.defect = checked_defect(self.operator, first, other, random=True)
+        previous: Tensor | None = first
+        del first, other  # `previous` alone keeps a vector in memory
+        for done, v in enumerate(self._products(), start=1):
+            if previous is not None and done == min(4, self.most):  # on Krylov vectors as well
+                self.defect = max(self.defect, checked_defect(self.operator, previous, v))
+            previous = v if done < 4 else None
+            if done == self.most or done % _CHECK_EVERY == 0:
+                found = self._spectrum()
+                if done == self.most or (done >= least and self._enough(found)):
+                    return found
+        raise AssertionError("a Lanczos run has no end")
+
+    def further_runs(self, found: Spectrum, probes: int, matvecs: int) -> Spectrum:
+        """Search for copies of eigenvalues with new start vectors, until one of them finds none.
+
+        Args:
+            found: The spectrum by the first run.
+            probes: The first so many of the further runs are long enough for the density.
+            matvecs: The number of products that this takes.
+        """
+        done = self.krylov.num_products
+        length = max(_CHECK_EVERY, done // 4)
+        for start in range(max(1, probes, (self.most - done) // length)):
+            before = found
+            for _ in itertools.islice(self._products(), max(length, matvecs if start < probes else 0)):
+                pass
+            found = self._spectrum()
+            found = replace(found, known=_unchanged(before, found))
+            if start + 1 >= probes and self._enough(found):
+                break
+        return found
+
+    def _products(self) -> Iterator[Tensor]:
+        """Yield the vectors of a run from a new start vector."""
+        for v in self.krylov.grow(self.operator, self.gradient):
+            if self.on_product is not None:
+                self.on_product(self.krylov.num_products, max(self.krylov.num_products, self.most))
+            yield v
+
+    def _spectrum(self) -> Spectrum:
+        """Return what all runs so far say."""
+        pairs = rayleigh_ritz(self.krylov.runs, self.tau, self.defect, exact=self.krylov.sketch is None)
+        return Spectrum(
+            pairs.values,
+            pairs.residuals,
+            tol=self.tol,
+            linearity_defect=self.defect,
+            num_products=self.krylov.num_products + 6,
+            n=self.operator.shape[1],
+            vectors=pairs.vectors,
+            coefficients=pairs.coefficients,
+            krylov=self.krylov,
+            sketch=self.krylov.sketch,
+        )
+
+    @property
+    def tau(self) -> float:
+        """The relative size of singular values of the sketched basis below which they are rounding errors."""
+        return min(max(30 * self.defect, 100 * torch.finfo(self.operator.dtype).eps), 0.03)
+
+    def _enough(self, found: Spectrum) -> bool:
+        """Return whether the eigenvalues asked for have converged."""
+        converged = found.converged
+        enough = len(converged) >= self.top_k + self.bottom_k
+        from_bottom = converged[len(converged) - self.bottom_k :]
+        return enough and bool(converged[: self.top_k].all()) and bool(from_bottom.all())
+
+
+def _with_data_error(found: Spectrum, operator: LinearOperator, tau: float) -> Spectrum:
+    """Return the spectrum with what single batches say about its largest eigenvalue."""
+    error, bias, tops, products = data_error(operator, found, tau)
+    products += found.num_products
+    return replace(found, data_error=error, data_bias=bias, batch_lambda_max=tops, num_products=products)
+
+
+def _warn_of(defect: float) -> None:
+    """Warn of an operator that is not linear to rounding."""
+    if defect > _DEFECT_WARNED:
+        warnings.warn(
+            f"the operator is linear only to {defect:.1e} of its size; eigenvalues below {10 * defect:.0e} of the "
+            "largest mean nothing. Half precision or a loss that varies between calls does this.",
+            stacklevel=3,
+        )
 
 
 def _sum_of_powers(found: Spectrum, krylov: Krylov, power: Literal[1, 2]) -> Trace:
@@ -184,13 +267,6 @@ def _gradient_shares(found: Spectrum, krylov: Krylov, gradient: Tensor | None) -
     if krylov.sketch is None:
         return by_dots
     return better_of(shares(vectors, krylov.sketched(gradient), exact=False), by_dots)
-
-
-def _enough(found: Spectrum, top_k: int, bottom_k: int) -> bool:
-    """Return whether the eigenvalues asked for have converged."""
-    converged = found.converged
-    enough = len(converged) >= top_k + bottom_k
-    return enough and bool(converged[:top_k].all()) and bool(converged[len(converged) - bottom_k :].all())
 
 
 def _unchanged(before: Spectrum, after: Spectrum) -> tuple[int, int]:
