@@ -3,11 +3,11 @@
 While a `PlainFormulas` is active, a call of such an operation computes the same value from operations that can be
 differentiated any number of times:
 
-    always                second derivatives are wrong: weight norm on CPU; or missing: embedding bags, cdist, pdist,
-                          CTC and the margin losses of classes, hardsigmoid, fused attention
-    derivative in loss    third derivatives are wrong: layer, batch and instance norm
-    forward AD            of the backward pass is missing: mse, Huber and soft margin loss, silu, mish, group norm; or
-                          wrong: solve, det, slogdet, logdet
+    always                the second derivative is wrong: weight norm on CPU, linear_cross_entropy in chunks; or missing:
+                          embedding bags, cdist, pdist, CTC and margin losses of classes, hardsigmoid, fused attention
+    derivative in loss    the third derivative is wrong: layer, batch and instance norm
+    forward AD            through the backward pass is missing: mse, Huber and soft margin loss, silu, mish, logit, group
+                          norm; or wrong: solve, det, slogdet, logdet
 
 Not seen: operations called from C++, from TorchScript, or as torch.ops.aten.*.
 """
@@ -57,6 +57,10 @@ class PlainFormulas(TorchFunctionMode):
         super().__init__()
         self.took_derivative = False
         self._formulas: _Table = {**_ALWAYS}
+        self.include(derivative_in_loss=derivative_in_loss, forward_ad=forward_ad)
+
+    def include(self, *, derivative_in_loss: bool = False, forward_ad: bool = False) -> None:
+        """Replace further operations from now on; the arguments are those of the class."""
         if derivative_in_loss:
             self._formulas |= _DERIVATIVE_IN_LOSS
         if forward_ad:
@@ -238,6 +242,10 @@ def _ctc_loss(
     return _reduced(losses if log_probs.dim() == 3 else losses[0], reduction).to(log_probs.dtype)
 
 
+def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    return F.linear_cross_entropy(*args, **kwargs)  # without the options by which it goes through chunks
+
+
 def _mse_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
     return _reduced((x - target).square(), reduction)
 
@@ -265,6 +273,11 @@ def _silu(x: Tensor) -> Tensor:
 
 def _mish(x: Tensor) -> Tensor:
     return x * F.softplus(x).tanh()
+
+
+def _logit(x: Tensor, eps: float | None = None) -> Tensor:
+    x = x if eps is None else x.clamp(eps, 1 - eps)
+    return (x / (1 - x)).log()
 
 
 def _in_place(formula: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -408,6 +421,9 @@ _ALWAYS: _Table = {
     _nn.hardsigmoid: _hardsigmoid,
     _nn.hardsigmoid_: _in_place(_hardsigmoid),
 }
+if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
+    _ALWAYS[F.linear_cross_entropy] = _linear_cross_entropy
+
 _DERIVATIVE_IN_LOSS: _Table = {
     **_bodies(F.layer_norm, F.batch_norm, F.instance_norm),
     torch.layer_norm: _layer_norm,
@@ -424,6 +440,7 @@ _FORWARD_AD: _Table = {
     _nn.silu_: _in_place(_silu),
     _nn.mish: _mish,
     _nn.mish_: _in_place(_mish),
+    **dict.fromkeys((torch.logit, torch.special.logit, Tensor.logit), _logit),
     torch.group_norm: _group_norm,
     torch.linalg.solve: _solve,
     **dict.fromkeys((torch.det, torch.linalg.det, Tensor.det), _det),

@@ -171,6 +171,9 @@ NORMS["instance norm by statistics"] = lambda x: F.instance_norm(
 )
 
 FORWARD_AD = {
+    "logit": lambda x: torch.logit(x.sigmoid()),
+    "special.logit": lambda x: torch.special.logit(x.sigmoid(), 0.3),
+    "Tensor.logit": lambda x: x.sigmoid().logit(1e-3),
     "silu": F.silu,
     "silu in place": lambda x: F.silu(x * 1, inplace=True),
     "mish": F.mish,
@@ -490,7 +493,6 @@ NARROW = {
     "hardsigmoid": ALWAYS["hardsigmoid"],
     "weight norm": lambda x: torch._weight_norm(x, x[:, :1], 0),
     "mixed types": lambda x: F.layer_norm(x, (6,), W.float(), W.float()),
-    "multi margin": ALWAYS["multi margin mean 1 True"],
 }
 
 
@@ -599,6 +601,32 @@ def test_a_distance_given_to_a_loss_is_seen():
 
     assert_value_and_gradient_are_torchs(f, data())
     assert_same_matrix(hessian(f, data()), jacobian_by_differences(lambda x: gradient(f, x), data()), 1e-6)
+
+
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyLoss"), reason="new in torch 2.13")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_cross_entropy_in_chunks_has_the_curvature_of_the_whole(reduction):
+    loss = F.linear_cross_entropy
+
+    def chunks(x):
+        options = nn.LinearCrossEntropyOptions(batch_chunk_size=2, allow_retain_graph=True)
+        return loss(Y, x, LABELS.clamp(max=3), weight=W[2:].abs(), reduction=reduction, options=options).view(-1)
+
+    def whole(x):
+        return F.cross_entropy(Y @ x.T, LABELS.clamp(max=3), weight=W[2:].abs(), reduction=reduction).view(-1)
+
+    assert_value_and_gradient_are_torchs(chunks, data())
+    assert_same_matrix(hessian(chunks, data()), hessian(whole, data()), 1e-12)
+
+
+def test_modes_may_be_nested():
+    f = lambda x: F.layer_norm(torch.cdist(x, Y), (4,)).view(-1)  # noqa: E731
+    truth = hessian(squared_force(f), data(), derivative_in_loss=True)
+    with PlainFormulas() as outer:
+        assert_same_matrix(hessian(squared_force(f), data(), derivative_in_loss=True), truth, 1e-13)
+    with PlainFormulas(derivative_in_loss=True):
+        assert_same_matrix(hessian(squared_force(f), data()), truth, 1e-13)
+    assert not outer.took_derivative  # the inner one handled them
 
 
 def test_norms_and_smooth_operations_are_torchs_unless_asked_for():
