@@ -1,51 +1,92 @@
 """Learning rates of the Trainer's optimizers, and the curvature up to which they are stable."""
 
 import math
-from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
-from lightning_sketch._lightning import Trainer, common_lr, param_groups
+from lightning_sketch._lightning import LightningModule, Trainer, param_groups
+from lightning_sketch.curvature import CriticalLearningRate, Preconditioned, Stability, stability_edge
+from lightning_sketch.curvature.critical_learning_rate import copy_weights, critical_learning_rate
+from lightning_sketch.curvature.operator import CurvatureOperator
 
-
-class Stability(NamedTuple):
-    """Learning rate and edge of stability at a training step.
-
-    Attributes:
-        lr: The learning rate if all parameters have the same; otherwise NaN.
-        below: The eigenvalue up to which gradient descent is stable, in loss per squared parameter; NaN for optimizers
-            other than SGD.
-    """
-
-    lr: float
-    below: float
+UNKNOWN = Stability(math.nan, math.nan, "", "no optimizer is training")
 
 
-UNKNOWN = Stability(math.nan, math.nan)
-
-
-def stability(trainer: Trainer) -> Stability:
+def stability(trainer: Trainer, preconditioned: bool = False) -> Stability:
     """Return the learning rate and the edge of stability of the Trainer's optimizers as they are now."""
-    return Stability(common_lr(param_groups(trainer, trainer.optimizers)), _stable_below(trainer))
+    groups = param_groups(trainer, trainer.optimizers)
+    return stability_edge(list(trainer.optimizers), preconditioned=preconditioned, groups=groups)
 
 
-def _stable_below(trainer: Trainer) -> float:
-    """Return the eigenvalue above which SGD diverges along the eigenvector; NaN for other optimizers.
+def preconditioned(trainer: Trainer, operator: CurvatureOperator) -> Preconditioned:
+    """Return P^-1/2 A P^-1/2 with the diagonal P of the Trainer's optimizers.
 
-    It is 2 (1 + β) / lr with momentum β, and 2 (1 + β) / (lr (1 + 2 β)) with Nesterov's momentum. Dampening d scales
-    the steps of momentum, hence 2 (1 + β) / (lr (1 - d)).
-
-    Source: Cohen et al. (2021), "Gradient descent on neural networks typically occurs at the edge of stability",
-    ICLR 2021, arXiv:2103.00065, eqs. (1), (2) and appendix B.
+    Raises:
+        ValueError: If they have none, or have not stepped yet.
     """
-    found = param_groups(trainer, trainer.optimizers)
-    lr = common_lr(found)
-    if not lr > 0 or not all(type(optimizer) is torch.optim.SGD for optimizer in trainer.optimizers):
-        return math.nan
-    options = {tuple(group[name] for name in ("momentum", "nesterov", "dampening", "maximize")) for group in found}
-    if len(options) > 1:
-        return math.nan
-    ((momentum, nesterov, dampening, maximize),) = options
-    if maximize or dampening >= 1:
-        return math.nan
-    return 2 * (1 + momentum) / (lr * (1 + 2 * momentum if nesterov else 1 - (dampening if momentum else 0)))
+    groups = param_groups(trainer, trainer.optimizers)
+    return Preconditioned.from_optimizer(operator, list(trainer.optimizers), groups=groups)
+
+
+class LastStep:
+    """The weights before the Trainer's last step, copied only if the next measurement comes right after it.
+
+    Costs one copy of the trainable parameters, for as long as that step lasts. Under gradient accumulation it is the
+    step of all accumulated batches; of several optimizers, or one with closures, all that a batch does.
+
+    Args:
+        every_n_train_steps: The number of optimizer steps between measurements; None if they are at ends of epochs.
+        every_n_epochs: The number of epochs between them.
+    """
+
+    def __init__(self, every_n_train_steps: int | None, every_n_epochs: int | None):
+        self.every_n_train_steps, self.every_n_epochs = every_n_train_steps, every_n_epochs
+        self.weights: dict[str, Tensor] = {}
+        self.lr, self.step = math.nan, -1  # of the copy: the rate, and the number of steps before it
+        self._seen, self._steps_of_batch = -1, 1  # manual optimization may take several
+
+    def batch_starts(self, trainer: Trainer, module: LightningModule, batch_idx: int, lr: float) -> None:
+        """Copy the weights if a measurement is due after this batch; forget an earlier copy.
+
+        Args:
+            trainer: The Trainer.
+            module: The module that it trains.
+            batch_idx: The number of the batch in its epoch.
+            lr: The learning rate of the step.
+        """
+        step = trainer.global_step
+        if self._seen >= 0 and step > self._seen:
+            self._steps_of_batch = step - self._seen
+        self._seen = step
+        if self.step == step and self.weights:
+            return  # another batch of the same step
+        self.weights = {}
+        if self._is_due(trainer, batch_idx, step, step + self._steps_of_batch):
+            self.weights, self.lr, self.step = copy_weights(module), lr, step
+
+    def _is_due(self, trainer: Trainer, batch_idx: int, before: int, after: int) -> bool:
+        """Return whether a measurement follows a batch before which there were `before` steps."""
+        if self.every_n_train_steps:
+            return after // self.every_n_train_steps > before // self.every_n_train_steps
+        if (trainer.current_epoch + 1) % (self.every_n_epochs or 1):
+            return False
+        ends = 0 < trainer.max_steps <= after
+        return ends or batch_idx + 1 >= trainer.num_training_batches  # infinite for a stream of unknown length
+
+    def critical(self, operator: CurvatureOperator, step: int) -> CriticalLearningRate:
+        """Return the critical learning rate of the last step, or the reason why it is not known.
+
+        Args:
+            operator: The curvature operator, whose loss counts.
+            step: The number of optimizer steps so far.
+
+        Raises:
+            ValueError: As `critical_learning_rate`.
+        """
+        weights, self.weights = self.weights, {}
+        if not step:
+            return CriticalLearningRate(math.nan, math.nan, reason="there was no step yet")
+        if not weights or not self.step < step:
+            why = "the weights before the last step were not copied: that it was the last was not known"
+            return CriticalLearningRate(math.nan, math.nan, reason=why)
+        return critical_learning_rate(operator, weights, self.lr)

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 
 from lightning_sketch.autodiff.optimizer_state import with_optimizers
+from lightning_sketch.curvature.critical_learning_rate import CriticalLearningRate
 
 _PLAIN = (torch.optim.SGD, torch.optim.RMSprop, torch.optim.Adagrad)
 _MEANS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax)
@@ -49,6 +50,11 @@ class Stability(NamedTuple):
     edge: float
     optimizer: str = ""
     reason: str = ""
+
+    @property
+    def below(self) -> float:
+        """The edge."""
+        return self.edge
 
 
 def stability_edge(
@@ -90,6 +96,52 @@ def stability_edge(
     except _Unknown as unknown:
         return Stability(lr, math.nan, name, str(unknown))
     return Stability(lr, factors.pop() / lr, name)
+
+
+def verdict(lambda_max: float, stability: Stability, critical: CriticalLearningRate | None = None) -> str:
+    """Say in one sentence how far a learning rate is from being too high.
+
+    Args:
+        lambda_max: The largest eigenvalue of the matrix that the edge is one of; NaN if it has not converged.
+        stability: What `stability_edge` returned.
+        critical: What `critical_learning_rate` returned; None if it was not asked for.
+
+    >>> verdict(266.0, Stability(0.1, 380.0, "Adam"), CriticalLearningRate(2.1, 0.1))
+    'stability: 0.7 of the edge (Adam, lr 0.1); the largest step that still lowers the loss is 2.1 times yours.'
+    """
+    rate = "different learning rates" if math.isnan(stability.lr) else f"lr {_short(stability.lr)}"
+    who = f"({stability.optimizer}, {rate})"
+    if math.isnan(stability.edge):
+        parts = [f"stability: no edge is known {who}, since {stability.reason or 'no optimizer was asked'}"]
+    elif math.isnan(lambda_max):
+        parts = [f"stability: not known {who}, since the largest eigenvalue has not converged"]
+    else:
+        parts = [f"stability: {_short(lambda_max / stability.edge)} of the edge {who}"]
+    if critical is not None:
+        parts.append(_said(critical))
+    return "; ".join(parts) + "."
+
+
+def _said(critical: CriticalLearningRate) -> str:
+    """Return what a critical learning rate means for the last step."""
+    factor = _short(critical.factor)
+    if math.isnan(critical.factor):
+        return f"no critical learning rate, since {critical.reason}"
+    if critical.factor == 0:
+        return "the last step raised the loss, and so would a hundredth of it"
+    if critical.at_least:
+        return f"even {factor} times the last step would still lower the loss"
+    if critical.factor < 1:
+        return f"the last step raised the loss; the largest that still lowers it is {factor} times yours"
+    return f"the largest step that still lowers the loss is {factor} times yours"
+
+
+def _short(number: float) -> str:
+    """Return a number with two digits, a small or a large one with its power of ten, such as 3e-4."""
+    if not number or not math.isfinite(number) or 0.01 <= abs(number) < 1e5:
+        return f"{number:.0f}" if abs(number) >= 100 else f"{number:.2g}"
+    mantissa, power = f"{number:.1e}".split("e")
+    return f"{float(mantissa):g}e{int(power)}"
 
 
 class _Unknown(Exception):

@@ -9,7 +9,15 @@ from marks import slow, some
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, RMSprop
 
-from lightning_sketch.curvature import Hessian, Preconditioned, spectrum, stability_edge
+from lightning_sketch.curvature import (
+    CriticalLearningRate,
+    Hessian,
+    Preconditioned,
+    Stability,
+    spectrum,
+    stability_edge,
+    verdict,
+)
 
 LONG = 1 - 1e-12  # the decay of a mean over so many steps that it stays as it is
 
@@ -55,7 +63,7 @@ def frozen(make, groups, square=4.0):
     return optimizer
 
 
-def growth(optimizer, parameters, loss, steps=800):
+def growth(optimizer, parameters, loss, steps=500):
     """Return by what factor an optimizer multiplies the parameters from steps / 2 to the end."""
     sizes = []
     for _ in range(steps):
@@ -174,3 +182,51 @@ def test_rates_of_groups():
     assert two.edge == pytest.approx(5)
     assert two.lr == 0.4
     assert math.isnan(stability_edge([SGD(groups(), lr=0.1), SGD(groups(), lr=0.4)], preconditioned=False).lr)
+
+
+ADAM = Stability(3e-4, 100.0, "Adam")
+
+
+@pytest.mark.parametrize(
+    ("lambda_max", "stability", "critical", "sentence"),
+    [
+        (
+            70.0,
+            ADAM,
+            CriticalLearningRate(2.13, 3e-4),
+            "stability: 0.7 of the edge (Adam, lr 3e-4); the largest step that still lowers the loss is 2.1 "
+            "times yours.",
+        ),
+        (123.0, ADAM, None, "stability: 1.2 of the edge (Adam, lr 3e-4)."),
+        (
+            math.nan,
+            ADAM,
+            CriticalLearningRate(128.0, 3e-4, at_least=True),
+            "stability: not known (Adam, lr 3e-4), since the largest eigenvalue has not converged; even 128 times the "
+            "last step would still lower the loss.",
+        ),
+        (
+            1.0,
+            Stability(math.nan, math.nan, "SGD", "param groups have different learning rates"),
+            CriticalLearningRate(0.4, math.nan),
+            "stability: no edge is known (SGD, different learning rates), since param groups have different learning "
+            "rates; the last step raised the loss; the largest that still lowers it is 0.4 times yours.",
+        ),
+        (
+            1e-9,
+            ADAM,
+            CriticalLearningRate(0.0, 3e-4),
+            "stability: 1e-11 of the edge (Adam, lr 3e-4); the last step raised the loss, and so would a "
+            "hundredth of it.",
+        ),
+        (
+            1e6,
+            ADAM,
+            CriticalLearningRate(math.nan, 3e-4, reason="the last step does not change the loss"),
+            "stability: 10000 of the edge (Adam, lr 3e-4); no critical learning rate, since the last step does not "
+            "change the loss.",
+        ),
+    ],
+)
+def test_the_sentence(lambda_max, stability, critical, sentence):
+    assert verdict(lambda_max, stability, critical) == sentence
