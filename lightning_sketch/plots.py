@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["contact_sheet", "datamodeling_scores", "layers", "new_figure", "spectrum", "spectrum_over_time"]
+__all__ = [
+    "contact_sheet",
+    "datamodeling_scores",
+    "layers",
+    "loss_slice",
+    "new_figure",
+    "spectrum",
+    "spectrum_over_time",
+]
 
 _TOP, _BOTTOM, _REST, _LINE = "#0072B2", "#D55E00", "#999999", "#009E73"  # Okabe & Ito: safe for color-blind people
 
@@ -28,6 +36,7 @@ def spectrum_over_time(
     bottom_k: int,
     title: str = "",
     xlabel: str = "optimizer step",
+    epochs: Sequence[int] = (),
     stable_below: Sequence[float] = (),
     density: Sequence[tuple[Sequence[float], Sequence[float]]] | None = None,
 ) -> "Figure":
@@ -44,6 +53,7 @@ def spectrum_over_time(
         bottom_k: The number of the smallest eigenvalues to draw.
         title: The title of the figure.
         xlabel: The label of the time axis.
+        epochs: The epoch of each measurement, for a second axis above; none if empty.
         stable_below: The edge of stability at each measurement, drawn as a dashed line; NaN where there is none.
         density: Nodes and weights of each measurement, drawn as a heat map below; no heat map if None.
 
@@ -79,9 +89,9 @@ def spectrum_over_time(
         axes.axhline(0, color=_REST, lw=0.8)
         axes.grid(alpha=0.2)
     upper.set_ylabel(f"{top_k} largest")
-    figure.supylabel(_UNIT, fontsize="medium")
     panels[-1].set_xlabel(xlabel)
-    upper.set_title(title)
+    _epoch_axis(upper, time, epochs)
+    upper.set_title(f"{title}, in loss / parameter²" if title else "in loss / parameter²")
     _stability(upper, time, stable_below)
     _legend(upper)
     if density is not None:
@@ -94,19 +104,24 @@ def spectrum(
     errors: Sequence[float],
     *,
     converged: Sequence[bool],
+    size: int = 0,
     nodes: Sequence[float] = (),
     weights: Sequence[float] = (),
+    title: str = "",
 ) -> "Figure":
     """Draw eigenvalues by rank with error bars, on a symmetric-log scale, and beside them the density of all.
 
-    Markers are white where an eigenvalue has not converged.
+    The ranks of the largest and of the smallest ones are drawn apart, since what lies between them is not known one by
+    one. Markers are white where an eigenvalue has not converged; three of these are drawn at each end.
 
     Args:
         values: Eigenvalues, in falling order, loss / parameter².
         errors: The error of each eigenvalue, in the same unit.
         converged: Whether each eigenvalue has converged.
+        size: The number of all eigenvalues; if 0, they are taken to be those given.
         nodes: Points that represent all eigenvalues; without them no density is drawn.
         weights: The fraction of all eigenvalues at each node.
+        title: The title of the figure.
 
     Returns:
         A matplotlib Figure.
@@ -114,33 +129,46 @@ def spectrum(
     Raises:
         ImportError: If matplotlib is not installed.
     """
+    size = size or len(values)
+    above, below = _ends(values, converged, size)
+    widths = [max(above, 4)] + [max(below, above / 4, 2)] * bool(below)
     figure = new_figure(8, 4)
-    axes, *rest = figure.subplots(
-        1, 2 if nodes else 1, sharey=True, width_ratios=(2, 1) if nodes else (1,), squeeze=False
+    panels = figure.subplots(
+        1, len(widths) + bool(nodes), sharey=True, width_ratios=widths + [sum(widths) / 2] * bool(nodes), squeeze=False
     )[0]
-    for known, face, label in ((True, _TOP, "converged"), (False, "white", "not converged: do not rely on it")):
-        chosen = [
-            (i + 1, v, e) for i, (v, e, c) in enumerate(zip(values, errors, converged, strict=True)) if c == known
-        ]
-        if chosen:
-            ranks, heights, bars = zip(*chosen, strict=True)
-            axes.errorbar(
-                ranks, heights, bars, fmt="o", ms=4, color=_TOP, mfc=face, elinewidth=1, ls="none", label=label
-            )
     threshold = _linear_below(values)
-    axes.set_yscale("symlog", linthresh=threshold)
-    axes.axhline(0, color=_REST, lw=0.8)
-    axes.set_xlabel("rank, largest first")
-    axes.set_ylabel(_UNIT)
-    axes.legend(frameon=False, fontsize="small")
-    axes.grid(alpha=0.2)
-    for beside in rest:
+    panels[0].set_yscale("symlog", linthresh=threshold)
+    panels[0].set_ylabel(_UNIT)
+    figure.suptitle(title, fontsize="medium")
+    ends = [(range(above), 1), (range(len(values) - below, len(values)), size - len(values) + 1)]
+    for axes, (places, first), label in zip(
+        panels, ends, ("rank, largest first", f"smallest of {size:,}"), strict=False
+    ):
+        if axes is panels[-1] and nodes:
+            break
+        for known, face in ((True, _TOP), (False, "white")):
+            chosen = [i for i in places if bool(converged[i]) == known]
+            if chosen:
+                heights, bars = [values[i] for i in chosen], [errors[i] for i in chosen]
+                ranks = [i + first for i in chosen]
+                axes.errorbar(ranks, heights, bars, fmt="o", ms=4, color=_TOP, mfc=face, elinewidth=1, ls="none")
+        ranks = [i + first for i in places]
+        axes.set_xlim(ranks[0] - 0.7, ranks[-1] + 0.7)
+        ticks = _few(ranks, 8) if first == 1 else sorted({ranks[0], ranks[-1]})
+        axes.set_xticks(ticks, [f"{rank:,}" for rank in ticks])
+        axes.axhline(0, color=_REST, lw=0.8)
+        axes.set_xlabel(label)
+        axes.grid(alpha=0.2)
+    _legend(panels[0])
+    if nodes:
+        beside = panels[-1]
         edges = _edges(values, threshold)
         shares = _binned([(nodes, weights)], edges)[0]
         beside.stairs([max(share, 1e-7) for share in shares], edges, orientation="horizontal", color=_TOP, fill=True)
         beside.set_xscale("log")
         beside.set_xlim(left=1e-6)
         beside.set_xlabel("share of all eigenvalues")
+        beside.set_title("density", fontsize="medium")
         beside.grid(alpha=0.2)
     return figure
 
@@ -276,28 +304,73 @@ def _stability(axes: "Axes", time: Sequence[int | float], edge: Sequence[float])
             axes.set_ylim(low, high)
 
 
+def _epoch_axis(axes: "Axes", time: Sequence[int | float], epochs: Sequence[int]) -> None:
+    """Add an axis above that says in which epoch a measurement was taken: the last one of each epoch."""
+    last = dict(zip(epochs, time, strict=False))
+    shown = _few(list(last), 12)
+    if shown:
+        above = axes.secondary_xaxis("top")
+        above.set_xticks([last[epoch] for epoch in shown], [str(epoch) for epoch in shown])
+        above.set_xlabel("in epoch")
+
+
+def _few(items: Sequence[int], most: int) -> list[int]:
+    """Return the first item and every k-th after it, at most so many."""
+    return list(items[:: -(-len(items) // most) or 1])
+
+
+def _ends(values: Sequence[float], converged: Sequence[bool], size: int) -> tuple[int, int]:
+    """Return how many eigenvalues are drawn from the top and from the bottom: what has converged, and three more."""
+    if len(values) >= size:
+        return len(values), 0
+    if all(converged):
+        above = max(1, sum(value > 0 for value in values))
+        return above, len(values) - above
+    above, below = (sum(1 for _ in itertools.takewhile(bool, flags)) for flags in (converged, converged[::-1]))
+    above, more = min(above + 3, len(values) - below), 3 if below else 0
+    return above, min(below + more, len(values) - above)
+
+
 def _heat_map(
     figure: "Figure",
     axes: "Axes",
     time: Sequence[int | float],
     density: Sequence[tuple[Sequence[float], Sequence[float]]],
 ) -> None:
-    """Draw the density of all eigenvalues at each measurement as a heat map."""
+    """Draw the density of all eigenvalues at each measurement as a heat map.
+
+    All that is nearer to zero than twice the median eigenvalue is one band: a node that stands for most of the
+    eigenvalues comes to lie on either side of zero.
+    """
     from matplotlib.colors import LogNorm
 
     everything = [node for nodes, _ in density for node in nodes]
-    threshold = _linear_below(everything)
-    edges = _edges(everything, threshold)
+    medians = [_median_size(nodes, weights) for nodes, weights in density]
+    threshold = max(_linear_below(everything), min(2 * max(medians), max(map(abs, everything)) / 10))
+    edges = _edges(everything, threshold, inside=0)
     shares = _binned(density, edges)
     steps = [time[0], *((a + b) / 2 for a, b in itertools.pairwise(time)), time[-1]]
     if len(time) == 1:
         steps = [time[0] - 0.5, time[0] + 0.5]
-    columns = [[s if (s := shares[t][i]) > 1e-5 else math.nan for t in range(len(time))] for i in range(len(edges) - 1)]
-    image = axes.pcolormesh(steps, edges, columns, cmap="cividis", norm=LogNorm(vmin=1e-5, vmax=1, clip=False))
-    axes.set_yscale("symlog", linthresh=threshold)
+    columns = [[max(shares[t][i], 1e-5) for t in range(len(time))] for i in range(len(edges) - 1)]
+    image = axes.pcolormesh(steps, edges, columns, cmap="cividis", norm=LogNorm(vmin=1e-5, vmax=1, clip=True))
+    axes.set_yscale("symlog", linthresh=threshold, linscale=0.3)
     axes.axhline(0, color=_REST, lw=0.8)
-    axes.set_ylabel("all")
-    figure.colorbar(image, ax=axes, label="share of eigenvalues")
+    powers = [10.0**k for k in range(-40, 40) if threshold <= 10.0**k]
+    axes.set_yticks([y for y in (*(-p for p in reversed(powers)), 0.0, *powers) if edges[0] <= y <= edges[-1]])
+    axes.set_title("Density of all eigenvalues", fontsize="medium")
+    axes.set_ylabel("eigenvalue")
+    figure.colorbar(image, ax=axes, label="share of eigenvalues", extend="min")
+
+
+def _median_size(nodes: Sequence[float], weights: Sequence[float]) -> float:
+    """Return the median of the absolute values of the nodes, by weight."""
+    total = 0.0
+    for size, weight in sorted((abs(node), weight) for node, weight in zip(nodes, weights, strict=True)):
+        total += weight
+        if total >= 0.5:
+            return size
+    return 0.0
 
 
 def contact_sheet(
@@ -357,9 +430,15 @@ def _linear_below(values: Sequence[float]) -> float:
     return 10.0 ** math.floor(math.log10(largest) - 3) if largest else 1.0
 
 
-def _edges(values: Sequence[float], threshold: float) -> list[float]:
-    """Return edges of bins from the smallest to the largest value, eight to a decade, with one bin around zero."""
-    positive = [threshold * 10 ** (i / 8) for i in range(-8, 34)]
+def _edges(values: Sequence[float], threshold: float, inside: int = 8) -> list[float]:
+    """Return edges of bins from the smallest to the largest value, eight to a decade, with one bin around zero.
+
+    Args:
+        values: The values.
+        threshold: Where the axis becomes linear.
+        inside: The number of bins on each side of zero below the threshold, beside that around zero.
+    """
+    positive = [threshold * 10 ** (i / 8) for i in range(-inside, 34)]
     below, above = (max(limit * 10 ** (1 / 8), threshold) for limit in (-min(values), max(values)))
     return [-e for e in reversed(positive) if e <= below] + [e for e in positive if e <= above]
 
@@ -374,3 +453,50 @@ def _binned(density: Sequence[tuple[Sequence[float], Sequence[float]]], edges: S
         kernel = np.exp(-0.5 * ((positions[:, None] - place) / 1.2) ** 2)
         binned.append((kernel / kernel.sum(0) @ np.asarray(weights)).tolist())
     return binned
+
+
+def loss_slice(
+    coordinates: Sequence[float],
+    losses: Sequence[float] | Sequence[Sequence[float]],
+    *,
+    names: Sequence[str],
+    loss: float,
+) -> "Figure":
+    """Draw losses along a line, or as contours over a plane, spaced evenly in the root of the rise.
+
+    Args:
+        coordinates: The grid of each axis.
+        losses: The loss at each point of the line, or of the plane as one row for each point of the first axis; what
+            is not finite is left white.
+        names: The name of each axis.
+        loss: The loss in the middle, at the parameters themselves.
+
+    Returns:
+        A matplotlib Figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure = new_figure(5.5, 4.2)
+    axes = figure.subplots()
+    here = f"the parameters themselves, loss {loss:.4g}"
+    if len(names) == 1:
+        axes.plot(coordinates, losses, "o-", ms=3, lw=1.2, color=_TOP)
+        axes.plot([0], [loss], "o", ms=7, color=_BOTTOM, label=here)
+        axes.set_ylabel("loss")
+        axes.grid(alpha=0.2)
+    else:
+        columns = [[v if math.isfinite(v) else math.nan for v in column] for column in zip(*losses, strict=True)]
+        known = [v for column in columns for v in column if math.isfinite(v)]
+        low, high = min(known, default=0.0), max(known, default=0.0)
+        levels = [low + (high - low) * (i / 20) ** 2 for i in range(21)] if high > low else [low, low + 1]
+        filled = axes.contourf(coordinates, coordinates, columns, levels, cmap="cividis")
+        axes.contour(coordinates, coordinates, columns, levels[1:-1], colors="white", linewidths=0.4)
+        axes.plot([0], [0], "o", ms=6, color=_BOTTOM, mec="white", label=here)
+        figure.colorbar(filled, ax=axes, label="loss", format="%.3g")
+        axes.set_ylabel(names[1])
+        axes.set_aspect("equal")
+        axes.locator_params(nbins=5)
+    axes.set_xlabel(names[0])
+    axes.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1))
+    return figure

@@ -11,7 +11,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_sketch import SpectrumMonitor
-from lightning_sketch.callbacks.spectrum_monitor._measurement import EDGES, Histogram
+from lightning_sketch.callbacks.spectrum_monitor._scalars import EDGES, Histogram
 from lightning_sketch.curvature import load_spectrum
 from lightning_sketch.linalg.quadrature import Quadrature
 
@@ -41,10 +41,10 @@ def test_wandb(tmp_path, monkeypatch):
     scalars = [row for row in rows if "hessian/lambda_max" in row]
     found = [float(row["hessian/lambda_max"]) for row in scalars]
     assert found == pytest.approx([float(m.eigenvalues.where(m.converged, torch.nan)[0]) for m in watch.history])
-    assert [int(row["trainer/global_step"]) for row in scalars] == [7, 15]
+    assert [int(row["trainer/global_step"]) for row in scalars] == [8, 16]
     assert "hessian_eigenvalues/top_01" in scalars[0]
     densities = [row for row in rows if any(key.startswith("hessian/density.") for key in row)]
-    assert [int(row["trainer/global_step"]) for row in densities] == [7, 15]
+    assert [int(row["trainer/global_step"]) for row in densities] == [8, 16]
     for row, m in zip(densities, watch.history, strict=True):
         assert row["hessian/density._type"] == "histogram"
         assert row["hessian/density.bins"] == pytest.approx(EDGES.tolist())
@@ -66,7 +66,7 @@ def test_tensorboard(tmp_path):
     fit(tmp_path, watch, logger=logger)
     events = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0}).Reload()
     found = events.Histograms("hessian/density")
-    assert [event.step for event in found] == [7, 15]
+    assert [event.step for event in found] == [8, 16]
     for event, m in zip(found, watch.history, strict=True):
         nodes, weights = m.quadrature
         assert event.histogram_value.sum == pytest.approx(float(nodes @ weights))
@@ -106,7 +106,7 @@ def test_any_other_logger_gets_the_scalars(tmp_path):
 
     logger = Plain()
     fit(tmp_path, monitor(), logger=logger)
-    assert {"hessian/lambda_max", "hessian/density_overflow"} <= set().union(*logger.rows)
+    assert {"hessian/lambda_max", "hessian_details/density_overflow"} <= set().union(*logger.rows)
 
 
 def test_a_histogram_of_nodes():

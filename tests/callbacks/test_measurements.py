@@ -162,15 +162,16 @@ def test_a_validation_after_a_fit_replaces_nothing(tmp_path):
     class Model(Digits):
         pass
 
-    watch, logger = monitor(), CSVLogger(tmp_path)
+    watch, logger = monitor(stages=["fit", "validate"]), CSVLogger(tmp_path)
     model = fit(tmp_path, watch, model=Model, logger=logger, max_epochs=1)
-    (fitted,) = watch.history
     Model.validation_step = lambda self, batch, batch_idx: None
     for _ in range(2):
         model.trainer.validate(model, DataLoader(dataset(64), batch_size=64), verbose=False)
-    (validated,) = watch.history  # on other data, so it does not continue the curve of the fit
-    assert validated.loss != fitted.loss
-    assert math.isnan(validated.overlap_with_last)
+    fitted, *validated = watch.history
+    assert (fitted.stage, *(m.stage for m in validated)) == ("fit", "validate", "validate")
+    for m in validated:  # on other data, so it does not continue the curve of the fit
+        assert m.loss != fitted.loss
+        assert math.isnan(m.overlap_with_last)
     names = sorted(path.name for path in tmp_path.rglob("*.safetensors"))
     assert len(names) == 3
 
@@ -181,7 +182,7 @@ def test_a_second_fit_of_one_trainer_on_other_data_warns(tmp_path):
     model = Digits()
     run.fit(model, loader(shuffle=False))
     run.fit_loop.max_epochs = 2
-    with pytest.warns(UserWarning, match="the first batches differ from those before"):
+    with pytest.warns(UserWarning, match="the first batches differ from those of the last fit"):
         run.fit(model, loader(shuffle=False, batch_size=16))
 
 

@@ -34,7 +34,7 @@ def cross_entropy(module, batch):
 def test_a_checkpoint_has_the_spectrum_that_it_has_without_a_trainer(tmp_path, inference_mode):
     seed_everything(3, verbose=False)
     model, logger = Model(), CSVLogger(tmp_path)
-    watch = SpectrumMonitor(num_batches=2, num_matvecs=48, top_k=3, bottom_k=1)
+    watch = SpectrumMonitor(stages=["validate"], num_batches=2, num_matvecs=48, top_k=3, bottom_k=1)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     run = trainer(tmp_path, watch, logger=logger, inference_mode=inference_mode)
     (result,) = run.validate(model, loader(shuffle=False), verbose=False)
@@ -63,4 +63,4 @@ def test_an_unsupported_training_step_is_refused_there_too(tmp_path):
             return None
 
     with pytest.raises(ValueError, match="returned no loss for this batch"):
-        trainer(tmp_path, SpectrumMonitor()).validate(NoLoss(), loader(shuffle=False), verbose=False)
+        trainer(tmp_path, SpectrumMonitor(stages=["validate"])).validate(NoLoss(), loader(shuffle=False), verbose=False)

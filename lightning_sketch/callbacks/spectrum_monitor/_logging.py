@@ -3,15 +3,20 @@
 Loggers are recognized by class name, so that none is imported and those of both namespaces work.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from lightning_utilities.core.imports import RequirementCache
 
 from lightning_sketch import plots
+from lightning_sketch._lightning import Trainer
+from lightning_sketch._private import required
 from lightning_sketch.callbacks.spectrum_monitor._estimator import SpectrumEstimator
-from lightning_sketch.callbacks.spectrum_monitor._measurement import EDGES, Histogram, Measurement
+from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
+from lightning_sketch.callbacks.spectrum_monitor._scalars import EDGES, Histogram, Keys
 from lightning_sketch.curvature import save_spectrum
 
 if TYPE_CHECKING:
@@ -20,27 +25,61 @@ if TYPE_CHECKING:
 _HAS_MATPLOTLIB = RequirementCache("matplotlib")
 
 
+def declare(trainer: Trainer, keys: Keys, estimator: SpectrumEstimator) -> None:
+    """Tell W&B the step and the summary of each metric, and the arguments of the monitor, before it logs.
+
+    Args:
+        trainer: The Trainer whose loggers are told, on rank zero.
+        keys: The log keys.
+        estimator: The arguments of the monitor, which become a part of the run's configuration.
+    """
+    loggers: Sequence[Any] = trainer.loggers if trainer.is_global_zero else ()
+    for logger in loggers:
+        if not _is(logger, "WandbLogger"):
+            continue
+        run, synced = logger.experiment, required(logger, "_wandb_init").get("sync_tensorboard")
+        step = "global_step" if synced else "trainer/global_step"
+        for key in keys.all_nan():
+            scalar = keys.scalars.get(key)
+            summary = {"summary": scalar.summary} if scalar and scalar.summary else {}
+            run.define_metric(_prefixed(logger, key), step_metric=step, step_sync=True, **summary)
+        for key in (f"{keys.name}/density", f"{keys.name}/spectrum"):  # a summary of a histogram is all of its bins
+            run.define_metric(_prefixed(logger, key), step_metric=step, step_sync=True, summary="none")
+        plain = {k: v for k, v in vars(estimator).items() if isinstance(v, str | int | float | list)}
+        run.config.update({f"{keys.name}_monitor": plain}, allow_val_change=True)
+
+
+def tell_callbacks(trainer: Trainer, scalars: Mapping[str, float]) -> None:
+    """Set the values that other callbacks can monitor."""
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
+
+
 def log_figures(
-    loggers: Sequence[Any], name: str, measurement: Measurement, step: int, density: bool, unique: bool
+    loggers: Sequence[Any], name: str, measurement: Measurement, density: bool, on_error: Literal["warn", "raise"]
 ) -> None:
     """Log a histogram and a figure to W&B, a histogram to TensorBoard, and safetensors files beside a CSV file.
+
+    A file of the same step is replaced, as when a fit resumes from an earlier step; not by an evaluation.
 
     Args:
         loggers: The Trainer's loggers.
         name: The prefix of the keys, and the name of the folder.
         measurement: What is logged.
-        step: The step at which it is logged.
         density: Whether the measurement has a density.
-        unique: True to keep an existing file of the same step and write under a new name; False to overwrite it, as
-            when a fit resumes from an earlier step.
+        on_error: Whether a failure is a warning or is raised.
     """
-    for logger in loggers:
-        if _is(logger, "WandbLogger"):
-            _to_wandb(logger, name, measurement, step, density)
-        elif _is(logger, "TensorBoardLogger") and density:
-            _to_tensorboard(logger, name, measurement, step)
-        elif _is(logger, "CSVLogger"):
-            save_spectrum(measurement, _file_path(Path(logger.log_dir) / f"{name}_spectra", measurement, unique))
+    try:
+        for logger in loggers:
+            if _is(logger, "WandbLogger"):
+                _to_wandb(logger, name, measurement, density)
+            elif _is(logger, "TensorBoardLogger") and density:
+                _to_tensorboard(logger, name, measurement)
+            elif _is(logger, "CSVLogger"):
+                save_spectrum(measurement, _file_path(Path(logger.log_dir) / f"{name}_spectra", measurement))
+    except Exception as error:  # a full disk, or a logger of another version
+        if on_error == "raise":
+            raise
+        warnings.warn(f"{name}: no pictures or files at step {measurement.step}: {error}", stacklevel=3)
 
 
 def log_table(loggers: Sequence[Any], name: str, history: Sequence[Measurement]) -> None:
@@ -54,13 +93,17 @@ def log_table(loggers: Sequence[Any], name: str, history: Sequence[Measurement])
         if m.quadrature is not None:
             for node, weight in zip(*(part.tolist() for part in m.quadrature), strict=True):
                 rows.append([m.epoch, m.step, "density node", node, None, None, weight])
-    columns = ["epoch", "step", "kind", "value", "residual", "converged", "weight"]
+    columns: list[str | int] = ["epoch", "step", "kind", "value", "residual", "converged", "weight"]
     for logger in loggers:
         if _is(logger, "WandbLogger"):
-            logger.log_table(f"{name}/ritz_values", columns=columns, data=rows)
+            import wandb
+
+            # in the history it would be a metric for each of its numbers of rows and columns
+            table = wandb.Table(columns=columns, data=rows)
+            logger.experiment.summary[_prefixed(logger, f"{name}/ritz_values")] = table
 
 
-def _to_wandb(logger: Any, name: str, measurement: Measurement, step: int, density: bool) -> None:
+def _to_wandb(logger: Any, name: str, measurement: Measurement, density: bool) -> None:
     """Log the histogram and the figure of a measurement to W&B."""
     import wandb
 
@@ -69,12 +112,12 @@ def _to_wandb(logger: Any, name: str, measurement: Measurement, step: int, densi
         shares = Histogram.of(measurement.quadrature).shares
         shown[_prefixed(logger, f"{name}/density")] = wandb.Histogram(np_histogram=(shares.numpy(), EDGES.numpy()))
     if _HAS_MATPLOTLIB:
-        shown[_prefixed(logger, f"{name}/spectrum")] = wandb.Image(measurement.plot())
+        shown[_prefixed(logger, f"{name}/spectrum")] = wandb.Image(measurement.plot(name))
     if shown:  # not step=, which W&B counts itself; Lightning logs its step as this metric
-        logger.experiment.log({**shown, "trainer/global_step": step})
+        logger.experiment.log({**shown, "trainer/global_step": measurement.step})
 
 
-def _to_tensorboard(logger: Any, name: str, measurement: Measurement, step: int) -> None:
+def _to_tensorboard(logger: Any, name: str, measurement: Measurement) -> None:
     """Log the histogram of a measurement to TensorBoard."""
     if measurement.quadrature is None:
         return
@@ -88,15 +131,15 @@ def _to_tensorboard(logger: Any, name: str, measurement: Measurement, step: int)
         sum_squares=float(weights @ nodes**2),
         bucket_limits=EDGES[1:].tolist(),
         bucket_counts=Histogram.of(measurement.quadrature).shares.tolist(),
-        global_step=step,
+        global_step=measurement.step,
     )
 
 
-def _file_path(folder: Path, measurement: Measurement, unique: bool) -> Path:
-    """Return the path of a measurement's file; if `unique`, a name that is not taken."""
+def _file_path(folder: Path, measurement: Measurement) -> Path:
+    """Return the path of a measurement's file; of an evaluation, one that is not taken."""
     stem = f"epoch={measurement.epoch}-step={measurement.step}"
     path, version = folder / f"{stem}.safetensors", 0
-    while unique and path.exists():
+    while measurement.stage != "fit" and path.exists():
         version += 1
         path = folder / f"{stem}-v{version}.safetensors"
     return path
@@ -121,12 +164,13 @@ def over_time(history: Sequence[Measurement], estimator: SpectrumEstimator, name
         density = [(q.nodes.tolist(), q.weights.tolist()) for q in quadratures]
     return plots.spectrum_over_time(
         time=[m.step for m in history],
+        epochs=[m.epoch for m in history],
         values=[m.eigenvalues.tolist() for m in history],
         errors=[m.residuals.tolist() for m in history],
         converged=[m.converged.tolist() for m in history],
         top_k=estimator.top_k,
         bottom_k=estimator.bottom_k,
-        title=f"{name}: eigenvalues while training",
+        title=f"Eigenvalues during training ({name})",
         stable_below=[m.stable_below for m in history],
         density=density,
     )
@@ -142,5 +186,5 @@ def by_layer(measurement: Measurement, name: str) -> "Figure":
         converged=[layer.converged for layer in layers],
         traces=[layer.trace for layer in layers],
         trace_errors=[layer.trace_sem for layer in layers],
-        title=f"{name} by layer, step {measurement.step}",
+        title=f"{name} by layer, epoch {measurement.epoch}, step {measurement.step}",
     )

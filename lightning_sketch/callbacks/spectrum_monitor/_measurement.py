@@ -1,64 +1,19 @@
-"""A spectrum measured during training, with what is logged of it and what a checkpoint stores."""
+"""A spectrum measured during training, and what a checkpoint stores of it."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from lightning_sketch import plots
 from lightning_sketch.callbacks._optimizers import Stability
 from lightning_sketch.curvature import Spectrum
 from lightning_sketch.curvature.serialization import from_plain, to_plain
-from lightning_sketch.linalg.quadrature import Quadrature
 
-_MAX_RNEG_ERROR = 0.02  # above it `rneg` is logged as NaN
-_SCALARS = (
-    "lambda_max",
-    "lambda_min",
-    "rneg",
-    "rneg_error",
-    "num_outliers",
-    "loss",
-    "seconds",
-    "trace",
-    "trace_sem",
-    "gradient_in_top_k",
-    "gradient_in_outliers",
-    "gradient_chance",
-    "overlap",
-    "sharpness_lr",
-)
-_DENSITY_SCALARS = ("negative_mass", "effective_rank", "density_overflow")
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-# The edges of the histogram's bins: -10⁴ ... -10⁻⁶, 10⁻⁶ ... 10⁴, eight to a decade, with one bin around zero.
-_SMALLEST, _LARGEST, _PER_DECADE = -6, 4, 8  # powers of ten
-_POSITIVE = 10 ** torch.arange(_SMALLEST, _LARGEST + 0.5 / _PER_DECADE, 1 / _PER_DECADE, dtype=torch.float64)
-EDGES = torch.cat([-_POSITIVE.flip(0), _POSITIVE])
-
-
-class Histogram(NamedTuple):
-    """Histogram of all eigenvalues, in the bins between `EDGES`.
-
-    Attributes:
-        shares: The share of the eigenvalues in each bin, (len(EDGES) - 1,), float64; the two outermost bins include
-            what lies beyond the edges.
-        overflow: The share of the eigenvalues beyond the edges.
-    """
-
-    shares: Float[Tensor, " bins"]
-    overflow: float
-
-    @classmethod
-    def of(cls, quadrature: Quadrature) -> "Histogram":
-        """Count the weights of the nodes in each bin, without smoothing."""
-        nodes, weights = quadrature
-        inside = nodes.clamp(EDGES[0], EDGES[-1])
-        bins = torch.bucketize(inside, EDGES[1:-1])
-        shares = torch.zeros(len(EDGES) - 1, dtype=torch.float64).index_add(0, bins, weights)
-        return cls(shares, float(weights[inside != nodes].sum()))
+Stage = Literal["fit", "validate", "test"]
 
 
 @dataclass(frozen=True)
@@ -81,33 +36,6 @@ class LayerCurvature:
     trace_sem: float
     num_products: int
 
-    def scalars(self) -> dict[str, float]:
-        """Return the numbers to be logged; NaN for an eigenvalue that has not converged."""
-        return {"lambda_max": self.lambda_max if self.converged else math.nan, "trace": self.trace}
-
-
-@dataclass(frozen=True)
-class Keys:
-    """The log keys of a monitor, the same for every measurement.
-
-    Attributes:
-        name: The prefix of the keys.
-        top_k: The number of largest eigenvalues that are logged.
-        bottom_k: The number of smallest eigenvalues that are logged.
-        density: Whether the scalars of the density are logged too.
-    """
-
-    name: str
-    top_k: int
-    bottom_k: int
-    density: bool = False
-
-    def all_nan(self) -> dict[str, float]:
-        """Return every key with the value NaN."""
-        ranks = [f"top_{i + 1:02d}" for i in range(self.top_k)] + [f"bottom_{i + 1:02d}" for i in range(self.bottom_k)]
-        keys = [f"{self.name}/{key}" for key in (*_SCALARS, *(_DENSITY_SCALARS if self.density else ()))]
-        return dict.fromkeys(keys + [f"{self.name}_eigenvalues/{rank}" for rank in ranks], math.nan)
-
 
 @dataclass(frozen=True, eq=False)
 class Measurement(Spectrum):
@@ -115,7 +43,9 @@ class Measurement(Spectrum):
 
     Attributes:
         epoch: The epoch in which it was measured, from 0.
-        step: The number of optimizer steps before it.
+        step: The number of optimizer steps before it, which is the step of logs, plots and file names too. With several
+            optimizers, Lightning and this count batches.
+        stage: "fit", or "validate" or "test" if `trainer.validate` or `trainer.test` measured it on its own data.
         loss: The mean loss over the probe batches, in evaluation mode.
         seconds: The time that the measurement took, layers included.
         lr: The learning rate of the optimizer, NaN if parameters have different ones.
@@ -133,14 +63,39 @@ class Measurement(Spectrum):
     step: int
     loss: float
     seconds: float
+    stage: Stage = "fit"
     lr: float = math.nan
     stable_below: float = math.nan
     overlap_with_last: float = math.nan
     layers: dict[str, LayerCurvature] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        when = f"epoch {self.epoch}, step {self.step}, loss {self.loss:.4g}, {self.seconds:.1f} s"
+        when = f"{'' if self.stage == 'fit' else f'{self.stage}, '}epoch {self.epoch}, step {self.step}, "
+        when += f"loss {self.loss:.4g}, {self.seconds:.1f} s"
         return f"Measurement: {when}; {self._described()}"
+
+    def plot(self, name: str = "") -> "Figure":
+        """Draw the eigenvalues by rank with their error bars, and the density beside them if it is known.
+
+        Args:
+            name: The name of the monitor, for the title.
+
+        Returns:
+            A matplotlib Figure.
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        nodes, weights = (part.tolist() for part in self.quadrature) if self.quadrature else ((), ())
+        return plots.spectrum(
+            self.eigenvalues.tolist(),
+            self.residuals.tolist(),
+            converged=self.converged.tolist(),
+            size=self.n,
+            nodes=nodes,
+            weights=weights,
+            title=f"{name + ', ' if name else ''}epoch {self.epoch}, step {self.step}",
+        )
 
     def state(self) -> dict[str, Any]:
         """Return tensors and plain numbers for a checkpoint, with eigenvectors only if they are sketched."""
@@ -171,54 +126,29 @@ class Measurement(Spectrum):
         vectors = None if self.vectors is None or not k else self.vectors[:, :k].float()
         return replace(self, krylov=None, coefficients=None, vectors=vectors)
 
-    def scalars(self, keys: Keys) -> dict[str, float]:
-        """Return the numbers to be logged; NaN if an eigenvalue has not converged or an error is too large."""
-        converged = self.eigenvalues.where(self.converged, math.nan)
-        outliers, in_top = self.num_outliers(), self.gradient_in_top(keys.top_k)
-        found = {
-            "lambda_max": float(converged[0]),
-            "lambda_min": float(converged[-1]),
-            "rneg": self.rneg if self.rneg_error <= _MAX_RNEG_ERROR else math.nan,
-            "rneg_error": self.rneg_error,
-            "num_outliers": math.nan if outliers.at_least else float(outliers),
-            "loss": self.loss,
-            "seconds": self.seconds,
-            "trace": self.trace,
-            "trace_sem": self.trace_sem,
-            "gradient_in_top_k": float(in_top),
-            "gradient_in_outliers": float(self.gradient_in_outliers),
-            "gradient_chance": in_top.chance,
-            "overlap": float(self.overlap_with_last),
-            "sharpness_lr": float(converged[0]) * self.lr,
-        }
-        if keys.density and self.quadrature is not None:
-            found |= {
-                "negative_mass": self.negative_mass,
-                "effective_rank": self.effective_rank,
-                "density_overflow": Histogram.of(self.quadrature).overflow,
-            }
-        ranks = {f"top_{i + 1:02d}": float(v) for i, v in enumerate(converged[: keys.top_k])}
-        ranks |= {f"bottom_{i + 1:02d}": float(v) for i, v in enumerate(converged.flip(0)[: keys.bottom_k])}
-        scalars = keys.all_nan() | {f"{keys.name}/{key}": value for key, value in found.items()}
-        scalars |= {f"{keys.name}_eigenvalues/{key}": value for key, value in ranks.items()}
-        for layer, curvature in self.layers.items():
-            for key, value in curvature.scalars().items():
-                scalars[f"{keys.name}_layers/{layer}/{key}"] = value
-        return scalars
 
-    def cost(self, name: str, since: float, cadence: str, every: int) -> str:
-        """Describe the cost of the measurement in one line, and how to reduce it if it was over 10 %.
+def of_training(history: Sequence[Measurement]) -> list[Measurement]:
+    """Return the measurements that were taken while training."""
+    return [m for m in history if m.stage == "fit"]
 
-        Args:
-            name: The name of the monitor.
-            since: Seconds between the end of the last measurement and the start of this one; inf if unknown.
-            cadence: The argument of the monitor that sets how often it measures.
-            every: The value of that argument.
-        """
-        line = f"{name}: {self.num_products} products, {self.seconds:.1f} s"
-        if self.step == 0 or since == math.inf:
-            return line
-        share = self.seconds / since
-        line += f", {share:.0%} of the time since the last"
-        factor = math.ceil(10 * share)
-        return line if share <= 0.1 else f"{line}; {cadence}={factor * every} would make it {share / factor:.0%}"
+
+def appended(
+    history: Sequence[Measurement], measured: Measurement, now: Stability, k: int
+) -> tuple[list[Measurement], Measurement]:
+    """Append a measurement to a history; one of training replaces those of later steps, as after resuming.
+
+    Args:
+        history: The earlier measurements.
+        measured: The new one.
+        now: The learning rate and the edge of stability, if it was taken while training.
+        k: The number of eigenvectors that are compared with those of the last one.
+
+    Returns:
+        The new history, in which only the last measurement of training keeps its sketched eigenvectors; and the
+        measurement with its stability and overlap.
+    """
+    if measured.stage != "fit":
+        return [*history, measured.for_history(0)], measured
+    kept = [m for m in history if m.stage != "fit" or m.step < measured.step]
+    measured = measured.after(of_training(kept), now, k)
+    return [*(m.for_history(0) for m in kept), measured.for_history(k)], measured

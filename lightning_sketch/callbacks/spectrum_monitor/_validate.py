@@ -1,14 +1,55 @@
 """Checks before training that a spectrum can be measured."""
 
+from collections.abc import Sequence
+from typing import Any, get_args
+
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_sketch._lightning import LightningModule, Trainer, callbacks_of
+from lightning_sketch.callbacks.spectrum_monitor._measurement import Stage
 
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
-def check_trainer(trainer: Trainer, pl_module: LightningModule, name: str, has_loss_fn: bool) -> None:
+def check_arguments(
+    on_error: str,
+    data: str,
+    stages: Sequence[Stage],
+    every_n_epochs: int | None,
+    every_n_train_steps: int | None,
+    num_batches: int,
+) -> None:
+    """Check the arguments of a SpectrumMonitor that say when and on what it measures.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+    if on_error not in ("warn", "raise"):
+        raise ValueError(f"SpectrumMonitor(on_error={on_error!r}) is not known; use 'warn' or 'raise'.")
+    if data != "train":
+        raise ValueError(
+            f"SpectrumMonitor(data={data!r}) is not known; use 'train', or stages=['validate'] and "
+            "trainer.validate(model, dataloader) for other data."
+        )
+    if isinstance(stages, str) or not stages or not set(stages) <= set(get_args(Stage)):
+        raise ValueError(
+            f"SpectrumMonitor(stages={stages!r}) is not known; use a list of one or more of {list(get_args(Stage))}."
+        )
+    if every_n_epochs is not None and every_n_train_steps is not None:
+        raise ValueError(
+            f"set every_n_epochs or every_n_train_steps, got both ({every_n_epochs} and {every_n_train_steps}); "
+            "use two monitors with two names to have both."
+        )
+    counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps, "num_batches": num_batches}
+    for argument, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"need {argument} >= 1, got {value}.")
+
+
+def check_trainer(
+    trainer: Trainer, pl_module: LightningModule, name: str, has_loss_fn: bool, every_n_epochs: int | None
+) -> None:
     """Check that a spectrum can be measured.
 
     Args:
@@ -16,10 +57,11 @@ def check_trainer(trainer: Trainer, pl_module: LightningModule, name: str, has_l
         pl_module: The module that is trained.
         name: The prefix of the monitor's log keys.
         has_loss_fn: Whether the user passes a loss instead of `training_step`.
+        every_n_epochs: The number of epochs between measurements; None if it is not known.
 
     Raises:
         MisconfigurationException: If the strategy shards parameters, the loss or the parameters are unknown, or another
-            callback would stop training at an eigenvalue that is logged as NaN.
+            callback would stop training at an eigenvalue that is logged as NaN, or between two measurements.
     """
     sharded = [kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED]
     if sharded:
@@ -39,9 +81,22 @@ def check_trainer(trainer: Trainer, pl_module: LightningModule, name: str, has_l
         )
     for callback in callbacks_of(trainer):
         key = getattr(callback, "monitor", None) or ""
-        is_our_key = key.startswith((f"{name}/", f"{name}_eigenvalues/", f"{name}_layers/"))
-        if is_our_key and getattr(callback, "check_finite", False):
-            raise MisconfigurationException(
-                f"{type(callback).__name__}(monitor={key!r}, check_finite=True) would stop training at the first "
-                "eigenvalue that has not converged, which is logged as NaN; set check_finite=False."
-            )
+        if key.startswith(tuple(f"{name}{section}/" for section in ("", "_details", "_eigenvalues", "_layers"))):
+            _check_stopping(trainer, callback, key, every_n_epochs or 1)
+
+
+def _check_stopping(trainer: Trainer, callback: Any, key: str, every_n_epochs: int) -> None:
+    """Refuse an EarlyStopping that would stop training for another reason than the values that are measured."""
+    kind = type(callback).__name__
+    if getattr(callback, "check_finite", False):
+        raise MisconfigurationException(
+            f"{kind}(monitor={key!r}, check_finite=True) would stop training at the first eigenvalue that has not "
+            "converged, which is logged as NaN; set check_finite=False."
+        )
+    patience = getattr(callback, "patience", every_n_epochs)
+    if trainer.check_val_every_n_epoch == 1 and patience < every_n_epochs:
+        raise MisconfigurationException(
+            f"{kind}(monitor={key!r}, patience={patience}) counts epochs, and would stop training between two "
+            f"measurements of SpectrumMonitor(every_n_epochs={every_n_epochs}); set patience to {every_n_epochs} for "
+            f"each measurement that may bring no improvement, e.g. {3 * every_n_epochs}."
+        )

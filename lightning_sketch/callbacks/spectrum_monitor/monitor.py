@@ -1,12 +1,10 @@
 """The callback that logs the spectrum of the loss's curvature during training."""
 
-import math
-import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
 from lightning_sketch._lightning import (
@@ -17,27 +15,25 @@ from lightning_sketch._lightning import (
     batches_done,
     log_scalars,
     muted_loggers,
-    print_on_rank_zero,
     state_key,
 )
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import OutputLossName
 from lightning_sketch.callbacks._optimizers import UNKNOWN, Stability, stability
+from lightning_sketch.callbacks.spectrum_monitor import _logging as logging
+from lightning_sketch.callbacks.spectrum_monitor._console import Console
 from lightning_sketch.callbacks.spectrum_monitor._estimator import Curvature, InitialWeights, SpectrumEstimator
-from lightning_sketch.callbacks.spectrum_monitor._logging import (
-    by_layer,
-    log_figures,
-    log_table,
-    over_time,
-)
-from lightning_sketch.callbacks.spectrum_monitor._measurement import Keys, Measurement
+from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement, Stage, appended, of_training
 from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatches
-from lightning_sketch.callbacks.spectrum_monitor._validate import check_trainer
+from lightning_sketch.callbacks.spectrum_monitor._scalars import Keys
+from lightning_sketch.callbacks.spectrum_monitor._validate import check_arguments, check_trainer
 from lightning_sketch.curvature.hessian import HVP
 from lightning_sketch.curvature.result import Method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_EVALUATIONS = ("validate", "test")
 
 
 class SpectrumMonitor(CallbackBase):
@@ -45,18 +41,23 @@ class SpectrumMonitor(CallbackBase):
 
     The matrix is the Hessian of the mean training loss over a few fixed batches, in evaluation mode and float32, with
     respect to the parameters that are trainable at the time. Eigenvalues are in units of loss per squared parameter.
-    `trainer.validate(model, dataloader)` measures a checkpoint on the first batches of that loader.
 
     It logs to every logger of the Trainer, and to `trainer.callback_metrics`, under `hessian/`: `lambda_max`,
-    `lambda_min`, `rneg` (|most negative| / largest), `rneg_error`, `num_outliers` (eigenvalues above 20 % of the
-    largest), `trace`, `trace_sem` (its standard error), `gradient_in_top_k` and `gradient_in_outliers` (shares of the
-    gradient in these eigenvectors; `gradient_chance` is that of a random direction), `overlap` (of the top
-    eigenvectors with those of the last measurement), `sharpness_lr` (lambda_max times the learning rate), `loss`,
-    `seconds`; and the single eigenvalues, `hessian_eigenvalues/top_01` ..., `hessian_eigenvalues/bottom_01` .... With
-    `density_probes` also `negative_mass`, `effective_rank`, and the density as a histogram in W&B and TensorBoard. W&B
-    also gets a figure per measurement and a table at the end; beside the file of a CSVLogger each measurement is saved
-    in safetensors. An eigenvalue that has not converged is logged as NaN. `monitor.history` contains all measurements,
-    with residuals; `monitor.plot()` draws them.
+    `lambda_min`, `rneg` (|most negative| / largest), `num_outliers` (eigenvalues above 20 % of the largest),
+    `sharpness_lr` (lambda_max times the learning rate), `trace`; under `hessian_details/`: `rneg_error`, `trace_sem`
+    (the standard error), `num_outliers_exact` (0 if there may be more outliers), `gradient_in_top_k` and
+    `gradient_in_outliers` (shares of the gradient in these eigenvectors), `overlap` (of the top eigenvectors with those
+    of the last measurement), `loss`, `seconds`; and the single eigenvalues, `hessian_eigenvalues/top_01` ...,
+    `hessian_eigenvalues/bottom_01` .... With `density_probes` also `negative_mass`, `effective_rank`, and the density
+    as a histogram in W&B and TensorBoard. W&B also gets a figure per measurement and a table at the end; beside the
+    file of a CSVLogger each measurement is saved in safetensors. `monitor.history` contains all measurements, with
+    residuals; `monitor.plot()` draws them. The step of all of these is the number of optimizer steps done.
+
+    An eigenvalue that has not converged is logged as NaN. In `trainer.callback_metrics` every key exists from the start
+    of training, NaN until the first measurement, and keeps the last value between measurements, so that other callbacks
+    can monitor it. To these an epoch without a measurement is one without an improvement: the patience of EarlyStopping
+    and ReduceLROnPlateau must be longer. In a file name of ModelCheckpoint write "lambda_max={hessian/lambda_max:.3f}"
+    with `auto_insert_metric_name=False`, or the slash in the inserted name makes a folder.
 
     Training is unaffected: the final weights are the same, bit for bit, with and without the monitor.
     A measurement costs at most 1.25 `num_matvecs` + 32 `density_probes` + 6 products over `num_batches` batches, each
@@ -83,6 +84,10 @@ class SpectrumMonitor(CallbackBase):
         at_start: Whether to measure the initial weights too, logged at step 0; a copy of them is stored until all
             `num_batches` batches have been seen.
         loss_fn: (module, batch) -> mean loss; the module's own `training_step` if None, without its logging.
+        stages: When to measure: "fit" while training; "validate" and "test" at the end of `trainer.validate` and
+            `trainer.test`, the training loss on the first batches of their data loader, e.g. the spectrum of a
+            checkpoint. These measurements are appended to the history too, with their `stage`; `plot()` leaves them out
+            if there are any of training.
         name: The prefix of the log keys and a part of the checkpoint key; the curvature if None.
         on_error: What to do if a measurement fails after the sanity check on the first batch: "warn" logs NaN and
             continues training, "raise" stops it.
@@ -129,6 +134,7 @@ class SpectrumMonitor(CallbackBase):
         loss_fn: Callable[[Any, Any], Tensor] | None = None,
         name: str | None = None,
         on_error: Literal["warn", "raise"] = "warn",
+        stages: Sequence[Stage] = ("fit",),
         seed: int = 0,
         per_layer: bool | list[str] = False,
         model_fn: Callable[[Any, Any], Any] | None = None,
@@ -140,25 +146,7 @@ class SpectrumMonitor(CallbackBase):
         batch_dim: int = 0,
     ):
         super().__init__()
-        if on_error not in ("warn", "raise"):
-            raise ValueError(f"SpectrumMonitor(on_error={on_error!r}) is not known; use 'warn' or 'raise'.")
-        if data != "train":
-            raise ValueError(
-                f"SpectrumMonitor(data={data!r}) is not known; use 'train', or trainer.validate(model, dataloader) for "
-                "other data."
-            )
-        if every_n_epochs is not None and every_n_train_steps is not None:
-            raise ValueError(
-                f"set every_n_epochs or every_n_train_steps, got both ({every_n_epochs} and {every_n_train_steps}); "
-                "use two monitors with two names to have both."
-            )
-        for argument, value in (
-            ("every_n_epochs", every_n_epochs),
-            ("every_n_train_steps", every_n_train_steps),
-            ("num_batches", num_batches),
-        ):
-            if value is not None and value < 1:
-                raise ValueError(f"need {argument} >= 1, got {value}.")
+        check_arguments(on_error, data, stages, every_n_epochs, every_n_train_steps, num_batches)
         self.estimator = SpectrumEstimator(
             curvature=curvature,
             method=method,
@@ -183,15 +171,24 @@ class SpectrumMonitor(CallbackBase):
         self.every_n_train_steps = every_n_train_steps
         self.every_n_epochs = every_n_epochs or (None if every_n_train_steps else 1)
         self.name = name or (curvature if method == "lanczos" else f"{curvature}_{method}")
-        self.at_start, self.on_error = at_start, on_error
+        self.at_start, self.on_error, self.stages = at_start, on_error, tuple(stages)
 
         self.history: list[Measurement] = []
-        self._probes = ProbeBatches(num_batches)  # replaced at each fit
+        self._probes = ProbeBatches(num_batches)  # of training; replaced at each fit
+        self._evaluated = ProbeBatches(num_batches)  # of trainer.validate or trainer.test; replaced at each
+        self._keys = Keys.of(self.name, self.estimator)
+        self._stage: Stage | None = None  # what runs now, if it is measured
+        self._continues = False  # whether the history goes on
+        self._before: tuple[str, str] | None = None  # which earlier batches, and their fingerprint
         self._last_step = -1
         self._initial: tuple[InitialWeights, Stability] | None = None
         self._stability = UNKNOWN
-        self._resumed_from: str | None = None
-        self._clock = 0.0
+        cadence = "every_n_train_steps" if self.every_n_train_steps else "every_n_epochs"
+        self._console = Console(self.name, cadence, getattr(self, cadence), top_k)
+
+    def __repr__(self) -> str:
+        kind = f"{self.name!r}, {self._console.cadence}={self._console.every}, num_batches={self._probes.num_batches}"
+        return f"{type(self).__name__}({kind}): {len(self.history)} measurements"
 
     @property
     def state_key(self) -> str:
@@ -200,42 +197,63 @@ class SpectrumMonitor(CallbackBase):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the history and a fingerprint of the probe batches; nothing of the parameters' size."""
-        batches = self._probes.fingerprint if self._probes.complete else self._resumed_from
+        batches = self._probes.fingerprint if self._probes.complete else (self._before or (None, None))[1]
         return {"history": [m.state() for m in self.history], "batches": batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the history from a checkpoint."""
+        """Restore the history from a checkpoint; one that is evaluated replaces no history that is there."""
+        if self.history and self._stage != "fit":
+            return
         self.history = [Measurement.of_state(m) for m in state["history"]]
-        self._resumed_from = state["batches"]
+        self._continues = True
+        self._before = ("before the checkpoint", state["batches"]) if state["batches"] else None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check the Trainer and the module, and discard the state of an earlier fit."""
-        if stage not in ("fit", "validate"):
+        """Check the Trainer and the module, and discard the probe batches of an earlier run."""
+        self._stage = next((known for known in self.stages if known == stage), None)
+        if stage == "validate" and self._stage is None:
+            self._console.unasked(trainer)
+        if self._stage is None:
             return
-        resumes = stage == "fit" and trainer.global_step > 0  # the checkpoint is loaded after this hook
-        self._resumed_from = self._probes.fingerprint if resumes and self._probes.complete else None
-        self._probes, self._initial = ProbeBatches(self._probes.num_batches), None
-        if not resumes:
-            self.history = []
-        check_trainer(trainer, pl_module, self.name, self.estimator.loss_fn is not None)
+        if self._stage == "fit":
+            self._continues = trainer.global_step > 0  # a second fit; a checkpoint is loaded after this hook
+            again = self._continues and self._probes.complete
+            self._before = ("of the last fit", self._probes.fingerprint) if again else None
+            self._probes, self._initial = ProbeBatches(self._probes.num_batches), None
+        self._evaluated = ProbeBatches(self._probes.num_batches)
+        every = self.every_n_epochs if self._stage == "fit" else None
+        check_trainer(trainer, pl_module, self.name, self.estimator.loss_fn is not None, every)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check that the pattern matches trainable parameters."""
-        Layout.of(pl_module, self.estimator.parameters)
+        """Check that the pattern matches trainable parameters, and begin a new history unless a fit is continued."""
+        if self._stage != "fit":
+            return
+        self._keys = Keys.of(self.name, self.estimator, Layout.of(pl_module, self.estimator.parameters))
+        earlier = [] if self._continues else of_training(self.history)
+        if earlier and trainer.is_global_zero:
+            self._console.discarded(len(earlier))
+        self.history = [m for m in self.history if m not in earlier]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start to count steps and time."""
+        """Start to count steps and time, and give other callbacks the keys with the values of the last measurement."""
+        if self._stage != "fit":
+            return
         self._last_step = trainer.global_step
-        self._clock = time.perf_counter()
+        self._console.start()
+        last = of_training(self.history)[-1:]
+        logging.tell_callbacks(trainer, self._keys.values(*last) if last else self._keys.all_nan())
+        logging.declare(trainer, self._keys, self.estimator)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copy the first batches; on the very first, take three products as a sanity check."""
+        if self._stage != "fit":
+            return
         self._stability = stability(trainer)  # schedulers change the rate before the epoch ends
         if self._probes.complete:
             return
         self._probes.offer(batch)
         if len(self._probes.batches) == 1:
-            self._sanity_check(trainer, pl_module)
+            self._sanity_check(trainer, pl_module, self._probes)
             if self.at_start and trainer.global_step == 0:
                 self._initial = InitialWeights(pl_module), stability(trainer)
         if self._probes.complete:
@@ -250,35 +268,39 @@ class SpectrumMonitor(CallbackBase):
             return
         self._last_step = step  # under gradient accumulation a step has several batches
         if self._probes.complete:
-            self._measure_and_log(trainer, pl_module, batches_done(trainer))
+            self._measure_and_log(trainer, pl_module, batches_done(trainer) + 1)  # counted after this hook
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if it is due."""
+        if self._stage != "fit":
+            return
         if not self._probes.complete:
             self._probes.close()
             self._on_probes_complete(trainer, pl_module)
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            # one less, as where Lightning logs the means of the epoch
-            self._measure_and_log(trainer, pl_module, batches_done(trainer) - 1)
+            self._measure_and_log(trainer, pl_module, batches_done(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log all measurements as one table, to loggers that have tables."""
-        if trainer.is_global_zero:
-            log_table(trainer.loggers, self.name, self.history)
+        if trainer.is_global_zero and self._stage == "fit":
+            logging.log_table(trainer.loggers, self.name, self.history)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Copy the first batches under `trainer.validate`."""
-        if self._validates(trainer) and dataloader_idx == 0 and not self._probes.complete:
-            self._probes.offer(batch)
+        """Copy the first batches under `trainer.validate` or `trainer.test`, if that is to be measured."""
+        if self._stage in _EVALUATIONS and dataloader_idx == 0:
+            self._evaluated.offer(batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the module under `trainer.validate`."""
-        if self._validates(trainer):
-            self._probes.close()
-            self._stability = UNKNOWN
-            self._measure_and_log(trainer, pl_module, trainer.global_step, validating=True)
+        """Measure the module under `trainer.validate` or `trainer.test`, if that was asked for."""
+        if self._stage in _EVALUATIONS:
+            self._evaluated.close()
+            self._keys = Keys.of(self.name, self.estimator, Layout.of(pl_module, self.estimator.parameters))
+            logging.declare(trainer, self._keys, self.estimator)
+            self._measure_and_log(trainer, pl_module, batches_done(trainer))
+
+    on_test_batch_start, on_test_end = on_validation_batch_start, on_validation_end
 
     def measure(
         self,
@@ -291,6 +313,8 @@ class SpectrumMonitor(CallbackBase):
     ) -> Measurement:
         """Measure the spectrum of a module with its present weights, on the probe batches of the last fit.
 
+        Without a fit, on those of the last `trainer.validate` or `trainer.test` that was measured.
+
         Args:
             pl_module: The module to measure.
             epoch: The epoch that is recorded.
@@ -301,8 +325,8 @@ class SpectrumMonitor(CallbackBase):
         Raises:
             ValueError: If there are no probe batches, or the matrix cannot be multiplied.
         """
-        batches = self._probes.on_device(pl_module.device)
-        return self.estimator.measure(pl_module, batches, epoch, step, distributed, on_product)
+        probes = (self._probes if self._probes.batches else self._evaluated).on_device(pl_module.device)
+        return self.estimator.measure(pl_module, probes, epoch, step, distributed, on_product)
 
     def plot(self) -> "Figure":
         """Draw the eigenvalues over all measurements, as a matplotlib figure.
@@ -313,7 +337,7 @@ class SpectrumMonitor(CallbackBase):
         """
         if not self.history:
             raise ValueError("nothing to plot: there is no measurement yet; run trainer.fit first.")
-        return over_time(self.history, self.estimator, self.name)
+        return logging.over_time(of_training(self.history) or self.history, self.estimator, self.name)
 
     def plot_layers(self) -> "Figure":
         """Draw the top eigenvalue and the trace of each layer at the last measurement, as a matplotlib figure.
@@ -324,92 +348,55 @@ class SpectrumMonitor(CallbackBase):
         """
         if not self.history or not self.history[-1].layers:
             raise ValueError("no layers to plot; use SpectrumMonitor(per_layer=True), then trainer.fit.")
-        return by_layer(self.history[-1], self.name)
+        return logging.by_layer(self.history[-1], self.name)
 
-    def _sanity_check(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _sanity_check(self, trainer: Trainer, pl_module: LightningModule, probes: ProbeBatches) -> None:
         """Take three products on the batches that are there, and let their errors pass."""
         with muted_loggers(trainer):
-            self.estimator.check(pl_module, self._probes.on_device(pl_module.device), trainer.world_size > 1)
+            self.estimator.check(pl_module, probes.on_device(pl_module.device), trainer.world_size > 1)
 
     def _on_probes_complete(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check all probe batches, and measure the initial weights if that was asked for."""
         batches = self._probes.on_device(pl_module.device)
         self.estimator.check_weights(pl_module, batches, trainer.world_size > 1)
         # under DDP a checkpoint contains the state of rank zero only
-        if trainer.is_global_zero and self._resumed_from not in (None, self._probes.fingerprint):
-            warnings.warn(
-                f"{self.name}: the first batches differ from those before the checkpoint, so the curve changes its "
-                "data here; use the same order of examples in every run (seed_everything, or no shuffling).",
-                stacklevel=2,
-            )
+        if trainer.is_global_zero and self._before is not None and self._before[1] != self._probes.fingerprint:
+            self._console.other_batches(self._before[0])
         if self._initial is not None:
             (initial, stability_then), self._initial = self._initial, None
             now, self._stability = self._stability, stability_then
             with initial.loaded_into(pl_module):
-                self._measure_and_log(trainer, pl_module, 0, step=0)
+                self._measure_and_log(trainer, pl_module, 0)
             self._stability = now
 
-    def _measure_and_log(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        log_step: int,
-        step: int | None = None,
-        validating: bool = False,
-    ) -> None:
-        """Measure, and log the result under `log_step`, or NaN where it fails.
-
-        `step` is the optimizer step that is recorded, by default the Trainer's. `validating` means `trainer.validate`:
-        errors are raised and no file is replaced.
-        """
-        step = trainer.global_step if step is None else step
-        since = time.perf_counter() - self._clock
+    def _measure_and_log(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        """Measure, and log the result under `step`, or NaN where it fails; but in evaluations errors are raised."""
+        evaluates = self._stage in _EVALUATIONS
+        probes = self._evaluated if evaluates else self._probes
         scalars, measured = self._keys.all_nan(), None
-        scalars |= {key: math.nan for key in trainer.callback_metrics if key.startswith(f"{self.name}_layers/")}
         try:
-            if validating:
-                self._sanity_check(trainer, pl_module)
+            if evaluates:
+                self._sanity_check(trainer, pl_module, probes)
             with muted_loggers(trainer), BarText(trainer) as bar:
-                measured = self.measure(
+                measured = self.estimator.measure(
                     pl_module,
-                    epoch=trainer.current_epoch,
-                    step=step,
-                    distributed=trainer.world_size > 1,
-                    on_product=lambda done, total: bar.show(f"{self.name} {done}/{total}: "),
+                    probes.on_device(pl_module.device),
+                    trainer.current_epoch,
+                    step,
+                    trainer.world_size > 1,
+                    lambda done, total: bar.show(f"{self.name} {done}/{total}: "),
                 )
         except Exception as error:
-            if self.on_error == "raise" or validating:
+            if self.on_error == "raise" or evaluates:
                 raise
             warnings.warn(f"{self.name}: no measurement at step {step}: {error}", stacklevel=2)
         else:
-            earlier = [m for m in self.history if m.step < step]
-            measured = measured.after(earlier, self._stability, self.estimator.top_k)
-            self.history = [m.for_history(0) for m in earlier] + [measured.for_history(self.estimator.top_k)]
-            scalars = measured.scalars(self._keys)
-            cadence = "every_n_train_steps" if self.every_n_train_steps else "every_n_epochs"
-            print_on_rank_zero(
-                trainer, measured.cost(self.name, math.inf if validating else since, cadence, getattr(self, cadence))
-            )
-        log_scalars(trainer, scalars, log_step)
+            measured = replace(measured, stage=self._stage or "fit")
+            self.history, measured = appended(self.history, measured, self._stability, self.estimator.top_k)
+            scalars = self._keys.values(measured)
+            self._console.measured(trainer, measured)
+        log_scalars(trainer, scalars | {"epoch": trainer.current_epoch}, step)
         if measured is not None and trainer.is_global_zero:
-            self._log_figures(trainer, measured, log_step, unique=validating)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
-        self._clock = time.perf_counter()
-
-    def _log_figures(self, trainer: Trainer, measured: Measurement, log_step: int, unique: bool) -> None:
-        """Log figures, histograms and files; a failure is a warning unless `on_error` is "raise"."""
-        try:
-            log_figures(trainer.loggers, self.name, measured, log_step, self._keys.density, unique)
-        except Exception as error:  # a full disk, or a logger of another version
-            if self.on_error == "raise":
-                raise
-            warnings.warn(f"{self.name}: no pictures or files at step {measured.step}: {error}", stacklevel=2)
-
-    @property
-    def _keys(self) -> Keys:
-        """The log keys."""
-        return Keys(self.name, self.estimator.top_k, self.estimator.bottom_k, self.estimator.density_probes > 0)
-
-    def _validates(self, trainer: Trainer) -> bool:
-        """Return whether this is `trainer.validate`, not the validation of a fit."""
-        return trainer.state.fn == "validate"
+            logging.log_figures(trainer.loggers, self.name, measured, self._keys.density, self.on_error)
+        logging.tell_callbacks(trainer, scalars)
+        self._console.resume()

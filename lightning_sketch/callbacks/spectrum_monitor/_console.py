@@ -1,0 +1,95 @@
+"""What a monitor says in the console."""
+
+import math
+import time
+import warnings
+
+from lightning_sketch._lightning import Trainer, print_on_rank_zero
+from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
+
+
+class Console:
+    """Print what measurements cost and what is to be known about them, some of it only once.
+
+    Args:
+        name: The name of the monitor.
+        cadence: The argument of the monitor that sets how often it measures.
+        every: The value of that argument.
+        top_k: The number of eigenvalues that were asked for.
+    """
+
+    def __init__(self, name: str, cadence: str, every: int, top_k: int):
+        self.name, self.cadence, self.every, self.top_k = name, cadence, every, top_k
+        self._said: set[str] = set()
+        self.start()
+
+    def start(self) -> None:
+        """Start to count the time of training."""
+        self._clock, self._first = time.perf_counter(), True
+
+    def resume(self) -> None:
+        """Count the time of training again, after a measurement."""
+        self._clock, self._first = time.perf_counter(), False
+
+    def measured(self, trainer: Trainer, measurement: Measurement) -> None:
+        """Print what a measurement cost, and once why its number of outliers is a lower bound."""
+        since = time.perf_counter() - self._clock - measurement.seconds
+        print_on_rank_zero(trainer, f"{self.name}: {self.cost(measurement, since)}")
+        if measurement.num_outliers().at_least:
+            self._say_once(trainer, "outliers", self.outliers(measurement))
+
+    def cost(self, measurement: Measurement, since: float) -> str:
+        """Describe the cost of a measurement, and how to reduce it if it was over 10 %.
+
+        Args:
+            measurement: The measurement.
+            since: Seconds of training before it, since the last one or since training started.
+        """
+        of_layers = sum(layer.num_products for layer in measurement.layers.values())
+        line = f"{measurement.num_products + of_layers} products"
+        line += f" ({of_layers} of them of single layers)" if of_layers else ""
+        line += f", {measurement.seconds:.1f} s"
+        if measurement.step == 0 or measurement.stage != "fit":
+            return line
+        share = measurement.seconds / since
+        line += f", after {since:.1f} s of training" if self._first else f", {share:.0%} of the time since the last"
+        factor = math.ceil(10 * share)
+        better = f"; {self.cadence}={factor * self.every} would make it {share / factor:.0%} of the time"
+        return line if share <= 0.1 else line + better
+
+    def outliers(self, measurement: Measurement) -> str:
+        """Say why the number of outliers is a lower bound, and what to do."""
+        count = int(measurement.num_outliers())
+        if not count:
+            return "num_outliers is a lower bound, as no eigenvalue has converged; raise num_matvecs."
+        return (
+            f"num_outliers is a lower bound, as all {count} eigenvalues that converged are outliers (above 20 % of the "
+            f"largest); raise {'top_k' if count >= self.top_k else 'num_matvecs'}."
+        )
+
+    def unasked(self, trainer: Trainer) -> None:
+        """Say once how to have `trainer.validate` measured."""
+        text = "trainer.validate is not measured; SpectrumMonitor(stages=['fit', 'validate']) measures there too."
+        self._say_once(trainer, "unasked", text)
+
+    def discarded(self, count: int) -> None:
+        """Warn that a new training begins a new history."""
+        warnings.warn(
+            f"{self.name}: a new training begins, so its history replaces the {count} measurements of the last one; "
+            "copy monitor.history before, or use a new SpectrumMonitor. To continue a training pass ckpt_path.",
+            stacklevel=3,
+        )
+
+    def other_batches(self, than: str) -> None:
+        """Warn that the data of the curve changes."""
+        warnings.warn(
+            f"{self.name}: the first batches differ from those {than}, so the curve changes its data here; use the "
+            "same order of examples in every run (seed_everything, or no shuffling).",
+            stacklevel=3,
+        )
+
+    def _say_once(self, trainer: Trainer, what: str, text: str) -> None:
+        """Print a text with the name of the monitor, unless one about the same was printed."""
+        if what not in self._said:
+            self._said.add(what)
+            print_on_rank_zero(trainer, f"{self.name}: {text}")

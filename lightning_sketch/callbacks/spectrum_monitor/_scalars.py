@@ -1,0 +1,144 @@
+"""The numbers that are logged of a measurement, under which keys."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.callbacks.spectrum_monitor._estimator import SpectrumEstimator, _layer_groups
+from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
+from lightning_sketch.linalg.quadrature import Quadrature
+
+_MAX_RNEG_ERROR = 0.02  # above it `rneg` is logged as NaN
+
+# The edges of the histogram's bins: -10⁴ ... -10⁻⁶, 10⁻⁶ ... 10⁴, eight to a decade, with one bin around zero.
+_SMALLEST, _LARGEST, _PER_DECADE = -6, 4, 8  # powers of ten
+_POSITIVE = 10 ** torch.arange(_SMALLEST, _LARGEST + 0.5 / _PER_DECADE, 1 / _PER_DECADE, dtype=torch.float64)
+EDGES = torch.cat([-_POSITIVE.flip(0), _POSITIVE])
+
+
+class Histogram(NamedTuple):
+    """Histogram of all eigenvalues, in the bins between `EDGES`.
+
+    Attributes:
+        shares: The share of the eigenvalues in each bin, (len(EDGES) - 1,), float64; the two outermost bins include
+            what lies beyond the edges.
+        overflow: The share of the eigenvalues beyond the edges.
+    """
+
+    shares: Float[Tensor, " bins"]
+    overflow: float
+
+    @classmethod
+    def of(cls, quadrature: Quadrature) -> "Histogram":
+        """Count the weights of the nodes in each bin, without smoothing."""
+        nodes, weights = quadrature
+        inside = nodes.clamp(EDGES[0], EDGES[-1])
+        bins = torch.bucketize(inside, EDGES[1:-1])
+        shares = torch.zeros(len(EDGES) - 1, dtype=torch.float64).index_add(0, bins, weights)
+        return cls(shares, float(weights[inside != nodes].sum()))
+
+
+class Scalar(NamedTuple):
+    """A number that is logged of every measurement.
+
+    Attributes:
+        of: (measurement, top_k) -> its value; NaN where it is not known.
+        details: Whether it is logged in the section `<name>_details` instead of `<name>`, which W&B shows first.
+        summary: The aggregates that W&B shows in its table of runs; only the last value if empty.
+        density: Whether it is logged only if a density is measured.
+    """
+
+    of: Callable[[Measurement, int], float]
+    details: bool = False
+    summary: str = ""
+    density: bool = False
+
+
+def _converged(measurement: Measurement, rank: int) -> float:
+    """Return the eigenvalue of this rank; NaN if it has not converged."""
+    return float(measurement.eigenvalues[rank]) if measurement.converged[rank] else math.nan
+
+
+SCALARS: dict[str, Scalar] = {
+    "lambda_max": Scalar(lambda m, _: _converged(m, 0), summary="last,max"),
+    "lambda_min": Scalar(lambda m, _: _converged(m, -1), summary="last,min"),
+    "rneg": Scalar(lambda m, _: m.rneg if m.rneg_error <= _MAX_RNEG_ERROR else math.nan, summary="last,max"),
+    "num_outliers": Scalar(lambda m, _: m.num_outliers()),
+    "sharpness_lr": Scalar(lambda m, _: _converged(m, 0) * m.lr, summary="last,max"),
+    "trace": Scalar(lambda m, _: m.trace),
+    "rneg_error": Scalar(lambda m, _: m.rneg_error, details=True),
+    "num_outliers_exact": Scalar(lambda m, _: not m.num_outliers().at_least, details=True),
+    "trace_sem": Scalar(lambda m, _: m.trace_sem, details=True),
+    "gradient_in_top_k": Scalar(lambda m, k: m.gradient_in_top(k), details=True),
+    "gradient_in_outliers": Scalar(lambda m, _: m.gradient_in_outliers, details=True),
+    "overlap": Scalar(lambda m, _: m.overlap_with_last, details=True),
+    "loss": Scalar(lambda m, _: m.loss, details=True, summary="last,min"),
+    "seconds": Scalar(lambda m, _: m.seconds, details=True, summary="mean"),
+    "negative_mass": Scalar(lambda m, _: m.negative_mass, details=True, density=True),
+    "effective_rank": Scalar(lambda m, _: m.effective_rank, details=True, density=True),
+    "density_overflow": Scalar(
+        lambda m, _: math.nan if m.quadrature is None else Histogram.of(m.quadrature).overflow,
+        details=True,
+        density=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The log keys of a monitor, the same for every measurement.
+
+    Attributes:
+        name: The prefix of the keys.
+        top_k: The number of largest eigenvalues that are logged.
+        bottom_k: The number of smallest eigenvalues that are logged.
+        density: Whether the scalars of the density are logged too.
+        layers: The names of the layers whose blocks are measured too.
+    """
+
+    name: str
+    top_k: int
+    bottom_k: int
+    density: bool = False
+    layers: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, estimator: SpectrumEstimator, layout: Layout | None = None) -> "Keys":
+        """Return the keys of what is estimated; those of layers only if the layout of the parameters is known."""
+        layers = tuple(_layer_groups(layout, estimator.per_layer)) if layout else ()
+        return cls(name, estimator.top_k, estimator.bottom_k, estimator.density_probes > 0, layers)
+
+    @property
+    def scalars(self) -> dict[str, Scalar]:
+        """The scalars that are logged, by key."""
+        return {
+            f"{self.name}{'_details' if scalar.details else ''}/{name}": scalar
+            for name, scalar in SCALARS.items()
+            if self.density or not scalar.density
+        }
+
+    def all_nan(self) -> dict[str, float]:
+        """Return every key with the value NaN."""
+        ranks = [f"top_{i + 1:02d}" for i in range(self.top_k)] + [f"bottom_{i + 1:02d}" for i in range(self.bottom_k)]
+        keys = [*self.scalars, *(f"{self.name}_eigenvalues/{rank}" for rank in ranks)]
+        keys += [f"{self.name}_layers/{layer}/{key}" for layer in self.layers for key in ("lambda_max", "trace")]
+        return dict.fromkeys(keys, math.nan)
+
+    def values(self, measurement: Measurement) -> dict[str, float]:
+        """Return the numbers to be logged; NaN if an eigenvalue has not converged or an error is too large."""
+        found = self.all_nan()
+        found |= {key: float(scalar.of(measurement, self.top_k)) for key, scalar in self.scalars.items()}
+        known = measurement.eigenvalues.where(measurement.converged, math.nan)
+        for end, values in (("top", known[: self.top_k]), ("bottom", known.flip(0)[: self.bottom_k])):
+            for i, value in enumerate(values.tolist()):
+                found[f"{self.name}_eigenvalues/{end}_{i + 1:02d}"] = value
+        for layer, curvature in measurement.layers.items():
+            found[f"{self.name}_layers/{layer}/lambda_max"] = curvature.lambda_max if curvature.converged else math.nan
+            found[f"{self.name}_layers/{layer}/trace"] = curvature.trace
+        return found
