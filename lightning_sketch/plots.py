@@ -136,8 +136,8 @@ def spectrum(
     panels = figure.subplots(
         1, len(widths) + bool(nodes), sharey=True, width_ratios=widths + [sum(widths) / 2] * bool(nodes), squeeze=False
     )[0]
-    threshold = _linear_below(values)
-    panels[0].set_yscale("symlog", linthresh=threshold)
+    threshold = _linear_below(values, [(nodes, weights)] if nodes else ())
+    _symmetric_log(panels[0], threshold, [min(values), max(values)])
     panels[0].set_ylabel(_UNIT)
     figure.suptitle(title, fontsize="medium")
     ends = [(range(above), 1), (range(len(values) - below, len(values)), size - len(values) + 1)]
@@ -162,7 +162,7 @@ def spectrum(
     _legend(panels[0])
     if nodes:
         beside = panels[-1]
-        edges = _edges(values, threshold)
+        edges = _edges([*values, *nodes], threshold)
         shares = _binned([(nodes, weights)], edges)[0]
         beside.stairs([max(share, 1e-7) for share in shares], edges, orientation="horizontal", color=_TOP, fill=True)
         beside.set_xscale("log")
@@ -291,7 +291,7 @@ def _legend(axes: "Axes") -> None:
         Line2D([], [], marker="o", ls="none", color=_TOP, mfc="white", label="not converged: do not rely on it"),
     ]
     handles += [line for line in axes.get_lines() if str(line.get_label()).startswith("edge")]
-    axes.legend(handles=handles, loc="best", frameon=False, fontsize="small")
+    axes.legend(handles=handles, loc="best", framealpha=0.7, edgecolor="none", fontsize="small")
 
 
 def _stability(axes: "Axes", time: Sequence[int | float], edge: Sequence[float]) -> None:
@@ -337,27 +337,20 @@ def _heat_map(
     time: Sequence[int | float],
     density: Sequence[tuple[Sequence[float], Sequence[float]]],
 ) -> None:
-    """Draw the density of all eigenvalues at each measurement as a heat map.
-
-    All that is nearer to zero than twice the median eigenvalue is one band: a node that stands for most of the
-    eigenvalues comes to lie on either side of zero.
-    """
+    """Draw the density of all eigenvalues at each measurement as a heat map."""
     from matplotlib.colors import LogNorm
 
     everything = [node for nodes, _ in density for node in nodes]
-    medians = [_median_size(nodes, weights) for nodes, weights in density]
-    threshold = max(_linear_below(everything), min(2 * max(medians), max(map(abs, everything)) / 10))
-    edges = _edges(everything, threshold, inside=0)
+    threshold = _linear_below(everything, density)
+    edges = _edges(everything, threshold)
     shares = _binned(density, edges)
     steps = [time[0], *((a + b) / 2 for a, b in itertools.pairwise(time)), time[-1]]
     if len(time) == 1:
         steps = [time[0] - 0.5, time[0] + 0.5]
     columns = [[max(shares[t][i], 1e-5) for t in range(len(time))] for i in range(len(edges) - 1)]
     image = axes.pcolormesh(steps, edges, columns, cmap="cividis", norm=LogNorm(vmin=1e-5, vmax=1, clip=True))
-    axes.set_yscale("symlog", linthresh=threshold, linscale=0.3)
+    _symmetric_log(axes, threshold, edges)
     axes.axhline(0, color=_REST, lw=0.8)
-    powers = [10.0**k for k in range(-40, 40) if threshold <= 10.0**k]
-    axes.set_yticks([y for y in (*(-p for p in reversed(powers)), 0.0, *powers) if edges[0] <= y <= edges[-1]])
     axes.set_title("Density of all eigenvalues", fontsize="medium")
     axes.set_ylabel("eigenvalue")
     figure.colorbar(image, ax=axes, label="share of eigenvalues", extend="min")
@@ -424,21 +417,30 @@ def contact_sheet(
     return figure
 
 
-def _linear_below(values: Sequence[float]) -> float:
-    """Return where a symmetric-log axis becomes linear: a power of ten, about a thousandth of the largest value."""
-    largest = max(map(abs, values))
-    return 10.0 ** math.floor(math.log10(largest) - 3) if largest else 1.0
+def _linear_below(values: Sequence[float], density: Sequence[tuple[Sequence[float], Sequence[float]]] = ()) -> float:
+    """Return where a symmetric-log axis becomes linear: about a thousandth of the largest value, or more for a density.
 
-
-def _edges(values: Sequence[float], threshold: float, inside: int = 8) -> list[float]:
-    """Return edges of bins from the smallest to the largest value, eight to a decade, with one bin around zero.
-
-    Args:
-        values: The values.
-        threshold: Where the axis becomes linear.
-        inside: The number of bins on each side of zero below the threshold, beside that around zero.
+    Then it is twice the median eigenvalue, so that most eigenvalues are in one band: a node that stands for many of
+    them comes to lie on either side of zero by chance.
     """
-    positive = [threshold * 10 ** (i / 8) for i in range(-inside, 34)]
+    largest = max(map(abs, values))
+    threshold = 10.0 ** math.floor(math.log10(largest) - 3) if largest else 1.0
+    medians = [_median_size(nodes, weights) for nodes, weights in density]
+    return max([threshold, *(min(2 * median, largest / 10) for median in medians)])
+
+
+def _symmetric_log(axes: "Axes", threshold: float, shown: Sequence[float]) -> None:
+    """Make the vertical axis a symmetric-log one, with ticks at zero and at powers of ten above the threshold."""
+    axes.set_yscale("symlog", linthresh=threshold, linscale=0.3)
+    low, high = min(0.0, *shown), max(0.0, *shown)
+    powers = [10.0**k for k in range(-40, 40) if threshold <= 10.0**k <= max(-low, high)]
+    axes.set_yticks([y for y in (*(-p for p in reversed(powers)), 0.0, *powers) if low <= y <= high])
+    axes.minorticks_off()
+
+
+def _edges(values: Sequence[float], threshold: float) -> list[float]:
+    """Return edges of bins from the smallest to the largest value, eight to a decade, with one bin around zero."""
+    positive = [threshold * 10 ** (i / 8) for i in range(34)]
     below, above = (max(limit * 10 ** (1 / 8), threshold) for limit in (-min(values), max(values)))
     return [-e for e in reversed(positive) if e <= below] + [e for e in positive if e <= above]
 
