@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_sketch._files import TensorFile, write_tensors
+from lightning_sketch._files import CorruptFile, TensorFile, write_tensors
 from lightning_sketch.curvature.result import Spectrum
 from lightning_sketch.linalg.krylov import Krylov, SketchedRun
 from lightning_sketch.linalg.quadrature import Quadrature
@@ -62,6 +63,8 @@ def load_spectrum(path: str | os.PathLike) -> Spectrum:
     Args:
         path: The path of the file.
 
+    A file of the first version has no checksum: it is read with a warning, since a change of a digit would not be seen.
+
     Raises:
         CorruptFile: If the file is not what was written.
         ValueError: If the file contains no spectrum.
@@ -81,6 +84,26 @@ def load_spectrum(path: str | os.PathLike) -> Spectrum:
             "CSV log."
         )
     file.check()
+    if not file.sealed:
+        if file.header.keys() != {"spectrum"}:  # a newer file, of which the names of both checksums are changed
+            raise CorruptFile(f"{path}: its header is not what was written; restore it from a copy.")
+        warnings.warn(
+            f"{path} has no checksum, as the first version wrote it, so a changed byte would not be noticed; "
+            "save_spectrum(load_spectrum(path), path) adds one.",
+            stacklevel=2,
+        )
+    try:
+        return _of_file(file)
+    except Exception as error:
+        if file.sealed:
+            raise
+        raise CorruptFile(
+            f"{path}: its contents are not those of a spectrum ({error}); restore it from a copy."
+        ) from error
+
+
+def _of_file(file: TensorFile) -> Spectrum:
+    """Return the spectrum that a file contains."""
     plain = json.loads(file.header["spectrum"])
     plain |= {name: file.tensor(name) for name in file.shapes}
     runs = [

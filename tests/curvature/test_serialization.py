@@ -1,8 +1,14 @@
-"""What was saved is all there: eigenvectors can be had from the file, and R on both sides is read off either."""
+"""What was saved is all there, and a file that was changed is refused; ratios are read off both sides."""
+
+import random
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 
+from lightning_sketch import BlockSRHT
+from lightning_sketch._files import CorruptFile
 from lightning_sketch.curvature import load_spectrum, save_spectrum, spectrum
 
 
@@ -30,3 +36,81 @@ def test_ratios_on_both_sides(dense_operator):
     top, bottom = sp.ratios(2)
     assert top.tolist() == pytest.approx([1, 0.5])
     assert bottom.tolist() == pytest.approx([0.25, 0.125])
+
+
+def saved(tmp_path):
+    """Return a small spectrum in a file."""
+    s = BlockSRHT(n=120, dim=16, seed=5)
+    sp = spectrum(s.T @ s, num_matvecs=12, dim=24, top_k=2, bottom_k=1, gradient=torch.ones(120).double())
+    save_spectrum(sp, tmp_path / "sp.safetensors")
+    return sp, tmp_path / "sp.safetensors"
+
+
+def without_checksum(path):
+    """Write a file again as the first version did: with one header field."""
+    with safe_open(path, framework="pt") as file:
+        data = save({key: file.get_tensor(key) for key in file.keys()}, {"spectrum": file.metadata()["spectrum"]})
+    path.write_bytes(data)
+    return data
+
+
+def cut(data, i, number):
+    return data[:i]
+
+
+def flip(data, i, number):
+    return data[:i] + bytes([data[i] ^ 1 << number]) + data[i + 1 :]
+
+
+def exchange(data, i, number):
+    return data[:i] + bytes([(data[i] + 1 + 17 * number) % 256]) + data[i + 1 :]
+
+
+def blank(data, i, number):
+    return data[:i] + bytes(len(data[i : i + 64])) + data[i + 64 :]
+
+
+def drop(data, i, number):
+    return data[:i] + data[i + 1 + number :]
+
+
+def insert(data, i, number):
+    return data[:i] + b"7" * (1 + number) + data[i:]
+
+
+@pytest.mark.parametrize("change", [cut, flip, exchange, blank, drop, insert], ids=lambda change: change.__name__)
+def test_a_file_that_was_changed_is_named_and_refused(tmp_path, change):
+    """Of 102 changes in each of six ways, in the length, the header and the tensors, none is read as a spectrum."""
+    _, path = saved(tmp_path)
+    data, draw = path.read_bytes(), random.Random(change.__name__)
+    header = 8 + int.from_bytes(data[:8], "little")
+    for start, stop in ((0, 8), (8, header), (header, len(data))) * 34:
+        changed = change(data, draw.randrange(start, stop), draw.randrange(8))
+        if changed != data:
+            path.write_bytes(changed)
+            with pytest.raises(CorruptFile, match=r"sp\.safetensors"):
+                load_spectrum(path)
+
+
+def test_a_file_without_its_checksums_is_not_taken_for_one_of_the_first_version(tmp_path):
+    _, path = saved(tmp_path)
+    path.write_bytes(path.read_bytes().replace(b'"header_crc32"', b'"header_crc33"').replace(b'"crc32"', b'"crc33"'))
+    with pytest.raises(CorruptFile, match="its header is not what was written"):
+        load_spectrum(path)
+
+
+def test_a_file_of_the_first_version_is_read_with_a_warning(tmp_path):
+    sp, path = saved(tmp_path)
+    data = without_checksum(path)
+    with pytest.warns(UserWarning, match="has no checksum"):
+        loaded = load_spectrum(path)
+    assert torch.equal(loaded.eigenvalues, sp.eigenvalues)
+    assert torch.equal(loaded.krylov.runs[0].columns[-1], sp.krylov.runs[0].columns[-1])
+    for old, new in ((b"tol", b"tal"), (b"block_srht", b"block_srhy"), (b"weights", b"weighty"), (b"true", b"trxe")):
+        if old in data:
+            path.write_bytes(data.replace(old, new))
+            with (
+                pytest.warns(UserWarning, match="has no checksum"),
+                pytest.raises(CorruptFile, match=r"sp\.safetensors"),
+            ):
+                load_spectrum(path)

@@ -43,8 +43,6 @@ def declare(trainer: Trainer, keys: Keys, estimator: SpectrumEstimator) -> None:
             scalar = keys.scalars.get(key)
             summary = {"summary": scalar.summary} if scalar and scalar.summary else {}
             run.define_metric(_prefixed(logger, key), step_metric=step, step_sync=True, **summary)
-        for key in (f"{keys.name}/density", f"{keys.name}/spectrum"):  # a summary of a histogram is all of its bins
-            run.define_metric(_prefixed(logger, key), step_metric=step, step_sync=True, summary="none")
         plain = {k: v for k, v in vars(estimator).items() if isinstance(v, str | int | float | list)}
         run.config.update({f"{keys.name}_monitor": plain}, allow_val_change=True)
 
