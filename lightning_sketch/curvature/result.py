@@ -72,7 +72,7 @@ class Spectrum:
         trace_of_square: The sum of all squared eigenvalues, tr A² = ||A||_F², in the unit of eigenvalues squared; NaN
             if it was not estimated.
         trace_of_square_sem: The standard error of `trace_of_square`, as `trace_sem`.
-        quadrature: Nodes and weights that represent all eigenvalues.
+        quadrature: Nodes and weights that represent all eigenvalues: these themselves if all have converged.
         gradient_shares: Shares of the gradient in the spaces of the first 1, 2, ... eigenvectors, (r,); None if no
             gradient was passed.
         vectors: Sketched eigenvectors S x of length one as columns, (dim, k).

@@ -20,7 +20,7 @@ from lightning_sketch.linalg.alignment import better_of, shares, shares_by_dots
 from lightning_sketch.linalg.krylov import Krylov
 from lightning_sketch.linalg.lanczos import dot, start_vector
 from lightning_sketch.linalg.linearity import checked_defect
-from lightning_sketch.linalg.quadrature import Trace, quadrature, trace
+from lightning_sketch.linalg.quadrature import Quadrature, Trace, quadrature, trace
 from lightning_sketch.linalg.ritz import rayleigh_ritz
 from lightning_sketch.operators.base import LinearOperator
 from lightning_sketch.operators.block_srht import BlockSRHT
@@ -112,8 +112,7 @@ def spectrum(
         if over_batches:
             found = _with_data_error(found, operator, growing.tau)
     _warn_of(growing.defect)
-    density = krylov.runs[: 1 + density_probes]
-    nodes = quadrature(density, density_matvecs if density_probes else done)
+    nodes = _density(found, krylov, 1 + density_probes, density_matvecs if density_probes else done)
     (total, total_sem), (squares, squares_sem) = (_sum_of_powers(found, krylov, power) for power in (1, 2))
     return replace(
         found,
@@ -245,10 +244,22 @@ def _warn_of(defect: float) -> None:
         )
 
 
+def _all_known(found: Spectrum) -> bool:
+    """Return whether every one of the n eigenvalues has converged."""
+    return len(found.eigenvalues) == found.n and bool(found.converged.all())
+
+
+def _density(found: Spectrum, krylov: Krylov, runs: int, steps: int) -> Quadrature:
+    """Return nodes and weights from the first runs: the eigenvalues themselves where all are known."""
+    if _all_known(found):
+        return Quadrature(found.eigenvalues, torch.full_like(found.eigenvalues, 1 / found.n))
+    return quadrature(krylov.runs[:runs], steps)
+
+
 def _sum_of_powers(found: Spectrum, krylov: Krylov, power: Literal[1, 2]) -> Trace:
     """Return tr A or tr A², exact where all eigenvalues are known."""
     values, errors = found.eigenvalues, found.residuals
-    if len(values) == found.n and found.converged.all():
+    if _all_known(found):
         error = power * (values.abs() ** (power - 1) * errors).sum()
         return Trace(float((values**power).sum()), float(error))
     return trace(krylov.runs, found.n, values, errors, found.converged, power=power)

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from curvature_cases import cross_entropy
 
-from lightning_sketch.curvature import Spectrum, spectrum
+from lightning_sketch.curvature import Hessian, Spectrum, spectrum
 from lightning_sketch.linalg.krylov import Krylov
 from lightning_sketch.linalg.lanczos import start_vector
 from lightning_sketch.linalg.quadrature import trace
@@ -154,3 +155,29 @@ def test_a_spectrum_that_was_not_measured_has_none():
 def test_probes_out_of_range(dense_operator, options):
     with pytest.raises(ValueError, match=r"need density_probes >= 0 and density_matvecs >= 1, got .*; 3 and 32"):
         run(dense_operator(torch.eye(50)), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"density_probes": 3, "density_matvecs": 16}])
+def test_a_small_block_has_its_exact_density(dense_operator, options):
+    """A block of a few parameters, as of a bias: all eigenvalues are known, and so is what the density says."""
+    values = torch.tensor([4.0, 2.5, 1.25, 0.5, 0.25, -0.5], dtype=torch.float64)
+    sp = spectrum(dense_operator(values.diag()), top_k=1, bottom_k=0, num_matvecs=32, **options)
+    assert sp.converged.all()
+    assert sp.quadrature.nodes.tolist() == pytest.approx(values.tolist())
+    assert sp.quadrature.weights.tolist() == pytest.approx([1 / 6] * 6)
+    assert sp.effective_rank == pytest.approx(9 / 4)
+    assert sp.negative_mass == pytest.approx(0.5 / 9)
+
+
+def test_a_layer_is_measured_by_few_products(case):
+    """What a monitor logs of each block with probes, by at most 70 products: the norm within four standard errors."""
+    names = [name for name, _ in case.module.named_parameters()]
+    last = [name for name in names if name.split(".")[0] == names[-1].split(".")[0]]
+    block = Hessian(cross_entropy, case.module, [case.batch], parameters=last)
+    sp = spectrum(block, num_matvecs=32, dim=1024, top_k=1, bottom_k=0, density_probes=3, density_matvecs=16)
+    n = block.shape[0]
+    true = torch.linalg.eigvalsh(case.dense[-n:, -n:])  # the last layer has the last rows
+    assert sp.num_products <= 70
+    assert abs(sp.trace_of_square - float(true.square().sum())) < 4 * sp.trace_of_square_sem
+    assert sp.negative_mass < 1e-6
+    assert 0.5 < sp.effective_rank / float(true.abs().sum() / true.abs().max()) < 1.5
