@@ -3,11 +3,12 @@
 While a `PlainFormulas` is active, a call of such an operation computes the same value from operations that can be
 differentiated any number of times:
 
-    always                the second derivative is wrong: weight norm on CPU, linear_cross_entropy in chunks; or missing:
-                          embedding bags, cdist, pdist, CTC and margin losses of classes, hardsigmoid, fused attention
+    always                the second derivative is wrong: weight norm on CPU, linear_cross_entropy by chunks; or
+                          missing: embedding bags, cdist, pdist, CTC and margin losses of classes, hardsigmoid,
+                          fused attention
     derivative in loss    the third derivative is wrong: layer, batch and instance norm
-    forward AD            through the backward pass is missing: mse, Huber and soft margin loss, silu, mish, logit, group
-                          norm; or wrong: solve, det, slogdet, logdet
+    forward AD            through the backward pass is missing: mse, Huber and soft margin loss, silu, mish, logit,
+                          group norm; or wrong: solve, det, slogdet, logdet
 
 Not seen: operations called from C++, from TorchScript, or as torch.ops.aten.*.
 """
@@ -229,7 +230,7 @@ def _ctc_loss(
     impossible = -1e30  # a logarithm that can be differentiated, unlike -inf
     emitted = emitted.gather(2, labels.expand(times, -1, -1)).clamp_min(impossible)
     width = labels.shape[1]
-    distinct = (labels != blank) & (labels != F.pad(labels, (2, 0), value=blank)[:, :width])
+    distinct = labels != F.pad(labels, (2, 0), value=blank)[:, :width]
     paths = torch.where(torch.arange(width, device=labels.device) < 2, emitted[0], impossible)
     for t in range(1, times):
         one, two = (F.pad(paths, (back, 0), value=impossible)[:, :width] for back in (1, 2))

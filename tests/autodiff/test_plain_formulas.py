@@ -513,6 +513,22 @@ def test_narrow_types_agree_within_rounding(name, dtype, monkeypatch):
     torch.testing.assert_close(found, value, rtol=8 * rounding, atol=8 * rounding)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_types_are_summed_in_float32(dtype):
+    x = (50 + torch.randn(4, 300)).to(dtype)  # the mean itself would be off by a tenth of the deviation
+    many = torch.arange(300) % 4
+    for f in (
+        lambda x: F.layer_norm(x, (300,)),
+        lambda x: F.instance_norm(x[None]),
+        lambda x: F.group_norm(x.T, 2),
+        lambda x: F.embedding_bag(many, x, torch.tensor([0, 4]), mode="sum"),
+    ):
+        with PlainFormulas(derivative_in_loss=True, forward_ad=True):
+            found = f(x)
+        rounding = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, f(x.double()).to(dtype), rtol=2 * rounding, atol=2 * rounding)
+
+
 def jvp_by_duals(f, x):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x.cos()))).tangent
@@ -617,6 +633,15 @@ def test_cross_entropy_in_chunks_has_the_curvature_of_the_whole(reduction):
 
     assert_value_and_gradient_are_torchs(chunks, data())
     assert_same_matrix(hessian(chunks, data()), hessian(whole, data()), 1e-12)
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.mish, F.hardsigmoid])
+def test_an_activation_in_place_changes_its_input(activation):
+    x = data()
+    changed = x.clone()
+    with PlainFormulas(forward_ad=True):
+        assert activation(changed, inplace=True) is changed
+    torch.testing.assert_close(changed, activation(x), **ROUNDING)
 
 
 def test_modes_may_be_nested():
