@@ -490,17 +490,23 @@ def copied(batch: Any) -> Any:
     return _with_tensors(batch, Tensor.clone)
 
 
-def differentiable(batch: Any, widen: bool = False) -> Any:
-    """Return the batch without tensors of inference mode, which autograd refuses; without half precision if `widen`."""
+def differentiable(batch: Any, dtype: torch.dtype | None = None) -> Any:
+    """Return the batch without tensors of inference mode, which autograd refuses, and none narrower than a type.
 
-    def needs(tensor: Tensor) -> bool:
-        return tensor.is_inference() or (widen and tensor.dtype in HALF)
+    Args:
+        batch: The batch.
+        dtype: The type to which narrower floating-point tensors are converted; None leaves them.
+    """
+
+    def is_narrow(tensor: Tensor) -> bool:
+        return dtype is not None and tensor.dtype in (*HALF, torch.float32) and tensor.dtype.itemsize < dtype.itemsize
 
     def change(tensor: Tensor) -> Tensor:
         tensor = tensor.clone() if tensor.is_inference() else tensor
-        return tensor.float() if widen and tensor.dtype in HALF else tensor
+        return tensor.to(dtype) if is_narrow(tensor) else tensor
 
-    return _with_tensors(batch, change) if any(map(needs, _tensors_of(batch))) else batch
+    needed = any(tensor.is_inference() or is_narrow(tensor) for tensor in _tensors_of(batch))
+    return _with_tensors(batch, change) if needed else batch
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:

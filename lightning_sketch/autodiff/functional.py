@@ -1,12 +1,17 @@
-"""Context managers that run a module on other tensors in place of its parameters and buffers."""
+"""Context managers that run a module as a function: on other parameters, and with stopped gradients held fixed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_sketch.autodiff.batches import HALF
+
+# Functions that return numbers without a gradient.
+_STOPPING = ("detach", "item", "tolist", "numpy", "__float__", "__int__", "__index__")
 
 _ORIGINAL = "stands_for"  # the attribute of a copy that is the tensor it replaces
 
@@ -53,14 +58,15 @@ def _check_present(module: nn.Module, tensors: Sequence[Tensor], present: set[in
 
 
 @contextmanager
-def in_float32(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Run a module on float32 copies of its tensors in half precision; yield the copies of these parameters.
+def in_precision(module: nn.Module, parameters: Sequence[Tensor], dtype: torch.dtype) -> Iterator[list[Tensor]]:
+    """Run a module on copies of its narrower floating-point tensors; yield the copies of these parameters.
 
     Inside another such context, as of two operators in a sum, the copies of the outer one are used.
 
     Args:
         module: The module.
-        parameters: The parameters whose replacements are yielded; those in full precision are yielded themselves.
+        parameters: The parameters whose replacements are yielded; those that are wide enough are yielded themselves.
+        dtype: The type of the copies.
 
     Raises:
         RuntimeError: if one of the parameters is nowhere in the module.
@@ -68,10 +74,67 @@ def in_float32(module: nn.Module, parameters: Sequence[Tensor]) -> Iterator[list
     everything = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
     standing = {id(getattr(tensor, _ORIGINAL)): tensor for tensor in everything if hasattr(tensor, _ORIGINAL)}
     _check_present(module, parameters, {*map(id, everything), *standing})
-    half = [tensor for tensor in everything if tensor.dtype in HALF]
-    wide = [tensor.detach().float().requires_grad_(tensor.requires_grad) for tensor in half]
-    for old, new in zip(half, wide, strict=True):
+    narrow = [t for t in everything if t.dtype in (*HALF, torch.float32) and t.dtype.itemsize < dtype.itemsize]
+    wide = [tensor.detach().to(dtype).requires_grad_(tensor.requires_grad) for tensor in narrow]
+    for old, new in zip(narrow, wide, strict=True):
         setattr(new, _ORIGINAL, old)
         standing[id(old)] = new
-    with swap_tensors(module, half, wide):
+    with swap_tensors(module, narrow, wide):
         yield [standing.get(id(p), p) for p in parameters]
+
+
+class HeldTargets(TorchFunctionMode):
+    """Record, in the first evaluation of a loss, what it computes without gradients, and return it in all others.
+
+    A loss may compute targets by itself and stop gradients there: `detach`, `no_grad`, `item`. Autograd differentiates
+    it as if they were constants. Differences of gradients do so only if these tensors keep their values while the
+    parameters move. Enter it around each evaluation. Memory is that of the recorded tensors.
+
+    >>> x, targets = torch.tensor(1.0), HeldTargets()
+    >>> for moved in (x, x + 1):
+    ...     with targets:
+    ...         print(float(moved - moved.detach()))
+    0.0
+    1.0
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._recorded: list[Any] | None = None
+        self._next, self._stopped = 0, False
+
+    def __enter__(self) -> "HeldTargets":
+        self._next, self._stopped = 0, False
+        self._replays, self._recorded = self._recorded is not None, self._recorded or []
+        return super().__enter__()
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call the function, and replace its result if no gradient flows through it."""
+        out = func(*args, **(kwargs or {}))
+        if func is torch._C._set_grad_enabled:  # by no_grad; a custom autograd function sets it in another way
+            self._stopped = not args[0]
+        elif self._stopped or getattr(func, "__name__", "") in _STOPPING or func is Tensor.data.__get__:  # type: ignore[attr-defined]
+            return self._held(out, in_place=bool(args) and out is args[0])
+        return out
+
+    def _held(self, out: Any, in_place: bool) -> Any:
+        """Record a result, or return the recorded one."""
+        if isinstance(out, list | tuple) and not hasattr(out, "_fields"):
+            return type(out)(self._held(item, in_place=False) for item in out)
+        if not isinstance(out, Tensor | int | float) or isinstance(out, bool):
+            return out
+        assert self._recorded is not None
+        if not self._replays:
+            self._recorded.append(out.detach().clone() if isinstance(out, Tensor) else out)
+            return out
+        if self._next == len(self._recorded):
+            raise RuntimeError("the loss takes another path where its parameters are moved.")
+        before = self._recorded[self._next]
+        self._next += 1
+        if not isinstance(out, Tensor):
+            return before
+        if in_place:  # others may refer to the tensor; one with a gradient is a parameter that was moved
+            return out if out.requires_grad else out.copy_(before)
+        return before.clone()

@@ -1,9 +1,12 @@
 """Measurement of a module without a trace: whatever a forward pass changes is restored."""
 
 import copy
+import hashlib
 import random
+import signal
 import sys
 import threading
+import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -46,8 +49,121 @@ def measurement_depth(module: nn.Module) -> int:
     return _depths.of[id(module)]
 
 
+class _Interrupts:
+    """Interrupts (SIGINT) of the main thread, held back while a module is not in its own state.
+
+    Ctrl-C may come between any two instructions, also where state is half restored. So it is only noted, and raised
+    where a batch begins (`raise_interrupt`) or after the state is restored. A second one is raised at once, unless
+    state is being restored.
+    """
+
+    def __init__(self) -> None:
+        self.depth = self.count = 0
+        self.restoring = False
+        self.handler: Any = None
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if self.depth == 0 and callable(handler := signal.getsignal(signal.SIGINT)):
+            self.handler, self.count = handler, 0
+            signal.signal(signal.SIGINT, self._note)
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        self.depth -= 1
+        if self.depth or self.handler is None:
+            return
+        handler, self.handler = self.handler, None
+        signal.signal(signal.SIGINT, handler)
+        if self.count:
+            self.count = 0
+            handler(signal.SIGINT, None)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.count += 1
+        if self.count > 1 and not self.restoring:
+            self.handler(number, frame)
+
+    def deliver(self) -> None:
+        """Raise an interrupt that was held back, if this is the main thread."""
+        if self.count and self.handler and threading.current_thread() is threading.main_thread():
+            self.count = 0
+            self.handler(signal.SIGINT, None)
+
+
+interrupts_held_back = _Interrupts()
+
+
+def raise_interrupt() -> None:
+    """Raise KeyboardInterrupt if Ctrl-C was pressed since the last batch of a measurement."""
+    interrupts_held_back.deliver()
+
+
+class Preserved:
+    """The state of a module during a measurement, as `preserve_state` yields it.
+
+    Args:
+        module: The module that is measured.
+    """
+
+    def __init__(self, module: nn.Module):
+        seen: set[int] = set()
+        self._generators = [g for part in module.modules() for v in vars(part).values() for g in _generators(v, seen)]
+        self._restore = _snapshot(module)
+        self._kept: dict[int, Callable[[], None]] = {}
+        for part in module.modules():
+            if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
+                self.keep(part.weight)
+        self._trainable = {n: (p, p._version) for n, p in module.named_parameters() if p.requires_grad}
+
+    def keep(self, parameter: Tensor) -> None:
+        """Copy a trainable parameter that the forward pass writes into, to restore its present values at the end."""
+        self._kept.setdefault(id(parameter), _parameter(parameter))
+
+    def end(self) -> None:
+        """Restore everything, and warn of trainable parameters that were written into without a copy."""
+        interrupts_held_back.restoring = True
+        try:
+            self._restore()
+            for put_back in self._kept.values():
+                put_back()
+        finally:
+            interrupts_held_back.restoring = False
+        changed = [name for name, (p, v) in self._trainable.items() if p._version != v and id(p) not in self._kept]
+        if changed:
+            warnings.warn(
+                f"the forward pass writes into trainable parameters ({', '.join(changed[:3])}), which a measurement "
+                "cannot undo; compute a changed copy of the weight instead of changing it in place.",
+                stacklevel=2,
+            )
+
+    def draw(self, *key: int) -> None:
+        """Set every random generator to a state that depends on these numbers only.
+
+        These are the generators of Python, numpy and torch, on every device in use, and those that the module owns. A
+        loss that draws from them then draws the same numbers wherever it is called with this key.
+        """
+        seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+        random.seed(seed)
+        np.random.seed(seed % (1 << 32))
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # otherwise each call is put on a list, to be made later
+            torch.cuda.manual_seed_all(seed)
+        if torch.backends.mps.is_available():
+            torch.mps.manual_seed(seed)
+        for own in self._generators:
+            _seed(own, seed)
+
+    def restore(self) -> None:
+        """Restore buffers, attributes and frozen parameters, as before an evaluation that changed them."""
+        self._restore()
+
+
 @contextmanager
-def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
+def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[Preserved]:
     """Run a module, inside this context, as a pure function of its parameters as far as that is possible.
 
     Inside: evaluation mode, gradients on, autocast off, compiled parts run eagerly, attention by plain operations (the
@@ -56,10 +172,12 @@ def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
     as training.
 
     Restored afterwards, also after an error: the random state of Python, numpy and torch on every device, the mode of
-    every submodule, buffers, frozen parameters, states of metrics, and attributes of modules that are numbers, strings,
-    lists, dicts, sets, deques, random generators and small tensors, however deep. Costs a copy of these. Not restored:
-    files, globals, the contents of other objects, tensor attributes of more than 2^20 numbers, and frozen parameters
-    where they outnumber the trainable ones (a large frozen base is never copied).
+    every submodule, buffers, frozen parameters, trainable weights of embeddings with `max_norm`, states of metrics, and
+    attributes of modules that are numbers, strings, lists, dicts, sets, deques, random generators and small tensors,
+    however deep. Costs a copy of these. Not restored: files, globals, the contents of other objects, tensor attributes
+    of more than 2^20 numbers, and frozen parameters where they outnumber the trainable ones (a large frozen base is
+    never copied); other trainable parameters that a forward pass writes into are named in a warning. An interrupt
+    (Ctrl-C) is held back until all is restored.
 
     One thread of a process measures at a time, each its own module; the others wait for it. Another thread may draw the
     same numbers from the global random generators twice, since their state is restored, and its attention runs by plain
@@ -68,6 +186,9 @@ def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
     Args:
         module: The module to measure.
         mode: "eval", or "train" to leave every submodule in the mode that it is in.
+
+    Yields:
+        The preserved state, by which random numbers can be fixed and the state restored before each evaluation.
 
     Raises:
         ValueError: if the mode is neither.
@@ -81,10 +202,12 @@ def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
     if mode not in get_args(Mode):
         raise ValueError(f"mode is 'eval' or 'train', got {mode!r}.")
     with ExitStack() as stack:
+        stack.enter_context(interrupts_held_back)
         stack.enter_context(_process)
         stack.enter_context(_one_deeper(module))
         stack.enter_context(_random_state())
-        stack.callback(_snapshot(module))
+        preserved = Preserved(module)
+        stack.callback(preserved.end)
         stack.enter_context(_no_hooks(module))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -99,7 +222,7 @@ def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[None]:
         if mode == "eval":
             for part in module.modules():
                 part.training = False
-        yield
+        yield preserved
 
 
 @contextmanager
@@ -195,7 +318,7 @@ def _is_metric(part: nn.Module) -> bool:
     return torchmetrics is not None and isinstance(part, torchmetrics.Metric)
 
 
-def _parameter(parameter: nn.Parameter) -> Callable[[], None]:
+def _parameter(parameter: Tensor) -> Callable[[], None]:
     """Copy a frozen parameter, which a step may change in place or give other data, and return what restores it."""
     data, values = parameter.data, _tensor(parameter.data)
 
@@ -263,7 +386,7 @@ def _contents(value: Any, seen: set[int]) -> Callable[[], None]:
         items, inner = dict(value), value.values()
     elif type(value) is set:
         items, inner = set(value), ()
-    elif isinstance(value, torch.Generator | np.random.Generator | random.Random):
+    elif isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
         return _generator(value)
     else:
         return lambda: None
@@ -278,6 +401,27 @@ def _contents(value: Any, seen: set[int]) -> Callable[[], None]:
     return put_back
 
 
+def _generators(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Yield the random generators in an attribute of a module, however deep."""
+    if isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+        yield value
+    elif isinstance(value, list | tuple | set | deque | dict) and id(value) not in seen:
+        seen.add(id(value))
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _generators(item, seen)
+
+
+def _seed(generator: Any, seed: int) -> None:
+    """Set the state of a random generator."""
+    if isinstance(generator, torch.Generator):
+        generator.manual_seed(seed)
+    elif isinstance(generator, np.random.Generator):
+        bits: Any = generator.bit_generator
+        bits.state = type(bits)(seed).state
+    else:
+        generator.seed(seed if isinstance(generator, random.Random) else seed % (1 << 32))
+
+
 def _generator(value: Any) -> Callable[[], None]:
     """Copy the state of a random generator that a module owns, and return a function that restores it."""
     if isinstance(value, np.random.Generator):
@@ -287,5 +431,8 @@ def _generator(value: Any) -> Callable[[], None]:
     if isinstance(value, torch.Generator):
         seed = value.get_state()
         return lambda: cast(None, value.set_state(seed))
+    if isinstance(value, np.random.RandomState):
+        state = value.get_state()
+        return lambda: value.set_state(state)
     inner = value.getstate()
     return lambda: value.setstate(inner)

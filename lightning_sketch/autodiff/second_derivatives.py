@@ -12,9 +12,10 @@ doi:10.1162/neco.1994.6.1.147; Griewank & Walther (2008), "Evaluating Derivative
 (2017), "A new trick for calculating Jacobian vector products", https://j-towns.github.io/2017/06/12/
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -40,6 +41,24 @@ _SIGNS = (
     "forward AD",
     "jvp",
 )
+
+# Relative difference between finite differences with two steps above which they are refused; and the rounding error of
+# a gradient that is allowed on top, in units of its last digit.
+_STEPS_AGREE, _ROUNDING = 0.02, 30
+
+# Relative difference between one-sided differences above which they say nothing, in float32 and in float64.
+_SIDES_AGREE = (0.1, 1e-2)
+
+# Difference between the slopes of a loss to either side, relative to its value, above which it is not in float64: one
+# that is rounded to float32 on its way changes by 6e-8 at random, which is divided by the step.
+_SMOOTH = 2e-5
+
+# Operations with kinks: beginnings of the names of their nodes in a graph.
+_KINKS = (
+    "Relu", "Threshold", "LeakyRelu", "Prelu", "Rrelu", "Hard", "Softshrink", "Abs", "Clamp", "Max", "Min", "Amax",
+    "Amin", "Aminmax", "AdaptiveMaxPool", "FractionalMaxPool", "Sort", "Topk", "Kthvalue", "Median", "Where", "Cummax",
+    "Cummin",
+)  # fmt: skip
 
 # The code of every backward pass that is marked once_differentiable.
 _MARKED = once_differentiable(lambda ctx: None).__code__
@@ -97,7 +116,9 @@ def forward_over_reverse(loss_now: LossNow, module: nn.Module, parameters: Seque
 
 
 def finite_differences(loss_now: LossNow, module: nn.Module, parameters: Sequence[Tensor], step: float) -> Product:
-    """Return v -> H v from two gradients, `step` to either side along v / ||v||.
+    """Return v -> H v from four gradients, `step` and half of it to either side along v / ||v||.
+
+    The two differences D(ε) and D(ε/2) are combined to (4 D(ε/2) - D(ε)) / 3, whose error is of order ε⁴.
 
     Args:
         loss_now: The loss at the present parameters.
@@ -105,24 +126,135 @@ def finite_differences(loss_now: LossNow, module: nn.Module, parameters: Sequenc
         parameters: The parameters to differentiate by.
         step: The distance ε of either side.
 
-    The product raises ValueError if the loss does not get its parameters through the module.
+    The product raises ValueError if the two differences disagree, as they do where a step crosses a kink of the loss,
+    and if the loss does not get its parameters through the module.
     """
 
-    def gradient(parts: Sequence[Tensor], t: float) -> Sequence[Tensor | None]:
-        moved = [torch.add(p.detach(), v, alpha=t).requires_grad_() for p, v in zip(parameters, parts, strict=True)]
-        with swap_tensors(module, parameters, moved):
-            loss = loss_now()
-            nowhere_else(loss, parameters)
-            return torch.autograd.grad(loss, moved, allow_unused=True)
+    def difference(parts: Sequence[Tensor], t: float) -> tuple[list[Tensor | None], float]:
+        """Return (∇L(θ + t v) - ∇L(θ - t v)) / 2t, and the rounding error that is due to the size of ∇L."""
+        up, down = (gradient_at(loss_now, module, parameters, parts, sign * t)[1] for sign in (1, -1))
+        rounding = _ROUNDING * torch.finfo(parameters[0].dtype).eps * norm(up) / t
+        return [None if d is None else d.div_(2 * t) for d in _differences(up, down)], rounding
 
     def product(parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        size = float(torch.stack([v.double().square().sum() for v in parts]).sum().sqrt())
+        size = norm(parts)
         if not size:
             return [None] * len(parts)
-        sides = zip(gradient(parts, step / size), gradient(parts, -step / size), strict=True)
-        return [None if up is None else (up - cast(Tensor, down)) * (size / (2 * step)) for up, down in sides]
+        (coarse, _), (fine, rounding) = (difference(parts, t / size) for t in (step, step / 2))
+        change, whole = norm(_differences(fine, coarse)), norm(fine)
+        if not change <= _STEPS_AGREE * whole + rounding:
+            raise ValueError(
+                f"finite differences with steps of {step:g} and {step / 2:g} differ by "
+                f"{change / whole if whole else math.inf:.0%}: the loss has kinks (ReLU, max-pooling) or the step does "
+                "not fit it. Use hvp='auto', smooth activations, or another step."
+            )
+        return [
+            None if f is None or c is None else f.mul_(4).sub_(c).div_(3) for f, c in zip(fine, coarse, strict=True)
+        ]
 
     return product
+
+
+def gradient_at(
+    loss_now: LossNow, module: nn.Module, parameters: Sequence[Tensor], parts: Sequence[Tensor], t: float
+) -> tuple[float, Sequence[Tensor | None]]:
+    """Return L(θ + t v) and ∇L(θ + t v), without changing the parameters.
+
+    Args:
+        loss_now: The loss at the present parameters.
+        module: The module that has the parameters.
+        parameters: The parameters θ.
+        parts: The direction v, in the shapes of the parameters.
+        t: The distance along v.
+
+    Raises:
+        ValueError: if the loss does not get its parameters through the module.
+    """
+    moved = [torch.add(p.detach(), v, alpha=t).requires_grad_() for p, v in zip(parameters, parts, strict=True)]
+    with swap_tensors(module, parameters, moved):
+        loss = loss_now()
+        nowhere_else(loss, parameters)
+        return float(loss.detach()), torch.autograd.grad(loss, moved, allow_unused=True)
+
+
+class Disagreement(NamedTuple):
+    """How far a product by autograd is from a difference of gradients.
+
+    Attributes:
+        relative: The norm of the difference over the norm of the larger of the two.
+        bound: How far they may differ, by the differences' own error.
+        parameters: The places of the parameters that differ most.
+    """
+
+    relative: float
+    bound: float
+    parameters: list[int]
+
+
+def disagreement(
+    product: Product,
+    loss_now: LossNow,
+    module: nn.Module,
+    parameters: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    has_kinks: bool,
+) -> Disagreement | None:
+    """Compare a product by autograd with differences of the gradient; return None if these say nothing.
+
+    One-sided differences to either side must agree with each other before they count. In float64 the step is so small
+    that almost never a kink of the loss lies within it, and where one does the sides disagree. In float32 it is longer,
+    and differences of a loss with kinks do not count. Nor do small steps where the loss is rounded to float32 on its
+    way, which would hide what they change: the loss itself must be smooth on their scale.
+
+    Args:
+        product: v -> H v by autograd, at the same point and in the same precision.
+        loss_now: The loss at the present parameters.
+        module: The module that has the parameters.
+        parameters: The parameters, all in float64 or in float32.
+        direction: A random vector, in the shapes of the parameters.
+        has_kinks: Whether the graph of the loss has operations with kinks.
+    """
+    double = parameters[0].dtype == torch.float64
+    value, middle = gradient_at(loss_now, module, parameters, direction, 0.0)
+    # What has no gradient may yet change the loss, such as the row of an embedding's padding_idx.
+    direction = [torch.zeros_like(v) if g is None else v * (g != 0) for v, g in zip(direction, middle, strict=True)]
+    if not (length := norm(direction)):
+        return None
+    direction = [v / length for v in direction]
+    claimed = product(direction)
+    for step in (1e-6, 1e-8, 1e-4) if double else (1e-2, 1e-3):
+        if has_kinks and step > 1e-5:
+            continue
+        (high, up), (low, down) = (gradient_at(loss_now, module, parameters, direction, t) for t in (step, -step))
+        if double and not _is_smooth(value, high, low, step):
+            return None
+        central = [d if d is None else d / (2 * step) for d in _differences(up, down)]
+        size = max(norm(central), norm(claimed))
+        # the difference of the two one-sided differences
+        apart = norm(_differences(_differences(up, middle), _differences(middle, down))) / step
+        if not size:
+            return None
+        if apart <= _SIDES_AGREE[double] * size:
+            rests = [norm([rest]) for rest in _differences(claimed, central)]
+            worst = sorted(range(len(rests)), key=lambda i: -rests[i])[:3]
+            return Disagreement(math.hypot(*rests) / size, (1e-3 if double else 0.05) + 2 * apart / size, worst)
+    return None
+
+
+def _is_smooth(value: float, high: float, low: float, step: float) -> bool:
+    """Return whether a loss changes alike to both sides, as it does not where it is rounded more coarsely."""
+    right, left = (high - value) / step, (value - low) / step
+    return abs(right - left) <= _SMOOTH * (abs(value) + max(abs(right), abs(left)))
+
+
+def _differences(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
+    pairs = zip(a, b, strict=True)
+    return [(-y if y is not None else None) if x is None else (x if y is None else x - y) for x, y in pairs]
+
+
+def norm(parts: Sequence[Tensor | None]) -> float:
+    """Return the Euclidean norm of the numbers in some tensors together; None is zero."""
+    return math.hypot(0.0, *(float(part.double().norm()) for part in parts if part is not None))
 
 
 class Jacobian:
@@ -240,6 +372,17 @@ def nowhere_else(output: Tensor, tensors: Sequence[Tensor]) -> None:
             "that it cannot be computed at other values. Use parameters through modules, or float32 and "
             "hvp='double_backward'."
         )
+
+
+def functions_in(output: Tensor) -> list[str]:
+    """Return the names of the custom autograd functions in a tensor's graph."""
+    found = {type(n).__name__.removesuffix("Backward") for n in graph_nodes(output) if isinstance(n, BackwardCFunction)}
+    return sorted(found)
+
+
+def has_kinks(output: Tensor) -> bool:
+    """Return whether a tensor's graph has operations with kinks, as far as their names tell."""
+    return any(type(node).__name__.startswith(_KINKS) for node in graph_nodes(output))
 
 
 def graph_nodes(output: Tensor) -> Iterator[object]:

@@ -11,7 +11,7 @@ Source: Kunstner, Balles & Hennig (2019), "Limitations of the empirical Fisher a
 descent", NeurIPS 2019, arXiv:1905.12558, eq. (3).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class EmpiricalFisher(CurvatureOperator):
         batch_dim: The axis of the examples, 1 for (time, batch, ...).
         micro_batch_size: Most examples differentiated at once; larger batches are cut.
         distributed: Whether to sum over the ranks of the default process group, each with its own batches.
+        noise_samples: The number of draws of random numbers that the loss is averaged over, if it draws any.
+        noise_seed: The seed of these draws.
 
     Raises:
         TypeError: As in `CurvatureOperator`.
@@ -68,6 +70,8 @@ class EmpiricalFisher(CurvatureOperator):
         batch_dim: int = 0,
         micro_batch_size: int | None = None,
         distributed: bool = False,
+        noise_samples: int = 1,
+        noise_seed: int = 0,
     ):
         super().__init__(
             module,
@@ -79,12 +83,14 @@ class EmpiricalFisher(CurvatureOperator):
             batch_dim=batch_dim,
             micro_batch_size=micro_batch_size,
             distributed=distributed,
+            noise_samples=noise_samples,
+            noise_seed=noise_seed,
         )
         self.loss_fn = loss_fn
 
     def linearize(self, batch: Any, keep: bool) -> Product:
         """Return v -> Jᵀ J v / N for one batch."""
-        losses = self._differentiable(self._losses(batch))
+        losses = self._differentiable(self.finite(self._losses(batch)))
         jacobian = Jacobian(losses, self.parameters)
         return lambda pieces: jacobian.rmatvec(jacobian.matvec(pieces) / len(losses), keep)
 
@@ -94,7 +100,7 @@ class EmpiricalFisher(CurvatureOperator):
 
     def _call_loss(self, batch: Any) -> Tensor:
         """Return what `loss_fn` returns: the mean loss, or the losses of the examples."""
-        loss = self.loss_fn(self.module, batch)
+        loss = self.evaluate(self.loss_fn, self.module, batch)
         if not isinstance(loss, Tensor) or (loss.ndim and loss.shape != (self.batches.structure.count(batch),)):
             examples = self.batches.structure.count(batch)
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
@@ -106,11 +112,20 @@ class EmpiricalFisher(CurvatureOperator):
         loss = self._call_loss(batch)
         if loss.ndim:
             return loss
-        examples = self.batches.structure.parts(batch, 1)
-        losses = torch.stack([self._call_loss(example).squeeze() for example, _ in examples])
-        if not torch.allclose(losses.detach().mean(), loss := loss.detach(), rtol=1e-3, atol=1e-6):
+        losses = torch.stack([self._call_loss(example).squeeze() for example in self._examples(batch)])
+        if not self.batches.is_random and not torch.allclose(
+            losses.detach().mean(), loss := loss.detach(), rtol=1e-3, atol=1e-6
+        ):
             raise ValueError(
                 f"the loss of the batch, {float(loss):.6g}, is not the mean of the losses of its examples, "
                 f"{float(losses.detach().mean()):.6g}, so these have no gradients of their own; return one loss each."
             )
         return losses
+
+    def _examples(self, batch: Any) -> Iterator[Any]:
+        """Yield batches of one example each, which draw random numbers of their own."""
+        index, start, draw = self.batches.key
+        for i, (example, _) in enumerate(self.batches.structure.parts(batch, 1)):
+            self.batches.key = index, start + i, draw
+            yield example
+        self.batches.key = index, start, draw

@@ -12,7 +12,7 @@ natural gradient method", JMLR 21(146), section 8.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class GGN(CurvatureOperator):
         batch_dim: The axis of the examples, 1 for (time, batch, ...).
         micro_batch_size: Most examples differentiated at once; larger batches are cut.
         distributed: Whether to sum over the ranks of the default process group, each with its own batches.
+        noise_samples: The number of draws of random numbers that the loss is averaged over, if it draws any.
+        noise_seed: The seed of these draws.
 
     Raises:
         TypeError: As in `CurvatureOperator`.
@@ -78,6 +80,8 @@ class GGN(CurvatureOperator):
         batch_dim: int = 0,
         micro_batch_size: int | None = None,
         distributed: bool = False,
+        noise_samples: int = 1,
+        noise_seed: int = 0,
     ):
         super().__init__(
             module,
@@ -89,25 +93,28 @@ class GGN(CurvatureOperator):
             batch_dim=batch_dim,
             micro_batch_size=micro_batch_size,
             distributed=distributed,
+            noise_samples=noise_samples,
+            noise_seed=noise_seed,
         )
         self.model = OutputModel(module, model_fn, output_loss_fn, loss_fn)
 
     def linearize(self, batch: Any, keep: bool) -> Product:
         """Return v -> J_bᵀ H_b J_b v for one batch."""
-        output, own = self.model.forward(batch)
+        output, own = self.evaluate(self.model.forward, batch)
         jacobian = Jacobian(self._differentiable(output), self.parameters)
         hessian = _loss_hessian(output, self._loss_of(output, own, batch), own, batch)
         return lambda pieces: jacobian.rmatvec(hessian(jacobian.matvec(pieces)), keep)
 
     def batch_loss(self, batch: Any) -> Tensor:
         """Return the mean loss of the batch, by the output loss."""
-        output, own = self.model.forward(batch)
+        output, own = self.evaluate(self.model.forward, batch)
         loss_fn = self._loss_of(output, own, batch)
         # Without an output loss the model has returned its own.
-        return cast(Tensor, own) if loss_fn is None else loss_fn(output, batch)
+        return _scalar(own if loss_fn is None else loss_fn(output, batch))
 
     def _loss_of(self, output: Tensor, own: Tensor | None, batch: Any) -> Callable[[Tensor, Any], Tensor] | None:
         """Return the output loss, compared with the training loss until every batch has been compared once."""
+        self.draw()  # the training loss draws the same numbers as the output did
         return self.model.loss_of(output, own, batch, compare=not self._all_seen)
 
 
@@ -122,9 +129,7 @@ def _loss_hessian(
     if loss_fn is not None:
         output = output.detach().requires_grad_()
         loss = loss_fn(output, batch)
-    if not isinstance(loss, Tensor) or loss.ndim:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"output_loss_fn returns the mean loss of a batch, a scalar tensor; got {got}; use .mean().")
+    loss = _scalar(loss)
     if not loss.requires_grad:
         raise ValueError("the loss does not depend on the output; it may have been computed from detached tensors.")
     with second_derivative_errors(), nothing_dropped(loss):
@@ -137,3 +142,11 @@ def _loss_hessian(
             return torch.autograd.grad(gradient, output, u, retain_graph=True)[0]
 
     return product
+
+
+def _scalar(loss: Any) -> Tensor:
+    """Return the mean loss of a batch, or refuse what is none."""
+    if not isinstance(loss, Tensor) or loss.ndim:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"output_loss_fn returns the mean loss of a batch, a scalar tensor; got {got}; use .mean().")
+    return loss

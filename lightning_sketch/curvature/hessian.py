@@ -9,7 +9,6 @@ One product costs about three gradients of every batch, and less than two for a 
 kept. Nothing of size n² is ever computed. The module `autodiff.second_derivatives` computes the products.
 """
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,18 +18,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import BatchStructure
+from lightning_sketch.autodiff.batches import BatchStructure, differentiable
+from lightning_sketch.autodiff.functional import HeldTargets, in_precision
 from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.autodiff.second_derivatives import (
+    Disagreement,
     NoSecondDerivative,
+    disagreement,
     double_backward,
     finite_differences,
     forward_over_reverse,
+    functions_in,
+    has_kinks,
 )
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
-from lightning_sketch.linalg.lanczos import dot, start_vector
 
-_STEPS_AGREE = 0.02  # largest relative difference between finite differences with two steps
+_COMPARED = 8  # examples for which a product is compared with differences of gradients
 
 HVP = Literal["auto", "double_backward", "forward_over_reverse", "finite_differences"]
 
@@ -46,7 +49,8 @@ class Hessian(CurvatureOperator):
         hvp: How products are computed. "double_backward" supports most modules, and keeps the graph of a single batch;
             "forward_over_reverse" needs less memory, and fails where PyTorch has no forward derivative; "auto" is
             the first, or the second where the first is impossible. "finite_differences" needs first derivatives only;
-            it has three correct digits on smooth losses, and is refused where two steps disagree, as with ReLU.
+            it has three correct digits on smooth losses, costs four gradients, and is refused where two steps
+            disagree, as with ReLU.
         step: The step of finite differences, along a unit vector of parameters.
         parameters: Shell patterns that select parameters by name.
         mode: "eval", or "train" to leave each submodule in its mode.
@@ -55,12 +59,18 @@ class Hessian(CurvatureOperator):
         batch_dim: The axis of the examples, 1 for (time, batch, ...).
         micro_batch_size: Most examples differentiated at once; larger batches are cut.
         distributed: Whether to sum over the ranks of the default process group, each with its own batches.
+        noise_samples: The number of draws of random numbers that the loss is averaged over, if it draws any.
+        noise_seed: The seed of these draws.
 
     Raises:
         TypeError: As in `CurvatureOperator`.
-        ValueError: If `hvp` is unknown or `step` is not positive. At a product, if the loss is no scalar, does not
-            depend on the parameters, or contains an operation that PyTorch cannot differentiate twice; the message
-            names it.
+        ValueError: If `hvp` is unknown or `step` is not positive. At a product, if the loss is no scalar, is NaN, does
+            not depend on the parameters, or contains an operation that PyTorch cannot differentiate twice; the message
+            names it. Also if the product differs from a difference of gradients, with which it is compared when a
+            matrix is first multiplied, for a custom autograd function may be right once and wrong twice.
+
+    Where a loss stops gradients (`detach`, targets computed under no_grad), these are held fixed: it is the Hessian of
+    the loss as a function of the parameters that gradients reach.
 
     >>> import torch
     >>> module = torch.nn.Linear(2, 1, bias=False)
@@ -85,6 +95,8 @@ class Hessian(CurvatureOperator):
         batch_dim: int = 0,
         micro_batch_size: int | None = None,
         distributed: bool = False,
+        noise_samples: int = 1,
+        noise_seed: int = 0,
     ):
         super().__init__(
             module,
@@ -96,21 +108,21 @@ class Hessian(CurvatureOperator):
             batch_dim=batch_dim,
             micro_batch_size=micro_batch_size,
             distributed=distributed,
+            noise_samples=noise_samples,
+            noise_seed=noise_seed,
         )
         check_hvp(hvp)
         if not step > 0:
             raise ValueError(f"need step > 0, got {step}.")
         self.loss_fn, self.step = loss_fn, step
         self.hvp: HVP = hvp
-        self._steps_agree = False  # becomes True once two steps have been compared
+        self._compared: set[int] = set()  # batches whose product was compared with differences of gradients
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}, hvp={self.hvp!r}"
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """Return H x for each vector x along the last axis, one after the other."""
-        if self.hvp == "finite_differences" and not self._steps_agree:
-            self._check_steps()
         try:
             return super().matvec(x)
         except NoSecondDerivative as first:
@@ -126,57 +138,117 @@ class Hessian(CurvatureOperator):
 
     def linearize(self, batch: Any, keep: bool) -> Product:
         """Return v -> ∇²L_b v for one batch."""
+        if self.hvp != "finite_differences" and self.batches.key[0] not in self._compared:
+            self._compare(batch)
+            self._compared.add(self.batches.key[0])
+        return self._product_of(batch, keep)
+
+    def _product_of(self, batch: Any, keep: bool) -> Product:
         loss_now = functools.partial(self._differentiable_loss, batch)
         if self.hvp == "finite_differences":
-            return finite_differences(loss_now, self.module, self.parameters, self.step)
+            moved = self._with_held_targets(batch)
+            return finite_differences(moved, self.module, self.parameters, self.step)
         if self.hvp == "forward_over_reverse":
+            self._formulas.include(forward_ad=True)
             return forward_over_reverse(loss_now, self.module, self.parameters)
         return double_backward(loss_now, self.parameters, keep)
 
     def batch_loss(self, batch: Any) -> Tensor:
         """Return the mean loss of the batch, L_b(θ)."""
-        loss = self.loss_fn(self.module, batch)
+        loss = self.evaluate(self.loss_fn, self.module, batch)
         if not isinstance(loss, Tensor) or loss.ndim:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
             raise ValueError(f"loss_fn returns the mean loss of a batch, a scalar tensor; got {got}; use .mean().")
         return loss
 
     def _differentiable_loss(self, batch: Any) -> Tensor:
-        return self._differentiable(self.batch_loss(batch))
+        return self._differentiable(self.finite(self.batch_loss(batch)))
 
-    def _check_steps(self) -> None:
-        """Refuse finite differences if two steps disagree, on a random vector or on A³ times it."""
-        v = start_vector(self, 0, name="finite differences")
-        with self.hold(), self._trusted():
-            half = copy.copy(self)
-            half.step = self.step / 2
-            for vector in (v, self._smoothed(v)):
-                fine, coarse = half.matvec(vector), self.matvec(vector)
-                rest = fine - coarse
-                change = (dot(rest, rest) / dot(fine, fine)) ** 0.5 if dot(rest, rest) else 0.0
-                if not change <= _STEPS_AGREE:
-                    raise ValueError(
-                        f"finite differences with steps of {self.step:g} and {self.step / 2:g} differ by {change:.0%}: "
-                        "the loss has kinks (ReLU, max-pooling) or the step does not fit it. Use hvp='auto', smooth "
-                        "activations, or another step."
-                    )
+    def _check_again(self) -> None:
+        super()._check_again()
+        self._compared.clear()
 
-    @contextmanager
-    def _trusted(self) -> Iterator[None]:
-        """Take products without comparing steps, inside and, unless an error is raised, also afterwards."""
-        self._steps_agree = True
+    def _compare(self, batch: Any) -> None:
+        """Compare a product for a few examples of a batch with differences of their gradient.
+
+        The first batch is compared, and every other one where a derivative can be wrong though the gradient is right:
+        with a custom autograd function, a derivative inside the loss, or forward differentiation.
+
+        Raises:
+            ValueError: If they differ by more than the differences' own error.
+        """
+        few = self.batches.few(batch, _COMPARED)
         try:
-            yield
-        except BaseException:
-            self._steps_agree = False
-            raise
+            loss = self._differentiable_loss(few)
+        except Exception:  # whatever a model makes of a smaller batch: the whole one is what it was given
+            few = batch
+            loss = self._differentiable_loss(few)
+        functions, kinks = functions_in(loss), has_kinks(loss)
+        del loss
+        if self._compared and not (functions or self._derives or self.hvp == "forward_over_reverse"):
+            return
+        found = self._disagreement(few, torch.float64, kinks) or self._disagreement(few, self.dtype, kinks)
+        if found is not None and not found.relative <= found.bound:
+            raise ValueError(self._what_is_wrong(found, functions))
 
-    def _smoothed(self, v: Tensor) -> Tensor:
-        """Return A³ v, scaled to length one: similar to the Krylov vectors of a run."""
-        for _ in range(3):
-            v = self.matvec(v)
-            v = v / (dot(v, v) ** 0.5 or 1.0)
-        return v
+    def _disagreement(self, batch: Any, dtype: torch.dtype, kinks: bool) -> Disagreement | None:
+        """Compare in one precision; None if the model does not run in it, or the differences say nothing."""
+        present = self.parameters
+        try:
+            with in_precision(self.module, present, dtype) as self.parameters, _default_dtype(dtype):
+                batch = differentiable(batch, dtype)
+                product, loss_now = self._product_of(batch, keep=False), self._with_held_targets(batch)
+                v = [torch.randn_like(p, dtype=torch.float32).to(p) for p in self.parameters]
+                return disagreement(product, loss_now, self.module, self.parameters, v, kinks)
+        except NoSecondDerivative:
+            raise
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):  # the model is not made for this type
+            return None
+        finally:
+            self.parameters = present
+
+    def _with_held_targets(self, batch: Any) -> Callable[[], Tensor]:
+        """Return the loss of a batch, with stopped gradients at their present values, as parameters are moved."""
+        targets = HeldTargets()
+
+        def loss_now() -> Tensor:
+            self._targets = targets
+            try:
+                return self._differentiable_loss(batch)
+            finally:
+                self._targets = None
+
+        loss_now()
+        return loss_now
+
+    def _what_is_wrong(self, found: Disagreement, functions: Sequence[str]) -> str:
+        """Return a message that names what may compute a wrong second derivative."""
+        where = ", ".join(self.layout.names[i] for i in found.parameters)
+        if functions:
+            cause = (
+                f"{' or '.join(functions)} computes a wrong second derivative, as does a custom autograd.Function "
+                "whose backward uses what its forward computed, or is not the derivative; write it with plain "
+                "operations"
+            )
+        elif self.hvp == "forward_over_reverse":
+            cause = "an operation has a wrong forward derivative in PyTorch; use hvp='double_backward'"
+        else:
+            cause = "an operation or a hook on a tensor has a wrong second derivative; replace it by plain operations"
+        return (
+            f"the Hessian by autograd differs from differences of the gradient by {found.relative:.0%}, most in "
+            f"{where}: {cause}, or use hvp='finite_differences', which needs only the gradient."
+        )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make new tensors of this type, such as the initial states in a forward pass."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def check_hvp(hvp: str) -> None:

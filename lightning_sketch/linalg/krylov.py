@@ -11,7 +11,10 @@ from lightning_sketch.linalg.lanczos import dot, lanczos, start_vector
 from lightning_sketch.operators.base import LinearOperator
 from lightning_sketch.operators.sketch import Sketch
 
-NOT_FINITE = "a product with the operator is not finite; the loss is NaN or infinite at these parameters."
+NOT_FINITE = (
+    "a product with the operator is NaN or infinite, though its vector is finite; look at what the operator computes, "
+    "or use float64."
+)
 
 _SHOWN = 8  # runs in a repr
 

@@ -61,14 +61,14 @@ def checked_defect(
         raise ValueError(NOT_FINITE)
     if linearity > _REFUSED:
         raise ValueError(
-            f"the operator is not linear: A(u + v) differs from A u + A v by {linearity:.1%}. A loss that changes "
-            "between calls does this: active dropout, or batches that are drawn again at each pass. Fix the batches "
-            "and use mode='eval'."
+            f"the operator is not linear: A(u + v) differs from A u + A v by {linearity:.1%}. Something changes "
+            "between its products, such as batches that are drawn again at each pass, or it is computed in low "
+            "precision; pass a list of fixed batches, or use float32."
         )
     if symmetry > _ASYMMETRIC * max(linearity, 1e-5):
         raise ValueError(
-            f"the operator is not symmetric: uᵀA v and vᵀA u differ by {symmetry:.1%}. A custom autograd function "
-            "whose backward cannot be differentiated itself does this (a fused kernel); write it with plain "
-            "operations, or mark it with once_differentiable to have it named."
+            f"the operator is not symmetric: uᵀA v and vᵀA u differ by {symmetry:.2%}. The Jacobian "
+            "of a gradient is symmetric, unless a backward pass computes something else, such as a hook or function "
+            "that changes the gradient, or a stopped gradient; of other operators take the symmetric part."
         )
     return linearity

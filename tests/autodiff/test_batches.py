@@ -102,7 +102,7 @@ def test_labels_that_are_ignored_do_not_count():
 @batches
 def test_a_batch_that_needs_no_change_is_given_as_it_is(batch):
     assert differentiable(batch) is batch
-    assert differentiable(batch, widen=True) is batch
+    assert differentiable(batch, dtype=torch.float32) is batch
 
 
 @batches
@@ -136,7 +136,7 @@ def _copied(batch):
 def test_half_precision_is_widened_if_wanted(dtype):
     batch = {"x": X.to(dtype), "y": Y, "z": X.double()}
     assert differentiable(batch) is batch
-    wide = differentiable(batch, widen=True)
+    wide = differentiable(batch, dtype=torch.float32)
     assert [t.dtype for t in wide.values()] == [torch.float32, torch.int64, torch.float64]
     assert torch.equal(wide["x"], batch["x"].float())
     assert wide["y"] is Y

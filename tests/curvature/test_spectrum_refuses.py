@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional
 
 from lightning_sketch.curvature import Hessian, spectrum
 
@@ -17,7 +16,7 @@ class FreshHalf:
         yield X[torch.randperm(len(X))[: len(X) // 2]]
 
 
-CHANGES = r"not linear: A\(u \+ v\) differs .* by .*%.*drawn again.*mode='eval'"
+CHANGES = r"not linear: A\(u \+ v\) differs .* by .*%.*drawn again.*pass a list of fixed batches"
 
 
 def network(dropout=0.0):
@@ -30,21 +29,6 @@ def quartic(module, x):
 
 def run(operator, **kwargs):
     return spectrum(operator, **{"num_matvecs": 64, "top_k": 5, "bottom_k": 1} | kwargs)
-
-
-def dropped(module, x):
-    return functional.dropout(module(x), 0.5).pow(4).mean()
-
-
-@pytest.mark.parametrize("batches", [[X], [X, X]], ids=["one batch", "two batches"])
-@pytest.mark.parametrize(
-    ("module", "loss_fn", "mode"),
-    [(network(dropout=0.5), quartic, "train"), (network(), dropped, "eval")],
-    ids=["live dropout", "dropout in the loss"],
-)
-def test_a_loss_that_is_drawn_anew_is_refused(batches, module, loss_fn, mode):
-    with pytest.raises(ValueError, match=CHANGES):
-        run(Hessian(loss_fn, module, batches, mode=mode))
 
 
 def test_batches_that_are_drawn_anew_are_refused():
@@ -71,7 +55,7 @@ def test_what_is_only_roughly_linear_is_warned_of(outliers):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_loss_that_is_not_finite_is_refused(bad):
     h = Hessian(lambda module, x: bad * quartic(module, x), network(), [X])
-    with pytest.raises(ValueError, match="not finite; the loss is NaN or infinite at these parameters"):
+    with pytest.raises(ValueError, match=f"the loss of batch 0 is {bad} at these parameters"):
         run(h)
 
 
@@ -80,7 +64,7 @@ def test_a_product_that_overflows_on_the_way_is_refused(outliers):
     operator, products = outliers(), iter(range(100))
     finite = operator.matvec
     operator.matvec = lambda x: finite(x) * (float("nan") if next(products) > 8 else 1)
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="a product with the operator is NaN or infinite"):
         run(operator)
 
 
