@@ -54,6 +54,75 @@ def test_a_contact_sheet_takes_colors():
     assert [picture.shape for picture in found] == [(4, 4, 3)] * 8
 
 
+def ranks(axes):
+    """The ranks at which an axes has markers, white ones apart."""
+    found = {"known": [], "white": []}
+    for bars in axes.containers:
+        line = bars.lines[0]
+        found["white" if line.get_markerfacecolor() == "white" else "known"] += line.get_xdata().tolist()
+    return found
+
+
+def test_eigenvalues_are_drawn_at_their_true_ranks():
+    """Of 5,000 eigenvalues the four largest and the two smallest are known; three more are drawn beside each."""
+    values = [9.0, 8.0, 7.0, 6.0, 3.0, 2.0, 1.0, 0.5, 0.1, -0.1, -0.5, -1.0, -2.0]
+    converged = [True] * 4 + [False] * 7 + [True] * 2
+    density = {"nodes": [-1.0, 0.001, 8.0], "weights": [0.1, 0.8, 0.1]}
+    figure = plots.spectrum(values, [0.1] * 13, converged=converged, size=5000, title="h, epoch 3, step 40", **density)
+    left, right, beside = figure.axes
+    assert ranks(left) == {"known": [1, 2, 3, 4], "white": [5, 6, 7]}
+    assert ranks(right) == {"known": [4999, 5000], "white": [4996, 4997, 4998]}
+    assert [label.get_text() for label in right.get_xticklabels()] == ["4,996", "5,000"]
+    assert figure.get_suptitle() == "h, epoch 3, step 40"
+    assert beside.get_title() == "density"
+    figure.canvas.draw()
+
+
+@pytest.mark.parametrize(
+    ("values", "converged", "size", "panels"),
+    [
+        ([4.0, 2.0, -1.0], [True] * 3, 0, [[1, 2, 3]]),  # all of them
+        ([4.0, 2.0, -1.0], [True] * 3, 9, [[1, 2], [9]]),  # the six others are zeros
+        ([4.0, 2.0, 1.0], [False] * 3, 9, [[1, 2, 3]]),
+        ([0.0, 0.0], [True] * 2, 0, [[1, 2]]),
+    ],
+)
+def test_few_eigenvalues(values, converged, size, panels):
+    figure = plots.spectrum(values, [0.0] * len(values), converged=converged, size=size)
+    assert [sorted(r["known"] + r["white"]) for r in map(ranks, figure.axes)] == panels
+    figure.canvas.draw()
+
+
+def over_time(**arguments):
+    """Three measurements; the node of most eigenvalues is now above, now below zero."""
+    density = [([-0.5, node, 6.0], [0.05, 0.9, 0.05]) for node in (0.02, -0.03, 0.015)]
+    values = [[5.0, 1.0, -1.0], [6.0, 2.0, -1.0], [4.0, 1.0, -0.5]]
+    known = {"errors": [[0.1] * 3] * 3, "converged": [[True] * 3] * 3, "top_k": 2, "bottom_k": 1}
+    return plots.spectrum_over_time([0, 12, 24], values, **known, density=density, **arguments)
+
+
+def test_most_eigenvalues_are_one_band_around_zero_without_holes():
+    figure = over_time()
+    below = next(axes for axes in figure.axes if axes.get_title() == "Density of all eigenvalues")
+    (image,) = below.collections
+    shares, edges = np.asarray(image.get_array()), image.get_coordinates()[:, 0, 1]
+    assert np.isfinite(shares).all()
+    assert (shares >= 1e-5).all()
+    middle = int(np.searchsorted(edges, 0)) - 1
+    assert (shares.argmax(0) == middle).all()
+    assert edges[middle] == -edges[middle + 1] < -0.03
+    figure.canvas.draw()
+
+
+def test_time_is_shown_in_epochs_too():
+    upper = over_time(epochs=[0, 0, 1]).axes[0]
+    (above,) = upper.child_axes
+    above.figure.canvas.draw()
+    assert [(tick.get_position()[0], tick.get_text()) for tick in above.get_xticklabels()] == [(12, "0"), (24, "1")]
+    assert above.get_xlabel() == "in epoch"
+    assert not over_time().axes[0].child_axes
+
+
 def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-sketch\[plots\]'"):

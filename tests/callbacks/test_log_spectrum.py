@@ -1,12 +1,14 @@
 """What each logger shows of a measurement, read back from disk."""
 
+import csv
 import json
 import subprocess
 import sys
 
 import pytest
 import torch
-from models import fit
+from marks import slow
+from models import Digits, fit
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -21,17 +23,27 @@ def monitor(**arguments):
     return SpectrumMonitor(**{**few, **arguments})
 
 
-def on_disk(folder):
-    """Return the history of an offline W&B run, row by row."""
+def records(folder):
+    """Return the records of an offline W&B run."""
     (run,) = folder.glob("wandb/offline-run-*/*.wandb")
     inspect = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
     lines = subprocess.run(inspect, check=True, capture_output=True, text=True, timeout=3600).stdout.splitlines()
-    return [r["history"]["item"] for r in map(json.loads, lines) if r.get("type") == "history"]
+    return [json.loads(line) for line in lines]
+
+
+def of_type(found, kind):
+    """Return what the records of one type contain."""
+    return [record[kind] for record in found if record.get("type") == kind]
+
+
+def on_disk(folder):
+    """Return the history of an offline W&B run, row by row."""
+    return [row["item"] for row in of_type(records(folder), "history")]
 
 
 @pytest.mark.slow
 def test_wandb(tmp_path, monkeypatch):
-    """W&B gets a histogram and a figure at the step of each measurement, and a table at the end."""
+    """W&B gets a histogram and a figure at the step of each measurement, a table at the end, and nothing constant."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     watch = monitor()
@@ -57,6 +69,92 @@ def test_wandb(tmp_path, monkeypatch):
     values = [row[3] for row in table["data"] if row[1] == 16 and row[2] == "Ritz value"]
     assert values == pytest.approx(watch.history[-1].eigenvalues.tolist())
     assert sum(row[6] for row in table["data"] if row[1] == 8 and row[2] == "density node") == pytest.approx(1)
+
+
+@pytest.mark.slow
+def test_what_wandb_shows_without_a_set_up(tmp_path, monkeypatch):
+    """Its first section has the main curves only, over the Trainer's step; its table of runs their extremes."""
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logger = WandbLogger(save_dir=tmp_path, offline=True)
+    watch = monitor(density_probes=0)
+    fit(tmp_path, watch, logger=logger)
+    logger.experiment.finish()
+    found = records(tmp_path)
+    charts = {
+        key
+        for row in of_type(found, "history")
+        for key, value in row["item"].items()
+        if key.startswith("hessian/") and isinstance(value, int | float | str) and "spectrum." not in key
+    }
+    assert charts == {
+        f"hessian/{k}" for k in ("lambda_max", "lambda_min", "num_outliers", "rneg", "sharpness_lr", "trace")
+    }
+    assert not any("ritz_values" in key for row in of_type(found, "history") for key in row["item"])
+    declared = {metric["name"]: metric for metric in of_type(found, "metric") if "name" in metric}
+    for key in watch._keys.all_nan():
+        assert declared[key]["step_metric"] == "trainer/global_step"
+    summary = {}
+    for update in of_type(found, "summary"):
+        summary |= update["update"]
+    values = [m.lambda_max for m in watch.history if m.converged[0]]
+    assert summary["hessian/lambda_max"]["max"] == pytest.approx(max(values))
+    assert summary["hessian/ritz_values"]["_type"] == "table-file"
+    (settings,) = [c["update"]["hessian_monitor"] for c in of_type(found, "config") if "hessian_monitor" in c["update"]]
+    assert (settings["top_k"], settings["curvature"]) == (3, "hessian")
+
+
+class TwoOptimizers(Digits):
+    """Two optimizer steps for each batch, which Lightning logs as one."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.net[k].parameters(), lr=0.01) for k in (0, 5)]
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        self.manual_backward(loss)
+        for optimizer in self.optimizers():
+            optimizer.step()
+        self.log("train_loss", loss, on_step=True, on_epoch=True)
+
+    def loss(self, batch):
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "model", "options", "steps"),
+    [
+        ({"at_start": True}, Digits, {}, [0, 8, 16]),
+        slow({"every_n_train_steps": 3}, Digits, {}, [3, 6, 9, 12, 15]),
+        slow({"every_n_train_steps": 2}, Digits, {"accumulate_grad_batches": 2}, [2, 4, 6, 8]),
+        slow({"loss_fn": lambda module, batch: module.loss(batch)}, TwoOptimizers, {}, [8, 16]),
+    ],
+)
+def test_a_step_is_the_same_number_everywhere(tmp_path, arguments, model, options, steps):
+    """The number of optimizer steps done: in the history, CSV, TensorBoard, names of files, and the plot."""
+    loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tensorboard")]
+    few = {"num_matvecs": 5, "density_probes": 0, "top_k": 1, "num_batches": 1}
+    watch = monitor(**few, **arguments)
+    fit(tmp_path, watch, model=model, logger=loggers, log_every_n_steps=1, **options)
+    assert [m.step for m in watch.history] == steps
+    with open(f"{loggers[0].log_dir}/metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    ours = [row for row in rows if row["hessian_details/seconds"]]
+    assert [int(row["step"]) for row in ours] == steps
+    assert [int(row["epoch"]) for row in ours] == [m.epoch for m in watch.history]
+    # a loss of Lightning is that of the batch before the step that is done then
+    batches = [int(row["step"]) + 1 for row in rows if row["train_loss_step"]]
+    assert set(steps) - {0} <= set(batches)
+    events = EventAccumulator(loggers[1].log_dir).Reload()
+    assert [event.step for event in events.Scalars("hessian_details/seconds")] == steps
+    names = {path.name for path in tmp_path.rglob("*.safetensors")}
+    assert names == {f"epoch={m.epoch}-step={m.step}.safetensors" for m in watch.history}
+    assert watch.plot().axes[0].lines[0].get_xdata().tolist() == steps
 
 
 @pytest.mark.slow
