@@ -9,6 +9,7 @@ In y = P^1/2 θ the step is y' = y - lr P^-1/2 m, along a mean of gradients of t
 is P^-1/2 H P^-1/2. Its eigenvalues are those of P^-1 H, and are compared with `stability_edge(optimizer).edge`.
 """
 
+import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_sketch.autodiff.optimizer_state import check_adaptive, divisor, with_optimizers
 from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.operators.base import LinearOperator, UnaryOperator
+
+_FAR = 100.0  # how far above the usual D one is that comes of rounding error: P is 10^4 times smaller
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +115,7 @@ class Preconditioned(UnaryOperator):
                     f"the optimizer has no state of {some}; train for a step, or load the checkpoint's optimizer."
                 )
             warnings.warn(f"the optimizer has never moved {some}, left out of the preconditioned matrix.", stacklevel=2)
+        _warn_of_normalized(operator, {name: scales[id(p)] for name, p in named.items() if id(p) in scales})
         like = torch.empty((), dtype=operator.dtype, device=operator.device)
         return cls(operator, operator.layout.flatten([scales.get(id(p)) for p in named.values()], like))
 
@@ -146,3 +150,23 @@ def _divisor(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], paramet
     found = divisor(optimizer, group, state)
     corrected = not isinstance(optimizer, torch.optim.NAdam) and "betas" in group  # NAdam's is in its edge
     return found * (1 - group["betas"][0] ** steps) if corrected else found
+
+
+def _warn_of_normalized(operator: CurvatureOperator, scales: Mapping[str, Tensor]) -> None:
+    """Warn of parameters whose gradient in training is only rounding error, as of a bias in front of a batch norm.
+
+    P is next to nothing there. In training their second derivatives are zero too; in evaluation they are not, and the
+    largest eigenvalue is then one that training never meets.
+    """
+    normalized = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in operator.module.modules())
+    if operator.mode != "eval" or not normalized:
+        return
+    usual = statistics.median(float(scale.median()) for scale in scales.values())
+    wrong = [name for name, scale in scales.items() if float(scale.min()) > _FAR * usual > 0]
+    if wrong:
+        warnings.warn(
+            f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} had next to no gradient in training, as a bias "
+            "in front of a batch norm has none, and in mode='eval' such parameters dominate the preconditioned matrix; "
+            "use mode='train', or bias=False.",
+            stacklevel=3,
+        )

@@ -101,3 +101,24 @@ def test_what_has_no_diagonal_is_refused():
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="a negative or infinite number, or NaN"):
             Preconditioned(h, torch.full((h.shape[0],), wrong))
+
+
+def test_a_bias_in_front_of_batch_norm_is_named_in_evaluation_mode():
+    """In training mode it has no gradient, and the preconditioned matrix is as without it."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+    batch = torch.randn(32, 4), torch.randint(3, (32,))
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-2)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss_fn(module, batch).backward()
+        optimizer.step()
+
+    def largest(mode):
+        matrix = Preconditioned.from_optimizer(Hessian(loss_fn, module, [batch], mode=mode), optimizer)
+        return torch.linalg.eigvalsh(matrix.as_matrix().double())[-1]
+
+    with pytest.warns(UserWarning, match=r"^0.bias had next to no gradient .* use mode='train', or bias=False"):
+        evaluated = largest("eval")
+    trained = largest("train")
+    assert evaluated > 30 * trained
