@@ -83,10 +83,11 @@ class Spectrum:
         method: "lanczos", or "projected": then eigenvalues, trace and density are those of S A Sᵀ, and n is dim.
         noise_samples: The number of draws of random numbers that the matrix is a mean over, if the loss draws any: all
             errors are those of the matrix for these draws. 0 for a loss that draws none.
-        data_error: The standard error of the largest eigenvalue as an estimate of that of ever more batches like these;
-            NaN unless `over_batches` was asked for.
-        data_bias: How much too large it is on average, as such an estimate: batches add noise to the matrix, and noise
-            raises the largest eigenvalue.
+        data_error: The standard error of the largest eigenvalue as an estimate of that of ever more batches like these,
+            by the jackknife; NaN unless `over_batches` was asked for. With four batches it is rough: an interval of two
+            errors to either side included the eigenvalue of all data in 38 to 46 of 50 draws, and of eight in 46 or 47.
+        data_bias: How much too large the eigenvalue is on average, as such an estimate: few examples add noise to the
+            matrix, and noise raises the largest eigenvalue.
         batch_lambda_max: The largest eigenvalue of each batch's own matrix, (batches,); NaN where it has not converged.
             None unless `over_batches` was asked for.
     """

@@ -75,8 +75,9 @@ def spectrum(
         gradient: A vector of size n, whose share in the space of the top eigenvectors is computed as well.
         over_batches: Whether to compute as well how far the largest eigenvalue depends on the batches, and that of each
             batch alone: `data_error`, `data_bias` and `batch_lambda_max` of the result. It takes as many products again
-            as the leading eigenvectors needed, 15 more, and at most 32 with each batch; memory for about twelve
-            vectors of size n. Under `distributed`, over the batches of all ranks.
+            as the leading eigenvectors needed, 15 more, and at most 32 with each batch (38 in all for two classifiers
+            of digits, beside 126 and 86 of the spectrum); memory for about twelve vectors of size n. Under
+            `distributed`, over the batches of all ranks.
         on_product: Called as on_product(products taken, largest number of products) after each product of a run.
 
     Raises:

@@ -70,6 +70,18 @@ def test_a_single_product_gives_the_length_of_the_image(dense_operator):
     assert 0.01 < found.sem / found.value < 1
 
 
+@pytest.mark.parametrize(("power", "least"), [(1, 0.5), (2, 10.0)])
+def test_the_error_of_a_known_eigenvalue_is_added(dense_operator, power, least):
+    """10 ± 0.5 is all there is, so that its square is 100 ± 10."""
+    values = torch.zeros(300, dtype=torch.float64)
+    values[0] = 10.0
+    krylov = spectrum(dense_operator(values.diag()), top_k=1, bottom_k=0, num_matvecs=4).krylov
+    known = torch.tensor([10.0], dtype=torch.float64), torch.tensor([0.5], dtype=torch.float64), torch.tensor([True])
+    found = trace(krylov.runs[:1], 300, *known, power=power)
+    assert found.value == pytest.approx(10.0**power)
+    assert found.sem == pytest.approx(least)
+
+
 def test_all_eigenvalues_known_give_both_sums_exactly(dense_operator):
     values = torch.tensor([5.0, 3, 1, -2], dtype=torch.float64)
     sp = spectrum(dense_operator(values.diag()), num_matvecs=4, top_k=3, bottom_k=1)
