@@ -187,6 +187,18 @@ class Counted(Hessian):
         return product
 
 
+def test_a_random_loss_has_errors_for_its_draws():
+    """The number of draws is kept and printed; it is that of the matrix inside a scaled one; batches keep theirs."""
+    module, batches = network(), cut(20, 20)
+    noisy = Hessian(lambda m, b: cross_entropy(m, (b[0] + 0.1 * torch.randn_like(b[0]), b[1])), module, batches)
+    sp = measured(noisy)
+    assert sp.noise_samples == measured(2 * noisy, over_batches=False).noise_samples == 1
+    assert "for 1 draw of the loss's random numbers" in repr(sp)
+    assert "draw" not in repr(measured(Hessian(cross_entropy, module, batches), over_batches=False))
+    total = sum(matrix.as_matrix() for _, matrix in noisy.per_batch()) / 2
+    torch.testing.assert_close(total, noisy.as_matrix())
+
+
 def test_what_has_not_converged_is_nan():
     sp = spectrum(Hessian(cross_entropy, network(), cut(30, 30)), num_matvecs=2, top_k=1, bottom_k=0, over_batches=True)
     assert not sp.converged[0]

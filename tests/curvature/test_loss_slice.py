@@ -145,6 +145,18 @@ def test_parameters_gradients_and_buffers_keep_their_bits(dtype):
     assert h.matvec(torch.ones(h.shape[1])).isfinite().all()
 
 
+def test_a_loss_that_draws_noise_is_seen_with_the_same_draw_everywhere():
+    """L(θ) = (θ + e)² with one draw of e for all points: a parabola through L(0), whose second difference is exact."""
+    module = nn.Linear(1, 1, bias=False).double()
+    h = Hessian(
+        lambda m, x: (m(x) + torch.randn(1, dtype=x.dtype)).square().mean(), module, [torch.ones(2, 1).double()]
+    )
+    found = loss_slice(h, torch.ones(1, 1), points=5, distance=2.0)
+    second = found.losses[2:] - 2 * found.losses[1:-1] + found.losses[:-2]
+    assert second.tolist() == pytest.approx([2.0] * 3)
+    assert float(found.losses[2]) == found.loss == h.loss()
+
+
 def test_a_loss_that_is_infinite_far_away_is_part_of_the_slice():
     module = nn.Linear(1, 1, bias=False)
     nn.init.ones_(module.weight)
