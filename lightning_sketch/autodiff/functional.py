@@ -1,6 +1,6 @@
 """Context managers that run a module as a function: on other parameters, and with stopped gradients held fixed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -108,14 +108,12 @@ class HeldTargets(TorchFunctionMode):
         self._replays, self._recorded = self._recorded is not None, self._recorded or []
         return super().__enter__()
 
-    def __torch_function__(
-        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and replace its result if no gradient flows through it."""
         out = func(*args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:  # by no_grad; a custom autograd function sets it in another way
             self._stopped = not args[0]
-        elif self._stopped or getattr(func, "__name__", "") in _STOPPING or func is Tensor.data.__get__:  # type: ignore[attr-defined]
+        elif self._stopped or (torch.is_grad_enabled() and _stops(func)):
             return self._held(out, in_place=bool(args) and out is args[0])
         return out
 
@@ -138,3 +136,9 @@ class HeldTargets(TorchFunctionMode):
         if in_place:  # others may refer to the tensor; one with a gradient is a parameter that was moved
             return out if out.requires_grad else out.copy_(before)
         return before.clone()
+
+
+def _stops(func: Any) -> bool:
+    """Return whether a function returns numbers without a gradient, even where gradients are on."""
+    name = getattr(func, "__name__", "")
+    return name in _STOPPING or (name == "__get__" and func == Tensor.data.__get__)  # type: ignore[attr-defined]

@@ -90,7 +90,7 @@ class EmpiricalFisher(CurvatureOperator):
 
     def linearize(self, batch: Any, keep: bool) -> Product:
         """Return v -> Jᵀ J v / N for one batch."""
-        losses = self._differentiable(self.finite(self._losses(batch)))
+        losses = self._differentiable(self._losses(batch))
         jacobian = Jacobian(losses, self.parameters)
         return lambda pieces: jacobian.rmatvec(jacobian.matvec(pieces) / len(losses), keep)
 
@@ -109,7 +109,7 @@ class EmpiricalFisher(CurvatureOperator):
 
     def _losses(self, batch: Any) -> Tensor:
         """Return the losses of the examples, by one call or by one call for each."""
-        loss = self._call_loss(batch)
+        loss = self.finite(self._call_loss(batch))
         if loss.ndim:
             return loss
         losses = torch.stack([self._call_loss(example).squeeze() for example in self._examples(batch)])

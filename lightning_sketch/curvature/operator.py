@@ -108,6 +108,7 @@ class CurvatureOperator(LinearOperator):
         self._derives = False  # whether the loss takes a derivative itself
         self._restores = False  # whether the loss is the same at each call only if the state is restored before it
         self._written: list[nn.Parameter] | None = None  # trainable parameters that a forward pass changes, once known
+        self._examined_at: tuple[int, ...] = ()  # versions of the parameters when the loss was examined
         self._seen_at: tuple[int, ...] = ()  # versions of the parameters at the last mean over all batches
         self._cached: Product | None = None  # the product of a single batch
 
@@ -204,7 +205,7 @@ class CurvatureOperator(LinearOperator):
         Raises:
             ValueError: If a selected parameter has been frozen since.
         """
-        if self._state is None and self._seen_at and self._seen_at != self._versions:
+        if self._state is None and self._written is not None and self._examined_at != self._versions:
             self._check_again()
         with self._held():
             yield
@@ -227,7 +228,7 @@ class CurvatureOperator(LinearOperator):
             if self.batches.dtype is not None:
                 self.parameters = stack.enter_context(in_precision(self.module, self._originals, self.batches.dtype))
             if self._written is None:
-                self._written = self._examine()
+                self._written, self._examined_at = self._examine(), self._versions
             for parameter in self._written:
                 self._state.keep(parameter)
             if self._written:
@@ -239,9 +240,12 @@ class CurvatureOperator(LinearOperator):
 
     def evaluate(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return function(*args), a function of the module, with the random numbers of the part under way."""
-        self.draw()
+        assert self._state is not None
         self._formulas.took_derivative = False
+        if self._restores:
+            self._state.restore()
         with self._targets or nullcontext():
+            self.draw()
             result = function(*args)
         if self._formulas.took_derivative and not self._derives:
             self._derives = True
@@ -252,8 +256,6 @@ class CurvatureOperator(LinearOperator):
     def draw(self) -> None:
         """Set all random generators to the state in which the part under way is evaluated."""
         assert self._state is not None
-        if self._restores:
-            self._state.restore()
         self._state.draw(self._noise[0], self.batches.rank, *self.batches.key)
 
     def _examine(self) -> list[nn.Parameter]:

@@ -109,8 +109,8 @@ class WeightedBatches:
             weight.fill_(torch.nan)
             failure = error
         if self.distributed:
-            weight = self._agreed_sum(weight, failure)
-            total = self._summed(total)
+            weight = _agree(weight, self.device, failure)
+            total = _summed(total, self.device)
         if not weight:
             raise ValueError(_NO_EXAMPLE)
         return total.div_(float(weight))
@@ -229,26 +229,6 @@ class WeightedBatches:
         except ValueError:
             return 0
 
-    @contextmanager
-    def agreement(self) -> Iterator[None]:
-        """Let all ranks fail together: if one fails anywhere inside, the others raise too, where they next meet it.
-
-        Ranks meet in every product, and at the end of this context.
-
-        Raises:
-            RuntimeError: If another rank failed. An error of this rank is raised after all ranks have been informed.
-        """
-        if not self.distributed:
-            yield
-            return
-        try:
-            yield
-        except BaseException as error:
-            if not getattr(error, _AGREED, False):
-                self._agreed_sum(torch.full((), torch.nan, dtype=torch.float64), error)
-            raise
-        self._agreed_sum(torch.zeros((), dtype=torch.float64))
-
     def gathered(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in their order; of this rank alone if sums are not over ranks.
 
@@ -257,25 +237,10 @@ class WeightedBatches:
         """
         if not self.distributed:
             return [value]
-        self._agreed_sum(torch.zeros((), dtype=torch.float64))
+        _agree(torch.zeros((), dtype=torch.float64), self.device)
         values: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(values, value)
         return values
-
-    def _agreed_sum(self, weight: Tensor, failure: BaseException | None = None) -> Tensor:
-        """Return the sum of a number over all ranks, or raise on all of them: NaN says that a rank has failed."""
-        weight = self._summed(weight)
-        if not weight.isnan():
-            return weight
-        failure = failure or RuntimeError("another rank could not take its part of this measurement; see its output.")
-        setattr(failure, _AGREED, True)
-        raise failure
-
-    def _summed(self, tensor: Tensor) -> Tensor:
-        """Return the sum of a tensor over all ranks."""
-        summed = tensor.to(self.device)
-        torch.distributed.all_reduce(summed)
-        return summed.to(tensor.device)
 
     def _is_cut(self, batch: Any) -> bool:
         return self.micro_batch_size is not None and self.structure.count(batch) > self.micro_batch_size
@@ -328,3 +293,45 @@ class WeightedBatches:
                 f"{size}, {mean:.6g}, so that a batch cannot be cut; pass weight_fn (num_labels for a mean over "
                 "tokens), or load smaller batches."
             )
+
+
+@contextmanager
+def agreement(distributed: bool, device: torch.device) -> Iterator[None]:
+    """Let all ranks fail together: if one fails anywhere inside, the others raise too, where they next meet it.
+
+    Ranks meet in every product, and at the end of this context.
+
+    Args:
+        distributed: Whether there are other ranks.
+        device: Device on which ranks sum.
+
+    Raises:
+        RuntimeError: If another rank failed. An error of this rank is raised after all ranks have been informed.
+    """
+    if not distributed:
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        if not getattr(error, _AGREED, False):
+            _agree(torch.full((), torch.nan, dtype=torch.float64), device, error)
+        raise
+    _agree(torch.zeros((), dtype=torch.float64), device)
+
+
+def _agree(weight: Tensor, device: torch.device, failure: BaseException | None = None) -> Tensor:
+    """Return the sum of a number over all ranks, or raise on all of them: NaN says that a rank has failed."""
+    weight = _summed(weight, device)
+    if not weight.isnan():
+        return weight
+    failure = failure or RuntimeError("another rank could not take its part of this measurement; see its output.")
+    setattr(failure, _AGREED, True)
+    raise failure
+
+
+def _summed(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return the sum of a tensor over all ranks."""
+    summed = tensor.to(device)
+    torch.distributed.all_reduce(summed)
+    return summed.to(tensor.device)

@@ -99,7 +99,7 @@ def test_an_operation_of_torch_without_second_derivative():
     def loss_fn(module, x):
         return torch.segment_reduce(module(x)[:, 0], "prod", lengths=torch.tensor([2, 2])).mean()
 
-    with pytest.raises(ValueError, match=r"cannot differentiate twice: .*_segment_reduce_backward is not implemented\. R"):
+    with pytest.raises(ValueError, match=r"cannot differentiate twice: .*_segment_reduce_backward is not implemented"):
         product(loss_fn)
 
 

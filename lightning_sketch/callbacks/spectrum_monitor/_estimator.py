@@ -7,23 +7,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import OutputLossName, training_step_loss
+from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.callbacks.spectrum_monitor._measurement import LayerCurvature, Measurement
 from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatch
-from lightning_sketch.curvature import GGN, EmpiricalFisher, Hessian, spectrum
+from lightning_sketch.curvature import GGN, CriticalLearningRate, EmpiricalFisher, Hessian, Preconditioned, spectrum
 from lightning_sketch.curvature.hessian import HVP, check_hvp
 from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.curvature.result import Method
 from lightning_sketch.curvature.spectrum import check_arguments
+from lightning_sketch.curvature.weighted_batches import agreement
 from lightning_sketch.linalg.lanczos import start_vector
 from lightning_sketch.linalg.linearity import checked_defect
 from lightning_sketch.operators import LinearOperator
 
 Curvature = Literal["hessian", "ggn", "fisher"]
+Precondition = Callable[[CurvatureOperator], Preconditioned]
 _KINDS: tuple[Curvature, ...] = get_args(Curvature)
 _MATVECS = 32  # most products of one layer's spectrum, before those that measure its linearity and its trace
 
@@ -55,6 +59,9 @@ class SpectrumEstimator:
     batch_dim: int
     micro_batch_size: int | None
     hvp: HVP
+    mode: Mode = "eval"
+    noise_samples: int = 1
+    over_batches: bool = False
 
     def __post_init__(self):
         if self.curvature not in _KINDS:
@@ -64,7 +71,9 @@ class SpectrumEstimator:
                 f"model_fn and output_loss_fn define a Gauss-Newton matrix, got curvature={self.curvature!r}; use "
                 "curvature='ggn', or loss_fn."
             )
-        for name in ("top_k", "micro_batch_size"):
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"mode is 'eval' or 'train', got {self.mode!r}.")
+        for name in ("top_k", "micro_batch_size", "noise_samples"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"need {name} >= 1, got {value}.")
@@ -97,7 +106,10 @@ class SpectrumEstimator:
             ValueError: If the matrix cannot be built or multiplied, if a pattern of `per_layer` matches no parameter,
                 or if a Gauss-Newton matrix is of another loss than the one that is trained.
         """
-        matrix = self.matrix(module, batches, distributed)
+        with agreement(distributed, _device(module)):
+            self._check(self.matrix(module, batches, distributed), module)
+
+    def _check(self, matrix: CurvatureOperator, module: nn.Module) -> None:
         for names in _layer_groups(matrix.layout, self.per_layer).values():
             Layout.of(module, names)
         matrix.loss()  # raises for a Gauss-Newton matrix of another loss than the one that is trained
@@ -107,7 +119,8 @@ class SpectrumEstimator:
 
     def check_weights(self, module: nn.Module, batches: Sequence[ProbeBatch], distributed: bool) -> None:
         """Raise ValueError if the weight of a batch in the mean is unknown; to be called once all batches are there."""
-        self.matrix(module, batches, distributed).batches.check_weights()
+        with agreement(distributed, _device(module)):
+            self.matrix(module, batches, distributed).batches.check_weights()
 
     def measure(
         self,
@@ -117,6 +130,8 @@ class SpectrumEstimator:
         step: int,
         distributed: bool,
         on_product: Callable[[int, int], None] | None,
+        precondition: Precondition | None = None,
+        critical: Callable[[CurvatureOperator], CriticalLearningRate] | None = None,
     ) -> Measurement:
         """Estimate the spectrum of a module with its present weights.
 
@@ -127,13 +142,31 @@ class SpectrumEstimator:
             step: The optimizer step that is recorded.
             distributed: Whether products are averaged over ranks.
             on_product: Called with the number of products done and their maximum, after each product.
+            precondition: Makes the preconditioned matrix, whose spectrum is estimated instead, also of layers.
+            critical: Returns the critical learning rate of the last step.
         """
+        with agreement(distributed, _device(module)):
+            return self._measure(module, batches, epoch, step, distributed, on_product, precondition, critical)
+
+    def _measure(
+        self,
+        module: nn.Module,
+        batches: Sequence[ProbeBatch],
+        epoch: int,
+        step: int,
+        distributed: bool,
+        on_product: Callable[[int, int], None] | None,
+        precondition: Precondition | None,
+        critical: Callable[[CurvatureOperator], CriticalLearningRate] | None,
+    ) -> Measurement:
         start = time.perf_counter()
         matrix = self.matrix(module, batches, distributed)
         loss = matrix.loss()
+        operator = precondition(matrix) if precondition else None
         with matrix.hold():
+            gradient = matrix.gradient()
             measured = spectrum(
-                matrix,
+                operator or matrix,
                 num_matvecs=self.num_matvecs,
                 dim=self.dim,
                 seed=self.seed,
@@ -142,18 +175,23 @@ class SpectrumEstimator:
                 tol=self.tol,
                 density_probes=self.density_probes,
                 method=self.method,
-                gradient=matrix.gradient(),
+                gradient=operator.scale * gradient if operator else gradient,
+                over_batches=self.over_batches,
                 on_product=on_product,
             )
         self.micro_batch_size = matrix.batches.micro_batch_size  # that fits in memory
         layers = _measure_layers(
-            lambda names: self.matrix(module, batches, distributed, parameters=names),
+            lambda names: (precondition or _same)(self.matrix(module, batches, distributed, parameters=names)),
             _layer_groups(matrix.layout, self.per_layer),
             self.seed,
             self.tol,
         )
+        own: dict[str, Any] = {
+            "preconditioned": operator is not None,
+            "critical": critical(matrix) if critical else None,
+        }
         seconds = time.perf_counter() - start
-        return Measurement(**vars(measured), epoch=epoch, step=step, loss=loss, seconds=seconds, layers=layers)
+        return Measurement(**vars(measured), epoch=epoch, step=step, loss=loss, seconds=seconds, layers=layers, **own)
 
     def matrix(
         self,
@@ -175,6 +213,9 @@ class SpectrumEstimator:
             "batch_dim": self.batch_dim,
             "micro_batch_size": self.micro_batch_size,
             "distributed": distributed,
+            "mode": self.mode,
+            "noise_samples": self.noise_samples,
+            "noise_seed": self.seed,
         }
         if self.curvature == "ggn":
             options |= {"weight_fn": self.weight_fn, "num_examples": self.num_examples, "loss_fn": self.loss_fn}
@@ -210,6 +251,16 @@ class _ProbeStructure(BatchStructure):
         examples = self.count(batch) if examples is None else examples
         for part, number in super().parts(batch.batch, size, examples):
             yield replace(batch, batch=part), number
+
+
+def _same(matrix: CurvatureOperator) -> CurvatureOperator:
+    """Return the matrix as it is."""
+    return matrix
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Return the device of a module, on which ranks sum."""
+    return next(module.parameters()).device
 
 
 def _layer_groups(layout: Layout, per_layer: bool | Sequence[str]) -> dict[str, list[str]]:
