@@ -1,11 +1,10 @@
 """Two processes, with shards of the parameters or all of them, write the rows that one process does."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Started
 
 from lightning_sketch import GradientStore
 
@@ -14,14 +13,16 @@ pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("sharded.py")
 
 
-def ran(folder, devices, *options):
-    command = [sys.executable, PROGRAM, folder, devices, *options]
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=3600)
+def ran(folder, *arguments):
+    """Return the exit code and the errors."""
+    process = Started(PROGRAM, folder, *arguments)
+    _, errors = process.communicate()
+    return process.returncode, errors
 
 
 def rows_of(folder, *arguments):
-    done = ran(folder, *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, errors = ran(folder, *arguments)
+    assert code == 0, errors[-3000:]
     return GradientStore.open(folder / "store").read()
 
 
@@ -55,9 +56,9 @@ def test_two_ranks_give_each_example_the_row_that_one_process_does(tmp_path):
 
 def test_parameters_that_hooks_do_not_support_on_one_rank_are_left_out_on_all(tmp_path):
     """The first batch of rank 1 takes another path through the module than that of rank 0."""
-    done = ran(tmp_path, 2, "ddp", "example", "uneven")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "rows leave out 1 of 4 parameters" in done.stderr
+    code, errors = ran(tmp_path, 2, "ddp", "example", "uneven")
+    assert code == 0, errors[-3000:]
+    assert "rows leave out 1 of 4 parameters" in errors
     store = GradientStore.open(tmp_path / "store")
     assert list(store.spec.left_out) == ["net.3.weight"]
     assert store.spec.parameters.names == ("net.1.weight", "net.1.bias", "net.3.bias")
@@ -65,6 +66,6 @@ def test_parameters_that_hooks_do_not_support_on_one_rank_are_left_out_on_all(tm
 
 
 def test_rows_of_examples_are_refused_under_sharding_with_the_reason(tmp_path):
-    done = ran(tmp_path, 2, "validate")
-    assert done.returncode != 0
-    assert "an example's gradient needs whole parameters" in done.stderr
+    code, errors = ran(tmp_path, 2, "validate")
+    assert code != 0
+    assert "an example's gradient needs whole parameters" in errors

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Started
 from models import dataset
 from pytorch_lightning import seed_everything
 from torch.utils.data import DataLoader
@@ -21,14 +22,9 @@ pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("writing.py")
 
 
-def start(folder, devices, steps, *options):
-    command = [sys.executable, PROGRAM, folder, devices, steps, *options]
-    return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 def finished(*arguments):
-    process = start(*arguments)
-    _, errors = process.communicate(timeout=3600)
+    process = Started(PROGRAM, *arguments)
+    _, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     store = GradientStore.open(arguments[0] / "store")
     store.verify()
@@ -52,13 +48,13 @@ def test_killed_at_random_times_and_resumed_from_the_newest_checkpoint(tmp_path,
     """After SIGKILL the rows before the checkpoint are there, later ones are superseded, and the end is the same."""
     draw = random.Random(1)
     for _ in range(3):
-        process = start(tmp_path, 1, 40)
+        process = Started(PROGRAM, tmp_path, 1, 40)
         steps_left = draw.randint(9, 14)
         while steps_left and (line := process.stdout.readline()):
             steps_left -= line.startswith("STEP")
         time.sleep(draw.random() * 0.05)
         process.kill()
-        process.communicate(timeout=3600)
+        process.communicate()
         newest = max(int(path.stem.split("=")[1]) for path in (tmp_path / "saved").glob("*.ckpt"))
         store = GradientStore.open(tmp_path / "store")
         store.verify()
@@ -121,8 +117,8 @@ def test_two_processes_fit_one_preconditioner_and_write_comparable_rows(tmp_path
 def test_killed_before_the_first_checkpoint_and_started_again_as_it_was(tmp_path, uninterrupted):
     """As a scheduler does that puts a job back into its queue, twice."""
     for step in (3, 5):
-        process = start(tmp_path, 1, 40, f"die={step}")
-        process.communicate(timeout=3600)
+        process = Started(PROGRAM, tmp_path, 1, 40, f"die={step}")
+        process.communicate()
         assert process.returncode == 9
     store = finished(tmp_path, 1, 40)
     assert_same_rows(store, uninterrupted)

@@ -2,14 +2,13 @@
 
 import random
 import resource
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Started
 from test_row_store import rows, written
 
 from lightning_sketch.attribution import GradientStore
@@ -17,10 +16,6 @@ from lightning_sketch.attribution import GradientStore
 pytestmark = pytest.mark.slow
 
 PROGRAM = Path(__file__).with_name("crash.py")
-
-
-def start(folder, *arguments):
-    return subprocess.Popen([sys.executable, PROGRAM, folder, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
 
 
 def printed(lines, word):
@@ -44,7 +39,7 @@ def test_killed_at_random_times_and_resumed(tmp_path):
     draw = random.Random(0)
     parent, resumed_at = 0, 0
     for _ in range(8):
-        process = start(tmp_path, parent, resumed_at)
+        process = Started(PROGRAM, tmp_path, parent, resumed_at)
         lines = []
         wanted = draw.randint(1, 30)
         while not (printed(lines, "FLUSHED") or 0) >= resumed_at + wanted:
@@ -52,7 +47,7 @@ def test_killed_at_random_times_and_resumed(tmp_path):
             assert lines[-1], "the program ended before it was killed"
         time.sleep(draw.random() * 0.02)
         process.kill()
-        lines += process.communicate(timeout=3600)[0].splitlines()
+        lines += process.communicate()[0].splitlines()
         flushed = printed(lines, "FLUSHED")
         check(tmp_path, flushed)
         parent = printed(lines, "RUN")
@@ -62,8 +57,8 @@ def test_killed_at_random_times_and_resumed(tmp_path):
 @pytest.mark.parametrize("kill", range(1, 26))
 def test_killed_in_each_step_of_a_commit(tmp_path, kill):
     """The first calls write the spec and the run, the next ones the first files of rows."""
-    process = start(tmp_path, 0, 0, f"kill={kill}")
-    lines = process.communicate(timeout=3600)[0].splitlines()
+    process = Started(PROGRAM, tmp_path, 0, 0, f"kill={kill}")
+    lines = process.communicate()[0].splitlines()
     assert process.returncode == -9
     if not (tmp_path / "spec.json").exists():
         assert not lines
@@ -77,8 +72,8 @@ def test_killed_in_each_step_of_a_commit(tmp_path, kill):
 def test_killed_while_compacting(tmp_path, kill):
     written(tmp_path, *(rows([s]) for s in range(1, 8)))
     written(tmp_path, *(rows([s]) for s in (5, 6)), parent=1, parent_step=4)
-    process = start(tmp_path, 0, 0, "compact", f"kill={kill}")
-    process.communicate(timeout=3600)
+    process = Started(PROGRAM, tmp_path, 0, 0, "compact", f"kill={kill}")
+    process.communicate()
     assert check(tmp_path, 6) == 6
     store = GradientStore.open(tmp_path).compact()
     assert store.verify() == 6
