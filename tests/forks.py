@@ -7,7 +7,8 @@ import multiprocessing
 import os
 import runpy
 import sys
-import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 IMPORTED = ("pytest", "sklearn.datasets", "torch.distributed.fsdp", "pytorch_lightning", "torchmetrics.classification")
@@ -16,13 +17,12 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*IMPORTED, *(f"lightning_sketch.{room}" for room in ROOMS)])
 
 
-def _run(command, end, errors, environment):
+def _run(command, ends, environment):
     os.environ.clear()
     os.environ.update(environment)
-    os.dup2(end.fileno(), 1)
-    end.close()
-    with open(errors, "w") as file:
-        os.dup2(file.fileno(), 2)
+    for number, end in enumerate(ends, 1):
+        os.dup2(end.fileno(), number)
+        end.close()
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
@@ -32,22 +32,27 @@ class Started:
     """A process that runs `python PROGRAM ARGUMENTS`, with what tests use of `subprocess.Popen`."""
 
     def __init__(self, program, *arguments):
+        (lines, out), (errors, err) = FORKS.Pipe(duplex=False), FORKS.Pipe(duplex=False)
         command = [str(word) for word in (program, *arguments)]
-        lines, end = FORKS.Pipe(duplex=False)
-        self._errors = tempfile.NamedTemporaryFile("r")
-        self._process = FORKS.Process(target=_run, args=(command, end, self._errors.name, dict(os.environ)))
+        self._process = FORKS.Process(target=_run, args=(command, (out, err), dict(os.environ)))
         self._process.start()
-        end.close()
-        self.stdout = os.fdopen(os.dup(lines.fileno()))
-        lines.close()
+        for end in (out, err):
+            end.close()
+        self.stdout, self._stderr = (os.fdopen(os.dup(end.fileno())) for end in (lines, errors))
+        for end in (lines, errors):
+            end.close()
+        self._errors = ThreadPoolExecutor(1).submit(self._stderr.read)
         self.kill = self._process.kill
 
-    def communicate(self):
-        """Wait for the end; return what is left of its output, and its errors."""
-        output = self.stdout.read()
+    def communicate(self, timeout=3600):
+        """Wait for the end; return what is left of its output, and its errors. It is killed after `timeout` seconds."""
+        watch = threading.Timer(timeout, self.kill)
+        watch.start()
+        with self.stdout, self._stderr:
+            output, errors = self.stdout.read(), self._errors.result()
         self._process.join()
-        with self.stdout, self._errors:
-            return output, self._errors.read()
+        watch.cancel()
+        return output, errors
 
     @property
     def returncode(self):

@@ -124,14 +124,13 @@ def searched(
 
 
 def start(folder, *launcher, **options):
-    """Start the program in a process and a session of its own."""
-    command = [
-        sys.executable,
-        *launcher,
-        str(PROGRAM),
-        str(folder),
-        *(f"{k}={json.dumps(v)}" for k, v in options.items()),
-    ]
+    """Start the program; with a launcher in a session of its own."""
+    from forks import Started  # which ranks do not find that run this file
+
+    arguments = [str(folder), *(f"{k}={json.dumps(v)}" for k, v in options.items())]
+    if not launcher:
+        return Started(PROGRAM, *arguments)
+    command = [sys.executable, *launcher, str(PROGRAM), *arguments]
     path = os.pathsep.join([str(PROGRAM.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         command,

@@ -1,13 +1,11 @@
 """Two processes train what one does, and communicate `dim` numbers a step."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Started
 
 pytestmark = pytest.mark.slow
 
@@ -16,15 +14,15 @@ PROGRAM = Path(__file__).with_name("ranks.py")
 
 def ran(folder, *arguments):
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(PROGRAM), str(folder), *map(str, arguments)]
-    path = os.pathsep.join([str(PROGRAM.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(command, capture_output=True, text=True, timeout=3600, env={**os.environ, "PYTHONPATH": path})
+    process = Started(PROGRAM, folder, *arguments)
+    output, errors = process.communicate()
+    return process.returncode, output, errors
 
 
 def found(folder, *arguments):
-    done = ran(folder, *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    code, output, errors = ran(folder, *arguments)
+    assert code == 0, errors[-3000:]
+    return [json.loads(line[6:]) for line in output.splitlines() if line.startswith("FOUND ")]
 
 
 def test_two_processes_train_what_one_does(tmp_path):
@@ -45,6 +43,6 @@ def test_two_processes_train_what_one_does(tmp_path):
 
 
 def test_ranks_that_start_from_different_weights_are_refused(tmp_path):
-    done = ran(tmp_path, 2, "ddp", "differ")
-    assert done.returncode != 0
-    assert "the ranks start from different weights" in done.stderr
+    code, _, errors = ran(tmp_path, 2, "ddp", "differ")
+    assert code != 0
+    assert "the ranks start from different weights" in errors
