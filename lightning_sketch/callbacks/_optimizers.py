@@ -2,9 +2,12 @@
 
 import math
 
+import torch
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_sketch._lightning import LightningModule, Trainer, param_groups
+from lightning_sketch.autodiff.optimizer_state import check_adaptive
 from lightning_sketch.curvature import CriticalLearningRate, Preconditioned, Stability, stability_edge
 from lightning_sketch.curvature.critical_learning_rate import copy_weights, critical_learning_rate
 from lightning_sketch.curvature.operator import CurvatureOperator
@@ -26,6 +29,20 @@ def preconditioned(trainer: Trainer, operator: CurvatureOperator) -> Preconditio
     """
     groups = param_groups(trainer, trainer.optimizers)
     return Preconditioned.from_optimizer(operator, list(trainer.optimizers), groups=groups)
+
+
+def check_preconditioner(trainer: Trainer) -> None:
+    """Check that the Trainer's optimizers divide their steps by a diagonal that is known, before training.
+
+    Raises:
+        MisconfigurationException: If one does not; the message says why.
+    """
+    for optimizer in trainer.optimizers:
+        if type(optimizer) is not torch.optim.SGD:
+            try:
+                check_adaptive(optimizer)
+            except ValueError as error:
+                raise MisconfigurationException(f"preconditioner='optimizer': {error}") from error
 
 
 class LastStep:
@@ -78,15 +95,13 @@ class LastStep:
 
         Args:
             operator: The curvature operator, whose loss counts.
-            step: The number of optimizer steps so far.
-
-        Raises:
-            ValueError: As `critical_learning_rate`.
+            step: The Trainer's number of steps so far.
         """
         weights, self.weights = self.weights, {}
-        if not step:
-            return CriticalLearningRate(math.nan, math.nan, reason="there was no step yet")
         if not weights or not self.step < step:
             why = "the weights before the last step were not copied: that it was the last was not known"
             return CriticalLearningRate(math.nan, math.nan, reason=why)
-        return critical_learning_rate(operator, weights, self.lr)
+        try:
+            return critical_learning_rate(operator, weights, self.lr)
+        except ValueError as error:  # parameters were frozen or replaced in between
+            return CriticalLearningRate(math.nan, math.nan, reason=str(error).rstrip("."))

@@ -51,11 +51,6 @@ class Stability(NamedTuple):
     optimizer: str = ""
     reason: str = ""
 
-    @property
-    def below(self) -> float:
-        """The edge."""
-        return self.edge
-
 
 def stability_edge(
     optimizers: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],

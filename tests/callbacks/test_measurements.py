@@ -121,7 +121,7 @@ def test_stability_is_that_of_a_parabola(tmp_path, options, below):
 
     found = stability(fit(tmp_path, model=Optimized, max_steps=1, max_epochs=-1).trainer)
     assert found.lr == 0.1
-    assert found.below == pytest.approx(below, nan_ok=True)
+    assert found.edge == pytest.approx(below, nan_ok=True)
     if math.isfinite(below):
         assert size(0.99 * below) < 1 < size(1.01 * below)
 

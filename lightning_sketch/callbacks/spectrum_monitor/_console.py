@@ -35,6 +35,10 @@ class Console:
         """Print what a measurement cost, and once why its number of outliers is a lower bound."""
         since = time.perf_counter() - self._clock - measurement.seconds
         print_on_rank_zero(trainer, f"{self.name}: {self.cost(measurement, since)}")
+        if math.isfinite(measurement.stable_below) or (measurement.critical and not measurement.critical.reason):
+            print_on_rank_zero(trainer, f"{self.name}: {measurement.verdict}")
+        elif measurement.verdict:
+            self._say_once(trainer, measurement.verdict, measurement.verdict)
         if measurement.num_outliers().at_least:
             self._say_once(trainer, "outliers", self.outliers(measurement))
 
@@ -67,10 +71,11 @@ class Console:
             f"largest); raise {'top_k' if count >= self.top_k else 'num_matvecs'}."
         )
 
-    def unasked(self, trainer: Trainer) -> None:
-        """Say once how to have `trainer.validate` measured."""
-        text = "trainer.validate is not measured; SpectrumMonitor(stages=['fit', 'validate']) measures there too."
-        self._say_once(trainer, "unasked", text)
+    def unasked(self, trainer: Trainer, stage: str) -> None:
+        """Say once how to have `trainer.validate` measured, if that is what runs."""
+        if stage == "validate":
+            text = "trainer.validate is not measured; SpectrumMonitor(stages=['fit', 'validate']) measures there too."
+            self._say_once(trainer, "unasked", text)
 
     def discarded(self, count: int) -> None:
         """Warn that a new training begins a new history."""

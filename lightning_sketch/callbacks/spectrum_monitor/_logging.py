@@ -111,6 +111,8 @@ def _to_wandb(logger: Any, name: str, measurement: Measurement, density: bool) -
         shown[_prefixed(logger, f"{name}/density")] = wandb.Histogram(np_histogram=(shares.numpy(), EDGES.numpy()))
     if _HAS_MATPLOTLIB:
         shown[_prefixed(logger, f"{name}/spectrum")] = wandb.Image(measurement.plot(name))
+    if measurement.verdict:
+        logger.experiment.summary[_prefixed(logger, f"{name}/verdict")] = measurement.verdict
     if shown:  # not step=, which W&B counts itself; Lightning logs its step as this metric
         logger.experiment.log({**shown, "trainer/global_step": measurement.step})
 

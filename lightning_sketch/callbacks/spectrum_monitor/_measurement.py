@@ -6,8 +6,7 @@ from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_sketch import plots
-from lightning_sketch.callbacks._optimizers import Stability
-from lightning_sketch.curvature import Spectrum
+from lightning_sketch.curvature import CriticalLearningRate, Spectrum, Stability, verdict
 from lightning_sketch.curvature.serialization import from_plain, to_plain
 
 if TYPE_CHECKING:
@@ -49,8 +48,11 @@ class Measurement(Spectrum):
         loss: The mean loss over the probe batches, in evaluation mode.
         seconds: The time that the measurement took, layers included.
         lr: The learning rate of the optimizer, NaN if parameters have different ones.
-        stable_below: The edge of stability, in loss per squared parameter: SGD with momentum β diverges along
-            eigenvectors with eigenvalues above 2 (1 + β) / lr. NaN for other optimizers.
+        stable_below: The edge of stability, in units of the eigenvalues: the optimizer's steps diverge along
+            eigenvectors with eigenvalues above it. NaN where it is not known, for the reason in `verdict`.
+        preconditioned: Whether the matrix is P^-1/2 H P^-1/2, with the diagonal P of the optimizer's steps.
+        critical: The largest factor of the last step that would not have raised the loss.
+        verdict: What both say about the learning rate, in one sentence.
         overlap_with_last: The mean squared cosine between the top_k eigenvectors now and at the last measurement, from
             0 to 1; NaN at the first.
         layers: The curvature of each layer's own block, by name; empty unless `per_layer` is set.
@@ -66,6 +68,9 @@ class Measurement(Spectrum):
     stage: Stage = "fit"
     lr: float = math.nan
     stable_below: float = math.nan
+    preconditioned: bool = False
+    critical: CriticalLearningRate | None = None
+    verdict: str = ""
     overlap_with_last: float = math.nan
     layers: dict[str, LayerCurvature] = field(default_factory=dict)
 
@@ -100,13 +105,15 @@ class Measurement(Spectrum):
     def state(self) -> dict[str, Any]:
         """Return tensors and plain numbers for a checkpoint, with eigenvectors only if they are sketched."""
         layers = {name: asdict(layer) for name, layer in self.layers.items()}
-        return to_plain(self) | {"layers": layers} | ({"vectors": None} if self.sketch is None else {})
+        plain = to_plain(self) | {"layers": layers, "critical": asdict(self.critical) if self.critical else None}
+        return plain | ({"vectors": None} if self.sketch is None else {})
 
     @staticmethod
     def of_state(state: dict[str, Any]) -> "Measurement":
         """Restore a measurement from what `state` returned."""
         layers = {name: LayerCurvature(**layer) for name, layer in state["layers"].items()}
-        restored = from_plain(state | {"layers": layers}, Measurement)
+        critical = CriticalLearningRate(**state["critical"]) if state.get("critical") else None
+        restored = from_plain(state | {"layers": layers, "critical": critical}, Measurement)
         assert isinstance(restored, Measurement)
         return restored
 
@@ -119,7 +126,8 @@ class Measurement(Spectrum):
             and (last.n, last.sketch, last.method) == (self.n, self.sketch, self.method)
         ):
             overlap = float(self.overlap(last, k))
-        return replace(self, lr=now.lr, stable_below=now.below, overlap_with_last=overlap)
+        sentence = verdict(self.lambda_max if self.converged[0] else math.nan, now, self.critical)
+        return replace(self, lr=now.lr, stable_below=now.edge, verdict=sentence, overlap_with_last=overlap)
 
     def for_history(self, k: int) -> "Measurement":
         """Return a copy without Krylov vectors and with only k sketched eigenvectors, as a history stores it."""

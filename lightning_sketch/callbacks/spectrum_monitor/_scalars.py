@@ -65,12 +65,21 @@ def _converged(measurement: Measurement, rank: int) -> float:
     return float(measurement.eigenvalues[rank]) if measurement.converged[rank] else math.nan
 
 
+def _sharpness_lr(measurement: Measurement) -> float:
+    """Return lambda_max times the learning rate, for SGD, whose edge of stability is a number of it; else NaN."""
+    comparable = math.isfinite(measurement.stable_below) and not measurement.preconditioned
+    return _converged(measurement, 0) * measurement.lr if comparable else math.nan
+
+
 SCALARS: dict[str, Scalar] = {
     "lambda_max": Scalar(lambda m, _: _converged(m, 0), summary="last,max"),
     "lambda_min": Scalar(lambda m, _: _converged(m, -1), summary="last,min"),
     "rneg": Scalar(lambda m, _: m.rneg if m.rneg_error <= _MAX_RNEG_ERROR else math.nan, summary="last,max"),
     "num_outliers": Scalar(lambda m, _: m.num_outliers()),
-    "sharpness_lr": Scalar(lambda m, _: _converged(m, 0) * m.lr, summary="last,max"),
+    "stability_ratio": Scalar(lambda m, _: _converged(m, 0) / m.stable_below, summary="last,max"),
+    "critical_learning_rate": Scalar(lambda m, _: m.critical.learning_rate if m.critical else math.nan),
+    "critical_sharpness": Scalar(lambda m, _: m.critical.sharpness if m.critical else math.nan, summary="last,max"),
+    "sharpness_lr": Scalar(lambda m, _: _sharpness_lr(m), summary="last,max"),
     "trace": Scalar(lambda m, _: m.trace),
     "rneg_error": Scalar(lambda m, _: m.rneg_error, details=True),
     "num_outliers_exact": Scalar(lambda m, _: not m.num_outliers().at_least, details=True),

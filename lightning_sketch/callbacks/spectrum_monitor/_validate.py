@@ -47,6 +47,26 @@ def check_arguments(
             raise ValueError(f"need {argument} >= 1, got {value}.")
 
 
+def check_preconditioned(preconditioner: str | None, stages: Sequence[Stage], at_start: bool) -> None:
+    """Check that the state of an optimizer is there whenever a SpectrumMonitor measures with it.
+
+    Raises:
+        ValueError: If the preconditioner is unknown, or there is no such state at one of these times.
+    """
+    if preconditioner not in (None, "optimizer"):
+        raise ValueError(f"SpectrumMonitor(preconditioner={preconditioner!r}) is not known; use 'optimizer' or None.")
+    if preconditioner and set(stages) != {"fit"}:
+        raise ValueError(
+            f"preconditioner='optimizer' needs the optimizer that trains, got stages={list(stages)}; use "
+            "stages=['fit'], and a second SpectrumMonitor for the others."
+        )
+    if preconditioner and at_start:
+        raise ValueError(
+            "preconditioner='optimizer' needs an optimizer that has taken a step, got at_start=True; leave one of them "
+            "out, or use two monitors."
+        )
+
+
 def check_trainer(
     trainer: Trainer, pl_module: LightningModule, name: str, has_loss_fn: bool, every_n_epochs: int | None
 ) -> None:
@@ -68,7 +88,7 @@ def check_trainer(
         raise MisconfigurationException(
             f"SpectrumMonitor cannot measure under {sharded[0]}: sharded parameters have no second derivatives in "
             "PyTorch. Train with strategy='ddp', or save checkpoints and measure them in one process: "
-            "Trainer(callbacks=[SpectrumMonitor()]).validate(model, dataloader)."
+            "Trainer(callbacks=[SpectrumMonitor(stages=['validate'])]).validate(model, dataloader)."
         )
     if not has_loss_fn and not pl_module.automatic_optimization:
         raise MisconfigurationException(

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
@@ -19,14 +20,15 @@ from lightning_sketch._lightning import (
 )
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import OutputLossName
-from lightning_sketch.callbacks._optimizers import UNKNOWN, Stability, stability
+from lightning_sketch.callbacks._optimizers import UNKNOWN, LastStep, check_preconditioner, preconditioned, stability
 from lightning_sketch.callbacks.spectrum_monitor import _logging as logging
 from lightning_sketch.callbacks.spectrum_monitor._console import Console
 from lightning_sketch.callbacks.spectrum_monitor._estimator import Curvature, InitialWeights, SpectrumEstimator
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement, Stage, appended, of_training
 from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatches
 from lightning_sketch.callbacks.spectrum_monitor._scalars import Keys
-from lightning_sketch.callbacks.spectrum_monitor._validate import check_arguments, check_trainer
+from lightning_sketch.callbacks.spectrum_monitor._validate import check_arguments, check_preconditioned, check_trainer
+from lightning_sketch.curvature import Stability
 from lightning_sketch.curvature.hessian import HVP
 from lightning_sketch.curvature.result import Method
 
@@ -44,14 +46,21 @@ class SpectrumMonitor(CallbackBase):
 
     It logs to every logger of the Trainer, and to `trainer.callback_metrics`, under `hessian/`: `lambda_max`,
     `lambda_min`, `rneg` (|most negative| / largest), `num_outliers` (eigenvalues above 20 % of the largest),
-    `sharpness_lr` (lambda_max times the learning rate), `trace`; under `hessian_details/`: `rneg_error`, `trace_sem`
-    (the standard error), `num_outliers_exact` (0 if there may be more outliers), `gradient_in_top_k` and
-    `gradient_in_outliers` (shares of the gradient in these eigenvectors), `overlap` (of the top eigenvectors with those
-    of the last measurement), `loss`, `seconds`; and the single eigenvalues, `hessian_eigenvalues/top_01` ...,
+    `stability_ratio` (lambda_max over the optimizer's edge of stability: above 1 its steps diverge along that
+    eigenvector), `critical_learning_rate` (at which the last step would have raised the loss) and `critical_sharpness`
+    (2 over it), `sharpness_lr` (lambda_max times the learning rate, for SGD), `trace`; under `hessian_details/`:
+    `rneg_error`, `trace_sem` (the standard error), `num_outliers_exact` (0 if there may be more outliers),
+    `gradient_in_top_k` and `gradient_in_outliers` (shares of the gradient in these eigenvectors), `overlap` (of the top
+    eigenvectors with those of the last measurement), `loss`, `seconds`; and the single eigenvalues,
+    `hessian_eigenvalues/top_01` ...,
     `hessian_eigenvalues/bottom_01` .... With `density_probes` also `negative_mass`, `effective_rank`, and the density
     as a histogram in W&B and TensorBoard. W&B also gets a figure per measurement and a table at the end; beside the
     file of a CSVLogger each measurement is saved in safetensors. `monitor.history` contains all measurements, with
     residuals; `monitor.plot()` draws them. The step of all of these is the number of optimizer steps done.
+
+    One sentence says what that means for the learning rate, in the console, in W&B's summary and as `verdict` of a
+    measurement. Adam and its like have an edge only with `preconditioner="optimizer"`. The critical learning rate is
+    that of the weights before the last step, which are copied if the number of batches of an epoch is known.
 
     An eigenvalue that has not converged is logged as NaN. In `trainer.callback_metrics` every key exists from the start
     of training, NaN until the first measurement, and keeps the last value between measurements, so that other callbacks
@@ -103,6 +112,9 @@ class SpectrumMonitor(CallbackBase):
         hvp: How Hessian products are computed, see `Hessian`.
         num_examples: The number of examples in a batch, or batch -> this number, if its tensors have different lengths.
         batch_dim: The axis of the examples, 1 for (time, batch, ...).
+        preconditioner: "optimizer" for P^-1/2 H P^-1/2, with the diagonal P by which Adam, AdamW, NAdam, Adamax,
+            RMSprop or Adagrad divides its steps, logged under `hessian_preconditioned/`: the matrix whose largest
+            eigenvalue these optimizers' edge of stability is one of. Costs one more vector.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -144,9 +156,11 @@ class SpectrumMonitor(CallbackBase):
         hvp: HVP = "auto",
         num_examples: int | Callable[[Any], int] | None = None,
         batch_dim: int = 0,
+        preconditioner: Literal["optimizer"] | None = None,
     ):
         super().__init__()
         check_arguments(on_error, data, stages, every_n_epochs, every_n_train_steps, num_batches)
+        check_preconditioned(preconditioner, stages, at_start)
         self.estimator = SpectrumEstimator(
             curvature=curvature,
             method=method,
@@ -170,7 +184,8 @@ class SpectrumMonitor(CallbackBase):
         )
         self.every_n_train_steps = every_n_train_steps
         self.every_n_epochs = every_n_epochs or (None if every_n_train_steps else 1)
-        self.name = name or (curvature if method == "lanczos" else f"{curvature}_{method}")
+        kinds = [curvature, *([] if method == "lanczos" else [method]), *(["preconditioned"] if preconditioner else [])]
+        self.name, self.preconditioner = name or "_".join(kinds), preconditioner
         self.at_start, self.on_error, self.stages = at_start, on_error, tuple(stages)
 
         self.history: list[Measurement] = []
@@ -183,6 +198,7 @@ class SpectrumMonitor(CallbackBase):
         self._last_step = -1
         self._initial: tuple[InitialWeights, Stability] | None = None
         self._stability = UNKNOWN
+        self._last = LastStep(self.every_n_train_steps, self.every_n_epochs)
         cadence = "every_n_train_steps" if self.every_n_train_steps else "every_n_epochs"
         self._console = Console(self.name, cadence, getattr(self, cadence), top_k)
 
@@ -211,9 +227,8 @@ class SpectrumMonitor(CallbackBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the Trainer and the module, and discard the probe batches of an earlier run."""
         self._stage = next((known for known in self.stages if known == stage), None)
-        if stage == "validate" and self._stage is None:
-            self._console.unasked(trainer)
         if self._stage is None:
+            self._console.unasked(trainer, stage)
             return
         if self._stage == "fit":
             self._continues = trainer.global_step > 0  # a second fit; a checkpoint is loaded after this hook
@@ -221,13 +236,15 @@ class SpectrumMonitor(CallbackBase):
             self._before = ("of the last fit", self._probes.fingerprint) if again else None
             self._probes, self._initial = ProbeBatches(self._probes.num_batches), None
         self._evaluated = ProbeBatches(self._probes.num_batches)
-        every = self.every_n_epochs if self._stage == "fit" else None
-        check_trainer(trainer, pl_module, self.name, self.estimator.loss_fn is not None, every)
+        check_trainer(trainer, pl_module, self.name, self.estimator.loss_fn is not None, self.every_n_epochs)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the pattern matches trainable parameters, and begin a new history unless a fit is continued."""
         if self._stage != "fit":
             return
+        if self.preconditioner:
+            check_preconditioner(trainer)
+        self._last = LastStep(self.every_n_train_steps, self.every_n_epochs)
         self._keys = Keys.of(self.name, self.estimator, Layout.of(pl_module, self.estimator.parameters))
         earlier = [] if self._continues else of_training(self.history)
         if earlier and trainer.is_global_zero:
@@ -248,14 +265,16 @@ class SpectrumMonitor(CallbackBase):
         """Copy the first batches; on the very first, take three products as a sanity check."""
         if self._stage != "fit":
             return
-        self._stability = stability(trainer)  # schedulers change the rate before the epoch ends
+        # schedulers change the rate before the epoch ends
+        self._stability = stability(trainer, preconditioned=self.preconditioner is not None)
+        self._last.batch_starts(trainer, pl_module, batch_idx, self._stability.lr)
         if self._probes.complete:
             return
         self._probes.offer(batch)
         if len(self._probes.batches) == 1:
             self._sanity_check(trainer, pl_module, self._probes)
             if self.at_start and trainer.global_step == 0:
-                self._initial = InitialWeights(pl_module), stability(trainer)
+                self._initial = InitialWeights(pl_module), self._stability
         if self._probes.complete:
             self._on_probes_complete(trainer, pl_module)
 
@@ -326,7 +345,8 @@ class SpectrumMonitor(CallbackBase):
             ValueError: If there are no probe batches, or the matrix cannot be multiplied.
         """
         probes = (self._probes if self._probes.batches else self._evaluated).on_device(pl_module.device)
-        return self.estimator.measure(pl_module, probes, epoch, step, distributed, on_product)
+        precondition = partial(preconditioned, pl_module.trainer) if self.preconditioner else None
+        return self.estimator.measure(pl_module, probes, epoch, step, distributed, on_product, precondition)
 
     def plot(self) -> "Figure":
         """Draw the eigenvalues over all measurements, as a matplotlib figure.
@@ -385,6 +405,10 @@ class SpectrumMonitor(CallbackBase):
                     step,
                     trainer.world_size > 1,
                     lambda done, total: bar.show(f"{self.name} {done}/{total}: "),
+                    partial(preconditioned, trainer) if self.preconditioner else None,
+                    (lambda matrix: self._last.critical(matrix, trainer.global_step))
+                    if step and not evaluates
+                    else None,
                 )
         except Exception as error:
             if self.on_error == "raise" or evaluates:
