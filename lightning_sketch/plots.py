@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from lightning_sketch._eigenvalue_axes import binned, edges_of_bins, ends_known, linear_below, symmetric_log
+
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.axes import Axes
@@ -130,14 +132,14 @@ def spectrum(
         ImportError: If matplotlib is not installed.
     """
     size = size or len(values)
-    above, below = _ends(values, converged, size)
+    above, below = ends_known(values, converged, size)
     widths = [max(above, 4)] + [max(below, above / 4, 2)] * bool(below)
     figure = new_figure(8, 4)
     panels = figure.subplots(
         1, len(widths) + bool(nodes), sharey=True, width_ratios=widths + [sum(widths) / 2] * bool(nodes), squeeze=False
     )[0]
-    threshold = _linear_below(values, [(nodes, weights)] if nodes else ())
-    _symmetric_log(panels[0], threshold, [min(values), max(values)])
+    threshold = linear_below(values, [(nodes, weights)] if nodes else ())
+    symmetric_log(panels[0], threshold, [min(values), max(values)])
     panels[0].set_ylabel(_UNIT)
     figure.suptitle(title, fontsize="medium")
     ends = [(range(above), 1), (range(len(values) - below, len(values)), size - len(values) + 1)]
@@ -162,8 +164,8 @@ def spectrum(
     _legend(panels[0])
     if nodes:
         beside = panels[-1]
-        edges = _edges([*values, *nodes], threshold)
-        shares = _binned([(nodes, weights)], edges)[0]
+        edges = edges_of_bins([*values, *nodes], threshold)
+        shares = binned([(nodes, weights)], edges)[0]
         beside.stairs([max(share, 1e-7) for share in shares], edges, orientation="horizontal", color=_TOP, fill=True)
         beside.set_xscale("log")
         beside.set_xlim(left=1e-6)
@@ -319,18 +321,6 @@ def _few(items: Sequence[int], most: int) -> list[int]:
     return list(items[:: -(-len(items) // most) or 1])
 
 
-def _ends(values: Sequence[float], converged: Sequence[bool], size: int) -> tuple[int, int]:
-    """Return how many eigenvalues are drawn from the top and from the bottom: what has converged, and three more."""
-    if len(values) >= size:
-        return len(values), 0
-    if all(converged):
-        above = max(1, sum(value > 0 for value in values))
-        return above, len(values) - above
-    above, below = (sum(1 for _ in itertools.takewhile(bool, flags)) for flags in (converged, converged[::-1]))
-    above, more = min(above + 3, len(values) - below), 3 if below else 0
-    return above, min(below + more, len(values) - above)
-
-
 def _heat_map(
     figure: "Figure",
     axes: "Axes",
@@ -341,29 +331,19 @@ def _heat_map(
     from matplotlib.colors import LogNorm
 
     everything = [node for nodes, _ in density for node in nodes]
-    threshold = _linear_below(everything, density)
-    edges = _edges(everything, threshold)
-    shares = _binned(density, edges)
+    threshold = linear_below(everything, density)
+    edges = edges_of_bins(everything, threshold)
+    shares = binned(density, edges)
     steps = [time[0], *((a + b) / 2 for a, b in itertools.pairwise(time)), time[-1]]
     if len(time) == 1:
         steps = [time[0] - 0.5, time[0] + 0.5]
     columns = [[max(shares[t][i], 1e-5) for t in range(len(time))] for i in range(len(edges) - 1)]
     image = axes.pcolormesh(steps, edges, columns, cmap="cividis", norm=LogNorm(vmin=1e-5, vmax=1, clip=True))
-    _symmetric_log(axes, threshold, edges)
+    symmetric_log(axes, threshold, edges)
     axes.axhline(0, color=_REST, lw=0.8)
     axes.set_title("Density of all eigenvalues", fontsize="medium")
     axes.set_ylabel("eigenvalue")
     figure.colorbar(image, ax=axes, label="share of eigenvalues", extend="min")
-
-
-def _median_size(nodes: Sequence[float], weights: Sequence[float]) -> float:
-    """Return the median of the absolute values of the nodes, by weight."""
-    total = 0.0
-    for size, weight in sorted((abs(node), weight) for node, weight in zip(nodes, weights, strict=True)):
-        total += weight
-        if total >= 0.5:
-            return size
-    return 0.0
 
 
 def contact_sheet(
@@ -415,46 +395,6 @@ def contact_sheet(
                     spine.set(color=_BOTTOM if mark else _REST, linewidth=2.5 if mark else 0.4)
     figure.supxlabel(note, fontsize=9)
     return figure
-
-
-def _linear_below(values: Sequence[float], density: Sequence[tuple[Sequence[float], Sequence[float]]] = ()) -> float:
-    """Return where a symmetric-log axis becomes linear: about a thousandth of the largest value, or more for a density.
-
-    Then it is twice the median eigenvalue, so that most eigenvalues are in one band: a node that stands for many of
-    them comes to lie on either side of zero by chance.
-    """
-    largest = max(map(abs, values))
-    threshold = 10.0 ** math.floor(math.log10(largest) - 3) if largest else 1.0
-    medians = [_median_size(nodes, weights) for nodes, weights in density]
-    return max([threshold, *(min(2 * median, largest / 10) for median in medians)])
-
-
-def _symmetric_log(axes: "Axes", threshold: float, shown: Sequence[float]) -> None:
-    """Make the vertical axis a symmetric-log one, with ticks at zero and at powers of ten above the threshold."""
-    axes.set_yscale("symlog", linthresh=threshold, linscale=0.3)
-    low, high = min(0.0, *shown), max(0.0, *shown)
-    powers = [10.0**k for k in range(-40, 40) if threshold <= 10.0**k <= max(-low, high)]
-    axes.set_yticks([y for y in (*(-p for p in reversed(powers)), 0.0, *powers) if low <= y <= high])
-    axes.minorticks_off()
-
-
-def _edges(values: Sequence[float], threshold: float) -> list[float]:
-    """Return edges of bins from the smallest to the largest value, eight to a decade, with one bin around zero."""
-    positive = [threshold * 10 ** (i / 8) for i in range(34)]
-    below, above = (max(limit * 10 ** (1 / 8), threshold) for limit in (-min(values), max(values)))
-    return [-e for e in reversed(positive) if e <= below] + [e for e in positive if e <= above]
-
-
-def _binned(density: Sequence[tuple[Sequence[float], Sequence[float]]], edges: Sequence[float]) -> list[list[float]]:
-    """Return for each density the share of all eigenvalues in each bin, smoothed over about three bins."""
-    import numpy as np
-
-    positions, binned = np.arange(len(edges) - 1), []
-    for nodes, weights in density:
-        place = np.interp(nodes, edges, np.arange(len(edges))) - 0.5
-        kernel = np.exp(-0.5 * ((positions[:, None] - place) / 1.2) ** 2)
-        binned.append((kernel / kernel.sum(0) @ np.asarray(weights)).tolist())
-    return binned
 
 
 def loss_slice(

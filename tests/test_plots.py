@@ -4,8 +4,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from lightning_sketch import plots
+from lightning_sketch.curvature import Spectrum
 
 
 def shown(figure):
@@ -76,6 +78,15 @@ def test_eigenvalues_are_drawn_at_their_true_ranks():
     assert figure.get_suptitle() == "h, epoch 3, step 40"
     assert beside.get_title() == "density"
     figure.canvas.draw()
+
+
+def test_a_spectrum_is_drawn_at_its_true_ranks():
+    values = torch.tensor([9.0, 7.0, 1.0, 0.5, -0.5, -8.0], dtype=torch.float64)
+    errors = torch.tensor([0.0, 0.0, 5.0, 5.0, 5.0, 0.0], dtype=torch.float64)
+    sp = Spectrum(values, errors, tol=0.01, linearity_defect=0.0, num_products=6, n=300)
+    left, right = sp.plot().axes
+    assert ranks(left) == {"known": [1, 2], "white": [3, 4, 5]}
+    assert ranks(right) == {"known": [300], "white": []}
 
 
 @pytest.mark.parametrize(

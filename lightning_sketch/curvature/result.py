@@ -372,6 +372,7 @@ class Spectrum:
             self.eigenvalues.tolist(),
             self.residuals.tolist(),
             converged=self.converged.tolist(),
+            size=self.n,
             nodes=nodes,
             weights=weights,
         )

@@ -82,11 +82,6 @@ class Rounded(torch.autograd.Function):
         return grad.clone()
 
 
-def cdist(module, images, labels):
-    x = module.net(images)
-    return F.cross_entropy(-torch.cdist(x, x.detach() + 1, p=3.5), labels % len(labels))
-
-
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
@@ -102,7 +97,6 @@ def cdist(module, images, labels):
             ValueError,
             r"differentiate twice: Rounded is marked once_differentiable",
         ),
-        (cdist, ValueError, r"differentiate twice.*cdist"),
     ],
 )
 def test_on_the_first_batch(tmp_path, loss, error, message):
@@ -155,7 +149,7 @@ def test_a_loss_that_turns_nan_later(tmp_path, on_error):
 
     watch = SpectrumMonitor(num_batches=1, on_error=on_error)
     if on_error == "raise":
-        with pytest.raises(ValueError, match=r"not linear|not finite"):
+        with pytest.raises(ValueError, match="the loss of batch 0 is nan"):
             fit(tmp_path, watch, model=Diverging(), max_epochs=2)
     else:
         with pytest.warns(UserWarning, match="hessian: no measurement at step 16"):
