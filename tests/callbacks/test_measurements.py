@@ -86,7 +86,7 @@ def test_learning_rates_are_those_of_their_steps(tmp_path):
     watch = monitor(at_start=True, num_batches=4)
     fit(tmp_path, watch, model=Scheduled, max_epochs=1)
     assert [m.lr for m in watch.history] == pytest.approx([0.01, 0.08])
-    Scheduled.interval = "epoch"
+    Scheduled.interval, watch = "epoch", monitor(at_start=True, num_batches=4)
     fit(tmp_path, watch, model=Scheduled, max_epochs=2)
     assert [m.lr for m in watch.history] == pytest.approx([0.01, 0.01, 0.02])
 
