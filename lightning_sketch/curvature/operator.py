@@ -24,7 +24,7 @@ from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.plain_formulas import PlainFormulas
 from lightning_sketch.autodiff.preserve_state import Mode, Preserved, preserve_state
 from lightning_sketch.autodiff.second_derivatives import Product, nowhere_else
-from lightning_sketch.curvature.weighted_batches import Add, WeightedBatches
+from lightning_sketch.curvature.weighted_batches import Add, WeightedBatches, agreement
 from lightning_sketch.operators.base import LinearOperator, check_vectors
 
 
@@ -200,14 +200,19 @@ class CurvatureOperator(LinearOperator):
     def hold(self) -> Iterator[None]:
         """Prepare the module once for all products taken inside; the graph of a single fixed batch is built once.
 
-        The caller promises not to change the parameters inside.
+        The caller promises not to change the parameters inside. If sums are over ranks and one of them fails inside,
+        the others fail too.
 
         Raises:
             ValueError: If a selected parameter has been frozen since.
+            RuntimeError: If another rank failed.
         """
-        if self._state is None and self._written is not None and self._examined_at != self._versions:
+        if self._state is not None:
+            yield
+            return
+        if self._written is not None and self._examined_at != self._versions:
             self._check_again()
-        with self._held():
+        with agreement(self.batches.distributed, self.device), self._held():
             yield
 
     @contextmanager
@@ -269,8 +274,9 @@ class CurvatureOperator(LinearOperator):
         Raises:
             ValueError: If the loss is not the same at each call.
         """
+        assert self._state is not None
         trainable = [p for p in self.module.parameters() if p.requires_grad]
-        copies = [p.detach().clone() for p in trainable]
+        copies, versions = [p.detach().clone() for p in trainable], [p._version for p in trainable]
 
         def losses(batch: Any) -> list[Tensor]:
             found = []
@@ -286,9 +292,11 @@ class CurvatureOperator(LinearOperator):
                 self._restores = True
                 found = self.batches.first_that_fits(losses)
         finally:
-            written = [p for p, before in zip(trainable, copies, strict=True) if not torch.equal(p, before)]
-            for p, before in zip(trainable, copies, strict=True):
+            changed = zip(trainable, copies, versions, strict=True)
+            written = [(p, before) for p, before, v in changed if p._version != v or not torch.equal(p, before)]
+            for p, before in written:
                 p.data.copy_(before)
+                self._state.keep(p)
         if not found:  # not even one example fits, as a product will say
             return []
         first, again, other = found
@@ -301,7 +309,7 @@ class CurvatureOperator(LinearOperator):
             )
         self.batches.is_random = not torch.equal(first, other)
         self.batches.draws = self._noise[1] if self.batches.is_random else 1
-        return written
+        return [p for p, _ in written]
 
     def _check_again(self) -> None:
         """Forget what was found out about the loss at other parameters."""
