@@ -62,6 +62,18 @@ def batches_done(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def steps_done(trainer: Trainer, *, in_batch: bool = False) -> int:
+    """Return the number of optimizer steps done; with manual optimization, Lightning's count of batches for loggers.
+
+    Args:
+        trainer: The Trainer.
+        in_batch: Whether the batch that has just made a step is still running, which is not counted before its end.
+    """
+    if trainer.lightning_module is None or trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return batches_done(trainer) + in_batch
+
+
 def callbacks_of(trainer: Trainer) -> list[Any]:
     """Return the Trainer's callbacks, an attribute that type checkers do not see."""
     untyped: Any = trainer

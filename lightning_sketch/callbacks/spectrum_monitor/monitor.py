@@ -13,10 +13,10 @@ from lightning_sketch._lightning import (
     CallbackBase,
     LightningModule,
     Trainer,
-    batches_done,
     log_scalars,
     muted_loggers,
     state_key,
+    steps_done,
 )
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import OutputLossName
@@ -287,7 +287,7 @@ class SpectrumMonitor(CallbackBase):
             return
         self._last_step = step  # under gradient accumulation a step has several batches
         if self._probes.complete:
-            self._measure_and_log(trainer, pl_module, batches_done(trainer) + 1)  # counted after this hook
+            self._measure_and_log(trainer, pl_module, steps_done(trainer, in_batch=True))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if it is due."""
@@ -297,7 +297,7 @@ class SpectrumMonitor(CallbackBase):
             self._probes.close()
             self._on_probes_complete(trainer, pl_module)
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._measure_and_log(trainer, pl_module, batches_done(trainer))
+            self._measure_and_log(trainer, pl_module, steps_done(trainer))
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log all measurements as one table, to loggers that have tables."""
@@ -317,7 +317,7 @@ class SpectrumMonitor(CallbackBase):
             self._evaluated.close()
             self._keys = Keys.of(self.name, self.estimator, Layout.of(pl_module, self.estimator.parameters))
             logging.declare(trainer, self._keys, self.estimator)
-            self._measure_and_log(trainer, pl_module, batches_done(trainer))
+            self._measure_and_log(trainer, pl_module, steps_done(trainer))
 
     on_test_batch_start, on_test_end = on_validation_batch_start, on_validation_end
 
