@@ -18,15 +18,15 @@ five; ratios above 1 alone do not mean divergence, above all in the first ten st
 
 What was found (torch 2.13, one thread of a shared CPU):
 
-- All 10 runs that diverged had a ratio above 2 (3.5 to 10^6) and a factor below 0.5 at the last measurement before. They
-  diverged within five steps, so that only a measurement in the first steps warns of it; none diverged late.
-- Of runs that did not diverge, SGD's were above 1 in 6 of 140 measurements and AdamW's in 22 of 120, all at the best rate
-  of their training or above. The three runs with a median ratio above 1 ended with 1.5 to 10 times its loss.
+- All 10 runs that diverged had a ratio above 2 (3.5 to 10^6) and a factor below 0.5 at the last measurement before.
+  They diverged within five steps, so that only a measurement in the first steps warns of it; none diverged late.
+- Of runs that did not diverge, SGD's were above 1 in 6 of 140 measurements and AdamW's in 22 of 120, all at the best
+  rate of their training or above. The three runs with a median ratio above 1 ended with 1.5 to 10 times its loss.
 - A ratio below 1 does not mean that the rate is good: rates that were too low had 0.002 to 0.2, the best ones 0.06 to
   0.4, and two runs of the CNN that SGD broke, with 18 and 36 times the loss, had 0.3 and 0.03: where units have died
   the loss is flat. At batches of 64 the noise keeps SGD below its edge.
 - The factor is noisy on single steps: 58 of 260 late measurements of runs that did not diverge were below 1, since a
-  step on 64 examples may raise the loss of 128 others. Its median falls with the rate, from 20 to 130 at the lowest
+  step on 64 examples may raise the loss of 128 others. Its median falls with the rate, from 18 to 130 at the lowest
   rates to 0.9 to 2.5 at the highest that did not diverge.
 - A bias in front of batch normalization had made the ratio of AdamW 500 to 10,000 at good rates: it has no gradient in
   training, and curvature in evaluation. Hence bias=False here, and the warning of `Preconditioned.from_optimizer`.
