@@ -95,7 +95,7 @@ def spectrum_over_time(
     _epoch_axis(upper, time, epochs)
     upper.set_title(f"{title}, in loss / parameter²" if title else "in loss / parameter²")
     _stability(upper, time, stable_below)
-    _legend(upper)
+    _legend(figure, upper)
     if density is not None:
         _heat_map(figure, panels[-1], time, density)
     return figure
@@ -161,7 +161,7 @@ def spectrum(
         axes.axhline(0, color=_REST, lw=0.8)
         axes.set_xlabel(label)
         axes.grid(alpha=0.2)
-    _legend(panels[0])
+    _legend(figure, panels[0])
     if nodes:
         beside = panels[-1]
         edges = edges_of_bins([*values, *nodes], threshold)
@@ -284,8 +284,8 @@ def new_figure(width: int | float, height: int | float) -> "Figure":
     return figure
 
 
-def _legend(axes: "Axes") -> None:
-    """Add a legend that explains the markers, and the edge of stability if it is drawn."""
+def _legend(figure: "Figure", axes: "Axes") -> None:
+    """Add a legend below that explains the markers, and the edge of stability if there is one."""
     from matplotlib.lines import Line2D
 
     handles = [
@@ -293,7 +293,7 @@ def _legend(axes: "Axes") -> None:
         Line2D([], [], marker="o", ls="none", color=_TOP, mfc="white", label="not converged: do not rely on it"),
     ]
     handles += [line for line in axes.get_lines() if str(line.get_label()).startswith("edge")]
-    axes.legend(handles=handles, loc="best", framealpha=0.7, edgecolor="none", fontsize="small")
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize="small")
 
 
 def _stability(axes: "Axes", time: Sequence[int | float], edge: Sequence[float]) -> None:
@@ -301,9 +301,11 @@ def _stability(axes: "Axes", time: Sequence[int | float], edge: Sequence[float])
     known = [(t, e) for t, e in zip(time, edge, strict=False) if math.isfinite(e)]
     if known:
         low, high = axes.get_ylim()
-        axes.plot(*zip(*known, strict=True), "--", color=_LINE, label="edge of stability, 2 (1 + momentum) / lr")
-        if min(e for _, e in known) > 3 * high:
+        (line,) = axes.plot(*zip(*known, strict=True), "--", color=_LINE, label="edge of stability")
+        lowest = min(e for _, e in known)
+        if lowest > 3 * high:
             axes.set_ylim(low, high)
+            line.set_label(f"edge of stability: above, from {lowest:.3g}")
 
 
 def _epoch_axis(axes: "Axes", time: Sequence[int | float], epochs: Sequence[int]) -> None:

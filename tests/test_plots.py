@@ -134,6 +134,14 @@ def test_time_is_shown_in_epochs_too():
     assert not over_time().axes[0].child_axes
 
 
+@pytest.mark.parametrize(("edge", "label"), [(7.0, "edge of stability"), (40.0, "edge of stability: above, from 40")])
+def test_the_edge_of_stability_is_named_where_it_is_far_above(edge, label):
+    figure = over_time(stable_below=[edge] * 3)
+    (legend,) = figure.legends
+    assert legend.get_texts()[-1].get_text() == label
+    assert figure.axes[0].get_ylim()[1] < 10
+
+
 def test_without_matplotlib_a_figure_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install 'lightning-sketch\[plots\]'"):
