@@ -63,6 +63,7 @@ class CriticalLearningRate:
 
 def copy_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return copies of the trainable parameters by name, of each sharded one this rank's shard."""
+    _reshard(module)
     return {name: _local(p).clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
@@ -100,6 +101,7 @@ def critical_learning_rate(
     (1.0, 2.0)
     """
     with operator.hold():
+        _reshard(operator.module)
         parameters = {name: p for name, p in operator.module.named_parameters() if p.requires_grad}
         if before.keys() != parameters.keys() or any(before[n].shape != _local(p).shape for n, p in parameters.items()):
             raise ValueError(
@@ -107,12 +109,13 @@ def critical_learning_rate(
                 "the step, on the module of the operator."
             )
         after = operator.loss()  # where it is NaN, raises; it is not looked at again until the weights change
-        with _restored(parameters) as now:
+        with _restored(operator.module, parameters) as now:
 
             def loss(factor: float) -> float:
                 for name, parameter in parameters.items():
                     start, end = before[name].to(now[name]), now[name]
                     _local(parameter).copy_(start.lerp(end, factor) if factor else start)
+                _reshard(operator.module)
                 return operator.loss()
 
             start = loss(0.0)
@@ -207,7 +210,7 @@ class _Search:
 
 
 @contextmanager
-def _restored(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+def _restored(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Yield copies of parameters, and restore these from them afterwards, bit by bit."""
     copies = {name: _local(parameter).clone() for name, parameter in parameters.items()}
     try:
@@ -217,8 +220,17 @@ def _restored(parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         try:
             for name, parameter in parameters.items():
                 _local(parameter).copy_(copies[name])
+            _reshard(module)
         finally:
             interrupts_held_back.restoring = outer
+
+
+def _reshard(module: nn.Module) -> None:
+    """Free the gathered weights that FSDP keeps after a forward pass, so that the next one gathers the shards again."""
+    parts: Any = module.modules()
+    for part in parts:
+        if hasattr(part, "reshard") and hasattr(part, "unshard"):
+            part.reshard()
 
 
 def _local(parameter: Any) -> Tensor:

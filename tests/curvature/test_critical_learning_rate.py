@@ -1,14 +1,18 @@
 """The critical learning rate is where the loss along the last step rises again, and finding it changes nothing."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import Started
 from marks import slow
 from torch import nn
 
 from lightning_sketch.curvature import GGN, Hessian, copy_weights, critical_learning_rate
+
+PROGRAM = Path(__file__).with_name("sharded_step.py")
 
 
 class Parabola(nn.Module):
@@ -195,3 +199,22 @@ def test_copies_of_another_module_are_refused():
     for wrong in ({}, {**copy_weights(module), "0.weight": torch.ones(1)}):
         with pytest.raises(ValueError, match=r"the copied weights are of other parameters .*; call copy_weights"):
             critical_learning_rate(h, wrong, 0.1)
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_does_with_whole_weights_and_with_shards(tmp_path):
+    def ran(ranks, how):
+        (folder := tmp_path / f"{how}{ranks}").mkdir()
+        started = [Started(PROGRAM, folder, rank, ranks, how) for rank in range(ranks)]
+        found = [process.communicate(300) for process in started]
+        assert all(process.returncode == 0 for process in started), found
+        return [output.split() for output, _ in found]
+
+    ((alone, passes, numbers, same),) = ran(1, "whole")
+    assert (numbers, same) == ("43", "True")
+    for how, own in (("whole", ("43", "43")), ("shards", ("27", "16"))):
+        found = ran(2, how)
+        assert tuple(line[2] for line in found) == own
+        for line in found:
+            assert float(line[0]) == pytest.approx(float(alone), rel=1e-4)
+            assert (line[1], line[3]) == (passes, "True")
