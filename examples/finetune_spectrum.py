@@ -5,8 +5,9 @@
 2. A small GPT, trained from scratch to continue Python's language reference, letter by letter.
 
 Nothing is downloaded but packages. Prints the paper's findings beside ours and writes the picture
-runs/finetune_spectrum/spectrum.png. Takes two minutes on one core; its few sentences to measure on make
-coarse numbers. `--full` takes more of everything, and far longer; `--accelerator gpu` if there is one.
+runs/finetune_spectrum/spectrum.png. Takes a minute on one core, with a measurement at the start and one at the end; its
+few sentences to measure on make coarse numbers. `--full` takes more of everything, and far longer; `--accelerator gpu`
+if there is one.
 
 Source of the questions: A. Schioppa, arXiv:2402.03994, section 5.4, on RoBERTa, GPT-2L and BART.
 """
@@ -54,8 +55,8 @@ class Size(NamedTuple):
 
 
 QUICK = {
-    "MiniLM": Size(steps=40, every=20, batch=8, tokens=16, num_matvecs=24),
-    "small GPT": Size(steps=160, every=80, batch=8, tokens=64, num_matvecs=40, width=64),
+    "MiniLM": Size(steps=40, every=40, batch=8, tokens=16, num_matvecs=24),
+    "small GPT": Size(steps=160, every=160, batch=8, tokens=64, num_matvecs=40, width=64),
 }
 FULL = {
     "MiniLM": Size(steps=300, every=50, batch=32, tokens=24, num_matvecs=96),
