@@ -19,7 +19,7 @@ from lightning_sketch.curvature.result import Method, Spectrum
 from lightning_sketch.linalg.alignment import better_of, shares, shares_by_dots
 from lightning_sketch.linalg.krylov import Krylov
 from lightning_sketch.linalg.lanczos import dot, start_vector
-from lightning_sketch.linalg.linearity import checked_defect
+from lightning_sketch.linalg.linearity import Watched
 from lightning_sketch.linalg.quadrature import Quadrature, Trace, quadrature, trace
 from lightning_sketch.linalg.ritz import rayleigh_ritz
 from lightning_sketch.operators.base import LinearOperator
@@ -48,7 +48,7 @@ def spectrum(
     """Compute the largest and the smallest eigenvalues of a symmetric operator, with error bars.
 
     It takes at most `num_matvecs` products, a quarter as many (at least 8) to search for copies of multiple
-    eigenvalues, and 6 to measure how linear the operator is; memory for about five vectors of size n. It stops
+    eigenvalues, and 2 to measure how linear the operator is; memory for about five vectors of size n. It stops
     early once the `top_k` largest and `bottom_k` smallest eigenvalues have converged.
 
     One start vector finds one copy of a multiple eigenvalue. So the run is followed by short ones from other
@@ -143,6 +143,7 @@ class _Growing:
         most: The largest number of products of the first run.
         on_product: Called after each product of a run, with their number and the largest number of them.
         defect: The largest defect of linearity that was seen.
+        further: The number of products that measured it, beside those of the runs.
     """
 
     operator: LinearOperator
@@ -154,18 +155,17 @@ class _Growing:
     most: int
     on_product: Callable[[int, int], None] | None
     defect: float = 0.0
+    further: int = 0
 
     def first_run(self, least: int) -> Spectrum:
         """Run until all eigenvalues asked for have converged, after `least` products at the earliest."""
-        first = start_vector(self.operator, self.krylov.seed, name="0")
-        other = start_vector(self.operator, self.krylov.seed, name="defect")
-        self.defect = checked_defect(self.operator, first, other, random=True)
-        previous: Tensor | None = first
-        del first, other  # `previous` alone keeps a vector in memory
-        for done, v in enumerate(self._products(), start=1):
-            if previous is not None and done == min(4, self.most):  # on Krylov vectors as well
-                self.defect = max(self.defect, checked_defect(self.operator, previous, v))
-            previous = v if done < 4 else None
+        watched = Watched(self.operator, pairs=2)
+        if self.most < 4:  # a run that short has no two pairs of vectors
+            u, v = (start_vector(self.operator, self.krylov.seed, name=name) for name in ("0", "defect"))
+            watched.matvec(u)
+            watched.matvec(v)
+        for done, _ in enumerate(self._products(watched), start=1):
+            self.defect, self.further = watched.defect, watched.num_products + (2 if self.most < 4 else 0)
             if done == self.most or done % _CHECK_EVERY == 0:
                 found = self._spectrum()
                 if done == self.most or (done >= least and self._enough(found)):
@@ -192,9 +192,9 @@ class _Growing:
                 break
         return found
 
-    def _products(self) -> Iterator[Tensor]:
-        """Yield the vectors of a run from a new start vector."""
-        for v in self.krylov.grow(self.operator, self.gradient):
+    def _products(self, operator: LinearOperator | None = None) -> Iterator[Tensor]:
+        """Yield the vectors of a run from a new start vector, of this operator if it is not the one of all runs."""
+        for v in self.krylov.grow(operator or self.operator, self.gradient):
             if self.on_product is not None:
                 self.on_product(self.krylov.num_products, max(self.krylov.num_products, self.most))
             yield v
@@ -207,7 +207,7 @@ class _Growing:
             pairs.residuals,
             tol=self.tol,
             linearity_defect=self.defect,
-            num_products=self.krylov.num_products + 6,
+            num_products=self.krylov.num_products + self.further,
             n=self.operator.shape[1],
             vectors=pairs.vectors,
             coefficients=pairs.coefficients,
