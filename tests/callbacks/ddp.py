@@ -59,6 +59,7 @@ def main(folder: str, devices: int, fails_on: int | None):
             "trace": [monitor.history[0].trace, monitor.history[0].trace_sem],
             "layers": [layer.lambda_max for layer in monitor.history[0].layers.values()],
             "steps": [m.step for m in monitor.history],
+            "verdict": [m.verdict for m in monitor.history],
         }
         for monitor in monitors
     }

@@ -99,6 +99,7 @@ def test_what_wandb_shows_without_a_set_up(tmp_path, monkeypatch):
     values = [m.lambda_max for m in watch.history if m.converged[0]]
     assert summary["hessian/lambda_max"]["max"] == pytest.approx(max(values))
     assert summary["hessian/ritz_values"]["_type"] == "table-file"
+    assert summary["hessian/verdict"] == watch.history[-1].verdict
     (settings,) = [c["update"]["hessian_monitor"] for c in of_type(found, "config") if "hessian_monitor" in c["update"]]
     assert (settings["top_k"], settings["curvature"]) == (3, "hessian")
 
