@@ -126,7 +126,10 @@ def test_of_adam_without_preconditioner_the_edge_is_missing_and_said():
     assert metrics["hessian/stability_ratio"].isnan()
     assert metrics["hessian/sharpness_lr"].isnan()
     assert watch.history[-1].critical.factor > 0
-    assert "no edge is known (Adam, different learning rates), since Adam divides" in watch.history[-1].verdict
+    assert (
+        "no edge is known (Adam, different learning rates), since that of Adam is one of P^-1/2 H P^-1/2"
+        in watch.history[-1].verdict
+    )
 
 
 def test_of_plain_descent_the_ratio_is_half_of_sharpness_lr():
