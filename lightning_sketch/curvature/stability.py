@@ -111,7 +111,8 @@ def verdict(lambda_max: float, stability: Stability, critical: CriticalLearningR
     elif math.isnan(lambda_max):
         parts = [f"stability: not known {who}, since the largest eigenvalue has not converged"]
     else:
-        parts = [f"stability: {_short(lambda_max / stability.edge)} of the edge {who}"]
+        ratio = lambda_max / stability.edge
+        parts = [f"stability: {_short(ratio)} {'times' if ratio >= 2 else 'of'} the edge {who}"]
     if critical is not None:
         parts.append(_said(critical))
     return "; ".join(parts) + "."

@@ -223,7 +223,7 @@ ADAM = Stability(3e-4, 100.0, "Adam")
             1e6,
             ADAM,
             CriticalLearningRate(math.nan, 3e-4, reason="the last step does not change the loss"),
-            "stability: 10000 of the edge (Adam, lr 3e-4); no critical learning rate, since the last step does not "
+            "stability: 10000 times the edge (Adam, lr 3e-4); no critical learning rate, since the last step does not "
             "change the loss.",
         ),
     ],
