@@ -63,7 +63,7 @@ def test_a_fit_prints_the_products_of_layers_and_no_share_of_what_was_not(tmp_pa
 def test_the_number_of_outliers_is_a_bound_that_says_so(values, residuals, count, exact, said):
     m = measured(values, residuals=torch.tensor(residuals, dtype=torch.float64))
     logged = Keys("hessian", 3, 0).values(m)
-    assert (logged["hessian/num_outliers"], logged["hessian_details/num_outliers_exact"]) == (count, exact)
+    assert (logged["hessian/num_outliers"], logged["hessian/num_outliers_exact"]) == (count, exact)
     if said:
         assert re.search(said, Console("hessian", "every_n_epochs", 1, 3).outliers(m))
 

@@ -144,12 +144,12 @@ def test_gradient_overlap_and_stability(tmp_path):
     gradient = gradient.detach().double()
     share = float((vectors[:, -3:].T @ gradient).square().sum() / gradient.square().sum())
     metrics, last = model.trainer.callback_metrics, watch.history[-1]
-    assert metrics["hessian_details/gradient_in_top_k"] == pytest.approx(share, rel=0.15, abs=0.02)
+    assert metrics["hessian/gradient_in_top_k"] == pytest.approx(share, rel=0.15, abs=0.02)
     assert metrics["hessian/sharpness_lr"] == pytest.approx(float(values[-1]) * 1e-3, rel=1e-3)
     assert last.stable_below == pytest.approx(3000)  # 2 (1 + 1/2) / lr
     assert math.isnan(watch.history[0].overlap_with_last)
     assert last.overlap_with_last > 0.7  # small steps hardly rotate eigenvectors; for random spaces it is 3 / n
-    assert metrics["hessian_details/overlap"] == pytest.approx(last.overlap_with_last)
+    assert metrics["hessian/overlap"] == pytest.approx(last.overlap_with_last)
     (line,) = (line for line in watch.plot().axes[0].get_lines() if line.get_label().startswith("edge"))
     assert line.get_ydata() == pytest.approx([3000, 3000])
     assert watch.plot()._repr_png_().startswith(b"\x89PNG")  # as a notebook shows it

@@ -145,14 +145,14 @@ def test_a_step_is_the_same_number_everywhere(tmp_path, arguments, model, option
     assert [m.step for m in watch.history] == steps
     with open(f"{loggers[0].log_dir}/metrics.csv") as file:
         rows = list(csv.DictReader(file))
-    ours = [row for row in rows if row["hessian_details/seconds"]]
+    ours = [row for row in rows if row["hessian/seconds"]]
     assert [int(row["step"]) for row in ours] == steps
     assert [int(row["epoch"]) for row in ours] == [m.epoch for m in watch.history]
     # a loss of Lightning is that of the batch before the step that is done then
     batches = [int(row["step"]) + 1 for row in rows if row["train_loss_step"]]
     assert set(steps) - {0} <= set(batches)
     events = EventAccumulator(loggers[1].log_dir).Reload()
-    assert [event.step for event in events.Scalars("hessian_details/seconds")] == steps
+    assert [event.step for event in events.Scalars("hessian/seconds")] == steps
     names = {path.name for path in tmp_path.rglob("*.safetensors")}
     assert names == {f"epoch={m.epoch}-step={m.step}.safetensors" for m in watch.history}
     assert watch.plot().axes[0].lines[0].get_xdata().tolist() == steps
@@ -205,7 +205,7 @@ def test_any_other_logger_gets_the_scalars(tmp_path):
 
     logger = Plain()
     fit(tmp_path, monitor(), logger=logger)
-    assert {"hessian/lambda_max", "hessian_details/density_overflow"} <= set().union(*logger.rows)
+    assert {"hessian/lambda_max", "hessian/density_overflow"} <= set().union(*logger.rows)
 
 
 def test_a_histogram_of_nodes():

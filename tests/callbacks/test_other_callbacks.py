@@ -92,9 +92,9 @@ def test_early_stopping_waits_for_its_patience_in_epochs(tmp_path):
         fit(tmp_path, monitor(every_n_epochs=3), stopping)
 
 
-def test_details_are_checked_for_early_stopping_too(tmp_path):
+def test_every_key_is_checked_for_early_stopping(tmp_path):
     with pytest.raises(MisconfigurationException, match="check_finite=False"):
-        fit(tmp_path, monitor(), EarlyStopping("hessian_details/loss", check_finite=True))
+        fit(tmp_path, monitor(), EarlyStopping("hessian/loss", check_finite=True))
 
 
 @pytest.mark.slow

@@ -21,9 +21,9 @@ SCALARS = {
     "hessian/lambda_min",
     "hessian/rneg",
     "hessian/num_outliers",
-    "hessian_details/rneg_error",
-    "hessian_details/loss",
-    "hessian_details/seconds",
+    "hessian/rneg_error",
+    "hessian/loss",
+    "hessian/seconds",
 }
 
 
@@ -101,7 +101,7 @@ def test_it_measures_when_it_should(tmp_path, arguments, trainer_arguments, step
     fit(tmp_path, watch, logger=logger, log_every_n_steps=1000, **trainer_arguments)
     assert [m.step for m in watch.history] == steps
     with open(f"{logger.log_dir}/metrics.csv") as file:
-        assert sum(bool(row["hessian_details/seconds"]) for row in csv.DictReader(file)) == len(steps)
+        assert sum(bool(row["hessian/seconds"]) for row in csv.DictReader(file)) == len(steps)
 
 
 @pytest.mark.slow
@@ -186,8 +186,8 @@ def test_what_has_not_converged_is_nan_in_scalars_and_marked_in_the_history(tmp_
     assert math.isfinite(measured.lambda_max)
     for key in ("lambda_max", "lambda_min"):
         assert math.isnan(metrics[f"hessian/{key}"])
-    assert (metrics["hessian/num_outliers"], metrics["hessian_details/num_outliers_exact"]) == (0, 0)  # at least 0
-    assert math.isfinite(metrics["hessian_details/rneg_error"])
+    assert (metrics["hessian/num_outliers"], metrics["hessian/num_outliers_exact"]) == (0, 0)  # at least 0
+    assert math.isfinite(metrics["hessian/rneg_error"])
 
 
 def test_rneg_is_judged_by_its_own_error():
@@ -206,7 +206,7 @@ def test_rneg_is_judged_by_its_own_error():
     scalars = Keys("hessian", 2, 1).values(Measurement(values, residuals, **rest))
     assert math.isnan(scalars["hessian/lambda_min"])
     assert scalars["hessian/rneg"] == pytest.approx(0.01)
-    assert scalars["hessian_details/rneg_error"] == pytest.approx(0.005, rel=1e-3)
+    assert scalars["hessian/rneg_error"] == pytest.approx(0.005, rel=1e-3)
     residuals[-1] = 0.5
     assert math.isnan(Keys("hessian", 2, 1).values(Measurement(values, residuals, **rest))["hessian/rneg"])
 
@@ -220,7 +220,7 @@ def test_after_a_failure_no_value_of_an_earlier_measurement_remains(tmp_path):
     with pytest.warns(UserWarning, match="no measurement at step 16"):
         metrics = fit(tmp_path, monitor(), model=Diverging()).trainer.callback_metrics
     ours = {key: value for key, value in metrics.items() if key.startswith("hessian")}
-    assert ours.keys() >= {"hessian_details/loss", "hessian_eigenvalues/top_03", "hessian_eigenvalues/bottom_01"}
+    assert ours.keys() >= {"hessian/loss", "hessian_eigenvalues/top_03", "hessian_eigenvalues/bottom_01"}
     assert all(math.isnan(value) for value in ours.values())
 
 

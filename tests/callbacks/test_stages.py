@@ -75,7 +75,7 @@ def test_only_evaluations(tmp_path):
     assert "hessian/lambda_max" not in model.trainer.callback_metrics
     model.trainer.validate(model, others(), verbose=False)
     (measured,) = watch.history
-    assert model.trainer.callback_metrics["hessian_details/loss"] == pytest.approx(measured.loss)
+    assert model.trainer.callback_metrics["hessian/loss"] == pytest.approx(measured.loss)
     assert watch.plot().axes[0].lines[0].get_xdata().tolist() == [measured.step]
     assert watch.measure(model).loss == pytest.approx(measured.loss, rel=1e-6)
 

@@ -29,6 +29,7 @@ from lightning_sketch.operators import LinearOperator
 Curvature = Literal["hessian", "ggn", "fisher"]
 Precondition = Callable[[CurvatureOperator], Preconditioned]
 _KINDS: tuple[Curvature, ...] = get_args(Curvature)
+_PROBE_MATVECS = 16  # products of each further start vector, for the density of one layer
 _MATVECS = 32  # most products of one layer's spectrum, before those that measure its linearity and its trace
 
 
@@ -185,6 +186,7 @@ class SpectrumEstimator:
             _layer_groups(matrix.layout, self.per_layer),
             self.seed,
             self.tol,
+            self.density_probes,
         )
         own: dict[str, Any] = {
             "preconditioned": operator is not None,
@@ -236,7 +238,15 @@ class SpectrumEstimator:
     def _loss(self, module: nn.Module, probe: ProbeBatch) -> Tensor:
         """Return the mean loss of a probe batch."""
         batch = copy.deepcopy(probe.batch)  # a training_step may change its batch in place
-        return self.loss_fn(module, batch) if self.loss_fn else training_step_loss(module, batch, batch_idx=probe.index)
+        if self.loss_fn:
+            return self.loss_fn(module, batch)
+        try:
+            return training_step_loss(module, batch, batch_idx=probe.index)
+        except (RuntimeError, ValueError) as error:
+            if self.mode == "train" or not str(error).startswith("training_step of"):
+                raise
+            error.args = (f"{error} In evaluation mode, that is: mode='train' measures in training mode.",)
+            raise
 
 
 class _ProbeStructure(BatchStructure):
@@ -274,21 +284,46 @@ def _layer_groups(layout: Layout, per_layer: bool | Sequence[str]) -> dict[str, 
 
 
 def _measure_layers(
-    block: Callable[[list[str]], LinearOperator], groups: Mapping[str, list[str]], seed: int, tol: float
+    block: Callable[[list[str]], LinearOperator],
+    groups: Mapping[str, list[str]],
+    seed: int,
+    tol: float,
+    density_probes: int,
 ) -> dict[str, LayerCurvature]:
-    """Measure the top eigenvalue and the trace of each layer's block, with at most 46 products each.
+    """Measure the top eigenvalue and the trace of each layer's block, and its density if there are probes.
+
+    At most 42 products each, and 16 more for each probe after the first.
 
     Args:
         block: Names of parameters -> the curvature matrix of these parameters alone.
         groups: The names of the parameters of each layer.
         seed: The seed of the start vectors.
         tol: The relative residual up to which an eigenvalue counts as converged.
+        density_probes: The number of further start vectors for the density.
     """
     found = {}
     for group, parameters in groups.items():
-        sp = spectrum(block(parameters), num_matvecs=_MATVECS, dim=1024, seed=seed, top_k=1, bottom_k=0, tol=tol)
+        sp = spectrum(
+            block(parameters),
+            num_matvecs=_MATVECS,
+            dim=1024,
+            seed=seed,
+            top_k=1,
+            bottom_k=0,
+            tol=tol,
+            density_probes=density_probes,
+            density_matvecs=_PROBE_MATVECS,
+        )
+        nodes, weights = sp.quadrature if density_probes and sp.quadrature else (None, None)
         found[group] = LayerCurvature(
-            sp.lambda_max, float(sp.residuals[0]), bool(sp.converged[0]), sp.trace, sp.trace_sem, sp.num_products
+            sp.lambda_max,
+            float(sp.residuals[0]),
+            bool(sp.converged[0]),
+            sp.trace,
+            sp.trace_sem,
+            sp.num_products,
+            nodes,
+            weights,
         )
     return found
 

@@ -4,7 +4,7 @@ Loggers are recognized by class name, so that none is imported and those of both
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from lightning_sketch.callbacks.spectrum_monitor._estimator import SpectrumEstim
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
 from lightning_sketch.callbacks.spectrum_monitor._scalars import EDGES, Histogram, Keys
 from lightning_sketch.curvature import save_spectrum
+from lightning_sketch.linalg.quadrature import Quadrature
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +43,8 @@ def declare(trainer: Trainer, keys: Keys, estimator: SpectrumEstimator) -> None:
         for key in keys.all_nan():
             scalar = keys.scalars.get(key)
             summary = {"summary": scalar.summary} if scalar and scalar.summary else {}
-            run.define_metric(_prefixed(logger, key), step_metric=step, step_sync=True, **summary)
+            hidden = bool(scalar and scalar.details)
+            run.define_metric(_prefixed(logger, key), step_metric=step, step_sync=True, hidden=hidden, **summary)
         plain = {k: v for k, v in vars(estimator).items() if isinstance(v, str | int | float | list)}
         run.config.update({f"{keys.name}_monitor": plain}, allow_val_change=True)
 
@@ -106,9 +108,12 @@ def _to_wandb(logger: Any, name: str, measurement: Measurement, density: bool) -
     import wandb
 
     shown: dict[str, Any] = {}
-    if density and measurement.quadrature is not None:
-        shares = Histogram.of(measurement.quadrature).shares
-        shown[_prefixed(logger, f"{name}/density")] = wandb.Histogram(np_histogram=(shares.numpy(), EDGES.numpy()))
+    for key, quadrature in _densities(name, measurement, density):
+        shares = Histogram.of(quadrature).shares
+        shown[_prefixed(logger, key)] = wandb.Histogram(np_histogram=(shares.numpy(), EDGES.numpy()))
+    if measurement.batch_lambda_max is not None:
+        tops = measurement.batch_lambda_max[measurement.batch_lambda_max.isfinite()]
+        shown[_prefixed(logger, f"{name}/lambda_max_of_batches")] = wandb.Histogram(tops.tolist())
     if _HAS_MATPLOTLIB:
         shown[_prefixed(logger, f"{name}/spectrum")] = wandb.Image(measurement.plot(name))
     if measurement.verdict:
@@ -118,21 +123,29 @@ def _to_wandb(logger: Any, name: str, measurement: Measurement, density: bool) -
 
 
 def _to_tensorboard(logger: Any, name: str, measurement: Measurement) -> None:
-    """Log the histogram of a measurement to TensorBoard."""
-    if measurement.quadrature is None:
-        return
-    nodes, weights = measurement.quadrature
-    logger.experiment.add_histogram_raw(
-        _prefixed(logger, f"{name}/density"),
-        min=float(nodes.min()),
-        max=float(nodes.max()),
-        num=1.0,
-        sum=float(weights @ nodes),
-        sum_squares=float(weights @ nodes**2),
-        bucket_limits=EDGES[1:].tolist(),
-        bucket_counts=Histogram.of(measurement.quadrature).shares.tolist(),
-        global_step=measurement.step,
-    )
+    """Log the histograms of a measurement to TensorBoard."""
+    for key, quadrature in _densities(name, measurement, density=True):
+        nodes, weights = quadrature
+        logger.experiment.add_histogram_raw(
+            _prefixed(logger, key),
+            min=float(nodes.min()),
+            max=float(nodes.max()),
+            num=1.0,
+            sum=float(weights @ nodes),
+            sum_squares=float(weights @ nodes**2),
+            bucket_limits=EDGES[1:].tolist(),
+            bucket_counts=Histogram.of(quadrature).shares.tolist(),
+            global_step=measurement.step,
+        )
+
+
+def _densities(name: str, measurement: Measurement, density: bool) -> Iterator[tuple[str, Quadrature]]:
+    """Yield the key and the density of the whole spectrum, and of each layer's, if they were estimated."""
+    if density and measurement.quadrature is not None:
+        yield f"{name}/density", measurement.quadrature
+    for layer, curvature in measurement.layers.items():
+        if curvature.quadrature is not None:
+            yield f"{name}_layers/{layer}/density", curvature.quadrature
 
 
 def _file_path(folder: Path, measurement: Measurement) -> Path:

@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from jaxtyping import Float
+from torch import Tensor
+
 from lightning_sketch import plots
 from lightning_sketch.curvature import CriticalLearningRate, Spectrum, Stability, verdict
 from lightning_sketch.curvature.serialization import from_plain, to_plain
+from lightning_sketch.linalg.quadrature import Quadrature
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +30,8 @@ class LayerCurvature:
         trace: The trace of the block.
         trace_sem: The standard error of the trace.
         num_products: The number of products that were taken.
+        nodes: Points that represent all eigenvalues of the block, (q,); None without `density_probes`.
+        weights: The share of the eigenvalues at each of them, (q,), which sum to one.
     """
 
     lambda_max: float
@@ -34,6 +40,21 @@ class LayerCurvature:
     trace: float
     trace_sem: float
     num_products: int
+    nodes: Float[Tensor, " q"] | None = None
+    weights: Float[Tensor, " q"] | None = None
+
+    @property
+    def quadrature(self) -> Quadrature | None:
+        """The density of the block's eigenvalues, if it was estimated."""
+        return None if self.nodes is None or self.weights is None else Quadrature(self.nodes, self.weights)
+
+    @property
+    def negative_mass(self) -> float:
+        """The sum of |negative| eigenvalues over the sum of all |eigenvalues|; NaN without a density."""
+        if self.nodes is None or self.weights is None:
+            return math.nan
+        size = float(self.weights @ self.nodes.abs())
+        return float(self.weights @ -self.nodes.clamp(max=0)) / size if size else 0.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -49,15 +49,15 @@ class Scalar(NamedTuple):
 
     Attributes:
         of: (measurement, top_k) -> its value; NaN where it is not known.
-        details: Whether it is logged in the section `<name>_details` instead of `<name>`, which W&B shows first.
+        details: Whether W&B draws it only where a person asks for it.
         summary: The aggregates that W&B shows in its table of runs; only the last value if empty.
-        density: Whether it is logged only if a density is measured.
+        needs: What must be measured for it: the density, or the error over batches; nothing if empty.
     """
 
     of: Callable[[Measurement, int], float]
     details: bool = False
     summary: str = ""
-    density: bool = False
+    needs: Literal["", "density", "batches"] = ""
 
 
 def _converged(measurement: Measurement, rank: int) -> float:
@@ -84,18 +84,21 @@ SCALARS: dict[str, Scalar] = {
     "rneg_error": Scalar(lambda m, _: m.rneg_error, details=True),
     "num_outliers_exact": Scalar(lambda m, _: not m.num_outliers().at_least, details=True),
     "trace_sem": Scalar(lambda m, _: m.trace_sem, details=True),
+    "frobenius_norm": Scalar(lambda m, _: m.frobenius_norm, details=True),
     "gradient_in_top_k": Scalar(lambda m, k: m.gradient_in_top(k), details=True),
     "gradient_in_outliers": Scalar(lambda m, _: m.gradient_in_outliers, details=True),
     "overlap": Scalar(lambda m, _: m.overlap_with_last, details=True),
     "loss": Scalar(lambda m, _: m.loss, details=True, summary="last,min"),
     "seconds": Scalar(lambda m, _: m.seconds, details=True, summary="mean"),
-    "negative_mass": Scalar(lambda m, _: m.negative_mass, details=True, density=True),
-    "effective_rank": Scalar(lambda m, _: m.effective_rank, details=True, density=True),
+    "negative_mass": Scalar(lambda m, _: m.negative_mass, details=True, needs="density"),
+    "effective_rank": Scalar(lambda m, _: m.effective_rank, details=True, needs="density"),
     "density_overflow": Scalar(
         lambda m, _: math.nan if m.quadrature is None else Histogram.of(m.quadrature).overflow,
         details=True,
-        density=True,
+        needs="density",
     ),
+    "data_error": Scalar(lambda m, _: m.data_error, needs="batches"),
+    "data_bias": Scalar(lambda m, _: m.data_bias, details=True, needs="batches"),
 }
 
 
@@ -108,6 +111,7 @@ class Keys:
         top_k: The number of largest eigenvalues that are logged.
         bottom_k: The number of smallest eigenvalues that are logged.
         density: Whether the scalars of the density are logged too.
+        batches: Whether those of the error over batches are.
         layers: The names of the layers whose blocks are measured too.
     """
 
@@ -115,39 +119,46 @@ class Keys:
     top_k: int
     bottom_k: int
     density: bool = False
+    batches: bool = False
     layers: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, name: str, estimator: SpectrumEstimator, layout: Layout | None = None) -> "Keys":
         """Return the keys of what is estimated; those of layers only if the layout of the parameters is known."""
         layers = tuple(_layer_groups(layout, estimator.per_layer)) if layout else ()
-        return cls(name, estimator.top_k, estimator.bottom_k, estimator.density_probes > 0, layers)
+        density = estimator.density_probes > 0
+        return cls(name, estimator.top_k, estimator.bottom_k, density, estimator.over_batches, layers)
 
     @property
     def scalars(self) -> dict[str, Scalar]:
         """The scalars that are logged, by key."""
         return {
-            f"{self.name}{'_details' if scalar.details else ''}/{name}": scalar
+            f"{self.name}/{name}": scalar
             for name, scalar in SCALARS.items()
-            if self.density or not scalar.density
+            if {"": True, "density": self.density, "batches": self.batches}[scalar.needs]
         }
+
+    @property
+    def _of_layers(self) -> tuple[str, ...]:
+        return ("lambda_max", "trace", "negative_mass") if self.density else ("lambda_max", "trace")
 
     def all_nan(self) -> dict[str, float]:
         """Return every key with the value NaN."""
         ranks = [f"top_{i + 1:02d}" for i in range(self.top_k)] + [f"bottom_{i + 1:02d}" for i in range(self.bottom_k)]
         keys = [*self.scalars, *(f"{self.name}_eigenvalues/{rank}" for rank in ranks)]
-        keys += [f"{self.name}_layers/{layer}/{key}" for layer in self.layers for key in ("lambda_max", "trace")]
+        keys += [f"{self.name}_layers/{layer}/{key}" for layer in self.layers for key in self._of_layers]
         return dict.fromkeys(keys, math.nan)
 
     def values(self, measurement: Measurement) -> dict[str, float]:
         """Return the numbers to be logged; NaN if an eigenvalue has not converged or an error is too large."""
         found = self.all_nan()
         found |= {key: float(scalar.of(measurement, self.top_k)) for key, scalar in self.scalars.items()}
-        known = measurement.eigenvalues.where(measurement.converged, math.nan)
-        for end, values in (("top", known[: self.top_k]), ("bottom", known.flip(0)[: self.bottom_k])):
+        ritz = measurement.eigenvalues.where(measurement.converged, math.nan)
+        for end, values in (("top", ritz[: self.top_k]), ("bottom", ritz.flip(0)[: self.bottom_k])):
             for i, value in enumerate(values.tolist()):
                 found[f"{self.name}_eigenvalues/{end}_{i + 1:02d}"] = value
         for layer, curvature in measurement.layers.items():
-            found[f"{self.name}_layers/{layer}/lambda_max"] = curvature.lambda_max if curvature.converged else math.nan
-            found[f"{self.name}_layers/{layer}/trace"] = curvature.trace
+            for key in self._of_layers:
+                known = key != "lambda_max" or curvature.converged
+                found[f"{self.name}_layers/{layer}/{key}"] = getattr(curvature, key) if known else math.nan
         return found

@@ -101,7 +101,7 @@ def check_trainer(
         )
     for callback in callbacks_of(trainer):
         key = getattr(callback, "monitor", None) or ""
-        if key.startswith(tuple(f"{name}{section}/" for section in ("", "_details", "_eigenvalues", "_layers"))):
+        if key.startswith(tuple(f"{name}{section}/" for section in ("", "_eigenvalues", "_layers"))):
             _check_stopping(trainer, callback, key, every_n_epochs or 1)
 
 

@@ -20,6 +20,7 @@ from lightning_sketch._lightning import (
 )
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import OutputLossName
+from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.callbacks._optimizers import UNKNOWN, LastStep, check_preconditioner, preconditioned, stability
 from lightning_sketch.callbacks.spectrum_monitor import _logging as logging
 from lightning_sketch.callbacks.spectrum_monitor._console import Console
@@ -42,21 +43,24 @@ class SpectrumMonitor(CallbackBase):
     """Log the eigenvalues of the loss's curvature, every epoch or every given number of steps.
 
     The matrix is the Hessian of the mean training loss over a few fixed batches, in evaluation mode and float32, with
-    respect to the parameters that are trainable at the time. Eigenvalues are in units of loss per squared parameter.
+    respect to the parameters that are trainable at the time. A loss that draws random numbers (a variational
+    autoencoder, diffusion, augmentation, masking) is that of fixed draws, the same in all measurements. Eigenvalues are
+    in units of loss per squared parameter.
 
     It logs to every logger of the Trainer, and to `trainer.callback_metrics`, under `hessian/`: `lambda_max`,
     `lambda_min`, `rneg` (|most negative| / largest), `num_outliers` (eigenvalues above 20 % of the largest),
     `stability_ratio` (lambda_max over the optimizer's edge of stability: above 1 its steps diverge along that
     eigenvector), `critical_learning_rate` (at which the last step would have raised the loss) and `critical_sharpness`
-    (2 over it), `sharpness_lr` (lambda_max times the learning rate, for SGD), `trace`; under `hessian_details/`:
-    `rneg_error`, `trace_sem` (the standard error), `num_outliers_exact` (0 if there may be more outliers),
+    (2 over it), `sharpness_lr` (lambda_max times the learning rate, for SGD), `trace`; `rneg_error`,
+    `trace_sem` (the standard error), `frobenius_norm`, `num_outliers_exact` (0 if there may be more outliers),
     `gradient_in_top_k` and `gradient_in_outliers` (shares of the gradient in these eigenvectors), `overlap` (of the top
     eigenvectors with those of the last measurement), `loss`, `seconds`; and the single eigenvalues,
-    `hessian_eigenvalues/top_01` ...,
-    `hessian_eigenvalues/bottom_01` .... With `density_probes` also `negative_mass`, `effective_rank`, and the density
-    as a histogram in W&B and TensorBoard. W&B also gets a figure per measurement and a table at the end; beside the
-    file of a CSVLogger each measurement is saved in safetensors. `monitor.history` contains all measurements, with
-    residuals; `monitor.plot()` draws them. The step of all of these is the number of optimizer steps done.
+    `hessian_eigenvalues/top_01` ..., `hessian_eigenvalues/bottom_01` .... With `over_batches` also `data_error`, the
+    standard error of lambda_max that is due to the choice of batches; with `density_probes` also `negative_mass`,
+    `effective_rank`, and the density as a histogram in W&B and TensorBoard. W&B also gets a figure per measurement and
+    a table at the end; beside the file of a CSVLogger each measurement is saved in safetensors. `monitor.history`
+    contains all measurements, with residuals; `monitor.plot()` draws them. The step of all of these is the number of
+    optimizer steps done.
 
     One sentence says what that means for the learning rate, in the console, in W&B's summary and as `verdict` of a
     measurement. Adam and its like have an edge only with `preconditioner="optimizer"`. The critical learning rate is
@@ -69,7 +73,7 @@ class SpectrumMonitor(CallbackBase):
     with `auto_insert_metric_name=False`, or the slash in the inserted name makes a folder.
 
     Training is unaffected: the final weights are the same, bit for bit, with and without the monitor.
-    A measurement costs at most 1.25 `num_matvecs` + 32 `density_probes` + 6 products over `num_batches` batches, each
+    A measurement costs at most 1.25 `num_matvecs` + 32 `density_probes` + 2 products over `num_batches` batches, each
     about three gradients, and memory for about six vectors of the parameters' size. Its actual cost is printed.
 
     Under DDP each rank has its own batches, and products are averaged over the ranks.
@@ -102,8 +106,9 @@ class SpectrumMonitor(CallbackBase):
             continues training, "raise" stops it.
         seed: The seed of the start vectors and the sketches.
         per_layer: Whether to log the top eigenvalue and the trace of each layer's own block too, under
-            `hessian_layers/`: True for every module with parameters of its own, or a list of patterns. Costs up to 46
-            products per layer.
+            `hessian_layers/`: True for every module with parameters of its own, or a list of patterns; with
+            `density_probes` the negative mass and the density too. Costs up to 42 products per layer, and 16 more for
+            each probe after the first.
         model_fn: (module, batch) -> output, for "ggn"; see `GGN` for its default.
         output_loss_fn: (output, batch) -> mean loss, for "ggn"; or "cross_entropy", "binary_cross_entropy" or
             "squared_error". See `GGN` for its default.
@@ -115,6 +120,11 @@ class SpectrumMonitor(CallbackBase):
         preconditioner: "optimizer" for P^-1/2 H P^-1/2, with the diagonal P by which Adam, AdamW, NAdam, Adamax,
             RMSprop or Adagrad divides its steps, logged under `hessian_preconditioned/`: the matrix whose largest
             eigenvalue these optimizers' edge of stability is one of. Costs one more vector.
+        mode: "eval", or "train" for modules that return a loss only in training mode, or for the curvature with live
+            dropout and the batch's own statistics; running statistics are restored.
+        noise_samples: The number of draws of random numbers that a loss is averaged over, if it draws any.
+        over_batches: Whether to measure how far lambda_max depends on the choice of batches, as `spectrum` does, and
+            that of each batch alone, a histogram in W&B. Needs two batches; nearly doubles the cost.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -157,6 +167,9 @@ class SpectrumMonitor(CallbackBase):
         num_examples: int | Callable[[Any], int] | None = None,
         batch_dim: int = 0,
         preconditioner: Literal["optimizer"] | None = None,
+        mode: Mode = "eval",
+        noise_samples: int = 1,
+        over_batches: bool = False,
     ):
         super().__init__()
         check_arguments(on_error, data, stages, every_n_epochs, every_n_train_steps, num_batches)
@@ -181,6 +194,9 @@ class SpectrumMonitor(CallbackBase):
             batch_dim=batch_dim,
             micro_batch_size=micro_batch_size,
             hvp=hvp,
+            mode=mode,
+            noise_samples=noise_samples,
+            over_batches=over_batches,
         )
         self.every_n_train_steps = every_n_train_steps
         self.every_n_epochs = every_n_epochs or (None if every_n_train_steps else 1)
