@@ -89,6 +89,7 @@ class CurvatureOperator(LinearOperator):
         _check_initialized(module)
         self.module, self.mode = module, mode
         self.layout = Layout.of(module, parameters)
+        self._n = self.layout.n
         self.parameters: list[Tensor] = list(self.layout.parameters(module))
         for name, parameter in zip(self.layout.names, self.parameters, strict=True):
             _check_parameter(name, parameter)
@@ -137,7 +138,7 @@ class CurvatureOperator(LinearOperator):
     @property
     def shape(self) -> tuple[int, int]:
         """The shape (n, n), for n numbers in the selected parameters."""
-        return self.layout.n, self.layout.n
+        return self._n, self._n
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """Return A x for each vector x along the last axis, one after the other.
@@ -147,8 +148,8 @@ class CurvatureOperator(LinearOperator):
             ValueError: If its last axis has another size than n, there is no example, or the loss cannot be
                 differentiated.
         """
-        if not x.is_floating_point() or x.shape[-1:] != (self.layout.n,):
-            check_vectors(x, self.layout.n, f"{type(self).__name__}.matvec")
+        if not x.is_floating_point() or x.shape[-1:] != (self._n,):
+            check_vectors(x, self._n, f"{type(self).__name__}.matvec")
         with self._held(), torch.enable_grad():
             if x.ndim > 1:
                 return torch.stack([self.matvec(row) for row in x]) if len(x) else torch.empty_like(x)
@@ -326,7 +327,7 @@ class CurvatureOperator(LinearOperator):
 
     def _averaged(self, pieces_of: Callable[[Any], Sequence[Tensor | None]], device: torch.device) -> Tensor:
         """Return the weighted mean of tensors in the shapes of the parameters, one list for each batch, as a vector."""
-        total = torch.zeros(self.layout.n, dtype=self.dtype, device=device)
+        total = torch.zeros(self._n, dtype=self.dtype, device=device)
         parts = self._pieces(total)
 
         def add(batch: Any, weight: float) -> None:
