@@ -213,7 +213,7 @@ class CurvatureOperator(LinearOperator):
             return
         if self._written is not None and self._examined_at != self._versions:
             self._check_again()
-        with agreement(self.batches.distributed, self.device), self._held():
+        with self._held():
             yield
 
     @contextmanager
@@ -221,13 +221,8 @@ class CurvatureOperator(LinearOperator):
         if self._state is not None:
             yield
             return
-        for name, parameter in zip(self.layout.names, self.parameters, strict=True):
-            if not parameter.requires_grad:
-                raise ValueError(
-                    f"parameter {name} was frozen after this {type(self).__name__} was made; create it again, or set "
-                    "requires_grad=True."
-                )
-        with ExitStack() as stack:
+        with agreement(self.batches.distributed, self.device), ExitStack() as stack:
+            self._check_trainable()
             self._state = stack.enter_context(preserve_state(self.module, mode=self.mode))
             stack.callback(self._let_go)
             self._formulas = stack.enter_context(PlainFormulas(derivative_in_loss=self._derives))
@@ -237,9 +232,17 @@ class CurvatureOperator(LinearOperator):
                 self._written, self._examined_at = self._examine(), self._versions
             for parameter in self._written:
                 self._state.keep(parameter)
-            if self._written:
+            if self.batches.anywhere(bool(self._written)):
                 self.loss()  # the forward passes of all batches write before the first product is taken
             yield
+
+    def _check_trainable(self) -> None:
+        for name, parameter in zip(self.layout.names, self.parameters, strict=True):
+            if not parameter.requires_grad:
+                raise ValueError(
+                    f"parameter {name} was frozen after this {type(self).__name__} was made; create it again, or set "
+                    "requires_grad=True."
+                )
 
     def _let_go(self) -> None:
         self._state, self._cached, self.parameters = None, None, self._originals

@@ -229,6 +229,14 @@ class WeightedBatches:
         except ValueError:
             return 0
 
+    def anywhere(self, here: bool) -> bool:
+        """Return whether something is so on any rank.
+
+        Raises:
+            RuntimeError: If another rank failed.
+        """
+        return bool(_agree(torch.tensor(float(here), dtype=torch.float64), self.device)) if self.distributed else here
+
     def gathered(self, value: Any) -> list[Any]:
         """Return the values of all ranks, in their order; of this rank alone if sums are not over ranks.
 
