@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import Started
 from marks import some
 from torch import nn
 
@@ -583,7 +584,7 @@ def test_three_processes_with_the_same_examples_give_what_one_does():
 
 RANKS = """
 import sys, warnings
-import torch, torch.distributed as dist, torch.multiprocessing, torch.nn.functional as F
+import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 from lightning_sketch.attribution import fit_preconditioner
 
@@ -623,9 +624,7 @@ def main(rank, file):
         for block, other in zip(blocks, found.blocks[name], strict=True):
             torch.testing.assert_close(other.eigenvalues, block.eigenvalues)
 
-if __name__ == "__main__":
-    torch.multiprocessing.spawn(main, (sys.argv[1],), 2)
-    print("equal")
+main(int(sys.argv[1]), sys.argv[2])
 """
 
 
@@ -634,5 +633,6 @@ def test_two_processes_that_saw_different_layers_fit_what_one_does(tmp_path):
     """Each process has one branch only, of the same shapes: sums of other layers must not be added up."""
     program = tmp_path / "ranks.py"
     program.write_text(RANKS)
-    done = subprocess.run([sys.executable, program, tmp_path / "meet"], capture_output=True, text=True, timeout=300)
-    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+    ranks = [Started(program, rank, tmp_path / "meet") for rank in (0, 1)]
+    errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors

@@ -1,11 +1,10 @@
 """Two processes measure what one measures on the same data, and a failure of one rank is no deadlock."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import Started
 
 pytestmark = pytest.mark.slow
 
@@ -14,11 +13,11 @@ PROGRAM = Path(__file__).with_name("ddp.py")
 
 def found(folder, *arguments):
     """Return what each rank printed, and the errors."""
-    command = [sys.executable, str(PROGRAM), str(folder), *map(str, arguments)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=3600, cwd=folder)
-    assert ran.returncode == 0, ran.stderr[-3000:]
-    lines = [line for line in ran.stdout.splitlines() if line.startswith("FOUND ")]
-    return [json.loads(line.removeprefix("FOUND ")) for line in lines], ran.stderr
+    process = Started(PROGRAM, folder, *arguments)
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-3000:]
+    lines = [line for line in output.splitlines() if line.startswith("FOUND ")]
+    return [json.loads(line.removeprefix("FOUND ")) for line in lines], errors
 
 
 @pytest.fixture(scope="module")

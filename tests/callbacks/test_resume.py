@@ -1,11 +1,8 @@
 """The history of a monitor is in checkpoints, which load safely and contain nothing more of the parameters' size."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from forks import Started
 from models import Digits, fit, loader, trainer
 from pytorch_lightning.callbacks import ModelCheckpoint
 
@@ -16,13 +13,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_p
 
 RESUME = """
 import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from models import Digits, fit, loader
+from models import fit, loader
 from lightning_sketch import SpectrumMonitor
 
 watch = SpectrumMonitor(num_batches=2)
-fit(sys.argv[2], watch, data=loader(shuffle=False), max_epochs=4, resume=sys.argv[3])
+fit(sys.argv[1], watch, data=loader(shuffle=False), max_epochs=4, ckpt_path=sys.argv[2])
 print([m.step for m in watch.history], repr(watch.history[0].lambda_max))
 """
 
@@ -38,11 +33,12 @@ def saved_run(tmp_path, num_matvecs=96, **arguments):
 def test_a_new_process_continues_the_history(tmp_path):
     watch, files = saved_run(tmp_path)
     assert len(files) == 2
-    script = RESUME.replace("resume=sys.argv[3]", "ckpt_path=sys.argv[3]")
-    arguments = [str(Path(__file__).parent), str(tmp_path), str(files[-1])]
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=3600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().endswith(f"[8, 16, 24, 32] {watch.history[0].lambda_max!r}")
+    program = tmp_path / "resume.py"
+    program.write_text(RESUME)
+    process = Started(program, tmp_path, files[-1])
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors[-2000:]
+    assert output.strip().endswith(f"[8, 16, 24, 32] {watch.history[0].lambda_max!r}")
 
 
 def test_measurements_after_an_older_checkpoint_are_repeated(tmp_path):

@@ -1,14 +1,12 @@
 """How far the largest eigenvalue depends on the batches: against dense eigenvalues without each batch in turn."""
 
 import math
-import os
 import sys
-from pathlib import Path
-from subprocess import PIPE, Popen
 
 import pytest
 import torch
 from curvature_cases import Dense, cross_entropy, dense_hessian, digits
+from forks import Started
 from marks import slow
 from torch import nn
 
@@ -233,12 +231,7 @@ def test_it_survives_a_file(tmp_path):
 def test_two_processes_find_what_one_does_with_all_batches(tmp_path, fails):
     """Rank 0 has one batch and rank 1 three; one that fails on one batch alone stops both."""
     module, batches = network(), cut(20, 12, 30, 16)
-    options = [str(tmp_path), "fails" if fails else "works"]
-    paths = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        Popen([sys.executable, __file__, str(rank), *options], stderr=PIPE, text=True, env=os.environ | paths)
-        for rank in (0, 1)
-    ]
+    ranks = [Started(__file__, rank, tmp_path, "fails" if fails else "works") for rank in (0, 1)]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     if fails:
         assert "another rank could not take its part" in errors[0]

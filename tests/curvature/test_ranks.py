@@ -1,11 +1,11 @@
 """Processes that measure together fail together: none waits for one that has failed, wherever it failed."""
 
-import subprocess
 import sys
 import time
 
 import pytest
 import torch
+from forks import Started
 
 from lightning_sketch.curvature import Hessian, spectrum
 
@@ -51,8 +51,7 @@ def one_of_two(rank, folder, where):
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["inside", "between", "after", "nowhere"])
 def test_the_other_rank_fails_too_and_both_go_on(where, tmp_path):
-    commands = [[sys.executable, __file__, str(rank), str(tmp_path), where] for rank in range(2)]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+    running = [Started(__file__, rank, tmp_path, where) for rank in range(2)]
     printed = [process.communicate(timeout=300)[0].splitlines() for process in running]
     if where == "nowhere":
         assert printed[0] == printed[1]

@@ -1,13 +1,13 @@
 """The LDS is the mean of torchmetrics' Spearman; batches and processes add up; the interval covers."""
 
 import pickle
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from forks import Started
 from torchmetrics import MetricCollection, MetricTracker
 from torchmetrics.functional import spearman_corrcoef
 
@@ -118,8 +118,9 @@ def test_per_query_is_spearman_of_each_query_nan_for_those_that_never_change():
 @pytest.mark.parametrize("cut", [5, 0])
 def test_two_processes_give_what_one_gives(tmp_path, cut):
     """With uneven parts of the queries, and with none at all in one of them."""
-    both = [subprocess.Popen([sys.executable, __file__, str(tmp_path), str(rank), str(cut)]) for rank in (0, 1)]
-    assert [process.wait(timeout=3600) for process in both] == [0, 0]
+    both = [Started(__file__, tmp_path, rank, cut) for rank in (0, 1)]
+    errors = [process.communicate()[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
     equal(torch.load(tmp_path / "found.pt"), lds(*problem(), per_query=True))
 
 

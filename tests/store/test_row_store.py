@@ -1,13 +1,13 @@
 """A store returns exactly the rows that were put into it, and files that were changed are refused."""
 
 import json
-import multiprocessing
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import FORKS
 
 from lightning_sketch import GradientSketchWriter
 from lightning_sketch._files import write_document
@@ -232,7 +232,7 @@ def test_shards_are_read_in_other_processes(tmp_path):
     """The visible rows of a store, or a selection of them."""
     store = written(tmp_path, rows([1, 2, 3, 4]), rows([5]), dtype="float16")
     store = store.where(store.metadata()["step"] != 2)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with FORKS.Pool(1) as pool:
         parts = pool.map(read_shard, store.shards())
     assert torch.equal(SketchedGradients.cat(parts).sketches, store.read().sketches)
 

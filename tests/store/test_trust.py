@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import multiprocessing
 import os
 import shutil
 import time
@@ -16,6 +15,7 @@ import pandas
 import pyarrow
 import pytest
 import torch
+from forks import FORKS
 from test_files import no_folders, no_links
 from test_row_store import SKETCH, rows, spec, written
 
@@ -391,7 +391,7 @@ def _begin_runs(folder, count):
 @pytest.mark.slow
 def test_a_store_is_whole_while_another_process_begins_runs(tmp_path):
     store = written(tmp_path, rows([1, 2]))
-    process = multiprocessing.get_context("spawn").Process(target=_begin_runs, args=(tmp_path, 60))
+    process = FORKS.Process(target=_begin_runs, args=(tmp_path, 60))
     process.start()
     while process.is_alive():
         assert len(GradientStore.open(tmp_path)) >= 2
@@ -479,7 +479,7 @@ def test_a_writer_waits_for_a_compaction(tmp_path):
     with lock:
         with pytest.raises(Busy, match="is being compacted by another process"):
             store.compact()
-        process = multiprocessing.get_context("spawn").Process(target=_append, args=(tmp_path, run))
+        process = FORKS.Process(target=_append, args=(tmp_path, run))
         process.start()
         while not (tmp_path / "started").exists():
             time.sleep(0.05)
@@ -512,8 +512,8 @@ def _compact(folder, times):
 def test_compactions_at_once_lose_nothing(tmp_path):
     """Two processes and readers beside them."""
     written(tmp_path, rows(range(1, 60)), shard_bytes=1)
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_compact, args=(tmp_path, 4)) for _ in range(2)]
+
+    processes = [FORKS.Process(target=_compact, args=(tmp_path, 4)) for _ in range(2)]
     for process in processes:
         process.start()
     opened = 0
