@@ -10,8 +10,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_sketch.autodiff.batches import HALF
 
-# Functions that return numbers without a gradient.
-_STOPPING = ("detach", "item", "tolist", "numpy", "__float__", "__int__", "__index__")
+# Functions that return numbers in place of a tensor.
+_NUMBERS = ("item", "tolist", "__float__", "__int__", "__index__")
 
 _ORIGINAL = "stands_for"  # the attribute of a copy that is the tensor it replaces
 
@@ -109,19 +109,25 @@ class HeldTargets(TorchFunctionMode):
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function, and replace its result if no gradient flows through it."""
+        """Call the function, and replace its result if no gradient flows through it.
+
+        In the forward pass of a custom autograd function gradients are off as well, but it belongs to the loss.
+        """
         out = func(*args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:  # by no_grad; a custom autograd function sets it in another way
             self._stopped = not args[0]
-        elif self._stopped or (torch.is_grad_enabled() and _stops(func)):
-            return self._held(out, in_place=bool(args) and out is args[0])
+        elif self._stopped or torch.is_inference_mode_enabled() or torch.is_grad_enabled():
+            in_place = (bool(args) and out is args[0]) or (kwargs is not None and out is kwargs.get("out", args))
+            return self._held(out, in_place, isinstance(out, Tensor) or getattr(func, "__name__", "") in _NUMBERS)
         return out
 
-    def _held(self, out: Any, in_place: bool) -> Any:
-        """Record a result, or return the recorded one."""
+    def _held(self, out: Any, in_place: bool, held: bool = True) -> Any:
+        """Record a result without a gradient, or return the recorded one."""
         if isinstance(out, list | tuple) and not hasattr(out, "_fields"):
-            return type(out)(self._held(item, in_place=False) for item in out)
-        if not isinstance(out, Tensor | int | float) or isinstance(out, bool):
+            return type(out)(self._held(item, in_place=False, held=isinstance(item, Tensor)) for item in out)
+        if not held or not isinstance(out, Tensor | int | float) or isinstance(out, bool):
+            return out
+        if isinstance(out, Tensor) and (out.requires_grad or not (self._stopped or out.is_floating_point())):
             return out
         assert self._recorded is not None
         if not self._replays:
@@ -133,12 +139,11 @@ class HeldTargets(TorchFunctionMode):
         self._next += 1
         if not isinstance(out, Tensor):
             return before
-        if in_place:  # others may refer to the tensor; one with a gradient is a parameter that was moved
-            return out if out.requires_grad else out.copy_(before)
+        if out.shape != before.shape:
+            raise RuntimeError("the loss takes another path where its parameters are moved.")
+        base = out._base
+        if (in_place or base is not None) and not (base is not None and base.requires_grad):
+            if not torch._debug_has_internal_overlap(out):  # others may refer to the tensor
+                out.data.copy_(before)
+            return out
         return before.clone()
-
-
-def _stops(func: Any) -> bool:
-    """Return whether a function returns numbers without a gradient, even where gradients are on."""
-    name = getattr(func, "__name__", "")
-    return name in _STOPPING or (name == "__get__" and func == Tensor.data.__get__)  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
 """Measurement of a module without a trace: whatever a forward pass changes is restored."""
 
 import copy
+import functools
 import hashlib
 import random
 import signal
@@ -10,7 +11,7 @@ import warnings
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -109,15 +110,25 @@ class Preserved:
         module: The module that is measured.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, mode: Mode):
+        self._module, self._mode = module, mode
         seen: set[int] = set()
         self._generators = [g for part in module.modules() for v in vars(part).values() for g in _generators(v, seen)]
-        self._restore = _snapshot(module)
-        self._kept: dict[int, Callable[[], None]] = {}
+        self._restore = self._now = _snapshot(module)
+        self._kept: dict[int, Callable[[], bool]] = {}
         for part in module.modules():
             if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
                 self.keep(part.weight)
         self._trainable = {n: (p, p._version) for n, p in module.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def replaced(self) -> Iterator[None]:
+        """Let `restore` restore the present state, inside a context where buffers were replaced by others."""
+        before, self._now = self._now, _snapshot(self._module)
+        try:
+            yield
+        finally:
+            self._now = before
 
     def keep(self, parameter: Tensor) -> None:
         """Copy a trainable parameter that the forward pass writes into, to restore its present values at the end."""
@@ -157,9 +168,13 @@ class Preserved:
         for own in self._generators:
             _seed(own, seed)
 
-    def restore(self) -> None:
-        """Restore buffers, attributes and frozen parameters, as before an evaluation that changed them."""
-        self._restore()
+    def restore(self) -> bool:
+        """Restore buffers, attributes and frozen parameters, and return whether an evaluation had changed any."""
+        changed = self._now()
+        if self._mode == "eval":
+            for part in self._module.modules():
+                part.training = False
+        return changed
 
 
 @contextmanager
@@ -206,7 +221,7 @@ def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[Preser
         stack.enter_context(_process)
         stack.enter_context(_one_deeper(module))
         stack.enter_context(_random_state())
-        preserved = Preserved(module)
+        preserved = Preserved(module, mode)
         stack.callback(preserved.end)
         stack.enter_context(_no_hooks(module))
         stack.enter_context(torch.inference_mode(False))
@@ -293,9 +308,9 @@ def _random_state() -> Iterator[None]:
             torch.mps.set_rng_state(mps)
 
 
-def _snapshot(module: nn.Module) -> Callable[[], None]:
-    """Copy the state of a module, and return a function that restores it."""
-    restore: list[Callable[[], None]] = []
+def _snapshot(module: nn.Module) -> Callable[[], bool]:
+    """Copy the state of a module, and return a function that restores it and says whether it was another."""
+    restore: list[Callable[[], bool]] = []
     for part in module.modules():
         restore.append(_attributes(part))
         states: Any = required(part, "_defaults") if _is_metric(part) else {}
@@ -306,11 +321,7 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
     if sum(p.numel() for p in frozen) <= sum(p.numel() for p in module.parameters() if p.requires_grad):
         restore += [_parameter(p) for p in frozen]
 
-    def restore_all() -> None:
-        for put_back in restore:
-            put_back()
-
-    return restore_all
+    return lambda: sum(put_back() for put_back in restore) > 0
 
 
 def _is_metric(part: nn.Module) -> bool:
@@ -318,47 +329,53 @@ def _is_metric(part: nn.Module) -> bool:
     return torchmetrics is not None and isinstance(part, torchmetrics.Metric)
 
 
-def _parameter(parameter: Tensor) -> Callable[[], None]:
+def _parameter(parameter: Tensor) -> Callable[[], bool]:
     """Copy a frozen parameter, which a step may change in place or give other data, and return what restores it."""
     data, values = parameter.data, _tensor(parameter.data)
 
-    def put_back() -> None:
+    def put_back() -> bool:
+        other = parameter.data_ptr() != data.data_ptr()
         parameter.data = data
-        values()
+        return values() or other
 
     return put_back
 
 
-def _tensor(tensor: Tensor) -> Callable[[], None]:
+def _tensor(tensor: Tensor) -> Callable[[], bool]:
     """Copy a tensor, and return a function that restores its values."""
     copy = tensor.detach().clone()
     if tensor.layout != torch.strided:
         version = tensor._version
 
-        def put_back_sparse() -> None:
-            if tensor._version != version:
-                tensor.copy_(copy)
+        def put_back_sparse() -> bool:
+            if tensor._version == version:
+                return False
+            tensor.copy_(copy)
+            return True
 
         return put_back_sparse
 
-    def put_back() -> None:
+    def put_back() -> bool:
         # The version does not help here: batch norm changes its buffers without a new version. Nor is there a new one
         # now, so that a graph which saved the buffer before can still run backward.
-        if not torch.equal(tensor, copy):
-            with torch.inference_mode(tensor.is_inference()):
-                tensor.data.copy_(copy)
+        if torch.equal(tensor, copy):
+            return False
+        with torch.inference_mode(tensor.is_inference()):
+            tensor.data.copy_(copy)
+        return True
 
     return put_back
 
 
-def _attributes(part: nn.Module) -> Callable[[], None]:
+def _attributes(part: nn.Module) -> Callable[[], bool]:
     """Copy the attributes of a submodule, with their contents, and return a function that restores them."""
-    before = {name: value for name, value in vars(part).items() if name not in _OF_TORCH}
+    before = _own(part)
     training, buffers = part.training, dict(part._buffers)
     seen: set[int] = set()
     contents = [_contents(value, seen) for value in before.values()]
 
-    def put_back() -> None:
+    def put_back() -> bool:
+        changed = not (_same_items(part._buffers, buffers) and _same_items(_own(part), before))
         part.training = training
         if not isinstance(part, torch.jit.ScriptModule):  # has a fixed set of buffers
             part._buffers.clear()
@@ -367,16 +384,29 @@ def _attributes(part: nn.Module) -> Callable[[], None]:
             del part.__dict__[name]
         for name, value in before.items():
             part.__dict__[name] = value
-        for restore in contents:
-            restore()
+        return sum(restore() for restore in contents) > 0 or changed
 
     return put_back
 
 
-def _contents(value: Any, seen: set[int]) -> Callable[[], None]:
+def _own(part: nn.Module) -> dict[str, Any]:
+    """Return the attributes of a submodule that are not torch's."""
+    return {name: value for name, value in vars(part).items() if name not in _OF_TORCH}
+
+
+def _same_items(a: Any, b: Any) -> bool:
+    """Return whether two collections of one kind hold the very same objects."""
+    if isinstance(a, set):
+        return a == b
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(a[key] is b[key] for key in a)
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _contents(value: Any, seen: set[int]) -> Callable[[], bool]:
     """Copy the contents of a container, and of containers in it, and return a function that restores them."""
     if id(value) in seen:
-        return lambda: None
+        return lambda: False
     seen.add(id(value))
     items: Any
     inner: Any
@@ -389,14 +419,14 @@ def _contents(value: Any, seen: set[int]) -> Callable[[], None]:
     elif isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
         return _generator(value)
     else:
-        return lambda: None
+        return lambda: False
     deeper = [_contents(v, seen) for v in inner if not isinstance(v, _PLAIN)]
 
-    def put_back() -> None:
+    def put_back() -> bool:
+        changed = not _same_items(value, items)
         value.clear()
         (value.extend if isinstance(value, list | deque) else value.update)(items)
-        for restore in deeper:
-            restore()
+        return sum(restore() for restore in deeper) > 0 or changed
 
     return put_back
 
@@ -422,17 +452,16 @@ def _seed(generator: Any, seed: int) -> None:
         generator.seed(seed if isinstance(generator, random.Random) else seed % (1 << 32))
 
 
-def _generator(value: Any) -> Callable[[], None]:
+def _generator(value: Any) -> Callable[[], bool]:
     """Copy the state of a random generator that a module owns, and return a function that restores it."""
+    restore: Callable[[], object]
     if isinstance(value, np.random.Generator):
         bits: Any = value.bit_generator
-        state = copy.deepcopy(bits.state)
-        return lambda: setattr(bits, "state", state)
-    if isinstance(value, torch.Generator):
-        seed = value.get_state()
-        return lambda: cast(None, value.set_state(seed))
-    if isinstance(value, np.random.RandomState):
-        state = value.get_state()
-        return lambda: value.set_state(state)
-    inner = value.getstate()
-    return lambda: value.setstate(inner)
+        restore = functools.partial(setattr, bits, "state", copy.deepcopy(bits.state))
+    elif isinstance(value, torch.Generator):
+        restore = functools.partial(value.set_state, value.get_state())
+    elif isinstance(value, np.random.RandomState):
+        restore = functools.partial(value.set_state, value.get_state())
+    else:
+        restore = functools.partial(value.setstate, value.getstate())
+    return lambda: restore() is restore  # what a generator has drawn is no change of state: draws are set anyway

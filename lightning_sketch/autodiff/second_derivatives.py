@@ -46,8 +46,8 @@ _SIGNS = (
 # a gradient that is allowed on top, in units of its last digit.
 _STEPS_AGREE, _ROUNDING = 0.02, 30
 
-# Relative difference between one-sided differences above which they say nothing, in float32 and in float64.
-_SIDES_AGREE = (0.1, 1e-2)
+# Steps along a vector of length one, for differences that autograd is compared with.
+_FINE, _COARSE = (1e-6, 1e-7, 1e-5), (1e-2, 3e-3, 1e-3, 3e-4)
 
 # Difference between the slopes of a loss to either side, relative to its value, above which it is not in float64: one
 # that is rounded to float32 on its way changes by 6e-8 at random, which is divided by the step.
@@ -178,83 +178,106 @@ def gradient_at(
 
 
 class Disagreement(NamedTuple):
-    """How far a product by autograd is from a difference of gradients.
+    """How far a derivative by autograd is from a difference.
 
     Attributes:
-        relative: The norm of the difference over the norm of the larger of the two.
-        bound: How far they may differ, by the differences' own error.
-        parameters: The places of the parameters that differ most.
+        relative: The norm of their difference over the norm of the larger of the two; of the tensor that is most off.
+        bound: How far they may differ, by the difference's own error.
+        tensors: The places of the tensors that differ most.
     """
 
     relative: float
     bound: float
-    parameters: list[int]
+    tensors: list[int]
 
 
 def disagreement(
-    product: Product,
-    loss_now: LossNow,
-    module: nn.Module,
-    parameters: Sequence[Tensor],
-    direction: Sequence[Tensor],
-    has_kinks: bool,
+    claimed: Sequence[Tensor | None],
+    at: Callable[[float], tuple[float, Sequence[Tensor | None]]],
+    slope: float | None,
+    *,
+    fine: bool,
+    coarse: bool,
 ) -> Disagreement | None:
-    """Compare a product by autograd with differences of the gradient; return None if these say nothing.
+    """Compare d/dt f(t) at 0 by autograd with differences of f; return None if these say nothing.
 
-    One-sided differences to either side must agree with each other before they count. In float64 the step is so small
-    that almost never a kink of the loss lies within it, and where one does the sides disagree. In float32 it is longer,
-    and differences of a loss with kinks do not count. Nor do small steps where the loss is rounded to float32 on its
-    way, which would hide what they change: the loss itself must be smooth on their scale.
+    One-sided differences to either side must agree with each other before they count, and two steps before they
+    contradict. A fine step, for float64, is so small that almost never a kink lies within it, and where one does the
+    sides disagree. It does not count where a value is rounded to float32 on its way, which would hide what the step
+    changes: the loss itself must then change as its gradient says.
 
     Args:
-        product: v -> H v by autograd, at the same point and in the same precision.
-        loss_now: The loss at the present parameters.
-        module: The module that has the parameters.
-        parameters: The parameters, all in float64 or in float32.
-        direction: A random vector, in the shapes of the parameters.
-        has_kinks: Whether the graph of the loss has operations with kinks.
+        claimed: The derivative by autograd.
+        at: t -> a loss and f(t), tensors of the shapes of the derivative; None is zero.
+        slope: The derivative of that loss along t, by its gradient; None if there is no loss to look at.
+        fine: Whether to take fine steps.
+        coarse: Whether to take coarse ones, as in float32, if the fine ones say nothing.
     """
-    double = parameters[0].dtype == torch.float64
-    value, middle = gradient_at(loss_now, module, parameters, direction, 0.0)
-    # What has no gradient may yet change the loss, such as the row of an embedding's padding_idx.
-    direction = [torch.zeros_like(v) if g is None else v * (g != 0) for v, g in zip(direction, middle, strict=True)]
-    if not (length := norm(direction)):
-        return None
-    direction = [v / length for v in direction]
-    claimed = product(direction)
-    for step in (1e-6, 1e-8, 1e-4) if double else (1e-2, 1e-3):
-        if has_kinks and step > 1e-5:
-            continue
-        (high, up), (low, down) = (gradient_at(loss_now, module, parameters, direction, t) for t in (step, -step))
-        if double and not _is_smooth(value, high, low, step):
-            return None
-        central = [d if d is None else d / (2 * step) for d in _differences(up, down)]
-        size = max(norm(central), norm(claimed))
-        # the difference of the two one-sided differences
-        apart = norm(_differences(_differences(up, middle), _differences(middle, down))) / step
-        if not size:
-            return None
-        if apart <= _SIDES_AGREE[double] * size:
-            rests = [norm([rest]) for rest in _differences(claimed, central)]
-            worst = sorted(range(len(rests)), key=lambda i: -rests[i])[:3]
-            return Disagreement(math.hypot(*rests) / size, (1e-3 if double else 0.05) + 2 * apart / size, worst)
+    value, middle = at(0.0)
+    for steps, sides_agree, tolerance in ((_FINE if fine else (), 1e-2, 1e-3), (_COARSE if coarse else (), 0.1, 0.05)):
+        before: list[Tensor | None] | None = None  # the difference with another step
+        for step in steps:
+            (high, up), (low, down) = at(step), at(-step)
+            if slope is not None and steps is _FINE and not _is_smooth(value, high, low, step, slope):
+                break
+            central = [d if d is None else d / (2 * step) for d in _differences(up, down)]
+            apart = [
+                norm([d]) / step for d in _differences(_differences(up, middle), _differences(middle, down))
+            ]  # of the one-sided differences
+            del up, down
+            size = max(norm(central), norm(claimed))
+            if not size:
+                return None
+            if not math.hypot(*apart) <= sides_agree * size:
+                before = None
+                continue
+            found = _compared(claimed, central, apart, size, tolerance, each=steps is _FINE)
+            if found.relative <= found.bound:
+                return found
+            if before is not None and norm(_differences(central, before)) <= 2 * sides_agree * size:
+                return found
+            before = central
     return None
 
 
-def _is_smooth(value: float, high: float, low: float, step: float) -> bool:
-    """Return whether a loss changes alike to both sides, as it does not where it is rounded more coarsely."""
+def _compared(
+    claimed: Sequence[Tensor | None],
+    central: Sequence[Tensor | None],
+    apart: Sequence[float],
+    size: float,
+    tolerance: float,
+    each: bool,
+) -> Disagreement:
+    """Compare all tensors together and, if `each`, also those that are not small by themselves."""
+    rests = [norm([rest]) for rest in _differences(claimed, central)]
+    worst = sorted(range(len(rests)), key=lambda i: -rests[i])[:3]
+    whole = Disagreement(math.hypot(*rests) / size, tolerance + 2 * math.hypot(*apart) / size, worst)
+    for i in range(len(rests)) if each and whole.relative <= whole.bound else ():
+        own = max(norm([claimed[i]]), norm([central[i]]))
+        if own > 1e-6 * size and rests[i] > 10 * (tolerance * own + 2 * apart[i]):
+            return Disagreement(rests[i] / own, tolerance, [i])
+    return whole
+
+
+def _is_smooth(value: float, high: float, low: float, step: float, slope: float) -> bool:
+    """Return whether a loss changes as its slope says, as it does not where it is rounded more coarsely."""
     right, left = (high - value) / step, (value - low) / step
-    return abs(right - left) <= _SMOOTH * (abs(value) + max(abs(right), abs(left)))
+    allowed = _SMOOTH * (abs(value) + abs(slope))
+    return abs(right - left) <= allowed and abs(right + left - 2 * slope) <= 2 * allowed
 
 
 def _differences(a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> list[Tensor | None]:
-    pairs = zip(a, b, strict=True)
+    pairs = zip(map(_dense, a), map(_dense, b), strict=True)
     return [(-y if y is not None else None) if x is None else (x if y is None else x - y) for x, y in pairs]
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return tensor.to_dense() if tensor is not None and tensor.layout != torch.strided else tensor
 
 
 def norm(parts: Sequence[Tensor | None]) -> float:
     """Return the Euclidean norm of the numbers in some tensors together; None is zero."""
-    return math.hypot(0.0, *(float(part.double().norm()) for part in parts if part is not None))
+    return math.hypot(0.0, *(float(part.detach().double().norm()) for part in parts if part is not None))
 
 
 class Jacobian:

@@ -10,6 +10,7 @@ kept. Nothing of size n² is ever computed. The module `autodiff.second_derivati
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable
 from lightning_sketch.autodiff.functional import HeldTargets, in_precision
+from lightning_sketch.autodiff.memory import is_out_of_memory
 from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.autodiff.second_derivatives import (
     Disagreement,
@@ -29,11 +31,16 @@ from lightning_sketch.autodiff.second_derivatives import (
     finite_differences,
     forward_over_reverse,
     functions_in,
+    gradient_at,
     has_kinks,
+    norm,
 )
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
 
+_WIDENED = 1 << 26  # parameters up to which products are compared in float64, which takes about ten vectors
 _COMPARED = 8  # examples for which a product is compared with differences of gradients
+
+_SLOPE = 0.2  # relative error of a loss's slope above which its gradient is not its derivative
 
 HVP = Literal["auto", "double_backward", "forward_over_reverse", "finite_differences"]
 
@@ -116,6 +123,7 @@ class Hessian(CurvatureOperator):
             raise ValueError(f"need step > 0, got {step}.")
         self.loss_fn, self.step = loss_fn, step
         self.hvp: HVP = hvp
+        self._holds = True  # whether stopped gradients are held fixed in finite differences
         self._compared: set[int] = set()  # batches whose product was compared with differences of gradients
 
     def __repr__(self) -> str:
@@ -146,7 +154,7 @@ class Hessian(CurvatureOperator):
     def _product_of(self, batch: Any, keep: bool) -> Product:
         loss_now = functools.partial(self._differentiable_loss, batch)
         if self.hvp == "finite_differences":
-            moved = self._with_held_targets(batch)
+            moved = self._moved_loss(batch)
             return finite_differences(moved, self.module, self.parameters, self.step)
         if self.hvp == "forward_over_reverse":
             self._formulas.include(forward_ad=True)
@@ -187,25 +195,99 @@ class Hessian(CurvatureOperator):
         del loss
         if self._compared and not (functions or self._derives or self.hvp == "forward_over_reverse"):
             return
-        found = self._disagreement(few, torch.float64, kinks) or self._disagreement(few, self.dtype, kinks)
+        suspect = bool(functions) or self._derives or self.hvp == "forward_over_reverse" or self._is_scripted
+        found = None
+        if self._n <= _WIDENED:
+            found = self._disagreement(few, torch.float64, coarse=suspect or not kinks)
+        if found is None and self.dtype != torch.float64:
+            found = self._disagreement(few, self.dtype, coarse=suspect or not kinks)
+        if found is None and suspect:
+            warnings.warn(
+                f"products could not be compared with differences of the gradient, though "
+                f"{' and '.join(functions) or 'an operation'} may compute a wrong second derivative: the loss is not "
+                "smooth enough, or does not run in other precision or at other parameters.",
+                stacklevel=2,
+            )
         if found is not None and not found.relative <= found.bound:
             raise ValueError(self._what_is_wrong(found, functions))
 
-    def _disagreement(self, batch: Any, dtype: torch.dtype, kinks: bool) -> Disagreement | None:
+    @property
+    def _is_scripted(self) -> bool:
+        return any(isinstance(part, torch.jit.ScriptModule) for part in self.module.modules())
+
+    def _disagreement(self, batch: Any, dtype: torch.dtype, coarse: bool) -> Disagreement | None:
         """Compare in one precision; None if the model does not run in it, or the differences say nothing."""
         present = self.parameters
+        assert self._state is not None
+        self._state.restore()
         try:
-            with in_precision(self.module, present, dtype) as self.parameters, _default_dtype(dtype):
+            with in_precision(self.module, present, dtype) as self.parameters, self._state.replaced(), _default(dtype):
                 batch = differentiable(batch, dtype)
-                product, loss_now = self._product_of(batch, keep=False), self._with_held_targets(batch)
+                loss_now = self._with_held_targets(batch)
                 v = [torch.randn_like(p, dtype=torch.float32).to(p) for p in self.parameters]
-                return disagreement(product, loss_now, self.module, self.parameters, v, kinks)
+                at = functools.partial(gradient_at, loss_now, self.module, self.parameters, v)
+                slope = 0.0
+                # What has no gradient may yet change the loss, such as the row of an embedding's padding_idx.
+                for x, g in zip(v, gradient := at(0.0)[1], strict=True):
+                    x.mul_(0 if g is None else (g.to_dense() if g.layout != torch.strided else g) != 0)
+                if not (length := norm(v)):
+                    return None
+                for x, g in zip(v, gradient, strict=True):
+                    x.div_(length)
+                    slope += 0.0 if g is None else float((x * g).sum())
+                del gradient
+                claimed = self._product_of(batch, keep=False)(v)
+                fine = dtype == torch.float64
+                return disagreement(claimed, at, slope, fine=fine, coarse=coarse)
         except NoSecondDerivative:
             raise
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):  # the model is not made for this type
+        except (RuntimeError, TypeError, ValueError) as error:  # the model is not made for this type
+            if is_out_of_memory(error) and dtype == self.dtype:
+                raise
             return None
         finally:
             self.parameters = present
+
+    def _moved_loss(self, batch: Any) -> Callable[[], Tensor]:
+        """Return the loss of a batch for differences, whose gradient is the derivative of what it is held fixed to.
+
+        Raises:
+            ValueError: If the gradient is not the derivative of the loss, neither with stopped gradients held fixed nor
+                without, or the forward pass writes into the parameters.
+        """
+        if self._written:
+            raise ValueError(
+                "finite differences move the parameters, and the forward pass writes into them "
+                "(Embedding(max_norm=...), or weights clamped in place); use hvp='auto'."
+            )
+        held, free = self._with_held_targets(batch), functools.partial(self._differentiable_loss, batch)
+        if self.batches.key[0] in self._compared:
+            return held if self._holds else free
+        self._compared.add(self.batches.key[0])
+        for self._holds, loss_now in ((True, held), (False, free)):
+            off = self._slope_error(loss_now)
+            if off <= _SLOPE:
+                return loss_now
+        raise ValueError(
+            f"the gradient is not the derivative of the loss, by {off:.0%} along itself: a function or a hook changes "
+            "it, as gradient reversal and straight-through estimators do, so that there is no Hessian. Leave it out, "
+            "or write the loss whose gradient it is."
+        )
+
+    def _slope_error(self, loss_now: Callable[[], Tensor]) -> float:
+        """Return how far the loss changes otherwise along its gradient than this says, beyond rounding."""
+        at = functools.partial(gradient_at, loss_now, self.module, self.parameters)
+        value, gradient = at([torch.zeros_like(p) for p in self.parameters], 0.0)
+        dense = [
+            torch.zeros_like(p) if g is None else g.to_dense() for p, g in zip(self.parameters, gradient, strict=True)
+        ]
+        if not (size := norm(dense)):
+            return 0.0
+        along = [g / size for g in dense]
+        step = min(self.step, 1e-3)
+        change = (at(along, step)[0] - at(along, -step)[0]) / (2 * step)
+        rounding = 10 * torch.finfo(self.parameters[0].dtype).eps * abs(value) / step
+        return max(0.0, abs(change - size) - rounding) / size
 
     def _with_held_targets(self, batch: Any) -> Callable[[], Tensor]:
         """Return the loss of a batch, with stopped gradients at their present values, as parameters are moved."""
@@ -223,7 +305,7 @@ class Hessian(CurvatureOperator):
 
     def _what_is_wrong(self, found: Disagreement, functions: Sequence[str]) -> str:
         """Return a message that names what may compute a wrong second derivative."""
-        where = ", ".join(self.layout.names[i] for i in found.parameters)
+        where = ", ".join(self.layout.names[i] for i in found.tensors)
         if functions:
             cause = (
                 f"{' or '.join(functions)} computes a wrong second derivative, as does a custom autograd.Function "
@@ -235,13 +317,13 @@ class Hessian(CurvatureOperator):
         else:
             cause = "an operation or a hook on a tensor has a wrong second derivative; replace it by plain operations"
         return (
-            f"the Hessian by autograd differs from differences of the gradient by {found.relative:.0%}, most in "
-            f"{where}: {cause}, or use hvp='finite_differences', which needs only the gradient."
+            f"the Hessian by autograd differs from differences of the gradient by {100 * found.relative:.2g}%, most "
+            f"in {where}: {cause}, or use hvp='finite_differences', which needs only the gradient."
         )
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def _default(dtype: torch.dtype) -> Iterator[None]:
     """Make new tensors of this type, such as the initial states in a forward pass."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -228,6 +228,7 @@ class CurvatureOperator(LinearOperator):
             self._formulas = stack.enter_context(PlainFormulas(derivative_in_loss=self._derives))
             if self.batches.dtype is not None:
                 self.parameters = stack.enter_context(in_precision(self.module, self._originals, self.batches.dtype))
+                stack.enter_context(self._state.replaced())
             if self._written is None:
                 self._written, self._examined_at = self._examine(), self._versions
             for parameter in self._written:
@@ -292,7 +293,7 @@ class CurvatureOperator(LinearOperator):
 
         try:
             found = self.batches.first_that_fits(losses)
-            if found and not _same(*found[:2]):
+            if self._state.restore() or (found and not _same(*found[:2])):
                 self._restores = True
                 found = self.batches.first_that_fits(losses)
         finally:
@@ -337,6 +338,8 @@ class CurvatureOperator(LinearOperator):
             for name, part, piece in zip(self.layout.names, parts, pieces_of(batch), strict=True):
                 if piece is None:
                     continue
+                if piece.layout != torch.strided:
+                    piece = piece.to_dense()
                 if not self._all_seen and not piece.isfinite().all():
                     raise ValueError(
                         f"the loss of batch {self.batches.key[0]} is finite, but not its derivative with respect to "
