@@ -116,6 +116,8 @@ class HeldTargets(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         if func is torch._C._set_grad_enabled:  # by no_grad; a custom autograd function sets it in another way
             self._stopped = not args[0]
+        elif getattr(func, "__name__", "") == "requires_grad_":  # returns a parameter that was moved
+            return out
         elif self._stopped or torch.is_inference_mode_enabled() or torch.is_grad_enabled():
             in_place = (bool(args) and out is args[0]) or (kwargs is not None and out is kwargs.get("out", args))
             return self._held(out, in_place, isinstance(out, Tensor) or getattr(func, "__name__", "") in _NUMBERS)

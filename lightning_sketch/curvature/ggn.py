@@ -17,11 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.autodiff.batches import BatchStructure
+from lightning_sketch.autodiff.batches import BatchStructure, differentiable
+from lightning_sketch.autodiff.functional import HeldTargets, swap_tensors
 from lightning_sketch.autodiff.losses import LossFn, OutputLossName, OutputModel
 from lightning_sketch.autodiff.preserve_state import Mode
-from lightning_sketch.autodiff.second_derivatives import Jacobian, nothing_dropped, second_derivative_errors
+from lightning_sketch.autodiff.second_derivatives import (
+    Disagreement,
+    Jacobian,
+    disagreement,
+    functions_in,
+    graph_nodes,
+    norm,
+    nothing_dropped,
+    second_derivative_errors,
+)
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
+
+_COMPARED = 8  # examples for which derivatives are compared with differences
 
 
 class GGN(CurvatureOperator):
@@ -97,13 +109,99 @@ class GGN(CurvatureOperator):
             noise_seed=noise_seed,
         )
         self.model = OutputModel(module, model_fn, output_loss_fn, loss_fn)
+        self._compared: set[int] = set()  # batches whose derivatives were compared with differences
 
     def linearize(self, batch: Any, keep: bool) -> Product:
         """Return v -> J_bᵀ H_b J_b v for one batch."""
+        if self.batches.key[0] not in self._compared:
+            self._compare(batch)
+            self._compared.add(self.batches.key[0])
         output, own = self.evaluate(self.model.forward, batch)
         jacobian = Jacobian(self._differentiable(output), self.parameters)
         hessian = _loss_hessian(output, self._loss_of(output, own, batch), own, batch)
         return lambda pieces: jacobian.rmatvec(hessian(jacobian.matvec(pieces)), keep)
+
+    def _compare(self, batch: Any) -> None:
+        """Compare J v, and the Hessian of the output's loss times a vector, with differences, for a few examples.
+
+        The first batch is compared, and every other one whose graph has a custom autograd function.
+
+        Raises:
+            ValueError: If they differ by more than the differences' own error.
+        """
+        few = self.batches.few(batch, _COMPARED)
+        try:
+            output, own = self.evaluate(self.model.forward, few)
+            loss_fn = self._loss_of(output, own, few)
+        except Exception:  # whatever a model makes of a smaller batch: the whole one is what it was given
+            few = batch
+            output, own = self.evaluate(self.model.forward, few)
+            loss_fn = self._loss_of(output, own, few)
+        output = self._differentiable(output)
+        functions = functions_in(output)
+        if not self._compared or functions:
+            self._check(self._difference_of_outputs(few, output), "the Jacobian", functions)
+        if loss_fn is None:
+            return
+        z = output.detach().double().requires_grad_()
+        try:
+            loss = loss_fn(z, differentiable(few, torch.float64))
+            functions = functions_in(loss)
+            if not self._compared or functions:
+                found = self._difference_of_losses(z, loss_fn, differentiable(few, torch.float64))
+                self._check(found, "the Hessian of the output's loss", functions)
+        except (RuntimeError, TypeError):  # a loss that is not made for float64
+            return
+
+    def _difference_of_outputs(self, batch: Any, output: Tensor) -> Disagreement | None:
+        """Compare J v with differences of the output, moving the parameters."""
+        jacobian = Jacobian(output, self.parameters)
+        v = [torch.randn_like(p) for p in self.parameters]
+        for x, g in zip(v, jacobian.rmatvec(torch.randn_like(output), keep=True), strict=True):
+            x.mul_(0 if g is None else (g.to_dense() if g.layout != torch.strided else g) != 0)
+        if not (length := norm(v)):
+            return None
+        targets = HeldTargets()
+
+        def at(t: float) -> tuple[float, list[Tensor]]:
+            pairs = zip(self.parameters, v, strict=True)
+            moved = [torch.add(p.detach(), x, alpha=t / length).requires_grad_() for p, x in pairs]
+            with swap_tensors(self.module, self.parameters, moved):
+                self._targets = targets
+                try:
+                    return 0.0, [self.evaluate(self.model.forward, batch)[0].detach()]
+                finally:
+                    self._targets = None
+
+        fine = output.dtype == torch.float64 and not any("ToCopy" in type(n).__name__ for n in graph_nodes(output))
+        return disagreement([jacobian.matvec(v) / length], at, None, fine=fine, coarse=True)
+
+    def _difference_of_losses(
+        self, z: Tensor, loss_fn: Callable[[Tensor, Any], Tensor], batch: Any
+    ) -> Disagreement | None:
+        """Compare the Hessian of the output's loss with differences of its gradient, in float64."""
+        u = torch.randn_like(z)
+        u /= u.norm()
+
+        def at(t: float) -> tuple[float, list[Tensor]]:
+            moved = (z.detach() + t * u).requires_grad_()
+            loss = loss_fn(moved, batch)
+            return float(loss.detach()), [torch.autograd.grad(loss, moved)[0]]
+
+        slope = float((at(0.0)[1][0] * u).sum())
+        return disagreement([_loss_hessian(z, loss_fn, None, batch)(u)], at, slope, fine=True, coarse=True)
+
+    def _check(self, found: Disagreement | None, what: str, functions: Sequence[str]) -> None:
+        if found is not None and not found.relative <= found.bound:
+            raise ValueError(
+                f"{what} by autograd differs from differences by {100 * found.relative:.2g}%: "
+                f"{' or '.join(functions) or 'an operation or a hook'} computes a derivative that is not one; write it "
+                "with plain operations, or pass model_fn and output_loss_fn without it."
+            )
+
+    def _check_again(self) -> None:
+        super()._check_again()
+        self._compared.clear()
 
     def batch_loss(self, batch: Any) -> Tensor:
         """Return the mean loss of the batch, by the output loss."""

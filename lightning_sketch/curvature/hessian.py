@@ -40,7 +40,7 @@ from lightning_sketch.curvature.operator import CurvatureOperator, Product
 _WIDENED = 1 << 26  # parameters up to which products are compared in float64, which takes about ten vectors
 _COMPARED = 8  # examples for which a product is compared with differences of gradients
 
-_SLOPE = 0.2  # relative error of a loss's slope above which its gradient is not its derivative
+_SLOPE = 1e-3  # relative error of a loss's slope, along its gradient, above which the gradient is looked at again
 
 HVP = Literal["auto", "double_backward", "forward_over_reverse", "finite_differences"]
 
@@ -264,10 +264,11 @@ class Hessian(CurvatureOperator):
         if self.batches.key[0] in self._compared:
             return held if self._holds else free
         self._compared.add(self.batches.key[0])
-        for self._holds, loss_now in ((True, held), (False, free)):
-            off = self._slope_error(loss_now)
-            if off <= _SLOPE:
-                return loss_now
+        self._holds, off = True, self._slope_error(held)
+        if off > _SLOPE and (freely := self._slope_error(free)) < off:
+            self._holds, off = False, freely
+        if off <= 50 * _SLOPE:
+            return held if self._holds else free
         raise ValueError(
             f"the gradient is not the derivative of the loss, by {off:.0%} along itself: a function or a hook changes "
             "it, as gradient reversal and straight-through estimators do, so that there is no Hessian. Leave it out, "
