@@ -1,5 +1,6 @@
 """Tests marked `gpu` run where there is a CUDA device, and are skipped elsewhere; all run on one thread.
 
+Slow tests run without the checks of types, which are half the time of small products; the others have them.
 Small operations on two threads of a busy machine wait for each other, up to a hundred times as long as they work.
 """
 
@@ -24,3 +25,10 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(autouse=True)
+def untyped_if_slow(request):
+    """Slow tests run what a user runs."""
+    if request.node.get_closest_marker("slow"):
+        request.getfixturevalue("untyped")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from curvature_cases import Dense, cross_entropy, dense_hessian, digits
 from forks import Started
-from marks import slow
+from marks import pairs, slow
 from torch import nn
 
 from lightning_sketch.curvature import (
@@ -66,8 +66,8 @@ def dense_truth(module, batches):
     return top(total / sum(weights)), without, [top(m) for m in matrices], weights
 
 
-@pytest.mark.parametrize("sizes", [(24, 24, 24, 24), (40, 10, 25, 30, 16)])
-@pytest.mark.parametrize("steps", [0, 100])
+@pytest.mark.usefixtures("untyped")
+@pytest.mark.parametrize(("sizes", "steps"), pairs([(24, 24, 24, 24), (40, 10, 25, 30, 16)], [0, 100]))
 def test_the_error_is_that_of_dense_leave_one_out_eigenvalues(sizes, steps):
     """Equal and unequal batches, at random weights and trained.
 
@@ -132,9 +132,10 @@ def test_the_top_eigenvector_may_change_with_the_batches():
     assert (sp.data_error, sp.data_bias) == (pytest.approx(error), pytest.approx(bias))
 
 
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("kind", ["ggn", slow("fisher")])
 def test_other_matrices_have_batches_too(kind):
-    module, batches = trained(network()), cut(30, 30, 30)
+    module, batches = trained(network()), cut(16, 16, 16)
     matrix = GGN if kind == "ggn" else lambda m, b: EmpiricalFisher(cross_entropy, m, b)
     parts = [matrix(module, [batch]).as_matrix() for batch in batches]
     without = [float(torch.linalg.eigvalsh((sum(parts) - part) / 2)[-1]) for part in parts]
@@ -185,6 +186,7 @@ class Counted(Hessian):
         return product
 
 
+@pytest.mark.usefixtures("untyped")
 def test_a_random_loss_has_errors_for_its_draws():
     """The number of draws is kept and printed; it is that of the matrix inside a scaled one; batches keep theirs."""
     module, batches = network(), cut(20, 20)

@@ -45,6 +45,7 @@ def squares(module, ids):
 WAYS = ["module", "norm", "bag", "tied", "clamped", "data"]
 
 
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("way", WAYS)
 def test_they_are_restored_to_the_bit_and_the_matrix_is_that_at_what_is_written(way):
     torch.manual_seed(0)
