@@ -25,7 +25,7 @@ __all__ = [
 
 _TOP, _BOTTOM, _REST, _LINE = "#0072B2", "#D55E00", "#999999", "#009E73"  # Okabe & Ito: safe for color-blind people
 
-_UNIT = "eigenvalue (loss / parameter²)"
+_UNIT = "loss / parameter²"
 
 
 def spectrum_over_time(
@@ -41,6 +41,7 @@ def spectrum_over_time(
     epochs: Sequence[int] = (),
     stable_below: Sequence[float] = (),
     density: Sequence[tuple[Sequence[float], Sequence[float]]] | None = None,
+    unit: str = _UNIT,
 ) -> "Figure":
     """Draw the largest and the smallest eigenvalues over time: a line for each rank, with error bars.
 
@@ -58,6 +59,7 @@ def spectrum_over_time(
         epochs: The epoch of each measurement, for a second axis above; none if empty.
         stable_below: The edge of stability at each measurement, drawn as a dashed line; NaN where there is none.
         density: Nodes and weights of each measurement, drawn as a heat map below; no heat map if None.
+        unit: The unit of eigenvalues.
 
     Returns:
         A matplotlib Figure.
@@ -93,7 +95,7 @@ def spectrum_over_time(
     upper.set_ylabel(f"{top_k} largest")
     panels[-1].set_xlabel(xlabel)
     _epoch_axis(upper, time, epochs)
-    upper.set_title(f"{title}, in loss / parameter²" if title else "in loss / parameter²")
+    upper.set_title(f"{title}, in {unit}" if title else f"in {unit}")
     _stability(upper, time, stable_below)
     _legend(figure, upper)
     if density is not None:
@@ -110,6 +112,7 @@ def spectrum(
     nodes: Sequence[float] = (),
     weights: Sequence[float] = (),
     title: str = "",
+    unit: str = _UNIT,
 ) -> "Figure":
     """Draw eigenvalues by rank with error bars, on a symmetric-log scale, and beside them the density of all.
 
@@ -124,6 +127,7 @@ def spectrum(
         nodes: Points that represent all eigenvalues; without them no density is drawn.
         weights: The fraction of all eigenvalues at each node.
         title: The title of the figure.
+        unit: The unit of eigenvalues.
 
     Returns:
         A matplotlib Figure.
@@ -140,7 +144,7 @@ def spectrum(
     )[0]
     threshold = linear_below(values, [(nodes, weights)] if nodes else ())
     symmetric_log(panels[0], threshold, [min(values), max(values)])
-    panels[0].set_ylabel(_UNIT)
+    panels[0].set_ylabel(f"eigenvalue ({unit})")
     figure.suptitle(title, fontsize="medium")
     ends = [(range(above), 1), (range(len(values) - below, len(values)), size - len(values) + 1)]
     for axes, (places, first), label in zip(
@@ -184,6 +188,7 @@ def layers(
     traces: Sequence[float],
     trace_errors: Sequence[float],
     title: str = "",
+    unit: str = _UNIT,
 ) -> "Figure":
     """Draw bars for the top eigenvalue and the trace of the diagonal block of each layer.
 
@@ -197,6 +202,7 @@ def layers(
         traces: The trace of each block, in the same unit.
         trace_errors: The standard error of each trace.
         title: The title of the figure.
+        unit: The unit of eigenvalues.
 
     Returns:
         A matplotlib Figure.
@@ -212,9 +218,9 @@ def layers(
     right.barh(rows, traces, xerr=trace_errors, color=_BOTTOM, edgecolor=_BOTTOM, capsize=2)
     left.set_yticks(rows, names)
     left.invert_yaxis()
-    left.set_xlabel("top eigenvalue (loss / parameter²)")
-    right.set_xlabel("trace ± standard error (loss / parameter²)")
-    figure.suptitle(title, fontsize="medium")
+    left.set_xlabel("top eigenvalue")
+    right.set_xlabel("trace ± standard error")
+    figure.suptitle(f"{title}, in {unit}" if title else f"in {unit}", fontsize="medium")
     for axes in (left, right):
         axes.axvline(0, color=_REST, lw=0.8)
         axes.grid(alpha=0.2, axis="x")

@@ -398,9 +398,10 @@ def nowhere_else(output: Tensor, tensors: Sequence[Tensor]) -> None:
 
 
 def functions_in(output: Tensor) -> list[str]:
-    """Return the names of the custom autograd functions in a tensor's graph."""
-    found = {type(n).__name__.removesuffix("Backward") for n in graph_nodes(output) if isinstance(n, BackwardCFunction)}
-    return sorted(found)
+    """Return the names of the custom autograd functions in a tensor's graph, those of torch and of this package not."""
+    classes = {node._forward_cls for node in graph_nodes(output) if isinstance(node, BackwardCFunction)}  # type: ignore[attr-defined]
+    own = ("torch.", __name__.partition(".")[0])
+    return sorted(one.__name__ for one in classes if not one.__module__.startswith(own))
 
 
 def has_kinks(output: Tensor) -> bool:

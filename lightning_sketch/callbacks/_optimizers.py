@@ -1,6 +1,8 @@
 """Learning rates of the Trainer's optimizers, and the curvature up to which they are stable."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -21,13 +23,25 @@ def stability(trainer: Trainer, preconditioned: bool = False) -> Stability:
     return stability_edge(list(trainer.optimizers), preconditioned=preconditioned, groups=groups)
 
 
-def preconditioned(trainer: Trainer, operator: CurvatureOperator) -> Preconditioned:
+def groups_now(trainer: Trainer) -> list[dict[str, Any]]:
+    """Return the param groups of the Trainer's optimizers with their present options, which a scheduler may change."""
+    return [dict(group) for group in param_groups(trainer, trainer.optimizers)]
+
+
+def preconditioned(
+    trainer: Trainer, operator: CurvatureOperator, groups: Sequence[Mapping[str, Any]] | None = None
+) -> Preconditioned:
     """Return P^-1/2 A P^-1/2 with the diagonal P of the Trainer's optimizers.
+
+    Args:
+        trainer: The Trainer.
+        operator: The matrix A.
+        groups: The param groups with the options of the last step; those that they have now if None.
 
     Raises:
         ValueError: If they have none, or have not stepped yet.
     """
-    groups = param_groups(trainer, trainer.optimizers)
+    groups = groups or param_groups(trainer, trainer.optimizers)
     return Preconditioned.from_optimizer(operator, list(trainer.optimizers), groups=groups)
 
 
@@ -59,6 +73,8 @@ class LastStep:
     def __init__(self, every_n_train_steps: int | None, every_n_epochs: int | None):
         self.every_n_train_steps, self.every_n_epochs = every_n_train_steps, every_n_epochs
         self.weights: dict[str, Tensor] = {}
+        self.groups: list[dict[str, Any]] = []  # param groups of the step under way
+        self.clipped = 1.0  # the factor by which its gradient was clipped; NaN if not known
         self.lr, self.step = math.nan, -1  # of the copy: the rate, and the number of steps before it
         self._seen, self._steps_of_batch = -1, 1  # manual optimization may take several
 
@@ -71,7 +87,8 @@ class LastStep:
             batch_idx: The number of the batch in its epoch.
             lr: The learning rate of the step.
         """
-        step = trainer.global_step
+        step, self.clipped = trainer.global_step, 1.0
+        self.groups = groups_now(trainer)
         if self._seen >= 0 and step > self._seen:
             self._steps_of_batch = step - self._seen
         self._seen = step
@@ -80,6 +97,26 @@ class LastStep:
         self.weights = {}
         if self._is_due(trainer, batch_idx, step, step + self._steps_of_batch):
             self.weights, self.lr, self.step = copy_weights(module), lr, step
+
+    def before_optimizer_step(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Note by how much the Trainer will clip the gradient, which makes the steps smaller and the edge larger."""
+        clip: Any = trainer
+        if not clip.gradient_clip_val:
+            return
+        if str(clip.gradient_clip_algorithm or "norm").rpartition(".")[-1].lower().strip("'\">") != "norm":
+            self.clipped = math.nan
+            return
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        size = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        self.clipped *= min(1.0, float(clip.gradient_clip_val) / (size + 1e-6))
+
+    def of_clipped(self, now: Stability) -> Stability:
+        """Return the stability of steps whose gradient was clipped: by a factor c, the edge is at 1 / c of it."""
+        if math.isnan(self.clipped):
+            return now._replace(edge=math.nan, reason=now.reason or "gradients are clipped by value")
+        if self.clipped == 1 or not self.clipped:
+            return now
+        return now._replace(edge=now.edge / self.clipped, optimizer=f"{now.optimizer}, clipped to {self.clipped:.2g}")
 
     def _is_due(self, trainer: Trainer, batch_idx: int, before: int, after: int) -> bool:
         """Return whether a measurement follows a batch before which there were `before` steps."""
@@ -101,7 +138,7 @@ class LastStep:
         if not weights or not self.step < step:
             why = "the weights before the last step were not copied: that it was the last was not known"
             return CriticalLearningRate(math.nan, math.nan, reason=why)
-        try:
+        try:  # a trial step may be far off, and the spectrum is there; ranks fail together inside
             return critical_learning_rate(operator, weights, self.lr)
-        except ValueError as error:  # parameters were frozen or replaced in between
-            return CriticalLearningRate(math.nan, math.nan, reason=str(error).rstrip("."))
+        except Exception as error:
+            return CriticalLearningRate(math.nan, self.lr, reason=f"the loss failed at a trial step: {error}")

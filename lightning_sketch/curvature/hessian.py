@@ -36,6 +36,7 @@ from lightning_sketch.autodiff.second_derivatives import (
     norm,
 )
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
+from lightning_sketch.curvature.weighted_batches import AGREED
 
 _WIDENED = 1 << 26  # parameters up to which products are compared in float64, which takes about ten vectors
 _COMPARED = 8  # examples for which a product is compared with differences of gradients
@@ -133,8 +134,8 @@ class Hessian(CurvatureOperator):
         """Return H x for each vector x along the last axis, one after the other."""
         try:
             return super().matvec(x)
-        except NoSecondDerivative as first:
-            if self.hvp != "auto":
+        except Exception as first:
+            if self.hvp != "auto" or not self._is_missing(first):
                 raise
             try:
                 self.hvp = "forward_over_reverse"
@@ -143,6 +144,11 @@ class Hessian(CurvatureOperator):
             except Exception as second:
                 self.hvp = "auto"
                 raise (second if isinstance(second, torch.OutOfMemoryError) else first) from second
+
+    def _is_missing(self, error: Exception) -> bool:
+        """Return whether a product failed, on any rank, because a second derivative is missing."""
+        missing = isinstance(error, NoSecondDerivative)
+        return self.batches.anywhere(missing) if getattr(error, AGREED, False) else missing
 
     def linearize(self, batch: Any, keep: bool) -> Product:
         """Return v -> ∇²L_b v for one batch."""

@@ -54,7 +54,12 @@ def save_spectrum(spectrum: Spectrum, path: str | os.PathLike) -> None:
                 plain[f"{name}.{i}"] = torch.tensor(getattr(run, name), dtype=torch.float64)
     tensors = {name: value for name, value in plain.items() if isinstance(value, Tensor)}
     rest = {name: value for name, value in plain.items() if not isinstance(value, Tensor)}
-    write_tensors(Path(path), tensors, {"spectrum": json.dumps(rest, default=asdict)})
+    write_tensors(Path(path), tensors, {"spectrum": json.dumps(rest, default=_plain)})
+
+
+def _plain(value: Any) -> Any:
+    """Return a tensor as a list, and a dataclass as a dict, for JSON."""
+    return value.tolist() if isinstance(value, Tensor) else asdict(value)
 
 
 def load_spectrum(path: str | os.PathLike) -> Spectrum:

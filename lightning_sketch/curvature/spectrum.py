@@ -18,7 +18,7 @@ from lightning_sketch.curvature.data_error import check_batches, data_error, ori
 from lightning_sketch.curvature.result import Method, Spectrum
 from lightning_sketch.linalg.alignment import better_of, shares, shares_by_dots
 from lightning_sketch.linalg.krylov import Krylov
-from lightning_sketch.linalg.lanczos import dot, start_vector
+from lightning_sketch.linalg.lanczos import dot
 from lightning_sketch.linalg.linearity import Watched
 from lightning_sketch.linalg.quadrature import Quadrature, Trace, quadrature, trace
 from lightning_sketch.linalg.ritz import rayleigh_ritz
@@ -48,7 +48,7 @@ def spectrum(
     """Compute the largest and the smallest eigenvalues of a symmetric operator, with error bars.
 
     It takes at most `num_matvecs` products, a quarter as many (at least 8) to search for copies of multiple
-    eigenvalues, and 2 to measure how linear the operator is; memory for about five vectors of size n. It stops
+    eigenvalues, and 3 to measure how linear the operator is; memory for about five vectors of size n. It stops
     early once the `top_k` largest and `bottom_k` smallest eigenvalues have converged.
 
     One start vector finds one copy of a multiple eigenvalue. So the run is followed by short ones from other
@@ -159,13 +159,9 @@ class _Growing:
 
     def first_run(self, least: int) -> Spectrum:
         """Run until all eigenvalues asked for have converged, after `least` products at the earliest."""
-        watched = Watched(self.operator, pairs=2)
-        if self.most < 4:  # a run that short has no two pairs of vectors
-            u, v = (start_vector(self.operator, self.krylov.seed, name=name) for name in ("0", "defect"))
-            watched.matvec(u)
-            watched.matvec(v)
+        watched = Watched(self.operator, self.krylov.seed)
         for done, _ in enumerate(self._products(watched), start=1):
-            self.defect, self.further = watched.defect, watched.num_products + (2 if self.most < 4 else 0)
+            self.defect, self.further = watched.defect, watched.num_products
             if done == self.most or done % _CHECK_EVERY == 0:
                 found = self._spectrum()
                 if done == self.most or (done >= least and self._enough(found)):

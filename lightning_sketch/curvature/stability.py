@@ -112,7 +112,7 @@ def verdict(lambda_max: float, stability: Stability, critical: CriticalLearningR
         parts = [f"stability: not known {who}, since the largest eigenvalue has not converged"]
     else:
         ratio = lambda_max / stability.edge
-        parts = [f"stability: {_short(ratio)} {'times' if ratio >= 2 else 'of'} the edge {who}"]
+        parts = [f"stability: {_short(ratio)} {'times' if ratio >= 1 else 'of'} the edge {who}"]
     if critical is not None:
         parts.append(_said(critical))
     return "; ".join(parts) + "."
@@ -124,7 +124,10 @@ def _said(critical: CriticalLearningRate) -> str:
     if math.isnan(critical.factor):
         return f"no critical learning rate, since {critical.reason}"
     if critical.factor == 0:
-        return "the last step raised the loss, and so would a hundredth of it"
+        return (
+            "the last step was not downhill on these batches, as is common with momentum and small batches, so that "
+            "it says nothing about the rate"
+        )
     if critical.at_least:
         return f"even {factor} times the last step would still lower the loss"
     if critical.factor < 1:

@@ -18,7 +18,7 @@ from lightning_sketch.autodiff.preserve_state import raise_interrupt
 Add = Callable[[Any, float], None]  # adds a part of a batch, times its weight, to a total
 
 _NO_EXAMPLE = "batches holds no example, so there is no loss to differentiate; pass at least one batch."
-_AGREED = "known_to_all_ranks"  # the attribute of an error that all ranks have been informed of
+AGREED = "known_to_all_ranks"  # the attribute of an error that all ranks have been informed of
 _DRAWS_COMPARED = 8  # draws over which the loss of a whole batch is compared with that of its parts
 
 
@@ -322,7 +322,7 @@ def agreement(distributed: bool, device: torch.device) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not getattr(error, _AGREED, False):
+        if not getattr(error, AGREED, False):
             _agree(torch.full((), torch.nan, dtype=torch.float64), device, error)
         raise
     _agree(torch.zeros((), dtype=torch.float64), device)
@@ -334,7 +334,7 @@ def _agree(weight: Tensor, device: torch.device, failure: BaseException | None =
     if not weight.isnan():
         return weight
     failure = failure or RuntimeError("another rank could not take its part of this measurement; see its output.")
-    setattr(failure, _AGREED, True)
+    setattr(failure, AGREED, True)
     raise failure
 
 

@@ -1,4 +1,4 @@
-"""How far an operator is from linear and from symmetric, measured by three products."""
+"""How far an operator is from linear and from symmetric, measured by three products of a pair of vectors."""
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.linalg.krylov import NOT_FINITE
-from lightning_sketch.linalg.lanczos import dot
+from lightning_sketch.linalg.lanczos import dot, start_vector
 from lightning_sketch.operators.base import LinearOperator, UnaryOperator
 
 _REFUSED = 0.05  # largest accepted defect of linearity
@@ -62,13 +62,14 @@ def checked_defect(
 
 @dataclass(eq=False)
 class Watched(UnaryOperator):
-    """An operator that is checked on the first vectors it multiplies, by one more product for each pair of them.
+    """An operator that is checked on the first vectors it multiplies, by three products more.
 
-    Its own products A u and A v are used again, and A(u + v) is compared with them. Memory: two vectors until then.
+    Its first vector, which is random, is compared with another random one: two products more. The third and the fourth,
+    Krylov vectors of a run, are compared with each other: one more. The products with its own vectors are used again.
 
     Args:
         of: A square operator A.
-        pairs: The number of pairs to check.
+        seed: The seed of the other random vector.
 
     Attributes:
         defect: The largest defect of linearity so far.
@@ -78,10 +79,11 @@ class Watched(UnaryOperator):
     """
 
     of: LinearOperator
-    pairs: int = 2
+    seed: int = 0
     defect: float = field(default=0.0, init=False)
     num_products: int = field(default=0, init=False)
-    _open: tuple[Tensor, Tensor] | None = field(default=None, init=False)  # u and A u of a pair
+    _multiplied: int = field(default=0, init=False)
+    _third: tuple[Tensor, Tensor] | None = field(default=None, init=False)  # v and A v
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -91,29 +93,35 @@ class Watched(UnaryOperator):
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """Return A x for each vector x along the last axis."""
         image = self.of.matvec(x)
-        if x.ndim == 1 and self.num_products < self.pairs:
-            if self._open is None:
-                self._open = x.clone(), image.clone()
-            else:
-                self._compare(*self._open, x, image)
-                self._open = None
+        self._multiplied += 1
+        if self._multiplied == 1:
+            other = start_vector(self.of, self.seed, name="defect", dtype=x.dtype)
+            self._compare(x, image, other, None)
+        elif self._multiplied == 3:
+            self._third = x.clone(), image.clone()
+        elif self._multiplied == 4 and self._third is not None:
+            self._compare(*self._third, x, image)
+            self._third = None
         return image
 
     def rmatvec(self, y: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """Return Aᵀ y for each vector y along the last axis."""
         return self.of.rmatvec(y)
 
-    def _compare(self, u: Tensor, of_u: Tensor, v: Tensor, of_v: Tensor) -> None:
-        sizes = [dot(image, image) ** 0.5 for image in (of_u, of_v)]
+    def _compare(self, u: Tensor, of_u: Tensor, v: Tensor, of_v: Tensor | None) -> None:
+        """Compare A(u + v) with A u + A v; without A v, both are random."""
+        rest = self.of.matvec(u + v)
+        sizes = [dot(rest, rest) ** 0.5, dot(of_u, of_u) ** 0.5]
+        random = of_v is None
+        of_v = self.of.matvec(v) if of_v is None else of_v
+        sizes.append(dot(of_v, of_v) ** 0.5)
         lengths = [dot(x, x) ** 0.5 or 1.0 for x in (u, v)]
         asymmetry = abs(dot(of_u, v) / lengths[1] - dot(of_v, u) / lengths[0])
-        of_both = self.of.matvec(u.add_(v))
-        largest = max(*sizes, dot(of_both, of_both) ** 0.5)
-        rest = of_u.add_(of_v).sub_(of_both)
+        rest = rest.sub_(of_u).sub_(of_v)
         size = dot(rest, rest) ** 0.5
-        self.num_products += 1
-        linearity = size / largest if size else 0.0
-        self.defect = max(self.defect, _judged(Defect(linearity, asymmetry / sum(sizes) if asymmetry else 0.0)))
+        self.num_products += 1 + random
+        symmetry = asymmetry / (sizes[1] + sizes[2]) * (len(u) ** 0.5 if random else 1) if asymmetry else 0.0
+        self.defect = max(self.defect, _judged(Defect(size / max(sizes) if size else 0.0, symmetry)))
 
 
 def _judged(found: Defect) -> float:

@@ -143,3 +143,17 @@ def test_the_error_over_batches_is_logged():
 def test_arguments_out_of_range(options, message, untyped):
     with pytest.raises(ValueError, match=message):
         SpectrumMonitor(**options)
+
+
+def test_densities_of_layers_are_saved_and_drawn(tmp_path):
+    from lightning_sketch import load_spectrum
+    from lightning_sketch.curvature import save_spectrum
+
+    monitor = SpectrumMonitor(top_k=2, bottom_k=1, per_layer=True, density_probes=1)
+    fit(Masked(), monitor, epochs=1)
+    save_spectrum(monitor.history[-1], tmp_path / "layers.safetensors")
+    again = load_spectrum(tmp_path / "layers.safetensors")
+    assert torch.equal(again.eigenvalues, monitor.history[-1].eigenvalues)
+    assert monitor.plot_layers()
+    with pytest.raises(ValueError, match="over_batches=True leaves out one batch after the other, got num_batches=1"):
+        SpectrumMonitor(over_batches=True, num_batches=1)

@@ -197,7 +197,7 @@ ADAM = Stability(3e-4, 100.0, "Adam")
             "stability: 0.7 of the edge (Adam, lr 3e-4); the largest step that still lowers the loss is 2.1 "
             "times yours.",
         ),
-        (123.0, ADAM, None, "stability: 1.2 of the edge (Adam, lr 3e-4)."),
+        (123.0, ADAM, None, "stability: 1.2 times the edge (Adam, lr 3e-4)."),
         (
             math.nan,
             ADAM,
@@ -216,8 +216,8 @@ ADAM = Stability(3e-4, 100.0, "Adam")
             1e-9,
             ADAM,
             CriticalLearningRate(0.0, 3e-4),
-            "stability: 1e-11 of the edge (Adam, lr 3e-4); the last step raised the loss, and so would a "
-            "hundredth of it.",
+            "stability: 1e-11 of the edge (Adam, lr 3e-4); the last step was not downhill on these batches, as is "
+            "common with momentum and small batches, so that it says nothing about the rate.",
         ),
         (
             1e6,

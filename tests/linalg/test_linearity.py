@@ -104,3 +104,22 @@ def test_so_does_a_large_diagonal(outliers, dtype):
     operator.noise = torch.finfo(dtype).eps
     sp = spectrum(operator, top_k=4, bottom_k=1)
     assert sp.linearity_defect < 10 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("kind", ["rows", "few rows", "rank one", "skew"])
+def test_a_run_sees_asymmetry_as_well_as_random_vectors_do(kind, dense_operator):
+    """Lanczos vectors of a nearly symmetric matrix hide it; the first vector is compared with another random one."""
+    generator = torch.Generator().manual_seed(0)
+    n = 600
+    a = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    a = (a + a.T) / n**0.5 + torch.linspace(10, 0, n, dtype=torch.float64).diag()
+    if kind in ("rows", "few rows"):
+        a[:: 2 if kind == "rows" else 100] *= 1.1
+    elif kind == "rank one":
+        u, v = torch.randn(2, n, generator=generator, dtype=torch.float64) / n**0.5
+        a += torch.outer(u, v)
+    else:
+        k = torch.randn(n, n, generator=generator, dtype=torch.float64)
+        a += 0.1 * (k - k.T) / n**0.5
+    with pytest.raises(ValueError, match="not symmetric"):
+        spectrum(dense_operator(a), top_k=2, bottom_k=0)

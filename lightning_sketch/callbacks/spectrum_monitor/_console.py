@@ -4,6 +4,8 @@ import math
 import time
 import warnings
 
+from torch import nn
+
 from lightning_sketch._lightning import Trainer, print_on_rank_zero
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
 
@@ -92,6 +94,14 @@ class Console:
             "same order of examples in every run (seed_everything, or no shuffling).",
             stacklevel=3,
         )
+
+    def batch_norm(self, trainer: Trainer, module: nn.Module) -> None:
+        """Say once that batch norm is measured with its running statistics."""
+        if any(isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in module.modules()):
+            text = (
+                "batch norm is measured with its running statistics; mode='train' takes those of a batch, as training."
+            )
+            self._say_once(trainer, "batch norm", text)
 
     def _say_once(self, trainer: Trainer, what: str, text: str) -> None:
         """Print a text with the name of the monitor, unless one about the same was printed."""

@@ -72,6 +72,8 @@ class SpectrumEstimator:
                 f"model_fn and output_loss_fn define a Gauss-Newton matrix, got curvature={self.curvature!r}; use "
                 "curvature='ggn', or loss_fn."
             )
+        if self.over_batches and self.method == "projected":
+            raise ValueError("over_batches=True needs eigenvectors, which method='projected' has not; use 'lanczos'.")
         if self.mode not in get_args(Mode):
             raise ValueError(f"mode is 'eval' or 'train', got {self.mode!r}.")
         for name in ("top_k", "micro_batch_size", "noise_samples"):

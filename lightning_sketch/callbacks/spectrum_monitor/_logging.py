@@ -68,18 +68,19 @@ def log_figures(
         density: Whether the measurement has a density.
         on_error: Whether a failure is a warning or is raised.
     """
-    try:
-        for logger in loggers:
+    for logger in loggers:
+        try:
             if _is(logger, "WandbLogger"):
                 _to_wandb(logger, name, measurement, density)
             elif _is(logger, "TensorBoardLogger") and density:
                 _to_tensorboard(logger, name, measurement)
             elif _is(logger, "CSVLogger"):
                 save_spectrum(measurement, _file_path(Path(logger.log_dir) / f"{name}_spectra", measurement))
-    except Exception as error:  # a full disk, or a logger of another version
-        if on_error == "raise":
-            raise
-        warnings.warn(f"{name}: no pictures or files at step {measurement.step}: {error}", stacklevel=3)
+        except Exception as error:  # a full disk, or a logger of another version
+            if on_error == "raise":
+                raise
+            kind = type(logger).__name__
+            warnings.warn(f"{name}: no pictures or files of {kind} at step {measurement.step}: {error}", stacklevel=3)
 
 
 def log_table(loggers: Sequence[Any], name: str, history: Sequence[Measurement]) -> None:
@@ -186,6 +187,7 @@ def over_time(history: Sequence[Measurement], estimator: SpectrumEstimator, name
         title=f"Eigenvalues during training ({name})",
         stable_below=[m.stable_below for m in history],
         density=density,
+        unit=history[-1].unit,
     )
 
 
@@ -200,4 +202,5 @@ def by_layer(measurement: Measurement, name: str) -> "Figure":
         traces=[layer.trace for layer in layers],
         trace_errors=[layer.trace_sem for layer in layers],
         title=f"{name} by layer, epoch {measurement.epoch}, step {measurement.step}",
+        unit=measurement.unit,
     )

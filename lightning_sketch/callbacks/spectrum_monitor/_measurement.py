@@ -72,7 +72,8 @@ class Measurement(Spectrum):
         stable_below: The edge of stability, in units of the eigenvalues: the optimizer's steps diverge along
             eigenvectors with eigenvalues above it. NaN where it is not known, for the reason in `verdict`.
         preconditioned: Whether the matrix is P^-1/2 H P^-1/2, with the diagonal P of the optimizer's steps.
-        critical: The largest factor of the last step that would not have raised the loss.
+        critical: The largest factor of the last step that would not have raised the loss; 0 if the step was not
+            downhill.
         verdict: What both say about the learning rate, in one sentence.
         overlap_with_last: The mean squared cosine between the top_k eigenvectors now and at the last measurement, from
             0 to 1; NaN at the first.
@@ -100,6 +101,11 @@ class Measurement(Spectrum):
         when += f"loss {self.loss:.4g}, {self.seconds:.1f} s"
         return f"Measurement: {when}; {self._described()}"
 
+    @property
+    def unit(self) -> str:
+        """The unit of eigenvalues: those of P^-1/2 H P^-1/2 are compared with an edge in 1 / learning rate."""
+        return "1 / learning rate" if self.preconditioned else "loss / parameter²"
+
     def plot(self, name: str = "") -> "Figure":
         """Draw the eigenvalues by rank with their error bars, and the density beside them if it is known.
 
@@ -121,6 +127,7 @@ class Measurement(Spectrum):
             nodes=nodes,
             weights=weights,
             title=f"{name + ', ' if name else ''}epoch {self.epoch}, step {self.step}",
+            unit=self.unit,
         )
 
     def state(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.callbacks.spectrum_monitor._estimator import SpectrumEstimator, _layer_groups
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
+from lightning_sketch.curvature import CriticalLearningRate
 from lightning_sketch.linalg.quadrature import Quadrature
 
 _MAX_RNEG_ERROR = 0.02  # above it `rneg` is logged as NaN
@@ -65,6 +66,12 @@ def _converged(measurement: Measurement, rank: int) -> float:
     return float(measurement.eigenvalues[rank]) if measurement.converged[rank] else math.nan
 
 
+def _of_last_step(measurement: Measurement, value: Callable[[CriticalLearningRate], float]) -> float:
+    """Return what the last step says about the rate; NaN if it was not downhill, and so says nothing."""
+    critical = measurement.critical
+    return value(critical) if critical is not None and critical.factor != 0 else math.nan
+
+
 def _sharpness_lr(measurement: Measurement) -> float:
     """Return lambda_max times the learning rate, for SGD, whose edge of stability is a number of it; else NaN."""
     comparable = math.isfinite(measurement.stable_below) and not measurement.preconditioned
@@ -77,8 +84,9 @@ SCALARS: dict[str, Scalar] = {
     "rneg": Scalar(lambda m, _: m.rneg if m.rneg_error <= _MAX_RNEG_ERROR else math.nan, summary="last,max"),
     "num_outliers": Scalar(lambda m, _: m.num_outliers()),
     "stability_ratio": Scalar(lambda m, _: _converged(m, 0) / m.stable_below, summary="last,max"),
-    "critical_learning_rate": Scalar(lambda m, _: m.critical.learning_rate if m.critical else math.nan),
-    "critical_sharpness": Scalar(lambda m, _: m.critical.sharpness if m.critical else math.nan, summary="last,max"),
+    "critical_learning_rate": Scalar(lambda m, _: _of_last_step(m, lambda c: c.learning_rate)),
+    "critical_sharpness": Scalar(lambda m, _: _of_last_step(m, lambda c: c.sharpness), summary="last,max"),
+    "critical_exact": Scalar(lambda m, _: _of_last_step(m, lambda c: float(not c.at_least)), details=True),
     "sharpness_lr": Scalar(lambda m, _: _sharpness_lr(m), summary="last,max"),
     "trace": Scalar(lambda m, _: m.trace),
     "rneg_error": Scalar(lambda m, _: m.rneg_error, details=True),

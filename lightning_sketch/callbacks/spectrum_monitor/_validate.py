@@ -19,12 +19,17 @@ def check_arguments(
     every_n_epochs: int | None,
     every_n_train_steps: int | None,
     num_batches: int,
+    over_batches: bool,
 ) -> None:
     """Check the arguments of a SpectrumMonitor that say when and on what it measures.
 
     Raises:
         ValueError: If one is out of its range.
     """
+    if over_batches and num_batches < 2:
+        raise ValueError(
+            f"over_batches=True leaves out one batch after the other, got num_batches={num_batches}; use 4 or more."
+        )
     if on_error not in ("warn", "raise"):
         raise ValueError(f"SpectrumMonitor(on_error={on_error!r}) is not known; use 'warn' or 'raise'.")
     if data != "train":

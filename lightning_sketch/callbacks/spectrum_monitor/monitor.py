@@ -1,5 +1,6 @@
 """The callback that logs the spectrum of the loss's curvature during training."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -50,17 +51,17 @@ class SpectrumMonitor(CallbackBase):
     It logs to every logger of the Trainer, and to `trainer.callback_metrics`, under `hessian/`: `lambda_max`,
     `lambda_min`, `rneg` (|most negative| / largest), `num_outliers` (eigenvalues above 20 % of the largest),
     `stability_ratio` (lambda_max over the optimizer's edge of stability: above 1 its steps diverge along that
-    eigenvector), `critical_learning_rate` (at which the last step would have raised the loss) and `critical_sharpness`
-    (2 over it), `sharpness_lr` (lambda_max times the learning rate, for SGD), `trace`; `rneg_error`,
-    `trace_sem` (the standard error), `frobenius_norm`, `num_outliers_exact` (0 if there may be more outliers),
-    `gradient_in_top_k` and `gradient_in_outliers` (shares of the gradient in these eigenvectors), `overlap` (of the top
-    eigenvectors with those of the last measurement), `loss`, `seconds`; and the single eigenvalues,
-    `hessian_eigenvalues/top_01` ..., `hessian_eigenvalues/bottom_01` .... With `over_batches` also `data_error`, the
-    standard error of lambda_max that is due to the choice of batches; with `density_probes` also `negative_mass`,
-    `effective_rank`, and the density as a histogram in W&B and TensorBoard. W&B also gets a figure per measurement and
-    a table at the end; beside the file of a CSVLogger each measurement is saved in safetensors. `monitor.history`
-    contains all measurements, with residuals; `monitor.plot()` draws them. The step of all of these is the number of
-    optimizer steps done.
+    eigenvector), `critical_learning_rate` (at which the last step would have raised the loss; NaN where it was not
+    downhill; a lower bound where `critical_exact` is 0) and `critical_sharpness` (2 over it), `sharpness_lr`
+    (lambda_max times the learning rate, for SGD), `trace`; `rneg_error`, `trace_sem` (the standard error),
+    `frobenius_norm`, `num_outliers_exact` (0 if there may be more outliers), `gradient_in_top_k` and
+    `gradient_in_outliers` (shares of the gradient in these eigenvectors), `overlap` (of the top eigenvectors with those
+    of the last measurement), `loss`, `seconds`; and the single eigenvalues, `hessian_eigenvalues/top_01` ...,
+    `hessian_eigenvalues/bottom_01` .... With `over_batches` also `data_error`, the standard error of lambda_max that is
+    due to the choice of batches; with `density_probes` also `negative_mass`, `effective_rank`, and the density as a
+    histogram in W&B and TensorBoard. W&B also gets a figure per measurement and a table at the end; beside the file of
+    a CSVLogger each measurement is saved in safetensors. `monitor.history` contains all measurements, with residuals;
+    `monitor.plot()` draws them. The step of all of these is the number of optimizer steps done.
 
     One sentence says what that means for the learning rate, in the console, in W&B's summary and as `verdict` of a
     measurement. Adam and its like have an edge only with `preconditioner="optimizer"`. The critical learning rate is
@@ -73,7 +74,7 @@ class SpectrumMonitor(CallbackBase):
     with `auto_insert_metric_name=False`, or the slash in the inserted name makes a folder.
 
     Training is unaffected: the final weights are the same, bit for bit, with and without the monitor.
-    A measurement costs at most 1.25 `num_matvecs` + 32 `density_probes` + 2 products over `num_batches` batches, each
+    A measurement costs at most 1.25 `num_matvecs` + 32 `density_probes` + 3 products over `num_batches` batches, each
     about three gradients, and memory for about six vectors of the parameters' size. Its actual cost is printed.
 
     Under DDP each rank has its own batches, and products are averaged over the ranks.
@@ -172,7 +173,7 @@ class SpectrumMonitor(CallbackBase):
         over_batches: bool = False,
     ):
         super().__init__()
-        check_arguments(on_error, data, stages, every_n_epochs, every_n_train_steps, num_batches)
+        check_arguments(on_error, data, stages, every_n_epochs, every_n_train_steps, num_batches, over_batches)
         check_preconditioned(preconditioner, stages, at_start)
         self.estimator = SpectrumEstimator(
             curvature=curvature,
@@ -212,6 +213,8 @@ class SpectrumMonitor(CallbackBase):
         self._continues = False  # whether the history goes on
         self._before: tuple[str, str] | None = None  # which earlier batches, and their fingerprint
         self._last_step = -1
+        self._missed = False  # whether a measurement was due before all batches had been seen
+        self._resumed_inside = False  # whether the batches of this epoch began in its middle
         self._initial: tuple[InitialWeights, Stability] | None = None
         self._stability = UNKNOWN
         self._last = LastStep(self.every_n_train_steps, self.every_n_epochs)
@@ -273,6 +276,8 @@ class SpectrumMonitor(CallbackBase):
             return
         self._last_step = trainer.global_step
         self._console.start()
+        if self.estimator.mode == "eval":
+            self._console.batch_norm(trainer, pl_module)
         last = of_training(self.history)[-1:]
         logging.tell_callbacks(trainer, self._keys.values(*last) if last else self._keys.all_nan())
         logging.declare(trainer, self._keys, self.estimator)
@@ -288,6 +293,7 @@ class SpectrumMonitor(CallbackBase):
             return
         self._probes.offer(batch)
         if len(self._probes.batches) == 1:
+            self._resumed_inside = batch_idx > 0
             self._sanity_check(trainer, pl_module, self._probes)
             if self.at_start and trainer.global_step == 0:
                 self._initial = InitialWeights(pl_module), self._stability
@@ -304,14 +310,22 @@ class SpectrumMonitor(CallbackBase):
         self._last_step = step  # under gradient accumulation a step has several batches
         if self._probes.complete:
             self._measure_and_log(trainer, pl_module, steps_done(trainer, in_batch=True))
+        else:
+            self._missed = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure if it is due."""
         if self._stage != "fit":
             return
         if not self._probes.complete:
+            if self._resumed_inside:  # the rest of an epoch is not its first batches
+                self._probes, self._resumed_inside = ProbeBatches(self._probes.num_batches), False
+                return
             self._probes.close()
             self._on_probes_complete(trainer, pl_module)
+            if self._missed:
+                self._measure_and_log(trainer, pl_module, steps_done(trainer))
+        self._missed = False
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self._measure_and_log(trainer, pl_module, steps_done(trainer))
 
@@ -386,6 +400,21 @@ class SpectrumMonitor(CallbackBase):
             raise ValueError("no layers to plot; use SpectrumMonitor(per_layer=True), then trainer.fit.")
         return logging.by_layer(self.history[-1], self.name)
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Note by how much the gradient of the step will be clipped, if a measurement comes right after it."""
+        if self._last.weights:
+            self._last.before_optimizer_step(trainer, optimizer)
+
+    def _of_matrix(self, now: Stability) -> Stability:
+        """Return the stability that eigenvalues of the matrix that is measured are compared with."""
+        if self.estimator.curvature == "fisher":
+            return now._replace(edge=math.nan, reason="the empirical Fisher matrix is not the curvature of the loss")
+        if self.estimator.method == "projected":
+            return now._replace(edge=math.nan, reason="eigenvalues of a projected matrix are approximate")
+        if self.estimator.parameters != "*":
+            return now._replace(optimizer=f"{now.optimizer}, parameters {self.estimator.parameters!r} alone")
+        return now
+
     def _sanity_check(self, trainer: Trainer, pl_module: LightningModule, probes: ProbeBatches) -> None:
         """Take three products on the batches that are there, and let their errors pass."""
         with muted_loggers(trainer):
@@ -421,7 +450,7 @@ class SpectrumMonitor(CallbackBase):
                     step,
                     trainer.world_size > 1,
                     lambda done, total: bar.show(f"{self.name} {done}/{total}: "),
-                    partial(preconditioned, trainer) if self.preconditioner else None,
+                    partial(preconditioned, trainer, groups=self._last.groups) if self.preconditioner else None,
                     (lambda matrix: self._last.critical(matrix, trainer.global_step))
                     if step and not evaluates
                     else None,
@@ -432,7 +461,8 @@ class SpectrumMonitor(CallbackBase):
             warnings.warn(f"{self.name}: no measurement at step {step}: {error}", stacklevel=2)
         else:
             measured = replace(measured, stage=self._stage or "fit")
-            self.history, measured = appended(self.history, measured, self._stability, self.estimator.top_k)
+            now = self._of_matrix(self._last.of_clipped(self._stability))
+            self.history, measured = appended(self.history, measured, now, self.estimator.top_k)
             scalars = self._keys.values(measured)
             self._console.measured(trainer, measured)
         log_scalars(trainer, scalars | {"epoch": trainer.current_epoch}, step)
