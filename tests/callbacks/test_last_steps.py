@@ -110,6 +110,7 @@ def test_a_loss_that_fails_far_away_does_not_lose_the_spectrum():
     assert math.isfinite(measured.critical.factor) or "failed at a trial step" in measured.critical.reason
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
 def test_a_resume_inside_an_epoch_waits_for_the_first_batches_of_the_next(tmp_path):
     def trained(epochs, folder, path=None):
         monitor = SpectrumMonitor(top_k=1, bottom_k=0, num_batches=3)
