@@ -37,6 +37,7 @@ from lightning_sketch.autodiff.second_derivatives import (
 )
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
 from lightning_sketch.curvature.weighted_batches import AGREED
+from lightning_sketch.linalg.lanczos import dot, start_vector
 
 _WIDENED = 1 << 26  # parameters up to which products are compared in float64, which takes about ten vectors
 _COMPARED = 8  # examples for which a product is compared with differences of gradients
@@ -124,6 +125,7 @@ class Hessian(CurvatureOperator):
             raise ValueError(f"need step > 0, got {step}.")
         self.loss_fn, self.step = loss_fn, step
         self.hvp: HVP = hvp
+        self._looked = False  # whether finite differences were taken along vectors that show kinks
         self._holds = True  # whether stopped gradients are held fixed in finite differences
         self._compared: set[int] = set()  # batches whose product was compared with differences of gradients
 
@@ -132,6 +134,8 @@ class Hessian(CurvatureOperator):
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """Return H x for each vector x along the last axis, one after the other."""
+        if self.hvp == "finite_differences" and not self._looked:
+            self._look_for_kinks()
         try:
             return super().matvec(x)
         except Exception as first:
@@ -144,6 +148,22 @@ class Hessian(CurvatureOperator):
             except Exception as second:
                 self.hvp = "auto"
                 raise (second if isinstance(second, torch.OutOfMemoryError) else first) from second
+
+    def _look_for_kinks(self) -> None:
+        """Take differences along a random vector, and along what three products make of it, as a run does.
+
+        Steps disagree along these where a loss has kinks, also if they happen to agree along another vector.
+        """
+        self._looked = True
+        v = start_vector(self, 0, name="finite differences")
+        try:
+            with self.hold():
+                for _ in range(4):
+                    v = self.matvec(v)
+                    v = v / (dot(v, v) ** 0.5 or 1.0)
+        except BaseException:
+            self._looked = False
+            raise
 
     def _is_missing(self, error: Exception) -> bool:
         """Return whether a product failed, on any rank, because a second derivative is missing."""

@@ -73,7 +73,7 @@ def test_wandb(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_what_wandb_shows_without_a_set_up(tmp_path, monkeypatch):
-    """Its first section has the main curves only, over the Trainer's step; its table of runs their extremes."""
+    """Its section has the main curves, over the Trainer's step, and the others hidden; its table of runs extremes."""
     monkeypatch.setenv("WANDB_SILENT", "true")
     logger = WandbLogger(save_dir=tmp_path, offline=True)
     watch = monitor(density_probes=0)
@@ -86,11 +86,12 @@ def test_what_wandb_shows_without_a_set_up(tmp_path, monkeypatch):
         for key, value in row["item"].items()
         if key.startswith("hessian/") and isinstance(value, int | float | str) and "spectrum." not in key
     }
-    assert charts == {f"hessian/{name}" for name, scalar in SCALARS.items() if not scalar.details}
+    declared = {metric["name"]: metric for metric in of_type(found, "metric") if "name" in metric}
+    charts = {key for key in charts if not declared[key]["options"].get("hidden")}
+    assert charts == {f"hessian/{name}" for name, scalar in SCALARS.items() if not (scalar.details or scalar.needs)}
     assert charts >= {"hessian/lambda_max", "hessian/rneg", "hessian/num_outliers"}
     assert len(charts) <= 12  # of one screen
     assert not any("ritz_values" in key for row in of_type(found, "history") for key in row["item"])
-    declared = {metric["name"]: metric for metric in of_type(found, "metric") if "name" in metric}
     for key in watch._keys.all_nan():
         assert declared[key]["step_metric"] == "trainer/global_step"
     summary = {}
