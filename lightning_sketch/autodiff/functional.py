@@ -90,10 +90,11 @@ class HeldTargets(TorchFunctionMode):
     it as if they were constants. Differences of gradients do so only if these tensors keep their values while the
     parameters move. Enter it around each evaluation. Memory is that of the recorded tensors.
 
-    >>> x, targets = torch.tensor(1.0), HeldTargets()
+    >>> x, targets = torch.tensor(1.0, requires_grad=True), HeldTargets()
     >>> for moved in (x, x + 1):
     ...     with targets:
-    ...         print(float(moved - moved.detach()))
+    ...         difference = moved - moved.detach()
+    ...     print(float(difference.detach()))
     0.0
     1.0
     """

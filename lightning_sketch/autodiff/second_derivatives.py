@@ -311,6 +311,10 @@ class Jacobian:
         return torch.autograd.grad(self.output, self.parameters, u, retain_graph=keep, allow_unused=True)
 
 
+class OutsideModule(ValueError):
+    """Raised where a loss uses a parameter without its module, so that it cannot be computed at another value."""
+
+
 class NoSecondDerivative(ValueError):
     """Raised where an operation of the loss has no derivative of the kind that is needed."""
 
@@ -386,11 +390,11 @@ def nowhere_else(output: Tensor, tensors: Sequence[Tensor]) -> None:
         tensors: The tensors that were replaced.
 
     Raises:
-        ValueError: if one of them is in the graph of the output.
+        OutsideModule: if one of them is in the graph of the output.
     """
     replaced = {id(tensor) for tensor in tensors}
     if any(id(getattr(node, "variable", None)) in replaced for node in graph_nodes(output)):
-        raise ValueError(
+        raise OutsideModule(
             "the loss uses a parameter without its module, by a closure or an attribute such as a tuple or dict, so "
             "that it cannot be computed at other values. Use parameters through modules, or float32 and "
             "hvp='double_backward'."

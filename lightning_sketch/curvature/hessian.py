@@ -26,6 +26,7 @@ from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.autodiff.second_derivatives import (
     Disagreement,
     NoSecondDerivative,
+    OutsideModule,
     disagreement,
     double_backward,
     finite_differences,
@@ -267,6 +268,10 @@ class Hessian(CurvatureOperator):
                 return disagreement(claimed, at, slope, fine=fine, coarse=coarse)
         except NoSecondDerivative:
             raise
+        except OutsideModule:
+            if self.hvp == "forward_over_reverse":  # which cannot do without
+                raise
+            return None
         except (RuntimeError, TypeError, ValueError) as error:  # the model is not made for this type
             if is_out_of_memory(error) and dtype == self.dtype:
                 raise

@@ -14,6 +14,14 @@ from lightning_sketch.autodiff.preserve_state import preserve_state, raise_inter
 from lightning_sketch.curvature import Hessian
 
 
+@pytest.fixture(autouse=True)
+def interrupts():
+    """What Python installs, unless it was started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Net(nn.Module):
     """A module with all that a forward pass may change."""
 

@@ -135,7 +135,7 @@ def test_files_that_cannot_be_written_do_not_end_training(tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "hessian_spectra").touch()
 
-    with pytest.warns(UserWarning, match="hessian: no pictures or files at step 8: .*hessian_spectra"):
+    with pytest.warns(UserWarning, match="hessian: no pictures or files of CSVLogger at step 8: .*hessian_spectra"):
         model = fit(tmp_path, monitor(), model=Blocked, logger=CSVLogger(tmp_path), max_epochs=1)
     assert model.trainer.global_step == 8
     with pytest.raises(OSError, match="hessian_spectra"):

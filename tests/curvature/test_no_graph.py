@@ -24,16 +24,16 @@ class Detached(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0].detach() * grad.detach()
 
 
-class Reversed(torch.autograd.Function):
-    """The identity with its gradient reversed, as in domain adaptation: linear, so nothing is lost."""
+class Doubled(torch.autograd.Function):
+    """Twice its input, with the right derivative: linear, so nothing is lost."""
 
     @staticmethod
     def forward(ctx, x):
-        return x.clone()
+        return 2 * x
 
     @staticmethod
     def backward(ctx, grad):
-        return -grad
+        return 2 * grad
 
 
 MATRICES = {
@@ -50,8 +50,8 @@ def test_no_graph_is_refused(matrix):
         matrix(Detached.apply, nn.Linear(3, 3).double()).matvec(V)
 
 
-@pytest.mark.parametrize("matrix", list(MATRICES.values())[1:], ids=list(MATRICES)[1:])
-@pytest.mark.parametrize("function", [lambda z: Reversed.apply(z).square(), lambda z: Reversed.apply(z.square())])
+@pytest.mark.parametrize("matrix", MATRICES.values(), ids=MATRICES)
+@pytest.mark.parametrize("function", [lambda z: Doubled.apply(z).square(), lambda z: Doubled.apply(z.square())])
 def test_linear_functions_pass(matrix, function):
     assert matrix(function, nn.Linear(3, 3).double()).matvec(V).isfinite().all()
 
