@@ -5,6 +5,9 @@
 θ₀, θ₁    the weights before and after the last step, which any optimizer may have taken at the learning rate lr
 L         the mean loss over the batches of a curvature operator
 
+The search looks for the rise nearest to the step itself, c = 1, at the points that it tries: a bump of the loss between
+them is not seen.
+
 For gradient descent on a quadratic the critical sharpness is gᵀHg / gᵀg, which is at most lambda_max. It needs a few
 forward passes, where lambda_max needs products with H.
 
