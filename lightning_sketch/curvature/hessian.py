@@ -11,8 +11,7 @@ kept. Nothing of size n² is ever computed. The module `autodiff.second_derivati
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -37,7 +36,6 @@ from lightning_sketch.autodiff.second_derivatives import (
     norm,
 )
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
-from lightning_sketch.curvature.weighted_batches import AGREED
 from lightning_sketch.linalg.lanczos import dot, start_vector
 
 _WIDENED = 1 << 26  # parameters up to which products are compared in float64, which takes about ten vectors
@@ -139,8 +137,8 @@ class Hessian(CurvatureOperator):
             self._look_for_kinks()
         try:
             return super().matvec(x)
-        except Exception as first:
-            if self.hvp != "auto" or not self._is_missing(first):
+        except NoSecondDerivative as first:  # on all ranks, if on one
+            if self.hvp != "auto":
                 raise
             try:
                 self.hvp = "forward_over_reverse"
@@ -165,11 +163,6 @@ class Hessian(CurvatureOperator):
         except BaseException:
             self._looked = False
             raise
-
-    def _is_missing(self, error: Exception) -> bool:
-        """Return whether a product failed, on any rank, because a second derivative is missing."""
-        missing = isinstance(error, NoSecondDerivative)
-        return self.batches.anywhere(missing) if getattr(error, AGREED, False) else missing
 
     def linearize(self, batch: Any, keep: bool) -> Product:
         """Return v -> ∇²L_b v for one batch."""
@@ -248,7 +241,7 @@ class Hessian(CurvatureOperator):
         assert self._state is not None
         self._state.restore()
         try:
-            with in_precision(self.module, present, dtype) as self.parameters, self._state.replaced(), _default(dtype):
+            with in_precision(self.module, present, dtype) as self.parameters, self._state.replaced():
                 batch = differentiable(batch, dtype)
                 loss_now = self._with_held_targets(batch)
                 v = [torch.randn_like(p, dtype=torch.float32).to(p) for p in self.parameters]
@@ -352,17 +345,6 @@ class Hessian(CurvatureOperator):
             f"the Hessian by autograd differs from differences of the gradient by {100 * found.relative:.2g}%, most "
             f"in {where}: {cause}, or use hvp='finite_differences', which needs only the gradient."
         )
-
-
-@contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
-    """Make new tensors of this type, such as the initial states in a forward pass."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def check_hvp(hvp: str) -> None:

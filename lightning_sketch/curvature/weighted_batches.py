@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable, shapes_of
 from lightning_sketch.autodiff.memory import is_out_of_memory
 from lightning_sketch.autodiff.preserve_state import raise_interrupt
+from lightning_sketch.autodiff.second_derivatives import NoSecondDerivative
 
 Add = Callable[[Any, float], None]  # adds a part of a batch, times its weight, to a total
 
@@ -106,7 +107,7 @@ class WeightedBatches:
         except Exception as error:
             if not self.distributed:
                 raise
-            weight.fill_(torch.nan)
+            weight.fill_(torch.inf if isinstance(error, NoSecondDerivative) else torch.nan)
             failure = error
         if self.distributed:
             weight = _agree(weight, self.device, failure)
@@ -329,11 +330,18 @@ def agreement(distributed: bool, device: torch.device) -> Iterator[None]:
 
 
 def _agree(weight: Tensor, device: torch.device, failure: BaseException | None = None) -> Tensor:
-    """Return the sum of a number over all ranks, or raise on all of them: NaN says that a rank has failed."""
+    """Return the sum of a number over all ranks, or raise on all of them.
+
+    NaN says that a rank has failed, and infinity that a second derivative is missing, which may be mended.
+    """
     weight = _summed(weight, device)
-    if not weight.isnan():
+    if weight.isfinite():
         return weight
-    failure = failure or RuntimeError("another rank could not take its part of this measurement; see its output.")
+    other = "another rank could not take its part of this measurement; see its output."
+    if weight.isinf():
+        failure = failure or NoSecondDerivative(other)
+    elif failure is None or isinstance(failure, NoSecondDerivative):
+        failure = RuntimeError(other)
     setattr(failure, AGREED, True)
     raise failure
 

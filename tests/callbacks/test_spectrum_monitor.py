@@ -91,7 +91,7 @@ def test_a_loss_fn_and_a_pattern_of_parameters(tmp_path):
         slow({"every_n_train_steps": 2}, {"max_epochs": 2, "accumulate_grad_batches": 2}, [2, 4, 6, 8]),
         slow({"every_n_train_steps": 2, "num_batches": 1}, {"max_epochs": 1, "accumulate_grad_batches": 2}, [2, 4]),
         slow({"every_n_train_steps": 1, "num_batches": 4}, {"max_steps": 6, "max_epochs": -1}, [4, 5, 6]),
-        slow({"every_n_train_steps": 4, "num_batches": 50}, {"max_epochs": 2}, [12, 16]),
+        slow({"every_n_train_steps": 4, "num_batches": 50}, {"max_epochs": 2}, [8, 12, 16]),
     ],
 )
 def test_it_measures_when_it_should(tmp_path, arguments, trainer_arguments, steps):
