@@ -21,7 +21,13 @@ from torch import Tensor
 
 from lightning_sketch.operators._precision import full_precision
 
-CACHED = 1 << 18  # numbers transformed at once: 1 MB in float32, which stays in a core's second-level cache
+CACHED = 1 << 18  # numbers handled at once on a CPU: 1 MB in float32, which stays in a core's second-level cache
+LAUNCHED = 1 << 24  # and elsewhere: few launches of kernels, each long enough to hide the next one
+
+
+def group_size(device: torch.device) -> int:
+    """Return how many numbers a sketch handles at once on a device: 2^18 on a CPU, else 2^24."""
+    return CACHED if device.type == "cpu" else LAUNCHED
 
 
 def hadamard(x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
@@ -41,23 +47,24 @@ def hadamard(x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
 def transform_(x: Float[Tensor, "... m"]) -> Float[Tensor, "... m"]:
     """Replace x by H x along the last axis, in place; x is contiguous, and its last axis any power of two.
 
-    H_m = (H_outer ⊗ I)(I ⊗ H_inner): both steps run through pieces of `CACHED` numbers, so that the
-    scratch memory is three such pieces. Run it under `full_precision`.
+    H_m = (H_outer ⊗ I)(I ⊗ H_inner): both steps run through pieces of `group_size` numbers, so that
+    the scratch memory is three such pieces. Run it under `full_precision`.
     """
     m = x.shape[-1]
     if m < 1 or m & (m - 1):
         raise ValueError(f"hadamard needs a last axis of size 2^k, got {m}; zero-pad it to {1 << m.bit_length()}.")
-    inner = min(m, CACHED)
-    spare = x.new_empty(2, CACHED)
+    size = group_size(x.device)
+    inner = min(m, size)
+    spare = x.new_empty(2, min(size, x.numel()))
     rows = x.view(-1, inner)
-    step = CACHED // inner
+    step = size // inner
     for piece in rows.split(step):
         result = transform(piece, spare[0, : piece.numel()].view_as(piece))
         if result.data_ptr() != piece.data_ptr():
             piece.copy_(result)
     outer = m // inner
     if outer > 1:
-        width = max(1, CACHED // outer)
+        width = max(1, size // outer)
         for columns in x.view(-1, outer, inner).split(width, dim=2):
             for slab in columns:
                 first, second = spare[:, : slab.numel()].view(2, *slab.shape)

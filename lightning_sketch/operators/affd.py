@@ -51,7 +51,7 @@ class AFFD(FullSketch):
     def reduce(self, u: Float[Tensor, " padded"]) -> Float[Tensor, " dim"]:
         """Return R_dim H_D fold(G u)."""
         folded = u.new_zeros(self.width)
-        for piece in self.pieces():
+        for piece in self.pieces(u.device):
             folded += (u[piece] * self._normals(piece, u)).view(-1, self.width).sum(0)
         return transform_(folded)[: self.dim]
 
@@ -61,7 +61,7 @@ class AFFD(FullSketch):
         folded = y.new_zeros(self.width)
         folded[: self.dim] = y
         transform_(folded)
-        for piece in self.pieces():
+        for piece in self.pieces(y.device):
             u[piece] = (self._normals(piece, y).view(-1, self.width) * folded).view(-1)
         return u
 

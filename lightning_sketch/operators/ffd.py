@@ -13,7 +13,8 @@ This is the adjoint of Fastfood's map R^D -> R^n. E[SᵀS] = I.
 **When not to use it.** The first H is applied without random signs before it: if H x_c is a single spike,
 ||S x||² is the square of one normal variable, whatever dim is (Theorem 3.1 of the paper; a constant x
 inside one chunk does it). And a permutation is a sort and a lookup, slow everywhere. `AFFD` and
-`BlockSRHT` have neither fault. It streams; scratch: a few buffers of max(2^18, D) numbers.
+`BlockSRHT` have neither fault. It streams; scratch: a few buffers of max(2^18, D) numbers
+(on a GPU 2^24 instead of 2^18).
 
 Source: Le, Sarlós & Smola (2013), "Fastfood: approximating kernel expansions in loglinear time", ICML;
 as a sketch: Schioppa, NeurIPS 2024, arXiv:2402.03994, section 3, its constant σ_F being 1 here.

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators._hadamard import CACHED
+from lightning_sketch.operators._hadamard import group_size
 from lightning_sketch.operators.full import FullSketch
 from lightning_sketch.operators.random import normals, words
 
@@ -60,7 +60,7 @@ class FJL(FullSketch):
     def _entries(self, like: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield rows of P in groups: their range, their columns, their weights."""
         q = _NONZEROS_PER_ROW
-        step = CACHED // q
+        step = group_size(like.device) // q
         for row in range(0, self.dim, step):
             rows = slice(row, min(row + step, self.dim))
             low, high = (

@@ -8,7 +8,7 @@ H_N   Walsh-Hadamard matrix with entries ±1
 R     the kind's own map R^N -> R^dim
 
 Such a sketch needs the whole vector: `columns` costs as much as the whole sketch. O(N log N) time; scratch
-memory N numbers (one vector of a batch at a time) and a few pieces of 2^18; no diagonal is stored.
+memory N numbers (one vector of a batch at a time) and a few pieces of 2^18, of 2^24 on a GPU; no diagonal is stored.
 """
 
 from abc import abstractmethod
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators._hadamard import CACHED, transform_
+from lightning_sketch.operators._hadamard import group_size, transform_
 from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.operators.random import flip_
 from lightning_sketch.operators.sketch import Sketch
@@ -66,13 +66,13 @@ class FullSketch(Sketch):
                 row[:] = self._flip_(transform_(self.expand(vector)))[start:stop]
         return out
 
-    def pieces(self) -> Iterator[slice]:
+    def pieces(self, device: torch.device) -> Iterator[slice]:
         """Yield slices of [0, N), each at least one sketch width long and small enough to stay in cache."""
-        step = min(self.padded, max(CACHED, self.width))
+        step = min(self.padded, max(group_size(device), self.width))
         for start in range(0, self.padded, step):
             yield slice(start, start + step)
 
     def _flip_(self, u: Tensor) -> Tensor:
-        for piece in self.pieces():
+        for piece in self.pieces(u.device):
             flip_(u[piece], self.key("signs"), piece.start)
         return u

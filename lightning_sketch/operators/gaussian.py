@@ -3,7 +3,8 @@
     S_ij = g_ij / √dim,     g_ij independent standard normals
 
 The reference for quality: Var ||S x||² = 2 ||x||⁴ / dim for every x. It takes O(n dim) time and
-is meant for small n and for comparisons. No matrix is stored; scratch memory is a block of 2^18 entries.
+is meant for small n and for comparisons. No matrix is stored; scratch memory is a block of 2^18 entries (on a GPU
+of 2^24).
 
 Source: Johnson & Lindenstrauss (1984); as the projector of TRAK, Park et al., ICML 2023,
 arXiv:2303.14186, section 3.
@@ -16,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.operators._hadamard import CACHED
+from lightning_sketch.operators._hadamard import group_size
 from lightning_sketch.operators.random import normals, normals_at
 from lightning_sketch.operators.streaming import StreamingSketch, Which
 
@@ -59,14 +60,14 @@ class Gaussian(StreamingSketch):
         return chunks
 
     def _gather_scattered(self, chunks: Tensor, which: Tensor, total: Tensor) -> None:
-        step = max(1, CACHED // (self.dim * len(chunks)))
+        step = max(1, group_size(chunks.device) // (self.dim * len(chunks)))
         for piece, number in zip(chunks.split(step, dim=1), which.split(step, dim=1), strict=True):
             index = number[..., None] * self.dim + torch.arange(self.dim, device=number.device)
             total += (piece * normals_at(self.key("normals"), index, piece.dtype)).sum(1)
 
     def _pieces(self, chunks: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Return slices of the chunks whose columns of the matrix fit in cache, each with its first index."""
-        step = max(1, CACHED // self.dim)
+        step = max(1, group_size(chunks.device) // self.dim)
         return zip(range(0, chunks.shape[1], step), chunks.split(step, dim=1), strict=True)
 
     def _columns(self, first: int, piece: Tensor) -> Float[Tensor, "coordinates dim"]:

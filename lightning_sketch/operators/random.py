@@ -21,6 +21,7 @@ Source: the finalizer has the shape of Wellons' lowbias32 (2018), with a second 
 
 import functools
 import hashlib
+import sys
 
 import torch
 from jaxtyping import Float, Int
@@ -35,6 +36,7 @@ _M1, _M2 = 0x7FEB352D, 0x5BD1E995
 _W = 256
 _BLOCK = 32 * _W
 _PAGE = 1 << 16
+_LOW = 0 if sys.byteorder == "little" else 1  # place of the low half of an integer of 64 bits
 
 FLIP_SLACK = 2 * _BLOCK  # numbers that a scratch buffer of `flip_` needs beyond those of its argument
 
@@ -57,10 +59,9 @@ def words(key: Key, start: int, stop: int, device: _Device = None) -> Int[Tensor
 def words_at(key: Key, index: Int[Tensor, "*any"], wide: bool = True) -> Int[Tensor, "*any"]:
     """Return `words` at each index of a tensor of int64; `wide` says whether an index may reach 2^32."""
     k0, k1 = key
-    h = index & _MASK
+    h = index ^ k0
     if wide:
-        h ^= (index >> 32) * _M2 & _MASK
-    h ^= k0
+        h = (h & _MASK) ^ ((index >> 32) * _M2 & _MASK)
     h ^= h >> 16
     h.mul_(_M1).bitwise_and_(_MASK)
     h ^= k1
@@ -112,8 +113,10 @@ def flip_chunks_(x: Float[Tensor, "rows group chunk"], key: Key, number: Int[Ten
 
 
 def _sign_words(key: Key, start: int, stop: int, ints: torch.dtype, device: torch.device) -> Int[Tensor, " count"]:
-    """Return `words` in a type of integers, from cached pages, which small vectors share."""
+    """Return `words` in a type of integers, from cached pages, which small vectors share; large ones draw their own."""
     pages = range(start // _PAGE, -(-stop // _PAGE))
+    if len(pages) > 4:
+        return _narrowed(words(key, start, stop, device), ints)
     parts = [_page(key, n, ints, device)[max(start - n * _PAGE, 0) : stop - n * _PAGE] for n in pages]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -132,7 +135,7 @@ def _ints(x: Tensor) -> tuple[torch.dtype, int]:
 
 def _narrowed(word: Tensor, ints: torch.dtype) -> Tensor:
     """Return words in an integer type with the same low 32 bits, as signed numbers if it has no more bits."""
-    return ((word ^ 1 << 31) - (1 << 31)).to(ints) if ints == torch.int32 else word
+    return word.view(ints)[..., _LOW::2].contiguous() if ints == torch.int32 else word
 
 
 def signs(key: Key, start: int, stop: int, dtype: torch.dtype = torch.float32, device: _Device = None) -> Tensor:

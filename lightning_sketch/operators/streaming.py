@@ -3,8 +3,8 @@
     S x = scale · sum_c M_c x_c          x_c: the c-th chunk of `chunk` coordinates, the last one zero-padded
 
 Such a sketch streams: a range of coordinates costs what the range costs, in any order, on any rank.
-Chunks are processed in groups that stay in cache. Scratch memory: a few buffers of max(2^18, chunk)
-numbers, whatever n is.
+Chunks are processed in groups that stay in a CPU's cache, or that keep a GPU busy. Scratch memory: a few buffers of
+max(2^18, chunk) numbers, 2^24 instead of 2^18 on a GPU, whatever n is.
 """
 
 from abc import abstractmethod
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sketch.operators._hadamard import CACHED
+from lightning_sketch.operators._hadamard import group_size
 from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.operators.random import FLIP_SLACK, flip_, flip_chunks_
 from lightning_sketch.operators.sketch import Sketch
@@ -89,12 +89,13 @@ class StreamingSketch(Sketch):
         self, like: Tensor, start: int, stop: int
     ) -> Iterator[tuple[slice, int, int, int, Tensor, list[Tensor]]]:
         """Yield rows, the first chunk, the start and end of the coordinates, and buffers, for each group of chunks."""
-        most_rows = max(1, CACHED // self.chunk)
+        numbers = group_size(like.device)
+        most_rows = max(1, numbers // self.chunk)
         first, last = start // self.chunk, -(-stop // self.chunk)
         for row in range(0, len(like), most_rows):
             rows = slice(row, min(row + most_rows, len(like)))
             count = rows.stop - rows.start
-            size = min(max(1, CACHED // (self.chunk * count)), last - first)
+            size = min(-(-numbers // (self.chunk * count)), last - first)
             buffer, *spare = like.new_empty(3, count * size * self.chunk + FLIP_SLACK)
             for c in range(first, last, size):
                 group = min(size, last - c)

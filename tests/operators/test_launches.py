@@ -1,0 +1,51 @@
+"""On a device where each operation is a launch, a sketch takes few of them, whatever the size of the vector."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_sketch.operators import BlockSRHT, CountSketch
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that write numbers: neither views nor allocations, nor what has no numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        view = any(a.alias_info is not None and not a.alias_info.is_write for a in function._schema.arguments)
+        if isinstance(out, torch.Tensor) and out.numel() and not view and "empty" not in str(function):
+            self.names.append(str(function))
+        return out
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Let the CPU work on the groups of a CUDA device."""
+    monkeypatch.setattr("lightning_sketch.operators._hadamard.CACHED", 1 << 24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [BlockSRHT, CountSketch])
+@pytest.mark.parametrize("dim", [1 << 8, 1 << 15, 3000])
+def test_a_vector_of_2_to_24_numbers_takes_at_most_60_launches(as_on_a_gpu, kind, dim):
+    """Without Triton: at 5 to 20 microseconds a launch, groups of 2^18 numbers would take 64 times as many."""
+    sketch, x = kind(n=1 << 24, dim=dim, seed=3), torch.ones(1 << 24)
+    kind(n=dim, dim=dim).matvec(x[:dim])  # makes the factors of the Hadamard matrix, once in a process
+    with Launches() as there:
+        y = sketch.matvec(x)
+    with Launches() as back:
+        sketch.rmatvec(y)
+    assert 10 < len(there.names) <= 60
+    assert 10 < len(back.names) <= 60
+
+
+def test_launches_are_counted():
+    x = torch.ones(3)
+    with Launches() as counted:
+        x.view(1, 3).add_(1)
+        x[:0].zero_()
+    assert len(counted.names) == 1
