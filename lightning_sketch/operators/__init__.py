@@ -8,6 +8,7 @@ from lightning_sketch.operators.count_sketch import CountSketch
 from lightning_sketch.operators.ffd import FFD
 from lightning_sketch.operators.fjl import FJL
 from lightning_sketch.operators.gaussian import Gaussian
+from lightning_sketch.operators.kernels import kernel_in_use
 from lightning_sketch.operators.kinds import make_sketch
 from lightning_sketch.operators.qk import QK
 from lightning_sketch.operators.sketch import Sketch
@@ -23,5 +24,6 @@ __all__ = [
     "Gaussian",
     "LinearOperator",
     "Sketch",
+    "kernel_in_use",
     "make_sketch",
 ]

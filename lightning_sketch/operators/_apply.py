@@ -2,8 +2,7 @@
 
     d(S x) = S dx        the backward of S is Sᵀ, the backward of Sᵀ is S
 
-Nothing is saved for the backward. The arithmetic itself happens on plain tensors, in the sketch's own
-`forward` and `adjoint`.
+Nothing is saved for the backward. The arithmetic itself happens on plain tensors, in the kernel in use.
 """
 
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_sketch._private import required
+from lightning_sketch.operators import kernels
 
 if TYPE_CHECKING:
     from lightning_sketch.operators.sketch import Sketch
@@ -37,7 +37,7 @@ def apply(sketch: "Sketch", start: int, stop: int, adjoint: bool, x: Tensor) -> 
 
 def _run(x: Tensor, sketch: "Sketch", start: int, stop: int, adjoint: bool) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    out = sketch.adjoint(rows, start, stop) if adjoint else sketch.forward(rows, start)
+    out = kernels.adjoint(sketch, rows, start, stop) if adjoint else kernels.forward(sketch, rows, start)
     return out.view(*x.shape[:-1], out.shape[-1])
 
 
