@@ -38,7 +38,7 @@ def _flip(x, start, k0, k1, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @jit
-def _transform(x, BITS: tl.constexpr, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
+def _transform_held(x, BITS: tl.constexpr, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
     """Transform a tile along the bits of the index that are set in BITS; they lie in the registers of a thread."""
     x = gl.convert_layout(x, LAYOUT)
     for bit in gl.static_range(15):
@@ -47,6 +47,17 @@ def _transform(x, BITS: tl.constexpr, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr
             a, b = gl.split(gl.permute(x, [0, 2, 1]))
             x = gl.permute(gl.join(a + b, a - b), [0, 2, 1])
     return gl.convert_layout(gl.reshape(x, [BLOCKS, 32, _WORDS]), LAYOUT, assert_trivial=True)
+
+
+@jit
+def _transform(
+    x, BITS_A: tl.constexpr, BITS_B: tl.constexpr, BITS_C: tl.constexpr,
+    BLOCKS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Transform a tile in layout A along all bits that are set; the result is in layout C."""
+    x = _transform_held(x, BITS_A, BLOCKS, A)
+    x = _transform_held(x, BITS_B, BLOCKS, B)
+    return _transform_held(x, BITS_C, BLOCKS, C)
 
 
 @jit
@@ -59,16 +70,21 @@ def _index(BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @jit
-def _load(x, base, start, stop, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
-    """Load the tile from index `base` of numbers [start, stop), which lie at x; zeros outside."""
-    SIZE: tl.constexpr = BLOCKS * 8192
+def _inside(base, start, stop, SIZE: tl.constexpr):
+    """Return the range of the places of a tile whose indices lie in [start, stop)."""
+    return gl.maximum(start - base, 0).to(gl.int32), gl.minimum(stop - base, SIZE).to(gl.int32)
+
+
+@jit
+def _load(x, base, start, stop, MASKED: tl.constexpr, BLOCKS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Load the tile from index `base` on of the numbers [start, stop), which lie at x; zeros outside if MASKED."""
     place = _index(BLOCKS, LAYOUT)
-    if (base >= start) & (base + SIZE <= stop):  # no masks: the loads are as wide as the alignment allows
-        tile = gl.load(x + (base - start) + place)
-    else:
-        low, high = gl.maximum(start - base, 0).to(gl.int32), gl.minimum(stop - base, SIZE).to(gl.int32)
+    if MASKED:
+        low, high = _inside(base, start, stop, BLOCKS * 8192)
         tile = gl.load(x + (base - start) + place, mask=(place >= low) & (place < high), other=0.0)
-    return tile
+    else:  # as wide as the alignment allows
+        tile = gl.load(x + (base - start) + place)
+    return tile.to(gl.float32)
 
 
 @jit
@@ -80,37 +96,58 @@ def _parity(q: tl.constexpr, part):
     return (1 - 2 * (odd & 1)).to(gl.float32)
 
 
+@jit
+def _flipped(
+    x, base, part, start, stop, k0, k1,
+    MASKED: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Return s ∘ x for the unit that begins at index `base`; where it has several tiles, their part of a transform."""
+    tile = _flip(_load(x, base, start, stop, MASKED, BLOCKS, LAYOUT), base, k0, k1, BLOCKS, LAYOUT)
+    for q in gl.static_range(1, PARTS):
+        there = base + q * BLOCKS * 8192
+        other = _flip(_load(x, there, start, stop, MASKED, BLOCKS, LAYOUT), there, k0, k1, BLOCKS, LAYOUT)
+        tile += _parity(q, part) * other
+    return tile
+
+
 @jit(do_not_specialize=["start", "stop", "stride", "first", "count", "groups", "in0", "in1", "out0", "out1"])
 def forward(
     x, sums, scale,
     start, stop, stride, first, count, groups, in0, in1, out0, out1,
-    ALIGN: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, PREFETCH: tl.constexpr,
+    ALIGN: tl.constexpr, PREFETCH: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr,
     BITS_A: tl.constexpr, BITS_B: tl.constexpr, BITS_C: tl.constexpr,
     A: tl.constexpr, B: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Sum the mapped chunks of each program: sums[row, program] for the numbers [start, stop) of each row of x."""
+    """Sum the mapped units of each program: sums[row, group, part] for the numbers [start, stop) of each row of x.
+
+    A unit is a tile, of one chunk or many, or a chunk of PARTS tiles; `count` units from number `first` on touch the
+    range. All but the first and the last lie inside, and are loaded without masks.
+    """
     SIZE: tl.constexpr = BLOCKS * 8192
+    UNIT: tl.constexpr = SIZE * PARTS
     start, stop, first = start.to(gl.int64) * ALIGN, stop.to(gl.int64), first.to(gl.int64)
     part, group, row = gl.program_id(0) % PARTS, gl.program_id(0) // PARTS % groups, gl.program_id(0) // PARTS // groups
     x += row * stride.to(gl.int64) * ALIGN
     total = gl.full([BLOCKS, 32, _WORDS], 0.0, gl.float32, C)
+    low = (first * UNIT < start).to(gl.int32)
+    high = count - ((first + count) * UNIT > stop).to(gl.int32)
     if PREFETCH:
-        loaded = _load(x, (first + group) * SIZE, start, stop, BLOCKS, A)
-    for c in range(group, count, groups):
-        base = (first + c) * (SIZE * PARTS)
+        tile = _load(x, (first + low + group) * UNIT, start, stop, True, BLOCKS, A)
+    for c in range(low + group, high, groups):
+        base = (first + c) * UNIT
         if PREFETCH:
-            tile = _flip(loaded.to(gl.float32), base, in0, in1, BLOCKS, A)
-            loaded = _load(x, (first + gl.minimum(c + groups, count - 1)) * SIZE, start, stop, BLOCKS, A)
+            flipped = _flip(tile, base, in0, in1, BLOCKS, A)
+            tile = _load(x, (first + gl.minimum(c + groups, high - 1)) * UNIT, start, stop, False, BLOCKS, A)
         else:
-            tile = _flip(_load(x, base, start, stop, BLOCKS, A).to(gl.float32), base, in0, in1, BLOCKS, A)
-            for q in gl.static_range(1, PARTS):
-                there = base + q * SIZE
-                other = _load(x, there, start, stop, BLOCKS, A).to(gl.float32)
-                tile += _parity(q, part) * _flip(other, there, in0, in1, BLOCKS, A)
-        tile = _transform(tile, BITS_A, BLOCKS, A)
-        tile = _transform(tile, BITS_B, BLOCKS, B)
-        tile = _transform(tile, BITS_C, BLOCKS, C)
-        total += _flip(tile, base + part * SIZE, out0, out1, BLOCKS, C)
+            flipped = _flipped(x, base, part, start, stop, in0, in1, False, BLOCKS, PARTS, A)
+        mixed = _transform(flipped, BITS_A, BITS_B, BITS_C, BLOCKS, A, B, C)
+        total += _flip(mixed, base + part * SIZE, out0, out1, BLOCKS, C)
+    for c in range(0, count, gl.maximum(count - 1, 1)):
+        if ((c < low) | (c >= high)) & (c % groups == group):
+            base = (first + c) * UNIT
+            flipped = _flipped(x, base, part, start, stop, in0, in1, True, BLOCKS, PARTS, A)
+            mixed = _transform(flipped, BITS_A, BITS_B, BITS_C, BLOCKS, A, B, C)
+            total += _flip(mixed, base + part * SIZE, out0, out1, BLOCKS, C)
     gl.store(sums + gl.program_id(0).to(gl.int64) * SIZE + _index(BLOCKS, C), total * scale)
 
 
@@ -140,13 +177,11 @@ def adjoint(
             for q in gl.static_range(PARTS):
                 other = gl.load(y + q * SIZE + _index(BLOCKS, A)).to(gl.float32)
                 tile += scale * _parity(q, part) * _flip(other, base + q * SIZE, out0, out1, BLOCKS, A)
-        tile = _transform(tile, BITS_A, BLOCKS, A)
-        tile = _transform(tile, BITS_B, BLOCKS, B)
-        tile = _transform(tile, BITS_C, BLOCKS, C)
+        tile = _transform(tile, BITS_A, BITS_B, BITS_C, BLOCKS, A, B, C)
         base += part * SIZE
         tile = _flip(tile, base, in0, in1, BLOCKS, C)
         if (base >= start) & (base + SIZE <= stop):
             gl.store(out + (base - start) + place, tile)
         else:
-            low, high = gl.maximum(start - base, 0).to(gl.int32), gl.minimum(stop - base, SIZE).to(gl.int32)
+            low, high = _inside(base, start, stop, SIZE)
             gl.store(out + (base - start) + place, tile, mask=(place >= low) & (place < high))

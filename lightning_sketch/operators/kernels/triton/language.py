@@ -40,7 +40,7 @@ class _WithoutLayouts:
 
 def _range(*limits: Any) -> builtins.range:
     """Return the range between numbers; the interpreter keeps them in arrays, which NumPy 2.4 takes for no index."""
-    return builtins.range(*[int(limit.handle.data.item()) for limit in limits])
+    return builtins.range(*[limit if isinstance(limit, int) else int(limit.handle.data.item()) for limit in limits])
 
 
 gl: Any
