@@ -84,7 +84,7 @@ def count_sketch_forward(sketch: "Sketch", x: Tensor, start: int, tiles: Tiles) 
     rolling.forward[(rows * groups * parts,)](
         x, sums, start, stop, x.stride(0) if rows > 1 else 0, first, count, groups, dim,
         *_signed(sketch.key("signs")), *_signed(sketch.key("shifts")),
-        tiles.chunks, tiles.width, _wide(stop), num_warps=tiles.warps,
+        tiles.chunks, tiles.width, dim % tiles.width == 0, _wide(stop), num_warps=tiles.warps,
     )  # fmt: skip
     return sums.sum(1)
 
@@ -100,7 +100,7 @@ def count_sketch_adjoint(sketch: "Sketch", y: Tensor, start: int, stop: int, til
     rolling.adjoint[(rows * groups * parts,)](
         y, out, start, stop, size, first, count, groups, dim,
         *_signed(sketch.key("signs")), *_signed(sketch.key("shifts")),
-        tiles.chunks, tiles.width, _wide(stop), num_warps=tiles.warps,
+        tiles.chunks, tiles.width, dim % tiles.width == 0, _wide(stop), num_warps=tiles.warps,
     )  # fmt: skip
     return out
 

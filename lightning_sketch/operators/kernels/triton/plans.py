@@ -69,9 +69,10 @@ def stages_of(bits: int, vector: int) -> tuple[tuple[int, ...], ...]:
 
 
 def tiles_of(dim: int) -> Tiles:
-    """Return the sizes of a kernel of CountSketch."""
+    """Return the sizes of a kernel of CountSketch: 16 numbers a thread, of few chunks, whose shifts it computes."""
     width = min(1 << (dim - 1).bit_length(), 4096)
-    return Tiles(width, 4096 // width, 8, 4)
+    warps = max(1, width // 512)
+    return Tiles(width, max(1, 512 // width), warps, 32 // warps)
 
 
 @functools.cache
