@@ -250,7 +250,7 @@ def variants(check):
         narrow = [("13 x2 narrow", plans.Plan(13, 8, stages(13, 4), 2))] if dtype == BF16 else []
         return {
             1 << 12: usual + third + ahead + large + narrow,
-            1 << 15: large + usual[:1] + third,
+            1 << 15: large + usual[:1] + ([] if backward else [("14 x1 ahead", plans.Plan(14, 16, s14, 1, True))]) + third,
             1 << 8: usual[1:] + third + ([] if backward else [("two stages", plans.Plan(13, 8, two[dtype], 2))]),
         }
 

@@ -84,7 +84,7 @@ def _load(x, base, start, stop, MASKED: tl.constexpr, BLOCKS: tl.constexpr, LAYO
         tile = gl.load(x + (base - start) + place, mask=(place >= low) & (place < high), other=0.0)
     else:  # as wide as the alignment allows
         tile = gl.load(x + (base - start) + place)
-    return tile.to(gl.float32)
+    return tile
 
 
 @jit
@@ -102,11 +102,11 @@ def _flipped(
     MASKED: tl.constexpr, BLOCKS: tl.constexpr, PARTS: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Return s ∘ x for the unit that begins at index `base`; where it has several tiles, their part of a transform."""
-    tile = _flip(_load(x, base, start, stop, MASKED, BLOCKS, LAYOUT), base, k0, k1, BLOCKS, LAYOUT)
+    tile = _flip(_load(x, base, start, stop, MASKED, BLOCKS, LAYOUT).to(gl.float32), base, k0, k1, BLOCKS, LAYOUT)
     for q in gl.static_range(1, PARTS):
         there = base + q * BLOCKS * 8192
-        other = _flip(_load(x, there, start, stop, MASKED, BLOCKS, LAYOUT), there, k0, k1, BLOCKS, LAYOUT)
-        tile += _parity(q, part) * other
+        other = _load(x, there, start, stop, MASKED, BLOCKS, LAYOUT).to(gl.float32)
+        tile += _parity(q, part) * _flip(other, there, k0, k1, BLOCKS, LAYOUT)
     return tile
 
 
@@ -132,12 +132,19 @@ def forward(
     low = (first * UNIT < start).to(gl.int32)
     high = count - ((first + count) * UNIT > stop).to(gl.int32)
     if PREFETCH:
-        tile = _load(x, (first + low + group) * UNIT, start, stop, True, BLOCKS, A)
+        ahead = (first + low + group) * UNIT
+        tile = _load(x, ahead, start, stop, True, BLOCKS, A)
+        if PARTS == 2:
+            other = _load(x, ahead + SIZE, start, stop, True, BLOCKS, A)
     for c in range(low + group, high, groups):
         base = (first + c) * UNIT
         if PREFETCH:
-            flipped = _flip(tile, base, in0, in1, BLOCKS, A)
-            tile = _load(x, (first + gl.minimum(c + groups, high - 1)) * UNIT, start, stop, False, BLOCKS, A)
+            ahead = (first + gl.minimum(c + groups, high - 1)) * UNIT
+            flipped = _flip(tile.to(gl.float32), base, in0, in1, BLOCKS, A)
+            tile = _load(x, ahead, start, stop, False, BLOCKS, A)
+            if PARTS == 2:
+                flipped += _parity(1, part) * _flip(other.to(gl.float32), base + SIZE, in0, in1, BLOCKS, A)
+                other = _load(x, ahead + SIZE, start, stop, False, BLOCKS, A)
         else:
             flipped = _flipped(x, base, part, start, stop, in0, in1, False, BLOCKS, PARTS, A)
         mixed = _transform(flipped, BITS_A, BITS_B, BITS_C, BLOCKS, A, B, C)

@@ -46,7 +46,7 @@ def block_srht_forward(sketch: "Sketch", x: Tensor, start: int, plan: Plan) -> T
     hadamard.forward[(rows * groups * parts,)](
         x, sums, chunk**-0.5, start // align, stop, stride // align, first, count, groups,
         *_signed(sketch.key("in")), *_signed(sketch.key("out")),
-        align, PREFETCH=plan.prefetch and parts == 1, **fixed, num_warps=plan.warps, maxnreg=plan.registers,
+        align, PREFETCH=plan.prefetch and parts <= 2, **fixed, num_warps=plan.warps, maxnreg=plan.registers,
     )  # fmt: skip
     total = sums.view(rows, -1, chunk).sum(1)
     if dim == chunk:

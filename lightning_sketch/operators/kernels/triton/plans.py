@@ -16,7 +16,7 @@ class Plan(NamedTuple):
         warps: The number of warps of a program.
         stages: The bits of the index that a thread holds at each of three stages; the first one loads.
         programs: The number of programs for each multiprocessor.
-        prefetch: Whether the next tile is loaded while one is transformed, where a chunk is no larger than a tile.
+        prefetch: Whether the next tile is loaded while one is transformed, where a chunk is no larger than two tiles.
         registers: The largest number of registers of a thread.
     """
 
