@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_sketch.operators.space import VectorSpace
 
 _FACTOR = 4.0  # ratio of the steps that are tried one after the other
-_MOST = 14  # steps that are tried on each side of the first
+_SMALLER, _LARGER = 14, 5  # how many steps are tried on each side of the first
 _USELESS = 0.5  # relative difference between the two best steps above which no step says anything
 
 
@@ -50,42 +50,42 @@ class CentralDifferences:
     def choose(self, v: Float[Tensor, " size"], near: float) -> None:
         """Choose the step at which differences along a vector depend least on it, and measure their noise.
 
-        Steps become smaller until noise makes two neighbors differ more again, and larger where the first is noise
-        already. A step that was given stays, and only the noise is measured.
+        Steps become smaller until noise makes two neighbors differ more again, and larger if the first was the best. A
+        step that was given stays, and only the noise is measured.
 
         Args:
             v: A vector of length one, with a product that is typical of the largest.
-            near: The step to begin with.
+            near: The step to begin with; it grows by a factor of a thousand at most.
 
         Raises:
             ValueError: If differences with no two steps agree.
         """
-        gaps: dict[int, float] = {}  # by k: the distance of D(near / 4^k) from D(near / 4^(k + 1))
-        sizes: dict[int, float] = {}
+        gaps: dict[int, float] = {}  # by k: how far D(near / 4^k) is from D(near / 4^(k + 1)), relative to the latter
         first = larger = self._difference(v, near)
-        for k in range(_MOST):
+        for k in range(_SMALLER):
             smaller = self._difference(v, near / _FACTOR ** (k + 1))
-            gaps[k], sizes[k] = self._gap(larger, smaller)
+            distance, gaps[k] = self._gap(larger, smaller)
             larger = smaller
-            if k and gaps[k] > gaps[k - 1]:
+            if k and not gaps[k] <= gaps[k - 1]:
                 break
-        noisy = max(gaps)  # where a smaller step makes more noise
+        # A smaller step makes more noise, so that little else is left in the last distance.
+        self.noise = distance * near / _FACTOR ** (k + 1) / math.sqrt(1 + _FACTOR**-2)
         del larger, smaller
-        for k in range(-1, -_MOST, -1) if noisy == 1 else ():
+        best = min(gaps, key=lambda k: gaps[k] if math.isfinite(gaps[k]) else math.inf)
+        for k in range(-1, -_LARGER - 1, -1) if best == 0 or not gaps[best] <= _USELESS else ():
             larger = self._difference(v, near / _FACTOR**k)
-            gaps[k], sizes[k] = self._gap(larger, first)
+            _, gaps[k] = self._gap(larger, first)
             first = larger
-            if not gaps[k] <= gaps[k + 1]:
+            if gaps[k + 1] <= _USELESS and not gaps[k] <= gaps[k + 1]:
                 break
         best = min(gaps, key=lambda k: gaps[k] if math.isfinite(gaps[k]) else math.inf)
-        if not gaps[best] <= _USELESS * sizes[best]:
+        if not gaps[best] <= _USELESS:
             raise ValueError(
                 f"differences of gradients say nothing here: with steps of {near / _FACTOR**best:.1g} and a quarter of "
-                f"it, the best that were tried, they differ by {gaps[best] / (sizes[best] or math.inf):.0%}. The loss "
-                "has kinks (ReLU, max-pooling) or draws random numbers, or its gradient is too coarse, as in half "
-                "precision it can be; use smooth activations, or float32."
+                f"it, the best that were tried, they differ by {gaps[best]:.0%}. The loss has kinks (ReLU, "
+                "max-pooling) or draws random numbers, or its gradient is too coarse, as in half precision it can be; "
+                "use smooth activations, or float32."
             )
-        self.noise = gaps[noisy] * near / _FACTOR ** (noisy + 1) / math.sqrt(1 + _FACTOR**-2)
         self.step = self._given or near / _FACTOR**best
 
     def product(self, v: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
@@ -106,5 +106,6 @@ class CentralDifferences:
         return fine
 
     def _gap(self, x: Tensor, y: Tensor) -> tuple[float, float]:
-        """Return the distance of two vectors, NaN if one is not finite, and the length of the second."""
-        return self._space.norm(x - y), self._space.norm(y)
+        """Return the distance of two vectors, and its ratio to the length of the second; NaN if one is not finite."""
+        distance = self._space.norm(x - y)
+        return distance, distance / (self._space.norm(y) or math.inf) if distance else 0.0

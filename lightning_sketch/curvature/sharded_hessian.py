@@ -18,17 +18,16 @@ from torch import Tensor, nn
 from lightning_sketch.autodiff.batches import HALF
 from lightning_sketch.autodiff.differences import CentralDifferences
 from lightning_sketch.autodiff.preserve_state import interrupts_held_back, preserve_state
-from lightning_sketch.autodiff.shards import Shards, local, reshard, summed
+from lightning_sketch.autodiff.shards import Shards, checksums, local, reshard, summed
 from lightning_sketch.curvature.hessian import Hessian
 from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.curvature.weighted_batches import agreement
 from lightning_sketch.linalg.lanczos import start_vector
 from lightning_sketch.operators.random import Key, words
-from lightning_sketch.operators.space import VectorSpace
+from lightning_sketch.operators.space import VectorSpace, chunk_size
 
 _POWERS = 3  # products after which a vector is typical of the largest
 _NEAR = 1e-3  # the first step that is tried, relative to the length of all parameters
-_CHUNK = 1 << 20  # numbers that are rounded at once
 _SLOPE = 0.1  # relative error of a loss's slope along its gradient above which this is not its derivative
 
 
@@ -81,8 +80,9 @@ class ShardedHessian(Hessian):
         self.batches.dtype, self.batches.device, self.batches.rank = None, self.device, 0
         self.batches.distributed = self._ranks > 1
         self._differences = CentralDifferences(self._difference, self._space, options.get("step"))
-        self._weight = 0.0  # of the batches of all ranks, inside `hold`
-        self._checked_at: tuple[int, ...] | None = None  # versions of the parameters when the loss was examined
+        self._weight, self._rounds = 0.0, 0  # of the batches of all ranks, inside `hold`
+        self._checksums: list[int] | None = None  # of the parameters when `hold` was last entered
+        self._changes, self._prepared_after = 0, 0  # how often they were others, and how often when a step was chosen
 
     def __repr__(self) -> str:
         return f"{super().__repr__()}, {self._space.size:,} of them on this rank"
@@ -153,6 +153,12 @@ class ShardedHessian(Hessian):
         return function(*args)
 
     @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Prepare the module once for all products taken inside, during which its parameters must not be changed."""
+        with self._held():
+            yield
+
+    @contextmanager
     def _held(self) -> Iterator[None]:
         if self._state is not None:
             yield
@@ -161,12 +167,18 @@ class ShardedHessian(Hessian):
             self._check_trainable()
             self._state = stack.enter_context(preserve_state(self.module, mode=self.mode, as_trained=True))
             stack.callback(self._let_go)
-            if self._written is None:
-                self._written = self._examine()
-            self._weight = self._total_weight()
+            now = checksums(self.parameters)
+            if self.batches.anywhere(now != self._checksums):
+                self._checksums, self._changes = now, self._changes + 1
+                self._examine()
+            self._weigh()
             yield
 
-    def _examine(self) -> list[nn.Parameter]:
+    @property
+    def _versions(self) -> tuple[int, ...]:
+        return (self._changes,)
+
+    def _examine(self) -> None:  # type: ignore[override]
         """Evaluate the loss of one batch three times, and see whether it is the same with the same random numbers."""
         batch = next((batch for batch, share in self._own() if share), None)
         self._check_all(batch is not None, "batches of this rank hold no example with a weight, so there is no loss.")
@@ -187,40 +199,42 @@ class ShardedHessian(Hessian):
             )
         self.batches.is_random = self.batches.anywhere(not torch.equal(found[0], found[2]))
         self.batches.draws = self._noise[1] if self.batches.is_random else 1
-        return []
 
     def _prepare(self) -> None:
         """Choose a step before the first product at the present parameters, and check the gradient."""
-        if self._checked_at == self._versions:
+        if self._prepared_after == self._changes:
             return
         near = _NEAR * (self._space.norm(self._space.flatten(self.parameters)) or 1.0)
-        v = start_vector(self, 0, name="finite differences")
-        self._differences.choose(v, self._differences.step if self._checked_at else near)
+        v = torch.zeros(self._space.size, dtype=self.dtype, device=self.device)
+        self._add_gradient(v, 1.0)
+        size = self._space.norm(self._space.mean_of_copies_(v))
+        # A gradient lies mostly along eigenvectors of large eigenvalues, so that its product stands out of noise.
+        v = v.div_(size) if size else start_vector(self, 0, name="finite differences")
+        self._differences.choose(v, near)
+        if size:
+            self._check_slope(v, size)
         for _ in range(_POWERS):
             v = self._differences.product(v)
             v = v.div_(self._space.norm(v) or 1.0)
         self._differences.choose(v, self._differences.step)
-        self._check_slope()
-        self._checked_at = self._versions
+        self._prepared_after = self._changes
 
-    def _check_slope(self) -> None:
+    def _check_slope(self, along: Tensor, size: float) -> None:
         """Refuse a gradient that is not the derivative of the loss.
+
+        Args:
+            along: The gradient over its length.
+            size: Its length.
 
         Raises:
             ValueError: If the loss changes along the gradient by another amount than this says, beyond the noise of
                 the loss.
         """
-        self._move(None, 0.0)
-        gradient = torch.zeros(self._space.size, dtype=self.dtype, device=self.device)
-        self._add_gradient(gradient, 1.0)
-        size = self._space.norm(self._space.mean_of_copies_(gradient))
-        if not size:
-            return
         slopes = []
         for h in (self._differences.step, self._differences.step / 2):
             ends = []
             for sign in (1, -1):
-                self._move(gradient, sign * h / size)
+                self._move(along, sign * h)
                 ends.append(self.loss())
             slopes.append((ends[0] - ends[1]) / (2 * h))
         off = abs(slopes[1] - size)
@@ -306,19 +320,16 @@ class ShardedHessian(Hessian):
         """Yield equally many batches on every rank; one that has no more repeats one with weight zero."""
         mine = ((batch, share, self.batches.key) for batch, share in self._own() if share)
         spare: Any = None
-        while True:
-            batch, share, key = next(mine, (None, 0.0, None))
-            if not self.batches.anywhere(key is not None):
-                return
-            if key is None:
-                batch, key = spare
+        for _ in range(self._rounds):
+            batch, share, key = next(mine, None) or (*spare[:1], 0.0, *spare[1:])
             spare, self.batches.key = spare or (batch, key), key
             yield batch, share
 
-    def _total_weight(self) -> float:
-        """Return the sum of the weights of all batches of all ranks."""
-        weights = torch.tensor(sum(share for _, share in self._own()), dtype=torch.float64, device=self.device)
-        return float(summed(weights))
+    def _weigh(self) -> None:
+        """Find out the sum of the weights of all batches of all ranks, and the largest number of them on a rank."""
+        shares = [share for _, share in self._own() if share]
+        everywhere = self.batches.gathered((sum(shares), len(shares)))
+        self._weight, self._rounds = sum(weight for weight, _ in everywhere), max(count for _, count in everywhere)
 
     def _checked(self, loss: Tensor) -> Tensor:
         """Return a loss, or refuse it on all ranks if it is NaN or infinite on one."""
@@ -365,8 +376,9 @@ def _copy_dithered(here: Tensor, origin: Tensor, along: Tensor, t: float, key: K
 
     Rounded to the nearest, small steps would come to nothing. A number is rounded in the same way each time.
     """
-    for start in range(0, len(here), _CHUNK):
-        part = slice(start, start + _CHUNK)
+    size = chunk_size(here.device)
+    for start in range(0, len(here), size):
+        part = slice(start, start + size)
         moved = origin[part].float().add_(along[part], alpha=t)
         random = words(key, start, start + len(moved), moved.device) & 0xFFFF
         bits = moved.view(torch.int32) + random.to(torch.int32)

@@ -8,7 +8,10 @@ from torch import Tensor
 
 from lightning_sketch.operators.random import Key, normals
 
-_CHUNK = 1 << 18
+
+def chunk_size(device: torch.device) -> int:
+    """Return how many numbers are worked on at once: few enough for a core's cache, or enough to occupy a GPU."""
+    return 1 << 24 if device.type == "cuda" else 1 << 18
 
 
 class VectorSpace:
@@ -58,8 +61,9 @@ def fill_with_normals(v: Float[Tensor, " size"], key: Key, first: int) -> None:
         key: The key of the random numbers.
         first: The index of its first number in the vector.
     """
-    for start, piece in zip(range(first, first + len(v), _CHUNK), v.split(_CHUNK), strict=False):
-        piece[:] = normals(key, start, start + len(piece), v.dtype, v.device)
+    for piece in v.split(chunk_size(v.device)):
+        piece[:] = normals(key, first, first + len(piece), v.dtype, v.device)
+        first += len(piece)
 
 
 def dot(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
@@ -69,7 +73,8 @@ def dot(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
 
 def dot_here(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> Float[Tensor, ""]:
     """Return the inner product as `dot` does, as a tensor on the device where it can be summed in float64."""
-    chunks = zip(x.split(_CHUNK), y.split(_CHUNK), strict=True)
+    size = chunk_size(x.device)
+    chunks = zip(x.split(size), y.split(size), strict=True)
     if x.device.type == "mps":  # has no float64
         chunks = ((a.cpu(), b.cpu()) for a, b in chunks)  # type: ignore[assignment]
     total = torch.zeros((), dtype=torch.float64, device="cpu" if x.device.type == "mps" else x.device)

@@ -255,7 +255,7 @@ class SpectrumMonitor(CallbackBase):
             self._before = ("of the last fit", self._probes.fingerprint) if again else None
             self._probes, self._initial = ProbeBatches(self._probes.num_batches), None
         self._evaluated = ProbeBatches(self._probes.num_batches)
-        check_trainer(trainer, pl_module, self.name, self.estimator.loss_fn is not None, self.every_n_epochs)
+        check_trainer(trainer, pl_module, self.name, self.estimator, self.every_n_epochs)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the pattern matches trainable parameters, and begin a new history unless a fit is continued."""
