@@ -66,7 +66,7 @@ class CentralDifferences:
             smaller = self._difference(v, near / _FACTOR ** (k + 1))
             distance, gaps[k] = self._gap(larger, smaller)
             larger = smaller
-            if k and not gaps[k] <= gaps[k - 1]:
+            if k and gaps[k] > gaps[k - 1]:  # nor is a gap that is not a number
                 break
         # A smaller step makes more noise, so that little else is left in the last distance.
         self.noise = distance * near / _FACTOR ** (k + 1) / math.sqrt(1 + _FACTOR**-2)
