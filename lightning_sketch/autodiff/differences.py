@@ -39,7 +39,7 @@ class CentralDifferences:
     Attributes:
         step: The step that is used.
         noise: The length s of the noise in a difference of gradients over two.
-        error: A vector whose length bounds the error of the last product.
+        error: A vector about as long as the error of the last product.
     """
 
     def __init__(self, difference: Callable[[Tensor, float], Tensor], space: VectorSpace, step: float | None = None):

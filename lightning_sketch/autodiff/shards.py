@@ -7,6 +7,7 @@ the size of all parameters is formed on one rank.
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch.distributed as distributed
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_sketch._private import required
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators.random import Key
 from lightning_sketch.operators.space import VectorSpace, dot_here, fill_with_normals
@@ -146,6 +148,61 @@ def reshard(module: nn.Module) -> None:
     for part in parts:
         if hasattr(part, "reshard") and hasattr(part, "unshard"):
             part.reshard()
+
+
+@contextmanager
+def reduced_gradients(module: nn.Module) -> Iterator[None]:
+    """Let backward passes reduce gradients into `.grad` of the shards, and put aside what is there.
+
+    Also where gradients are being accumulated without communication: FSDP keeps these apart from `.grad`.
+    """
+    reshard(module)
+    kept: list[tuple[Any, str, Any, Any]] = [(p, "grad", p.grad, None) for p in module.parameters()]
+    for group in fsdp_groups(module):
+        for name, inside in (("reduce_grads", True), ("all_reduce_grads", True), ("_partial_reduce_output", None)):
+            kept.append((group, name, required(group, name), inside))
+        for of_fsdp in required(group, "fsdp_params"):
+            name, gathered = "unsharded_accumulated_grad", getattr(of_fsdp, "_unsharded_param", None)
+            kept.append((of_fsdp, name, required(of_fsdp, name), None))
+            if gathered is not None:  # after the first forward pass
+                kept.append((gathered, "grad", gathered.grad, None))
+    try:
+        for owner, name, _, inside in kept:
+            setattr(owner, name, inside)
+        yield
+    finally:
+        reshard(module)
+        for owner, name, before, _ in kept:
+            setattr(owner, name, before)
+
+
+def tensor_parallel_groups(module: nn.Module) -> list[Any]:
+    """Return the process groups of this rank's mesh axes along which FSDP does not run: these ranks share batches."""
+    of_fsdp = {
+        id(one.sharded_param): group.mesh_info.mesh.ndim
+        for group in fsdp_groups(module)
+        for one in required(group, "fsdp_params")
+    }
+    found = {}
+    for parameter in module.parameters():
+        mesh: Any = getattr(parameter, "device_mesh", None)
+        for axis in range(of_fsdp.get(id(parameter), 0), mesh.ndim if mesh is not None else 0):
+            if mesh.size(axis) > 1:
+                group = mesh.get_group(axis)
+                found[group.group_name] = group
+    return list(found.values())
+
+
+def fsdp_groups(module: nn.Module) -> list[Any]:
+    """Return what FSDP2 knows of the parameters that it gathers together."""
+    found: list[Any] = []
+    parts: Any = module.modules()
+    for part in parts:
+        if hasattr(part, "reshard") and hasattr(part, "unshard"):
+            state = required(part, "_get_fsdp_state")()
+            several = getattr(state, "_fsdp_param_groups", None)  # since PyTorch 2.12 or so
+            found += [required(state, "_fsdp_param_group")] if several is None else several
+    return [group for group in found if group is not None]
 
 
 def summed(tensor: Tensor) -> Tensor:

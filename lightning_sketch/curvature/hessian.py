@@ -35,7 +35,7 @@ from lightning_sketch.autodiff.second_derivatives import (
     has_kinks,
     norm,
 )
-from lightning_sketch.autodiff.shards import is_sharded
+from lightning_sketch.autodiff.shards import is_sharded, reshard
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
 from lightning_sketch.linalg.lanczos import dot, start_vector
 
@@ -95,6 +95,8 @@ class Hessian(CurvatureOperator):
 
     def __new__(cls, loss_fn: Any = None, module: Any = None, *args: Any, **options: Any) -> "Hessian":
         """Return a `ShardedHessian` where parameters of the module are sharded."""
+        if isinstance(module, nn.Module):
+            reshard(module)  # after a forward pass FSDP has whole weights in the module
         if cls is Hessian and isinstance(module, nn.Module) and is_sharded(module):
             from lightning_sketch.curvature.sharded_hessian import ShardedHessian  # which is a Hessian
 

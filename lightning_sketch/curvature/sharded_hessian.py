@@ -16,9 +16,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import HALF
+from lightning_sketch.autodiff.content_hash import content_hash
 from lightning_sketch.autodiff.differences import CentralDifferences
 from lightning_sketch.autodiff.preserve_state import interrupts_held_back, preserve_state
-from lightning_sketch.autodiff.shards import Shards, checksums, local, reshard, summed
+from lightning_sketch.autodiff.shards import (
+    Shards,
+    checksums,
+    local,
+    reduced_gradients,
+    reshard,
+    summed,
+    tensor_parallel_groups,
+)
 from lightning_sketch.curvature.hessian import Hessian
 from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.curvature.weighted_batches import agreement
@@ -71,7 +80,6 @@ class ShardedHessian(Hessian):
                 f"micro_batch_size={self.batches.micro_batch_size} cuts batches on each rank by itself, while ranks of "
                 "a sharded module run each batch together; pass smaller batches."
             )
-        _check_parameters(dict(zip(self.layout.names, self.parameters, strict=True)), module)
         self.hvp = "finite_differences"
         self._space = Shards(self.layout, self.parameters, self.dtype)
         self._ranks = distributed.get_world_size()
@@ -93,7 +101,7 @@ class ShardedHessian(Hessian):
         return self._space
 
     def last_error(self) -> Float[Tensor, " size"] | None:
-        """Return a vector whose length bounds the error of the last product."""
+        """Return a vector about as long as the error of the last product."""
         return self._differences.error
 
     def matvec(self, x: Float[Tensor, "... size"]) -> Float[Tensor, "... size"]:
@@ -113,7 +121,7 @@ class ShardedHessian(Hessian):
     def gradient(self) -> Float[Tensor, " size"]:
         """Return this rank's part of the gradient ∇L(θ), in loss units per parameter unit."""
         total = torch.zeros(self._space.size, dtype=self.dtype, device=self.device)
-        with self._held(), self._gradients_apart():
+        with self._held(), reduced_gradients(self.module):
             self._add_gradient(total, 1.0)
         return self._space.mean_of_copies_(total)
 
@@ -165,6 +173,7 @@ class ShardedHessian(Hessian):
             return
         with agreement(self.batches.distributed, self.device), ExitStack() as stack:
             self._check_trainable()
+            _check_module(self.module)
             self._state = stack.enter_context(preserve_state(self.module, mode=self.mode, as_trained=True))
             stack.callback(self._let_go)
             now = checksums(self.parameters)
@@ -197,8 +206,27 @@ class ShardedHessian(Hessian):
                 f"the loss of one batch is {float(found[0]):.8g} at one call and {float(found[1]):.8g} at the next, "
                 "although random numbers, buffers and attributes were the same; pass a loss_fn whose value is fixed.",
             )
+        groups = tensor_parallel_groups(self.module)
+        self._check_all(
+            not groups or self._batches_are_those_of(groups),
+            "the batches of this rank are others than those of the ranks in its tensor-parallel group, which split the "
+            "work on each example and have to get the same ones; see the sampler of the data loader.",
+        )
         self.batches.is_random = self.batches.anywhere(not torch.equal(found[0], found[2]))
         self.batches.draws = self._noise[1] if self.batches.is_random else 1
+
+    def _batches_are_those_of(self, groups: list[Any]) -> bool:
+        """Return whether the batches of this rank have the contents of those of all others in some process groups."""
+        try:
+            own = content_hash([batch for batch, _ in self._own()])
+        except (TypeError, RuntimeError):  # objects that cannot be read, batches that are DTensors
+            own = 0
+        equal = True
+        for group in groups:
+            ends = torch.tensor([own, -own], device=self.device)
+            distributed.all_reduce(ends, distributed.ReduceOp.MAX, group=group)
+            equal &= bool(ends[0] == -ends[1])
+        return equal
 
     def _prepare(self) -> None:
         """Choose a step before the first product at the present parameters, and check the gradient."""
@@ -258,9 +286,10 @@ class ShardedHessian(Hessian):
         pieces = self._space.pieces(total)
         for batch, share in self._together():
             with torch.enable_grad():
-                loss = self._checked(self.batch_loss(batch))
+                loss = self._differentiable(self._checked(self.batch_loss(batch)))
                 # FSDP averages over its ranks, and copies are averaged: over all ranks, that is, each counts once.
                 (loss * (share * self._ranks / self._weight)).backward()
+            reshard(self.module)  # FSDP may have been told to wait for it
             for piece, parameter in zip(pieces, self.parameters, strict=True):
                 if parameter.grad is not None:
                     piece.add_(_local_gradient(parameter), alpha=factor)
@@ -285,7 +314,7 @@ class ShardedHessian(Hessian):
         """Restore parameters and gradients afterwards, bit by bit."""
         self._origins = [local(parameter).clone() for parameter in self.parameters]
         try:
-            with self._gradients_apart():
+            with reduced_gradients(self.module):
                 yield
         finally:
             outer, interrupts_held_back.restoring = interrupts_held_back.restoring, True
@@ -294,19 +323,6 @@ class ShardedHessian(Hessian):
                 del self._origins
             finally:
                 interrupts_held_back.restoring = outer
-
-    @contextmanager
-    def _gradients_apart(self) -> Iterator[None]:
-        """Put the gradients that are there aside, and back afterwards."""
-        kept = [(parameter, parameter.grad) for parameter in self.module.parameters()]
-        reshard(self.module)
-        try:
-            for parameter, _ in kept:
-                parameter.grad = None
-            yield
-        finally:
-            for parameter, gradient in kept:
-                parameter.grad = gradient
 
     def _own(self) -> Iterator[tuple[Any, float]]:
         """Yield the batches of this rank with their weights, each once for each draw of random numbers."""
@@ -347,19 +363,24 @@ class ShardedHessian(Hessian):
             raise ValueError(message if not right else "another rank cannot take part; see its message.")
 
 
-def _check_parameters(named: dict[str, Tensor], module: nn.Module) -> None:
-    """Refuse parameters that cannot be moved or whose gradients do more than differentiate."""
-    for name, parameter in named.items():
+def _check_module(module: nn.Module) -> None:
+    """Refuse parameters that cannot be moved, or whose gradients do more than differentiate."""
+    for part in module.modules():
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag) and part.max_norm is not None:
+            raise ValueError(
+                f"Embedding(max_norm={part.max_norm}) writes into its weight at each forward pass, and differences of "
+                "gradients move weights; normalize what it returns instead."
+            )
+    for name, parameter in module.named_parameters():
         if parameter.dtype == torch.float16:
             raise TypeError(
                 f"parameter {name} is sharded in float16, which has no room for small steps; use bfloat16 or float32."
             )
-    hooked = [name for name, p in module.named_parameters() if getattr(p, "_post_accumulate_grad_hooks", None)]
-    if hooked:
-        raise ValueError(
-            f"parameter {hooked[0]} has a hook that runs when its gradient is complete, as an optimizer step inside "
-            "the backward pass does; it would run at each product. Remove it first."
-        )
+        if getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise ValueError(
+                f"parameter {name} has a hook that runs when its gradient is complete, as an optimizer step inside the "
+                "backward pass does; it would run at each product. Remove it first."
+            )
 
 
 def _local_gradient(parameter: Any) -> Tensor:

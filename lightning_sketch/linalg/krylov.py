@@ -29,7 +29,7 @@ class SketchedRun:
         alpha: α_1 ... α_m.
         beta: β_1 ... β_m.
         dots: v_1ᵀ g ... v_{m+1}ᵀ g, if a gradient g was given; else empty.
-        errors: Bounds of the errors of A v_1 ... A v_m, beyond rounding.
+        errors: About how large the errors are of A v_1 ... A v_m, beyond rounding.
     """
 
     columns: list[Float[Tensor, " dim"]]

@@ -136,7 +136,7 @@ class Watched(UnaryOperator):
 
 
 def _last_error(operator: LinearOperator) -> float:
-    """Return a bound of the error of an operator's last product."""
+    """Return about how large the error of an operator's last product is."""
     return _length(operator, operator.last_error())
 
 

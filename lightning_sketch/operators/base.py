@@ -46,7 +46,7 @@ class LinearOperator(ABC):
         return VectorSpace(self.shape[1], self.dtype, self.device)
 
     def last_error(self) -> Float[Tensor, " m"] | None:
-        """Return a vector whose length bounds the error of the last product; None if it is that of rounding."""
+        """Return a vector about as long as the error of the last product; None if that is rounding."""
         return None
 
     @contextmanager
