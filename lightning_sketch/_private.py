@@ -67,7 +67,12 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
         "autodiff/layout.py",
         "names of parameters",
     ),
-    ("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset", "autodiff/{layout,shards}.py", ""),
+    (
+        "torch.distributed.tensor._utils",
+        "compute_local_shape_and_global_offset",
+        "autodiff/layout.py, autodiff/shards.py",
+        "",
+    ),
     ("fully_shard(Module())", "_get_fsdp_state", "autodiff/shards.py", ""),
     ("a group of FSDP", "reduce_grads", "autodiff/shards.py", "gradients that are not reduced count as zero"),
     ("a group of FSDP", "all_reduce_grads", "autodiff/shards.py", "the same"),
