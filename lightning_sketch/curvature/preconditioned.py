@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.optimizer_state import check_adaptive, divisor, with_optimizers
-from lightning_sketch.autodiff.shards import Shards, local
+from lightning_sketch.autodiff.shards import Shards, local, reshard
 from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.operators.base import LinearOperator, UnaryOperator
 
@@ -108,6 +108,7 @@ class Preconditioned(UnaryOperator):
                 found = _divisor(optimizer, group, parameter)
                 if found is not None:  # a rate of zero leaves its parameters out
                     scales[id(parameter)] = local((float(group["lr"]) / largest / found).sqrt())
+        reshard(operator.module)  # the optimizer has the shards
         named = dict(zip(operator.layout.names, operator.layout.parameters(operator.module), strict=True))
         missing = [name for name, parameter in named.items() if id(parameter) not in scales]
         if missing:

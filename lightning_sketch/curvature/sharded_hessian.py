@@ -172,6 +172,7 @@ class ShardedHessian(Hessian):
             yield
             return
         with agreement(self.batches.distributed, self.device), ExitStack() as stack:
+            stack.callback(reshard, self.module)
             self._check_trainable()
             _check_module(self.module)
             self._state = stack.enter_context(preserve_state(self.module, mode=self.mode, as_trained=True))

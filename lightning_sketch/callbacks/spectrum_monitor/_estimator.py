@@ -341,17 +341,17 @@ class InitialWeights:
     """
 
     def __init__(self, module: nn.Module):
+        reshard(module)
         self.values = {name: local(tensor).clone() for name, tensor in _state(module).items()}
 
     @contextmanager
     def loaded_into(self, module: nn.Module) -> Iterator[None]:
         """Give a module the copied values for as long as the context lasts, then its own tensors again."""
+        reshard(module)
         state = _state(module)  # a buffer that was registered later is unaffected
         if is_sharded(module):  # FSDP refers to the memory of its shards
             with _written_into({state[name]: value for name, value in self.values.items() if name in state}):
-                reshard(module)
                 yield
-            reshard(module)
             return
         now = {name: tensor.data for name, tensor in state.items() if name in self.values}
         try:
