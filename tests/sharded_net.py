@@ -98,7 +98,7 @@ def meet(folder, rank, ranks):
     """Join the other ranks; one that waits for another for a minute fails."""
     torch.set_num_threads(1)
     store = distributed.FileStore(f"{folder}/store", ranks)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=120))
+    distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
 
 
 class _Loss(nn.Module):
@@ -131,7 +131,7 @@ def dense(module, batch, loss_fn=loss_fn, names=None):
 def own_part(h, v):
     """Return this rank's part of a whole vector, as PyTorch shards its tensors."""
     parts = [
-        distribute_tensor(x.contiguous(), p.device_mesh, p.placements) if isinstance(p, DTensor) else x
+        distribute_tensor(x.detach().contiguous(), p.device_mesh, p.placements) if isinstance(p, DTensor) else x
         for x, p in zip(h.layout.unflatten(v), h.parameters, strict=True)
     ]
     return numbers(parts)

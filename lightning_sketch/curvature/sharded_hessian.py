@@ -179,8 +179,9 @@ class ShardedHessian(Hessian):
             stack.callback(self._let_go)
             now = checksums(self.parameters)
             if self.batches.anywhere(now != self._checksums):
-                self._checksums, self._changes = now, self._changes + 1
+                self._changes += 1
                 self._examine()
+                self._checksums = now  # only if all ranks can take part
             self._weigh()
             yield
 
