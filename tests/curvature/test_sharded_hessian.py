@@ -83,7 +83,7 @@ def test_vectors_are_shards(measured):
 
 
 def test_memory_is_that_of_a_few_vectors_of_shards(measured):
-    """Measured 2 vectors for a product, 6 for the first, which also chooses a step, and 9 for a run of 21 products.
+    """Measured 2 vectors for a product, 6 for the first, which also chooses a step, and 9 for a run of 19 products.
 
     To these come a copy of the parameters and a gradient. FSDP gathers blocks of half a shard, a quarter of all.
     """

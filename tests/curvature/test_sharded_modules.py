@@ -128,9 +128,9 @@ def test_after_an_optimizer_step_the_matrix_is_that_of_the_new_weights(found, ho
 def test_eigenvectors_sums_and_deflated_matrices(found):
     """Of relative errors; Ritz values are off by the square of residuals of at most 1e-3."""
     for rank in found["algebra"]:
-        assert max(map(abs, rank["values"] + rank["deflated"] + rank["sum"])) <= 1e-6
+        assert max(map(abs, [*rank["values"], rank["deflated"], rank["sum"]])) <= 1e-6
         assert rank["lengths"] == pytest.approx([1, 1], rel=1e-9)
-        assert rank["product"] == pytest.approx(rank["residuals"], rel=0.1)
+        assert rank["products"] == pytest.approx(rank["residuals"], rel=0.1)
         assert max(rank["residuals"]) <= 1e-3
 
 
