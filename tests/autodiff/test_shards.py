@@ -22,6 +22,7 @@ def one_of_two(folder, rank):
     """Print what this rank has and finds."""
     from sharded_net import meet
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
@@ -63,13 +64,17 @@ def one_of_two(folder, rank):
     }
     net = nn.Sequential(nn.Linear(4, 2))
     found["groups"].append(len(tensor_parallel_groups(parallelize_module(net, mesh, {"0": ColwiseParallel()}))))
-    found |= of_fsdp(mesh, rank)
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    found["fsdp"] = [of_fsdp(mesh, rank), of_fsdp(mesh, rank, mp_policy=half)]
     print(json.dumps(found))
     torch.distributed.destroy_process_group()
 
 
-def of_fsdp(mesh, rank):
-    """Return what gradients are while those of a module under FSDP are put aside, and after."""
+def of_fsdp(mesh, rank, **options):
+    """Return what gradients are while those of a module under FSDP are put aside, and after.
+
+    FSDP accumulates them in one place or another, by whether they are summed over ranks in another type.
+    """
     from sharded_net import numbers, shard
 
     from lightning_sketch.autodiff.shards import tensor_parallel_groups
@@ -84,7 +89,7 @@ def of_fsdp(mesh, rank):
     for inside in (False, True):
         torch.manual_seed(0)
         module = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2))
-        shard(module, mesh, module[0])
+        shard(module, mesh, module[0], **options)
         found["fsdp groups"] = len(tensor_parallel_groups(module))
         module.set_requires_gradient_sync(False)
         backward(module)  # which FSDP keeps apart
@@ -164,19 +169,19 @@ def test_ranks_that_share_examples_are_those_along_which_fsdp_does_not_run(ranks
     for rank in ranks:
         assert rank["sharded"]
         assert rank["groups"] == [1, 1]
-        assert rank["fsdp groups"] == 0
+        assert [found["fsdp groups"] for found in rank["fsdp"]] == [0, 0]
 
 
 @pytest.mark.slow
 def test_gradients_are_put_aside_and_come_back(ranks):
     """Also those that FSDP accumulates apart from `.grad`; inside, a backward pass begins from none, and is summed."""
-    for rank in ranks:
-        assert rank["after"] == rank["alone"]
-        before, here, again, there = rank["inside"]
+    for found in (found for rank in ranks for found in rank["fsdp"]):
+        assert found["after"] == found["alone"]
+        before, here, again, there = found["inside"]
         assert before == again == []
         assert here == there
-        for whole, part in zip(rank["alone"], here, strict=True):
-            assert whole == pytest.approx([2 * x for x in part], rel=1e-6, abs=1e-12)
+        for two, one in zip(found["alone"], here, strict=True):
+            assert two == pytest.approx([2 * x for x in one], rel=1e-6, abs=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

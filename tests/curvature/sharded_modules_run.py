@@ -412,6 +412,9 @@ def optimizer_steps():
         optimizer.zero_grad()
         matrix, _, loss = dense(whole(module), (X, Y), entropy)
         found[how] = [*off(h, matrix), abs(h.loss() - loss), abs(loss - first)]
+        local = next(module.parameters()).to_local()
+        local.detach().fill_(float("nan") if RANK == 1 else 0.0)
+        found[f"{how} to NaN"] = refused(lambda h=h: h.matvec(torch.ones(h.space.size).double()))
     return found
 
 

@@ -207,8 +207,8 @@ def equal(these: Sequence, those: Sequence):
 
 def main(folder, rank, ranks, how):
     bench = Bench(folder, rank, ranks, how)
-    found = bench.spectra(tied=how == "fsdp") | {"harm": bench.harm()}
-    found |= {"hybrid": bench.hybrid()} if how == "both" else {"memory": bench.memory()}
+    found = bench.spectra(tied=how == "fsdp")
+    found |= {"hybrid": bench.hybrid()} if how == "both" else {"harm": bench.harm(), "memory": bench.memory()}
     print(json.dumps(found))
     distributed.destroy_process_group()
 

@@ -123,6 +123,7 @@ def test_after_an_optimizer_step_the_matrix_is_that_of_the_new_weights(found, ho
     for _, _, off, change in parts:
         assert off <= 8 * EPSILON
         assert change > 0.1
+    assert all("the loss of batch 0 is nan" in rank[f"{how} to NaN"] for rank in found["optimizer_steps"])
 
 
 def test_eigenvectors_sums_and_deflated_matrices(found):
