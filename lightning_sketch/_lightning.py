@@ -8,7 +8,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
 from types import FunctionType
@@ -155,6 +155,17 @@ def print_on_rank_zero(trainer: Trainer, text: str) -> None:
         bar.print(text)
     else:
         pl.utilities.rank_zero_info(text)
+
+
+def precision_of_training(module: Any) -> AbstractContextManager[Any]:
+    """Return the context in which the Trainer of a LightningModule runs training steps: autocast, types of new tensors.
+
+    Nothing is changed for a module without a Trainer.
+    """
+    try:
+        return module.trainer.precision_plugin.train_step_context()
+    except (AttributeError, RuntimeError):
+        return nullcontext()
 
 
 def loss_scale(trainer: Trainer) -> float:

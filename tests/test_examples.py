@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 def test_example(script, tmp_path):
     """In a process of its own, as a reader runs it; it says what it wrote and writes it."""
     quiet = {**os.environ, "WANDB_SILENT": "true", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, env=quiet)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if script.stem == "sharded_spectrum" else []
+    done = subprocess.run([sys.executable, *launcher, script, tmp_path], capture_output=True, text=True, env=quiet)
     assert done.returncode == 0, done.stderr[-3000:]
     check, pictures = {
         "attribution": (influence_knows_who_taught_an_answer, 1),
@@ -28,6 +29,7 @@ def test_example(script, tmp_path):
         "language_model": (documents_that_taught_a_sentence_are_missed, 0),
         "padded_language_model": (words_are_taught_by_their_documents, 0),
         "select_data": (what_is_selected_is_of_the_task, 0),
+        "sharded_spectrum": (shards_have_a_spectrum, 0),
     }.get(script.stem, (None, 1))
     found = re.findall(r"^picture: (.+)$", done.stdout, re.MULTILINE)
     assert len(found) == pictures
@@ -45,6 +47,16 @@ def documents_that_taught_a_sentence_are_missed(printed):
     (known,) = re.findall(r"not sketched: (.+)$", printed, re.MULTILINE)
     assert 0.6 < float(known) < 0.95
     assert len(re.findall(r"^ +0\.\d\d  \S.{50}.* 0\.\d\d  \S", printed, re.MULTILINE)) == 15
+
+
+def shards_have_a_spectrum(printed):
+    """Two measurements, by one of both processes, of five eigenvalues whose error bars are below 1 %."""
+    found = re.findall(r"^ +largest +(.+)$", printed, re.MULTILINE)
+    assert len(found) == 2
+    for line in found:
+        pairs = [pair.split(" ± ") for pair in line.split(", ")]
+        assert len(pairs) == 5
+        assert all(float(error) < 0.01 * float(value) for value, error in pairs)
 
 
 def what_is_selected_is_of_the_task(printed):

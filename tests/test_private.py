@@ -11,8 +11,11 @@ from pytorch_lightning.callbacks import RichProgressBar, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, WandbLogger
 from pytorch_lightning.strategies import DDPStrategy
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lightning_sketch._private import NAMES, required
+from lightning_sketch.autodiff.shards import fsdp_groups
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
 
@@ -35,7 +38,14 @@ def trainer():
     return pl.Trainer(accelerator="cpu", **QUIET)
 
 
+def sharded():
+    return fully_shard(nn.Linear(1, 1), mesh=init_device_mesh("cpu", (1,)))
+
+
 INSTANCES = {
+    "fully_shard(Module())": sharded,
+    "a group of FSDP": lambda: fsdp_groups(sharded())[0],
+    "a parameter of FSDP": lambda: fsdp_groups(sharded())[0].fsdp_params[0],
     "Trainer()": trainer,
     "Trainer().fit_loop": lambda: trainer().fit_loop,
     "Trainer().fit_loop.epoch_loop": lambda: trainer().fit_loop.epoch_loop,
@@ -63,6 +73,14 @@ INSTANCES = {
 }
 
 
+@pytest.fixture
+def one_process():
+    """A process group of this process alone, where parameters are sharded."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 def owner_of(path):
     """Return the owner: an instance made here, a module, an attribute of a module, or a constant that is the name."""
     if path in INSTANCES:
@@ -80,7 +98,9 @@ def owner_of(path):
 
 
 @pytest.mark.parametrize(("owner", "name", "where", "breaks"), NAMES, ids=[f"{row[0]}.{row[1]}" for row in NAMES])
-def test_the_name_exists(owner, name, where, breaks, monkeypatch, tmp_path):
+def test_the_name_exists(owner, name, where, breaks, monkeypatch, tmp_path, request):
+    if "FSDP" in owner or "fully_shard" in owner:
+        request.getfixturevalue("one_process")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     found = owner_of(owner)

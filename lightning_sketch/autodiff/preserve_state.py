@@ -178,7 +178,7 @@ class Preserved:
 
 
 @contextmanager
-def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[Preserved]:
+def preserve_state(module: nn.Module, *, mode: Mode = "eval", as_trained: bool = False) -> Iterator[Preserved]:
     """Run a module, inside this context, as a pure function of its parameters as far as that is possible.
 
     Inside: evaluation mode, gradients on, autocast off, compiled parts run eagerly, attention by plain operations (the
@@ -201,6 +201,8 @@ def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[Preser
     Args:
         module: The module to measure.
         mode: "eval", or "train" to leave every submodule in the mode that it is in.
+        as_trained: Whether autocast, fused attention, activation checkpointing and compiled parts stay as they are,
+            where nothing is differentiated twice.
 
     Yields:
         The preserved state, by which random numbers can be fixed and the state restored before each evaluation.
@@ -226,18 +228,24 @@ def preserve_state(module: nn.Module, *, mode: Mode = "eval") -> Iterator[Preser
         stack.enter_context(_no_hooks(module))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device in {p.device.type for p in module.parameters()}:
-            stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        stack.enter_context(_checkpoints_by_hooks())
-        if any(isinstance(part, nn.RNNBase) for part in module.modules()):  # cuDNN's RNNs have no second derivative
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second and 24 MB
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if not as_trained:
+            _plainly(module, stack)
         if mode == "eval":
             for part in module.modules():
                 part.training = False
         yield preserved
+
+
+def _plainly(module: nn.Module, stack: ExitStack) -> None:
+    """Enter what makes a module run by operations that can be differentiated twice."""
+    for device in {p.device.type for p in module.parameters()}:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+    stack.enter_context(_checkpoints_by_hooks())
+    if any(isinstance(part, nn.RNNBase) for part in module.modules()):  # cuDNN's RNNs have no second derivative
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+    if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes a second and 24 MB
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
 
 
 @contextmanager

@@ -107,7 +107,8 @@ class LastStep:
             self.clipped = math.nan
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        size = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        size: Any = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
+        size = float(size.full_tensor() if hasattr(size, "full_tensor") else size)  # of shards, summed over ranks
         self.clipped *= min(1.0, float(clip.gradient_clip_val) / (size + 1e-6))
 
     def of_clipped(self, now: Stability) -> Stability:

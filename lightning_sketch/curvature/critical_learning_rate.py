@@ -19,12 +19,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.preserve_state import interrupts_held_back
+from lightning_sketch.autodiff.shards import local, reshard
 from lightning_sketch.curvature.operator import CurvatureOperator
 
 _PASSES = 9  # forward passes over the batches, at most
@@ -66,8 +66,8 @@ class CriticalLearningRate:
 
 def copy_weights(module: nn.Module) -> dict[str, Tensor]:
     """Return copies of the trainable parameters by name, of each sharded one this rank's shard."""
-    _reshard(module)
-    return {name: _local(p).clone() for name, p in module.named_parameters() if p.requires_grad}
+    reshard(module)
+    return {name: local(p).clone() for name, p in module.named_parameters() if p.requires_grad}
 
 
 def critical_learning_rate(
@@ -104,9 +104,9 @@ def critical_learning_rate(
     (1.0, 2.0)
     """
     with operator.hold():
-        _reshard(operator.module)
+        reshard(operator.module)
         parameters = {name: p for name, p in operator.module.named_parameters() if p.requires_grad}
-        if before.keys() != parameters.keys() or any(before[n].shape != _local(p).shape for n, p in parameters.items()):
+        if before.keys() != parameters.keys() or any(before[n].shape != local(p).shape for n, p in parameters.items()):
             raise ValueError(
                 "the copied weights are of other parameters than the module has now; call copy_weights(module) before "
                 "the step, on the module of the operator."
@@ -117,8 +117,8 @@ def critical_learning_rate(
             def loss(factor: float) -> float:
                 for name, parameter in parameters.items():
                     start, end = before[name].to(now[name]), now[name]
-                    _local(parameter).copy_(start.lerp(end, factor) if factor else start)
-                _reshard(operator.module)
+                    local(parameter).copy_(start.lerp(end, factor) if factor else start)
+                reshard(operator.module)
                 return operator.loss()
 
             start = loss(0.0)
@@ -215,31 +215,14 @@ class _Search:
 @contextmanager
 def _restored(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     """Yield copies of parameters, and restore these from them afterwards, bit by bit."""
-    copies = {name: _local(parameter).clone() for name, parameter in parameters.items()}
+    copies = {name: local(parameter).clone() for name, parameter in parameters.items()}
     try:
         yield copies
     finally:
         outer, interrupts_held_back.restoring = interrupts_held_back.restoring, True
         try:
             for name, parameter in parameters.items():
-                _local(parameter).copy_(copies[name])
-            _reshard(module)
+                local(parameter).copy_(copies[name])
+            reshard(module)
         finally:
             interrupts_held_back.restoring = outer
-
-
-def _reshard(module: nn.Module) -> None:
-    """Free the gathered weights that FSDP keeps after a forward pass, so that the next one gathers the shards again."""
-    parts: Any = module.modules()
-    for part in parts:
-        if hasattr(part, "reshard") and hasattr(part, "unshard"):
-            part.reshard()
-
-
-def _local(parameter: Any) -> Tensor:
-    """Return the values of a parameter, of a sharded one this rank's shard, in its own memory.
-
-    What is written there does not count as a change of the parameter, so that graphs which saved it stay valid.
-    """
-    data = parameter.data
-    return data.to_local() if hasattr(data, "to_local") else data

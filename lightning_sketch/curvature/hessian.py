@@ -35,6 +35,7 @@ from lightning_sketch.autodiff.second_derivatives import (
     has_kinks,
     norm,
 )
+from lightning_sketch.autodiff.shards import is_sharded, reshard
 from lightning_sketch.curvature.operator import CurvatureOperator, Product
 from lightning_sketch.linalg.lanczos import dot, start_vector
 
@@ -59,7 +60,8 @@ class Hessian(CurvatureOperator):
             the first, or the second where the first is impossible. "finite_differences" needs first derivatives only;
             it has three correct digits on smooth losses, costs four gradients, and is refused where two steps
             disagree, as with ReLU.
-        step: The step of finite differences, along a unit vector of parameters.
+        step: The step of finite differences, along a unit vector of parameters; 1e-3 if None, and of a sharded module
+            chosen before the first product.
         parameters: Shell patterns that select parameters by name.
         mode: "eval", or "train" to leave each submodule in its mode.
         weight_fn: A function batch -> its weight in the mean; its number of examples by default.
@@ -77,6 +79,9 @@ class Hessian(CurvatureOperator):
             names it. Also if the product differs from a difference of gradients, with which it is compared when a
             matrix is first multiplied, for a custom autograd function may be right once and wrong twice.
 
+    A module whose parameters are DTensors, as FSDP2 and tensor parallelism make them, has its Hessian in shards: see
+    `curvature.sharded_hessian.ShardedHessian`, which this then is.
+
     Where a loss stops gradients (`detach`, targets computed under no_grad), these are held fixed: it is the Hessian of
     the loss as a function of the parameters that gradients reach.
 
@@ -88,6 +93,16 @@ class Hessian(CurvatureOperator):
     tensor([1., 4.])
     """
 
+    def __new__(cls, loss_fn: Any = None, module: Any = None, *args: Any, **options: Any) -> "Hessian":
+        """Return a `ShardedHessian` where parameters of the module are sharded."""
+        if isinstance(module, nn.Module):
+            reshard(module)  # after a forward pass FSDP has whole weights in the module
+        if cls is Hessian and isinstance(module, nn.Module) and is_sharded(module):
+            from lightning_sketch.curvature.sharded_hessian import ShardedHessian  # which is a Hessian
+
+            return super().__new__(ShardedHessian)
+        return super().__new__(cls)
+
     def __init__(
         self,
         loss_fn: Callable[[nn.Module, Any], Tensor],
@@ -95,7 +110,7 @@ class Hessian(CurvatureOperator):
         batches: Iterable[Any],
         *,
         hvp: HVP = "auto",
-        step: float = 1e-3,
+        step: float | None = None,
         parameters: str | Sequence[str] = "*",
         mode: Mode = "eval",
         weight_fn: Callable[[Any], float] | None = None,
@@ -120,9 +135,9 @@ class Hessian(CurvatureOperator):
             noise_seed=noise_seed,
         )
         check_hvp(hvp)
-        if not step > 0:
+        if step is not None and not step > 0:
             raise ValueError(f"need step > 0, got {step}.")
-        self.loss_fn, self.step = loss_fn, step
+        self.loss_fn, self.step = loss_fn, step or 1e-3
         self.hvp: HVP = hvp
         self._looked = False  # whether finite differences were taken along vectors that show kinks
         self._holds = True  # whether stopped gradients are held fixed in finite differences

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lightning_sketch import plots
 from lightning_sketch.autodiff.functional import swap_tensors
+from lightning_sketch.autodiff.shards import Shards
 from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.operators.random import Key, normals, signs
 
@@ -108,6 +109,7 @@ def loss_slice(
         )
     if points < 2 or not distance > 0:
         raise ValueError(f"need points >= 2 and distance > 0, got {points} and {distance}; 21 and 1 are usual.")
+    _refuse_shards(operator, "loss_slice")
     with operator.hold(), torch.no_grad():
         here = operator.loss()
         _check_all_through_module(operator)
@@ -163,6 +165,7 @@ def keskar_sharpness(
     """
     if not epsilon > 0 or num_steps < 1:
         raise ValueError(f"need epsilon > 0 and num_steps >= 1, got {epsilon} and {num_steps}; 1e-3 and 10 are usual.")
+    _refuse_shards(operator, "keskar_sharpness")
     with operator.hold(), torch.no_grad():
         here = highest = operator.loss()
         _check_all_through_module(operator)
@@ -178,6 +181,14 @@ def keskar_sharpness(
             y.addcmul_(uphill, side, value=2 * (1 - step / num_steps)).clamp_(-side, side)
             highest = max(highest, _loss_at(operator, y))
     return 100 * (highest - here) / (1 + here) if here > -1 else math.nan
+
+
+def _refuse_shards(operator: CurvatureOperator, name: str) -> None:
+    if isinstance(operator.space, Shards):
+        raise ValueError(
+            f"{name} moves whole parameters, and those of this module are sharded; load a checkpoint into one process, "
+            "or use spectrum and critical_learning_rate, which work on shards."
+        )
 
 
 @contextmanager

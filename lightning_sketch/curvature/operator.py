@@ -24,6 +24,7 @@ from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.plain_formulas import PlainFormulas
 from lightning_sketch.autodiff.preserve_state import Mode, Preserved, preserve_state
 from lightning_sketch.autodiff.second_derivatives import Product, nowhere_else
+from lightning_sketch.autodiff.shards import local
 from lightning_sketch.curvature.weighted_batches import Add, WeightedBatches, agreement
 from lightning_sketch.operators.base import LinearOperator, check_vectors
 
@@ -66,6 +67,8 @@ class CurvatureOperator(LinearOperator):
             numbers are.
     """
 
+    _takes_shards = False
+
     def __init__(
         self,
         module: nn.Module,
@@ -92,10 +95,10 @@ class CurvatureOperator(LinearOperator):
         self._n = self.layout.n
         self.parameters: list[Tensor] = list(self.layout.parameters(module))
         for name, parameter in zip(self.layout.names, self.parameters, strict=True):
-            _check_parameter(name, parameter)
+            self._check_parameter(name, parameter)
         widest = max((p.dtype for p in self.parameters), key=lambda dtype: dtype.itemsize)
         self.dtype = torch.float32 if widest in HALF else widest
-        self.device = self.parameters[0].device
+        self.device = local(self.parameters[0]).device
         has_half = any(t.dtype in HALF for t in (*module.parameters(), *module.buffers()))
         structure = (
             num_examples if isinstance(num_examples, BatchStructure) else BatchStructure(num_examples, batch_dim)
@@ -236,6 +239,18 @@ class CurvatureOperator(LinearOperator):
             if self.batches.anywhere(bool(self._written)):
                 self.loss()  # the forward passes of all batches write before the first product is taken
             yield
+
+    def _check_parameter(self, name: str, parameter: Tensor) -> None:
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name} is on the meta device and has no values; materialize the module first.")
+        if hasattr(parameter, "placements") and not self._takes_shards:
+            raise TypeError(
+                f"parameter {name} is sharded (a DTensor), and a {type(self).__name__} needs derivatives that PyTorch "
+                "has not there; use Hessian, which takes differences of gradients, load the checkpoint into one "
+                "process, or train with DDP."
+            )
+        if parameter.dtype not in (*HALF, torch.float32, torch.float64):
+            raise TypeError(f"parameter {name} is {parameter.dtype}; curvature needs floating-point parameters.")
 
     def _check_trainable(self) -> None:
         for name, parameter in zip(self.layout.names, self.parameters, strict=True):
@@ -413,15 +428,3 @@ def _check_initialized(module: nn.Module) -> None:
                 f"parameter {name} of a lazy layer has no shape before the first forward pass; run one batch through "
                 f"{type(module).__name__} first."
             )
-
-
-def _check_parameter(name: str, parameter: Tensor) -> None:
-    if parameter.is_meta:
-        raise ValueError(f"parameter {name} is on the meta device and has no values; materialize the module first.")
-    if hasattr(parameter, "placements"):
-        raise TypeError(
-            f"parameter {name} is sharded (a DTensor), and sharded modules cannot be differentiated twice; load the "
-            "checkpoint into one process, or train with DDP."
-        )
-    if parameter.dtype not in (*HALF, torch.float32, torch.float64):
-        raise TypeError(f"parameter {name} is {parameter.dtype}; curvature needs floating-point parameters.")

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.optimizer_state import check_adaptive, divisor, with_optimizers
+from lightning_sketch.autodiff.shards import Shards, local, reshard
 from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.operators.base import LinearOperator, UnaryOperator
 
@@ -34,7 +35,8 @@ class Preconditioned(UnaryOperator):
 
     Args:
         of: The symmetric operator A, of size n.
-        scale: The diagonal of D, (n,), not negative; zero leaves a parameter out.
+        scale: The diagonal of D, (n,), not negative; zero leaves a parameter out. Of a sharded module,
+            this rank's part.
 
     Raises:
         ValueError: If sizes disagree, or a number of `scale` is negative or not finite.
@@ -50,7 +52,7 @@ class Preconditioned(UnaryOperator):
     scale: Float[Tensor, " n"]
 
     def __post_init__(self):
-        if self.of.shape != (len(self.scale),) * 2:
+        if self.of.shape[0] != self.of.shape[1] or self.of.space.size != len(self.scale):
             raise ValueError(f"cannot scale a {self.of.shape} operator by {len(self.scale)} numbers.")
         if not bool((self.scale >= 0).all() & self.scale.isfinite().all()):
             raise ValueError("the scale of a preconditioned matrix has a negative or infinite number, or NaN.")
@@ -105,7 +107,8 @@ class Preconditioned(UnaryOperator):
             for parameter in group["params"]:
                 found = _divisor(optimizer, group, parameter)
                 if found is not None:  # a rate of zero leaves its parameters out
-                    scales[id(parameter)] = (float(group["lr"]) / largest / found).sqrt()
+                    scales[id(parameter)] = local((float(group["lr"]) / largest / found).sqrt())
+        reshard(operator.module)  # the optimizer has the shards
         named = dict(zip(operator.layout.names, operator.layout.parameters(operator.module), strict=True))
         missing = [name for name, parameter in named.items() if id(parameter) not in scales]
         if missing:
@@ -116,8 +119,11 @@ class Preconditioned(UnaryOperator):
                 )
             warnings.warn(f"the optimizer has never moved {some}, left out of the preconditioned matrix.", stacklevel=2)
         _warn_of_normalized(operator, {name: scales[id(p)] for name, p in named.items() if id(p) in scales})
+        diagonal = [scales.get(id(p)) for p in named.values()]
+        if isinstance(operator.space, Shards):
+            return cls(operator, operator.space.flatten(diagonal))
         like = torch.empty((), dtype=operator.dtype, device=operator.device)
-        return cls(operator, operator.layout.flatten([scales.get(id(p)) for p in named.values()], like))
+        return cls(operator, operator.layout.flatten(diagonal, like))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -132,6 +138,11 @@ class Preconditioned(UnaryOperator):
     def rmatvec(self, y: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """Return the same as `matvec`: the matrix is symmetric."""
         return self.matvec(y)
+
+    def last_error(self) -> Tensor | None:
+        """Return D times the error of the last product with A."""
+        error = self.of.last_error()
+        return None if error is None else self.scale.to(error) * error
 
 
 def _divisor(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], parameter: Tensor) -> Tensor | None:
@@ -161,8 +172,9 @@ def _warn_of_normalized(operator: CurvatureOperator, scales: Mapping[str, Tensor
     normalized = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in operator.module.modules())
     if operator.mode != "eval" or not normalized:
         return
-    usual = statistics.median(float(scale.median()) for scale in scales.values())
-    wrong = [name for name, scale in scales.items() if float(scale.min()) > _FAR * usual > 0]
+    here = {name: scale for name, scale in scales.items() if scale.numel()}  # a rank may have no shard of a parameter
+    usual = statistics.median(float(scale.median()) for scale in here.values()) if here else 0.0
+    wrong = [name for name, scale in here.items() if float(scale.min()) > _FAR * usual > 0]
     if wrong:
         warnings.warn(
             f"{', '.join(wrong[:3])}{' ...' if len(wrong) > 3 else ''} had next to no gradient in training, as a bias "

@@ -63,6 +63,8 @@ class Spectrum:
             the sketch and of rounding are included.
         tol: A pair is accepted if residual <= tol · |eigenvalue|.
         linearity_defect: ||A(u + v) - A u - A v|| over the largest of the three norms; rounding for a linear operator.
+        product_error: The largest error of a product by differences of gradients over the size of the operator, which
+            residuals include; 0 for products by autograd.
         num_products: The number of products taken, also those that measured the defect and searched for copies.
         known: How many ranks from the top and how many from the bottom did not change with a further start vector;
             None if all of them count as known.
@@ -115,6 +117,7 @@ class Spectrum:
     data_error: float = math.nan
     data_bias: float = math.nan
     batch_lambda_max: Float[Tensor, " batches"] | None = None
+    product_error: float = 0.0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}: {self._described()}"
@@ -129,6 +132,8 @@ class Spectrum:
         if self.noise_samples:
             draws = "1 draw" if self.noise_samples == 1 else f"{self.noise_samples} draws"
             over += f"\n    for {draws} of the loss's random numbers"
+        if self.product_error:
+            over += f"\n    by differences of gradients, products off by up to {self.product_error:.1g}"
         legend = "\n    ? marks what has not converged" if "?" in "".join(ends) else ""
         return (
             f"{int(self.converged.sum())} of {len(shown)} Ritz values converged, of an operator of size {self.n:,}, by "
@@ -178,7 +183,7 @@ class Spectrum:
 
         NaN if the largest is not positive. Source: Schioppa, arXiv:2402.03994, section 5.4.
         """
-        noise = 10 * self.linearity_defect * self.eigenvalues.abs().max()
+        noise = max(10 * self.linearity_defect, self.product_error) * self.eigenvalues.abs().max()
         if self.lambda_max <= 0:
             return float("nan")
         return -self.lambda_min / self.lambda_max if self.lambda_min < -noise else 0.0

@@ -18,7 +18,6 @@ from lightning_sketch.curvature.data_error import check_batches, data_error, ori
 from lightning_sketch.curvature.result import Method, Spectrum
 from lightning_sketch.linalg.alignment import better_of, shares, shares_by_dots
 from lightning_sketch.linalg.krylov import Krylov
-from lightning_sketch.linalg.lanczos import dot
 from lightning_sketch.linalg.linearity import Watched
 from lightning_sketch.linalg.quadrature import Quadrature, Trace, quadrature, trace
 from lightning_sketch.linalg.ritz import rayleigh_ritz
@@ -83,7 +82,7 @@ def spectrum(
     Raises:
         ValueError: If the operator is not square, an argument is out of its range, a product is not
             finite, the operator is not linear (`linearity_defect` above 0.05) or not symmetric, or it has no two
-            batches to compute over.
+            batches to compute over. Vectors of a sharded module allow neither `method="projected"` nor `over_batches`.
 
     >>> from lightning_sketch.operators import BlockSRHT
     >>> s = BlockSRHT(n=256, dim=16, seed=0)
@@ -94,8 +93,11 @@ def spectrum(
     m, n = operator.shape
     if m != n:
         raise ValueError(f"a spectrum needs a square operator, got shape {operator.shape}.")
-    if gradient is not None and gradient.shape != (n,):
-        raise ValueError(f"gradient is a vector of size {n}, got shape {tuple(gradient.shape)}.")
+    size = operator.space.size
+    if gradient is not None and gradient.shape != (size,):
+        raise ValueError(f"gradient is a vector of size {size}, got shape {tuple(gradient.shape)}.")
+    if method == "projected" and size < n:
+        raise ValueError("method='projected' needs whole vectors, and a sharded module has parts; use 'lanczos'.")
     if over_batches:
         check_batches(operator, method)
     origin = origin_of(operator)
@@ -122,7 +124,7 @@ def spectrum(
         trace_of_square=squares,
         trace_of_square_sem=squares_sem,
         quadrature=nodes,
-        gradient_shares=_gradient_shares(found, krylov, gradient),
+        gradient_shares=_gradient_shares(found, krylov, operator, gradient),
         sketch=projection or krylov.sketch,
         method=method,
         noise_samples=getattr(origin, "noise_samples", 0),
@@ -203,6 +205,7 @@ class _Growing:
             pairs.residuals,
             tol=self.tol,
             linearity_defect=self.defect,
+            product_error=self.product_error,
             num_products=self.krylov.num_products + self.further,
             n=self.operator.shape[1],
             vectors=pairs.vectors,
@@ -214,7 +217,15 @@ class _Growing:
     @property
     def tau(self) -> float:
         """The relative size of singular values of the sketched basis below which they are rounding errors."""
-        return min(max(30 * self.defect, 100 * torch.finfo(self.operator.dtype).eps), 0.03)
+        noise = max(self.defect, self.product_error)
+        return min(max(30 * noise, 100 * torch.finfo(self.operator.dtype).eps), 0.03)
+
+    @property
+    def product_error(self) -> float:
+        """The largest known error of a product over the size of the operator, as far as the runs have seen it."""
+        runs = self.krylov.runs
+        largest = max(abs(alpha) + beta for run in runs for alpha, beta in zip(run.alpha, run.beta, strict=True))
+        return max((error for run in runs for error in run.errors), default=0.0) / (largest or 1.0)
 
     def _enough(self, found: Spectrum) -> bool:
         """Return whether the eigenvalues asked for have converged."""
@@ -262,19 +273,21 @@ def _sum_of_powers(found: Spectrum, krylov: Krylov, power: Literal[1, 2]) -> Tra
     return trace(krylov.runs, found.n, values, errors, found.converged, power=power)
 
 
-def _gradient_shares(found: Spectrum, krylov: Krylov, gradient: Tensor | None) -> Tensor | None:
+def _gradient_shares(
+    found: Spectrum, krylov: Krylov, operator: LinearOperator, gradient: Tensor | None
+) -> Tensor | None:
     """Return the shares of the gradient in the spaces of the first 1, 2, ... eigenvectors; None if it is zero."""
     vectors, coefficients = found.vectors, found.coefficients
     if gradient is None or vectors is None or coefficients is None:
         return None
-    norm = dot(gradient, gradient) ** 0.5
+    norm = operator.space.norm(gradient)
     if not norm:
         return None
     dots = torch.tensor([d for run in krylov.runs for d in run.dots[:-1]], dtype=torch.float64)
     by_dots = shares_by_dots(vectors, coefficients, dots, norm)
     if krylov.sketch is None:
         return by_dots
-    return better_of(shares(vectors, krylov.sketched(gradient), exact=False), by_dots)
+    return better_of(shares(vectors, operator.space.sketched(krylov.sketch, gradient), exact=False), by_dots)
 
 
 def _unchanged(before: Spectrum, after: Spectrum) -> tuple[int, int]:

@@ -37,9 +37,10 @@ class Deflated(UnaryOperator):
     vectors: Float[Tensor, "k n"]
 
     def __post_init__(self):
-        if self.of.shape != (self.vectors.shape[1],) * 2:
+        space = self.of.space
+        if self.of.shape != (space.n,) * 2 or self.vectors.shape[1] != space.size:
             raise ValueError(f"cannot take {tuple(self.vectors.shape)} vectors out of a {self.of.shape} operator.")
-        gram = self.vectors @ self.vectors.T
+        gram = self._dots(self.vectors)
         off = float((gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).abs().max())
         if not off < 1e-3:
             raise ValueError(
@@ -61,4 +62,12 @@ class Deflated(UnaryOperator):
         return self.matvec(y)
 
     def _without(self, x: Tensor) -> Tensor:
-        return x - (x @ self.vectors.T) @ self.vectors
+        return x - self._dots(x) @ self.vectors
+
+    def _dots(self, x: Tensor) -> Tensor:
+        """Return X x for each vector x along the last axis."""
+        space = self.of.space
+        if space.size == space.n:
+            return x @ self.vectors.T
+        found = [[space.dot(row, vector) for vector in self.vectors] for row in x.reshape(-1, space.size)]
+        return x.new_tensor(found).view(*x.shape[:-1], len(self.vectors))

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.linalg.krylov import Krylov, SketchedRun
-from lightning_sketch.linalg.lanczos import dot, lanczos, start_vector
+from lightning_sketch.linalg.lanczos import lanczos, start_vector
 from lightning_sketch.operators.base import LinearOperator
 
 _SHOWN = 5  # values in a repr
@@ -53,8 +53,8 @@ def eigenvectors(
     Raises:
         ValueError: If the vectors are not independent, as happens for values that have not converged.
     """
-    k = coefficients.shape[1]
-    vectors = torch.zeros(k, operator.shape[1], dtype=operator.dtype, device=operator.device)
+    k, space = coefficients.shape[1], operator.space
+    vectors = torch.zeros(k, space.size, dtype=operator.dtype, device=operator.device)
     with operator.hold(), torch.no_grad():
         rows = iter(coefficients.tolist())
         for start, run in enumerate(krylov.runs):
@@ -62,24 +62,25 @@ def eigenvectors(
                 for x, c in zip(vectors, next(rows), strict=True):
                     x.add_(v, alpha=c)
         for x in vectors:
-            x.div_(dot(x, x) ** 0.5)
+            x.div_(space.norm(x))
         _rotate(operator, vectors, top_k)
         values, residuals = [], []
         for x in vectors:
             image = operator.matvec(x)
-            values.append(dot(x, image))
+            values.append(space.dot(x, image))
             image = image.add(x, alpha=-values[-1])
-            residuals.append(dot(image, image) ** 0.5)
+            residuals.append(space.norm(image))
     return EigenPairs(torch.tensor(values, dtype=torch.float64), vectors, torch.tensor(residuals, dtype=torch.float64))
 
 
 def _rotate(operator: LinearOperator, vectors: Float[Tensor, "k n"], top_k: int) -> None:
     """Replace the rows of X by their Ritz vectors, X A Xᵀ c = θ X Xᵀ c, without a second set of vectors."""
-    gram = torch.tensor([[dot(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
+    space = operator.space
+    gram = torch.tensor([[space.dot(x, y) for y in vectors] for x in vectors], dtype=torch.float64)
     rows = []
     for x in vectors:
         image = operator.matvec(x)
-        rows.append([dot(y, image) for y in vectors])
+        rows.append([space.dot(y, image) for y in vectors])
     projected = torch.tensor(rows, dtype=torch.float64)
     root, failed = torch.linalg.cholesky_ex(gram)
     if failed or float(torch.linalg.cond(gram)) > 1e10:

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.linalg.lanczos import dot, lanczos, start_vector
+from lightning_sketch.linalg.lanczos import lanczos, start_vector
 from lightning_sketch.operators.base import LinearOperator
 from lightning_sketch.operators.sketch import Sketch
+from lightning_sketch.operators.space import VectorSpace
 
 NOT_FINITE = (
     "a product with the operator is NaN or infinite, though its vector is finite; look at what the operator computes, "
@@ -28,12 +29,14 @@ class SketchedRun:
         alpha: α_1 ... α_m.
         beta: β_1 ... β_m.
         dots: v_1ᵀ g ... v_{m+1}ᵀ g, if a gradient g was given; else empty.
+        errors: About how large the errors are of A v_1 ... A v_m, beyond rounding.
     """
 
     columns: list[Float[Tensor, " dim"]]
     alpha: list[float] = field(default_factory=list)
     beta: list[float] = field(default_factory=list)
     dots: list[float] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
 
     def __repr__(self) -> str:
         return f"SketchedRun of {len(self.alpha)} products, {len(self.columns)} vectors of {self._size:,} numbers"
@@ -82,10 +85,6 @@ class Krylov:
         runs = f"{len(products)} run{'s' if len(products) != 1 else ''}"
         return f"Krylov: {runs} of {listed} products, seed {self.seed}, {by}"
 
-    def sketched(self, v: Float[Tensor, " n"]) -> Float[Tensor, " dim"]:
-        """Return S v, or v without a sketch, in float64 on the CPU."""
-        return (v if self.sketch is None else self.sketch.matvec(v)).cpu().double()
-
     def grow(
         self, operator: LinearOperator, gradient: Float[Tensor, " n"] | None = None
     ) -> Iterator[Float[Tensor, " n"]]:
@@ -98,21 +97,25 @@ class Krylov:
         Raises:
             ValueError: If a product is not finite.
         """
-        start = len(self.runs)
+        start, space = len(self.runs), operator.space
         self.runs.append(run := SketchedRun([]))
-        self._record(run, start_vector(operator, self.seed, name=f"{start}"), gradient)
+        self._record(run, space, start_vector(operator, self.seed, name=f"{start}"), gradient)
         for v, alpha, beta in lanczos(operator, self.seed, start=start):
             if not (alpha == alpha and beta < float("inf")):
                 raise ValueError(NOT_FINITE)
-            self._record(run, v, gradient)
+            self._record(run, space, v, gradient)
+            error = operator.last_error()
+            run.errors.append(0.0 if error is None else space.norm(error))
             run.alpha.append(alpha)
             run.beta.append(beta)
             yield v
 
-    def _record(self, run: SketchedRun, v: Float[Tensor, " n"], gradient: Float[Tensor, " n"] | None) -> None:
-        run.columns.append(self.sketched(v))
+    def _record(
+        self, run: SketchedRun, space: VectorSpace, v: Float[Tensor, " n"], gradient: Float[Tensor, " n"] | None
+    ) -> None:
+        run.columns.append(space.sketched(self.sketch, v))
         if gradient is not None:
-            run.dots.append(dot(v, gradient))
+            run.dots.append(space.dot(v, gradient))
 
     @property
     def num_products(self) -> int:

@@ -15,9 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.operators.base import LinearOperator
-from lightning_sketch.operators.random import Key, normals
+from lightning_sketch.operators.random import Key
+from lightning_sketch.operators.space import dot
 
-_CHUNK = 1 << 18
+__all__ = ["dot", "extreme_ritz_values", "lanczos", "start_vector"]
 
 
 def start_vector(
@@ -31,11 +32,9 @@ def start_vector(
         name: Distinguishes the vectors of one seed.
         dtype: The type of the vector, if not that of the operator.
     """
-    n = operator.shape[1]
-    v = torch.empty(n, dtype=dtype or operator.dtype, device=operator.device)
-    for start, piece in zip(range(0, n, _CHUNK), v.split(_CHUNK), strict=True):
-        piece[:] = normals(Key(seed, f"lanczos/{name}"), start, start + len(piece), v.dtype, v.device)
-    return v.div_(dot(v, v) ** 0.5)
+    space = operator.space
+    v = space.normal(Key(seed, f"lanczos/{name}"), dtype)
+    return v.div_(space.norm(v))
 
 
 def lanczos(
@@ -62,7 +61,7 @@ def lanczos(
         dtype: The type of the vectors, if not that of the operator.
         orthogonal: Store all v_j and make each new one orthogonal to them; for small operators only.
     """
-    basis: list[Tensor] = []
+    space, basis = operator.space, list[Tensor]()
     v, previous, beta = start_vector(operator, seed, name=f"{start}", dtype=dtype), None, 0.0
     size, restarts, known = 0.0, 0, iter(again)
     while True:
@@ -73,21 +72,21 @@ def lanczos(
             w.add_(previous, alpha=-beta)
         previous = None  # frees one vector during the dot products
         recorded = next(known, None)
-        alpha = recorded[0] if recorded else dot(w, v)
+        alpha = recorded[0] if recorded else space.dot(w, v)
         w.add_(v, alpha=-alpha)
         if orthogonal:
             basis.append(v)
             for u in (*basis, *basis):  # twice is enough
-                w.add_(u, alpha=-dot(u, w))
-        beta = recorded[1] if recorded else dot(w, w) ** 0.5
+                w.add_(u, alpha=-space.dot(u, w))
+        beta = recorded[1] if recorded else space.norm(w)
         size = max(size, abs(alpha), beta)
         if beta <= 10 * torch.finfo(w.dtype).eps * size:
             restarts += 1
             beta, w = 0.0, start_vector(operator, seed, name=f"{start}/{restarts}", dtype=dtype)
             if orthogonal:
                 for u in (*basis, *basis):
-                    w.add_(u, alpha=-dot(u, w))
-                w.div_(dot(w, w) ** 0.5 or 1.0)
+                    w.add_(u, alpha=-space.dot(u, w))
+                w.div_(space.norm(w) or 1.0)
         else:
             w.div_(beta)
         yield w, alpha, beta
@@ -121,11 +120,3 @@ def extreme_ritz_values(
     off = torch.tensor(beta[:-1], dtype=torch.float64)
     ritz = torch.linalg.eigvalsh(torch.tensor(alpha, dtype=torch.float64).diag() + off.diag(1) + off.diag(-1))
     return float(ritz[0]), float(ritz[-1])
-
-
-def dot(x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> float:
-    """Return the inner product, summed in float64 by chunks, without a copy of size n."""
-    chunks = zip(x.split(_CHUNK), y.split(_CHUNK), strict=True)
-    if x.device.type == "mps":  # has no float64
-        return float(sum(a.cpu().double() @ b.cpu().double() for a, b in chunks))
-    return float(sum(a.double() @ b.double() for a, b in chunks))

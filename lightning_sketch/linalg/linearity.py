@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch.linalg.krylov import NOT_FINITE
-from lightning_sketch.linalg.lanczos import dot, start_vector
+from lightning_sketch.linalg.lanczos import start_vector
 from lightning_sketch.operators.base import LinearOperator, UnaryOperator
 
 _REFUSED = 0.05  # largest accepted defect of linearity
@@ -20,24 +20,26 @@ class Defect(NamedTuple):
     Attributes:
         linearity: ||A(u + v) - A u - A v|| over the largest of the three norms.
         symmetry: |uᵀA v - vᵀA u| over ||A u|| + ||A v||, for unit vectors.
+        known: The errors of the three products that the operator itself knows of, over the same norm.
     """
 
     linearity: float
     symmetry: float
+    known: float = 0.0
 
 
 def defect(operator: LinearOperator, u: Float[Tensor, " n"], v: Float[Tensor, " n"]) -> Defect:
     """Return both defects, from three products; batches and dropout that change between products show in the first."""
-    rest = operator.matvec(u + v)
-    sizes, crossed = [dot(rest, rest) ** 0.5], []
+    space, rest = operator.space, operator.matvec(u + v)
+    sizes, crossed, known = [space.norm(rest)], [], _last_error(operator)
     for x, other in ((u, v), (v, u)):
         image = operator.matvec(x)
-        sizes.append(dot(image, image) ** 0.5)
-        crossed.append(dot(image, other) / (dot(other, other) ** 0.5 or 1.0))
+        known += _last_error(operator)
+        sizes.append(space.norm(image))
+        crossed.append(space.dot(image, other) / (space.norm(other) or 1.0))
         rest -= image
         del image  # frees one vector during the next product
-    linearity, asymmetry = dot(rest, rest) ** 0.5, abs(crossed[0] - crossed[1])
-    return Defect(linearity / max(sizes) if linearity else 0.0, asymmetry / (sizes[1] + sizes[2]) if asymmetry else 0.0)
+    return _defect(space.norm(rest), abs(crossed[0] - crossed[1]), sizes, known)
 
 
 def checked_defect(
@@ -57,7 +59,7 @@ def checked_defect(
             symmetric than linear.
     """
     found = defect(operator, u, v)
-    return _judged(found._replace(symmetry=found.symmetry * len(u) ** 0.5) if random else found)
+    return _judged(found._replace(symmetry=found.symmetry * operator.space.n**0.5) if random else found)
 
 
 @dataclass(eq=False)
@@ -82,8 +84,9 @@ class Watched(UnaryOperator):
     seed: int = 0
     defect: float = field(default=0.0, init=False)
     num_products: int = field(default=0, init=False)
+    _error: Tensor | None = field(default=None, init=False)
     _multiplied: int = field(default=0, init=False)
-    _third: tuple[Tensor, Tensor] | None = field(default=None, init=False)  # v and A v
+    _third: tuple[Tensor, Tensor, float] | None = field(default=None, init=False)  # v, A v and its error
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -93,49 +96,76 @@ class Watched(UnaryOperator):
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """Return A x for each vector x along the last axis."""
         image = self.of.matvec(x)
+        self._error = self.of.last_error()
         self._multiplied += 1
         if self._multiplied == 1:
             other = start_vector(self.of, self.seed, name="defect", dtype=x.dtype)
-            self._compare(x, image, other, None)
+            self._compare(x, image, other, None, _length(self.of, self._error))
         elif self._multiplied == 3:
-            self._third = x.clone(), image.clone()
+            self._third = x.clone(), image.clone(), _length(self.of, self._error)
         elif self._multiplied == 4 and self._third is not None:
-            self._compare(*self._third, x, image)
+            u, of_u, error = self._third
+            self._compare(u, of_u, x, image, error + _length(self.of, self._error))
             self._third = None
         return image
+
+    def last_error(self) -> Tensor | None:
+        """Return the error of the last product that was asked for, without those that check it."""
+        return self._error
 
     def rmatvec(self, y: Float[Tensor, "... n"]) -> Float[Tensor, "... n"]:
         """Return Aᵀ y for each vector y along the last axis."""
         return self.of.rmatvec(y)
 
-    def _compare(self, u: Tensor, of_u: Tensor, v: Tensor, of_v: Tensor | None) -> None:
-        """Compare A(u + v) with A u + A v; without A v, both are random."""
-        rest = self.of.matvec(u + v)
-        sizes = [dot(rest, rest) ** 0.5, dot(of_u, of_u) ** 0.5]
+    def _compare(self, u: Tensor, of_u: Tensor, v: Tensor, of_v: Tensor | None, known: float) -> None:
+        """Compare A(u + v) with A u + A v, whose products have known errors; without A v, both are random."""
+        space, rest = self.space, self.of.matvec(u + v)
+        known += _last_error(self.of)
+        sizes = [space.norm(rest), space.norm(of_u)]
         random = of_v is None
-        of_v = self.of.matvec(v) if of_v is None else of_v
-        sizes.append(dot(of_v, of_v) ** 0.5)
-        lengths = [dot(x, x) ** 0.5 or 1.0 for x in (u, v)]
-        asymmetry = abs(dot(of_u, v) / lengths[1] - dot(of_v, u) / lengths[0])
+        if of_v is None:
+            of_v = self.of.matvec(v)
+            known += _last_error(self.of)
+        sizes.append(space.norm(of_v))
+        lengths = [space.norm(x) or 1.0 for x in (u, v)]
+        asymmetry = abs(space.dot(of_u, v) / lengths[1] - space.dot(of_v, u) / lengths[0])
         rest = rest.sub_(of_u).sub_(of_v)
-        size = dot(rest, rest) ** 0.5
         self.num_products += 1 + random
-        symmetry = asymmetry / (sizes[1] + sizes[2]) * (len(u) ** 0.5 if random else 1) if asymmetry else 0.0
-        self.defect = max(self.defect, _judged(Defect(size / max(sizes) if size else 0.0, symmetry)))
+        found = _defect(space.norm(rest), asymmetry * (space.n**0.5 if random else 1), sizes, known)
+        self.defect = max(self.defect, _judged(found))
+
+
+def _last_error(operator: LinearOperator) -> float:
+    """Return about how large the error of an operator's last product is."""
+    return _length(operator, operator.last_error())
+
+
+def _length(operator: LinearOperator, error: Tensor | None) -> float:
+    return 0.0 if error is None else operator.space.norm(error)
+
+
+def _defect(linearity: float, asymmetry: float, sizes: list[float], known: float) -> Defect:
+    """Return defects relative to the sizes of A(u + v), A u and A v."""
+    return Defect(
+        linearity / max(sizes) if linearity else 0.0,
+        asymmetry / (sizes[1] + sizes[2]) if asymmetry else 0.0,
+        known / max(sizes) if known else 0.0,
+    )
 
 
 def _judged(found: Defect) -> float:
-    """Return the defect of linearity, or refuse an operator that is not linear or not symmetric."""
-    linearity, symmetry = found
-    if not linearity < float("inf"):
+    """Return the defect of linearity beyond known errors, or refuse an operator that is not linear or not symmetric."""
+    whole, symmetry, known = found
+    if not whole < float("inf"):
         raise ValueError(NOT_FINITE)
+    linearity = max(whole - known, 0.0)
     if linearity > _REFUSED:
         raise ValueError(
             f"the operator is not linear: A(u + v) differs from A u + A v by {linearity:.1%}. Something changes "
             "between its products, such as batches that are drawn again at each pass, or it is computed in low "
             "precision; pass a list of fixed batches, or use float32."
         )
-    if symmetry > _ASYMMETRIC * max(linearity, 1e-5):
+    if symmetry > _ASYMMETRIC * max(whole, known, 1e-5):
         raise ValueError(
             f"the operator is not symmetric: uᵀA v and vᵀA u differ by {symmetry:.2%}. The Jacobian "
             "of a gradient is symmetric, unless a backward pass computes something else, such as a hook or function "

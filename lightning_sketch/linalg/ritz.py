@@ -32,8 +32,8 @@ class RitzPairs(NamedTuple):
     Attributes:
         values: Ritz values θ, (r,). They are real parts: complex pairs arise among values that have not converged,
             and among equal ones.
-        residuals: c ||S (A x - θ x)|| / ||S x|| plus the error of the products, (r,); some eigenvalue lies within this
-            distance of θ.
+        residuals: c ||S (A x - θ x)|| / ||S x|| plus the errors of the products, (r,); some eigenvalue lies within this
+            distance of θ. Errors e_j that are known of single products count as independent: (sum_j |c_j e_j|²)^1/2.
         vectors: Sketched eigenvectors S x of length one as columns, (dim, r).
         coefficients: Columns c with x = V c, V the Lanczos vectors of all runs one after the other, (m, r).
     """
@@ -69,6 +69,11 @@ def rayleigh_ritz(runs: Sequence[SketchedRun], tau: float, defect: float, exact:
         e = math.sqrt(r / len(basis))
         residuals *= math.sqrt((1 + e) / (1 - e))
     residuals += defect * theta.abs().max() * ((whitened.to(y.dtype) @ y).norm(dim=0) / y.norm(dim=0)).clamp(min=1)
+    errors = torch.tensor(
+        [error for run in runs for error in run.errors or [0.0] * len(run.alpha)], dtype=torch.float64
+    )
+    if errors.any():
+        residuals += ((whitened.to(y.dtype) @ y).abs() * errors[:, None]).norm(dim=0) / y.norm(dim=0)
     # Both of a complex pair, as equal eigenvalues give, have one real part: it and the imaginary one span their plane.
     y = torch.where(theta.imag < 0, y.imag, y.real)
     y /= y.norm(dim=0)

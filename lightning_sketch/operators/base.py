@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch.operators.space import VectorSpace
+
 
 class LinearOperator(ABC):
     """A linear map A: R^n -> R^m that is never stored as a matrix.
@@ -37,6 +39,15 @@ class LinearOperator(ABC):
     @abstractmethod
     def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
         """Return Aᵀ y for each vector y along the last axis."""
+
+    @property
+    def space(self) -> VectorSpace:
+        """The vectors that this map takes; under shards this process has a part of each."""
+        return VectorSpace(self.shape[1], self.dtype, self.device)
+
+    def last_error(self) -> Float[Tensor, " m"] | None:
+        """Return a vector about as long as the error of the last product; None if that is rounding."""
+        return None
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -156,6 +167,15 @@ class UnaryOperator(LinearOperator):
         """The device of vectors for A."""
         return self.of.device
 
+    @property
+    def space(self) -> VectorSpace:
+        """The vectors that A takes."""
+        return self.of.space
+
+    def last_error(self) -> Float[Tensor, " m"] | None:
+        """Return the error of the last product with A."""
+        return self.of.last_error()
+
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Share work between the products with A taken inside this context."""
@@ -183,6 +203,12 @@ class BinaryOperator(LinearOperator):
     def device(self) -> torch.device:  # type: ignore[override]
         """The device of A, or that of B if A is on the CPU."""
         return self.right.device if self.left.device.type == "cpu" else self.left.device
+
+    @property
+    def space(self) -> VectorSpace:
+        """The vectors that B takes, in the type and on the device of this map; those of A have its size in a sum."""
+        space = self.right.space
+        return space if space.size < space.n else super().space
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -240,6 +266,11 @@ class Scaled(UnaryOperator):
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """Return c (A x)."""
         return self.factor * self.of.matvec(x)
+
+    def last_error(self) -> Float[Tensor, " m"] | None:
+        """Return c times the error of the last product with A."""
+        error = self.of.last_error()
+        return None if error is None else self.factor * error
 
     def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
         """Return c (Aᵀ y)."""
@@ -313,6 +344,11 @@ class Sum(BinaryOperator):
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """Return A x + B x."""
         return self.left.matvec(x) + self.right.matvec(x)
+
+    def last_error(self) -> Float[Tensor, " m"] | None:
+        """Return the sum of the errors of the last products with A and with B, by their sizes."""
+        errors = [error.abs() for error in (self.left.last_error(), self.right.last_error()) if error is not None]
+        return sum(errors[1:], errors[0]) if errors else None
 
     def rmatvec(self, y: Float[Tensor, "... m"]) -> Float[Tensor, "... n"]:
         """Return Aᵀ y + Bᵀ y."""

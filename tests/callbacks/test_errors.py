@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from models import Digits, fit, loader, trainer
 from pytorch_lightning.callbacks import EarlyStopping
-from pytorch_lightning.strategies import ModelParallelStrategy
+from pytorch_lightning.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader
 
@@ -132,10 +132,35 @@ def test_early_stopping_on_a_value_that_may_be_nan(tmp_path):
     fit(tmp_path, SpectrumMonitor(num_batches=1), stopping)
 
 
-def test_sharded_parameters(tmp_path):
-    run = trainer(tmp_path, strategy=ModelParallelStrategy(), devices=1)
-    with pytest.raises(MisconfigurationException, match=r"under ModelParallelStrategy.*strategy='ddp'.*validate"):
+def test_a_strategy_that_hides_its_shards(tmp_path):
+    """FSDP1 needs a GPU to be set up, and DeepSpeed to be installed; their names are what is looked at."""
+
+    class FSDPStrategy(SingleDeviceStrategy):
+        pass
+
+    run = trainer(tmp_path, strategy=FSDPStrategy())
+    with pytest.raises(MisconfigurationException, match=r"under FSDPStrategy.*ModelParallelStrategy.*ddp.*validate"):
         SpectrumMonitor().setup(run, Digits(), "fit")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"curvature": "ggn"},
+        {"method": "projected"},
+        {"hvp": "double_backward"},
+        {"over_batches": True, "num_batches": 4},
+        {"micro_batch_size": 2},
+    ],
+    ids=lambda argument: next(iter(argument)),
+)
+def test_what_a_hessian_of_shards_cannot_do(tmp_path, argument):
+    """Refused by name before training; with the defaults it is measured."""
+    run = trainer(tmp_path, strategy=ModelParallelStrategy(), devices=1)
+    name = next(iter(argument))
+    with pytest.raises(MisconfigurationException, match=rf"SpectrumMonitor\({name}=.* under ModelParallelStrategy"):
+        SpectrumMonitor(**argument).setup(run, Digits(), "fit")
+    SpectrumMonitor().setup(run, Digits(), "fit")
 
 
 @pytest.mark.parametrize("on_error", ["warn", "raise"])

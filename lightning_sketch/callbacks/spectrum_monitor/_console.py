@@ -37,6 +37,8 @@ class Console:
         """Print what a measurement cost, and once why its number of outliers is a lower bound."""
         since = time.perf_counter() - self._clock - measurement.seconds
         print_on_rank_zero(trainer, f"{self.name}: {self.cost(measurement, since)}")
+        if measurement.product_error:
+            self._say_once(trainer, "differences", self.differences(measurement))
         if math.isfinite(measurement.stable_below) or (measurement.critical and not measurement.critical.reason):
             print_on_rank_zero(trainer, f"{self.name}: {measurement.verdict}")
         elif measurement.verdict:
@@ -63,9 +65,21 @@ class Console:
         better = f"; {self.cadence}={factor * self.every} would make it {share / factor:.0%} of the time"
         return line if share <= 0.1 else line + better
 
+    def differences(self, measurement: Measurement) -> str:
+        """Say how exact differences of gradients are, and what to do where eigenvalues are lost in their noise."""
+        line = (
+            f"products are differences of gradients, off by {measurement.product_error:.1g}, which error bars include"
+        )
+        if measurement.product_error <= measurement.tol / 2:
+            return f"{line}."
+        wider = f"tol={5 * measurement.product_error:.1g} accepts them with these bars"
+        return f"{line}; with tol={measurement.tol:g} few eigenvalues converge, and {wider}."
+
     def outliers(self, measurement: Measurement) -> str:
         """Say why the number of outliers is a lower bound, and what to do."""
         count = int(measurement.num_outliers())
+        if measurement.product_error > measurement.tol / 2:
+            return "num_outliers is a lower bound, as the noise of gradients hides eigenvalues; see above."
         if not count:
             return "num_outliers is a lower bound, as no eigenvalue has converged; raise num_matvecs."
         return (

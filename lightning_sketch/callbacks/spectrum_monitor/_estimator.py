@@ -3,17 +3,19 @@
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch._lightning import precision_of_training
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import OutputLossName, training_step_loss
 from lightning_sketch.autodiff.preserve_state import Mode
+from lightning_sketch.autodiff.shards import is_sharded, local, reshard
 from lightning_sketch.callbacks.spectrum_monitor._measurement import LayerCurvature, Measurement
 from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatch
 from lightning_sketch.curvature import GGN, CriticalLearningRate, EmpiricalFisher, Hessian, Preconditioned, spectrum
@@ -240,10 +242,11 @@ class SpectrumEstimator:
     def _loss(self, module: nn.Module, probe: ProbeBatch) -> Tensor:
         """Return the mean loss of a probe batch."""
         batch = copy.deepcopy(probe.batch)  # a training_step may change its batch in place
-        if self.loss_fn:
-            return self.loss_fn(module, batch)
         try:
-            return training_step_loss(module, batch, batch_idx=probe.index)
+            with precision_of_training(module) if is_sharded(module) else nullcontext():
+                if self.loss_fn:
+                    return self.loss_fn(module, batch)
+                return training_step_loss(module, batch, batch_idx=probe.index)
         except (RuntimeError, ValueError) as error:
             if self.mode == "train" or not str(error).startswith("training_step of"):
                 raise
@@ -338,12 +341,18 @@ class InitialWeights:
     """
 
     def __init__(self, module: nn.Module):
-        self.values = {name: tensor.detach().clone() for name, tensor in _state(module).items()}
+        reshard(module)
+        self.values = {name: local(tensor).clone() for name, tensor in _state(module).items()}
 
     @contextmanager
     def loaded_into(self, module: nn.Module) -> Iterator[None]:
         """Give a module the copied values for as long as the context lasts, then its own tensors again."""
+        reshard(module)
         state = _state(module)  # a buffer that was registered later is unaffected
+        if is_sharded(module):  # FSDP refers to the memory of its shards
+            with _written_into({state[name]: value for name, value in self.values.items() if name in state}):
+                yield
+            return
         now = {name: tensor.data for name, tensor in state.items() if name in self.values}
         try:
             for name in now:
@@ -352,6 +361,19 @@ class InitialWeights:
         finally:
             for name, value in now.items():
                 state[name].data = value
+
+
+@contextmanager
+def _written_into(values: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Write values into tensors, of sharded ones this rank's shard, and the present values again afterwards."""
+    before = {tensor: local(tensor).clone() for tensor in values}
+    try:
+        for tensor, value in values.items():
+            local(tensor).copy_(value)
+        yield
+    finally:
+        for tensor, value in before.items():
+            local(tensor).copy_(value)
 
 
 def _state(module: nn.Module) -> dict[str, Tensor]:

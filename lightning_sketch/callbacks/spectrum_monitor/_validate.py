@@ -7,9 +7,10 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
 from lightning_sketch._lightning import LightningModule, Trainer, callbacks_of
+from lightning_sketch.callbacks.spectrum_monitor._estimator import SpectrumEstimator
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Stage
 
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+_REFUSED = ("FSDPStrategy", "DeepSpeedStrategy")
 
 
 def check_arguments(
@@ -73,7 +74,11 @@ def check_preconditioned(preconditioner: str | None, stages: Sequence[Stage], at
 
 
 def check_trainer(
-    trainer: Trainer, pl_module: LightningModule, name: str, has_loss_fn: bool, every_n_epochs: int | None
+    trainer: Trainer,
+    pl_module: LightningModule,
+    name: str,
+    estimator: SpectrumEstimator,
+    every_n_epochs: int | None,
 ) -> None:
     """Check that a spectrum can be measured.
 
@@ -81,21 +86,25 @@ def check_trainer(
         trainer: The Trainer that runs the fit.
         pl_module: The module that is trained.
         name: The prefix of the monitor's log keys.
-        has_loss_fn: Whether the user passes a loss instead of `training_step`.
+        estimator: What the monitor estimates.
         every_n_epochs: The number of epochs between measurements; None if it is not known.
 
     Raises:
-        MisconfigurationException: If the strategy shards parameters, the loss or the parameters are unknown, or another
-            callback would stop training at an eigenvalue that is logged as NaN, or between two measurements.
+        MisconfigurationException: If the strategy shards parameters in a way that is not supported, the loss or the
+            parameters are unknown, or another callback would stop training at an eigenvalue that is logged as NaN, or
+            between two measurements.
     """
-    sharded = [kind.__name__ for kind in type(trainer.strategy).__mro__ if kind.__name__ in _SHARDED]
-    if sharded:
+    kinds = [kind.__name__ for kind in type(trainer.strategy).__mro__]
+    refused = [kind for kind in kinds if kind in _REFUSED]
+    if refused:
         raise MisconfigurationException(
-            f"SpectrumMonitor cannot measure under {sharded[0]}: sharded parameters have no second derivatives in "
-            "PyTorch. Train with strategy='ddp', or save checkpoints and measure them in one process: "
-            "Trainer(callbacks=[SpectrumMonitor(stages=['validate'])]).validate(model, dataloader)."
+            f"SpectrumMonitor cannot measure under {refused[0]}, which hides the parameters' shards. Train with "
+            "ModelParallelStrategy (FSDP2, tensor parallel) or strategy='ddp', or save checkpoints and measure them in "
+            "one process: Trainer(callbacks=[SpectrumMonitor(stages=['validate'])]).validate(model, dataloader)."
         )
-    if not has_loss_fn and not pl_module.automatic_optimization:
+    if "ModelParallelStrategy" in kinds:
+        _check_sharded(estimator)
+    if not estimator.loss_fn and not pl_module.automatic_optimization:
         raise MisconfigurationException(
             f"{type(pl_module).__name__} uses manual optimization, so its training_step need not return the loss; pass "
             "SpectrumMonitor(loss_fn=lambda module, batch: ...)."
@@ -108,6 +117,24 @@ def check_trainer(
         key = getattr(callback, "monitor", None) or ""
         if key.startswith(tuple(f"{name}{section}/" for section in ("", "_eigenvalues", "_layers"))):
             _check_stopping(trainer, callback, key, every_n_epochs or 1)
+
+
+def _check_sharded(estimator: SpectrumEstimator) -> None:
+    """Refuse what a Hessian of sharded parameters cannot do: all of it needs second derivatives, or whole vectors."""
+    asked = {
+        f"curvature={estimator.curvature!r}": estimator.curvature != "hessian",
+        f"method={estimator.method!r}": estimator.method != "lanczos",
+        f"hvp={estimator.hvp!r}": estimator.hvp not in ("auto", "finite_differences"),
+        "over_batches=True": estimator.over_batches,
+        f"micro_batch_size={estimator.micro_batch_size}": estimator.micro_batch_size is not None,
+    }
+    for argument, refused in asked.items():
+        if refused:
+            raise MisconfigurationException(
+                f"SpectrumMonitor({argument}) is not possible under ModelParallelStrategy, where products are "
+                "differences of gradients that all ranks compute together; leave it out, or measure a checkpoint in "
+                "one process."
+            )
 
 
 def _check_stopping(trainer: Trainer, callback: Any, key: str, every_n_epochs: int) -> None:

@@ -77,7 +77,11 @@ class SpectrumMonitor(CallbackBase):
     A measurement costs at most 1.25 `num_matvecs` + 32 `density_probes` + 3 products over `num_batches` batches, each
     about three gradients, and memory for about six vectors of the parameters' size. Its actual cost is printed.
 
-    Under DDP each rank has its own batches, and products are averaged over the ranks.
+    Under DDP each rank has its own batches, and products are averaged over the ranks. Under ModelParallelStrategy
+    (FSDP2, tensor parallel) vectors stay sharded as the parameters are, and products are differences of gradients in
+    the precision of the training, whose error `residuals` include: four gradients each, some thirty more to choose their
+    step, and memory for eight vectors of a rank's shards. In evaluation mode Hugging Face models do not checkpoint
+    activations; `mode="train"` does.
 
     Args:
         curvature: "hessian"; "ggn", the Gauss-Newton matrix, which is never negative; or "fisher", the empirical
@@ -129,7 +133,8 @@ class SpectrumMonitor(CallbackBase):
 
     Raises:
         ValueError: If an argument is out of its range.
-        MisconfigurationException: Before training, if the Trainer or the module is not supported.
+        MisconfigurationException: Before training, if the Trainer or the module is not supported; FSDP1 and DeepSpeed
+            are not.
 
     Example::
 
@@ -255,7 +260,7 @@ class SpectrumMonitor(CallbackBase):
             self._before = ("of the last fit", self._probes.fingerprint) if again else None
             self._probes, self._initial = ProbeBatches(self._probes.num_batches), None
         self._evaluated = ProbeBatches(self._probes.num_batches)
-        check_trainer(trainer, pl_module, self.name, self.estimator.loss_fn is not None, self.every_n_epochs)
+        check_trainer(trainer, pl_module, self.name, self.estimator, self.every_n_epochs)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the pattern matches trainable parameters, and begin a new history unless a fit is continued."""

@@ -1,0 +1,264 @@
+"""Vectors of a sharded module's parameters, of which each rank has the numbers that belong to its own shards.
+
+Parameters are DTensors as FSDP2 (`fully_shard`) and tensor parallelism make them, or whole on every rank. Nothing of
+the size of all parameters is formed on one rank.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as distributed
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lightning_sketch._private import required
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.operators.random import Key
+from lightning_sketch.operators.space import VectorSpace, dot_here, fill_with_normals
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The part of one parameter that a rank has.
+
+    Attributes:
+        start: The index of its first number among all n. Blocks of a parameter are numbered by their places in it, so
+            that shards by rows have the indices that they have in the flat vector.
+        size: The number of its numbers.
+        ranks: All ranks that have the same block.
+    """
+
+    start: int
+    size: int
+    ranks: tuple[int, ...]
+
+
+class Shards(VectorSpace):
+    """The flat vectors of a module's parameters, in shards. All ranks make it, and call its methods, together.
+
+    Args:
+        layout: Names and whole shapes of the parameters.
+        parameters: The parameters, DTensors or whole.
+        dtype: The type of vectors.
+
+    Attributes:
+        n: The number of numbers in all parameters.
+        size: The number of numbers that this rank has, copies included.
+
+    Raises:
+        TypeError: If a parameter is sharded in a way that is not supported.
+    """
+
+    def __init__(self, layout: Layout, parameters: Sequence[Tensor], dtype: torch.dtype):
+        super().__init__(layout.n, dtype, local(parameters[0]).device)
+        self._shapes = [local(parameter).shape for parameter in parameters]
+        self._sizes = [shape.numel() for shape in self._shapes]
+        self.size = sum(self._sizes)
+        self._blocks = _blocks(layout, parameters)
+        self._runs: list[tuple[tuple[int, ...], slice]] = []  # neighbors with copies on the same ranks
+        for ranks, run in itertools.groupby(zip(self._blocks, self._slices(), strict=True), lambda pair: pair[0].ranks):
+            places = [place for _, place in run]
+            self._runs.append((ranks, slice(places[0].start, places[-1].stop)))
+        self._groups = _groups({ranks for ranks, _ in self._runs})
+
+    def pieces(self, vector: Float[Tensor, " size"]) -> list[Tensor]:
+        """Return views of a vector, in the shapes of this rank's shards."""
+        return [part.view(shape) for part, shape in zip(vector.split(self._sizes), self._shapes, strict=True)]
+
+    def flatten(self, tensors: Sequence[Tensor | None]) -> Float[Tensor, " size"]:
+        """Return this rank's numbers of tensors, sharded as the parameters are; None is zero."""
+        vector = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        for piece, tensor in zip(self.pieces(vector), tensors, strict=True):
+            if tensor is not None:
+                piece.copy_(local(tensor))
+        return vector
+
+    def dot(self, x: Float[Tensor, " size"], y: Float[Tensor, " size"]) -> float:
+        """Return the inner product of two vectors over all ranks, summed in float64."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for ranks, part in self._runs:
+            total += dot_here(x[part], y[part]) / len(ranks)
+        return float(summed(total))
+
+    def normal(self, key: Key, dtype: torch.dtype | None = None) -> Float[Tensor, " size"]:
+        """Return this rank's part of a vector of standard normal numbers."""
+        v = torch.empty(self.size, dtype=dtype or self.dtype, device=self.device)
+        for block, place in zip(self._blocks, self._slices(), strict=True):
+            fill_with_normals(v[place], key, block.start)
+        return v
+
+    def sketched(self, sketch: Any, x: Float[Tensor, " size"]) -> Float[Tensor, " dim"]:
+        """Return S x, summed over the ranks, or all of x if the sketch S is None, in float64 on the CPU."""
+        total = torch.zeros(self.n if sketch is None else sketch.dim, dtype=torch.float64, device=self.device)
+        for block, place in zip(self._blocks, self._slices(), strict=True):
+            if block.size and block.ranks[0] == _rank():
+                stop = block.start + block.size
+                if sketch is None:
+                    total[block.start : stop] = x[place]
+                else:
+                    total += sketch.columns(block.start, stop).matvec(x[place])
+        return summed(total).cpu()
+
+    def mean_of_copies_(self, x: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
+        """Replace numbers that several ranks have by the mean of these, in place."""
+        for ranks, part in self._runs:
+            if len(ranks) > 1 and part.stop > part.start:
+                distributed.all_reduce(x[part], group=self._groups[ranks])
+                x[part] /= len(ranks)
+        return x
+
+    def _slices(self) -> Iterator[slice]:
+        """Yield the places of the blocks in this rank's part of a vector."""
+        starts = itertools.accumulate(self._sizes, initial=0)
+        return itertools.starmap(slice, itertools.pairwise(starts))
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a parameter of the module is a DTensor."""
+    return any(hasattr(parameter, "placements") for parameter in module.parameters())
+
+
+def local(tensor: Any) -> Tensor:
+    """Return the values of a tensor, of a DTensor this rank's shard, in its own memory.
+
+    What is written there does not count as a change of the tensor, so that graphs which saved it stay valid.
+    """
+    data = tensor.data
+    return data.to_local() if hasattr(data, "to_local") else data
+
+
+def checksums(parameters: Sequence[Tensor]) -> list[int]:
+    """Return a sum of the bits of each parameter, of a DTensor of this rank's shard.
+
+    The version of a DTensor does not count the steps of most optimizers.
+    """
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [local(p).view(sizes[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
+    return torch.stack(sums).tolist()
+
+
+def reshard(module: nn.Module) -> None:
+    """Free the gathered weights that FSDP keeps after a forward pass, so that the next one gathers the shards again."""
+    parts: Any = module.modules()
+    for part in parts:
+        if hasattr(part, "reshard") and hasattr(part, "unshard"):
+            part.reshard()
+
+
+@contextmanager
+def reduced_gradients(module: nn.Module) -> Iterator[None]:
+    """Let backward passes reduce gradients into `.grad` of the shards, and put aside what is there.
+
+    Also where gradients are being accumulated without communication: FSDP keeps these apart from `.grad`.
+    """
+    reshard(module)
+    kept: list[tuple[Any, str, Any, Any]] = [(p, "grad", p.grad, None) for p in module.parameters()]
+    for group in fsdp_groups(module):
+        for name, inside in (("reduce_grads", True), ("all_reduce_grads", True), ("_partial_reduce_output", None)):
+            kept.append((group, name, required(group, name), inside))
+        for of_fsdp in required(group, "fsdp_params"):
+            name, gathered = "unsharded_accumulated_grad", getattr(of_fsdp, "_unsharded_param", None)
+            kept.append((of_fsdp, name, required(of_fsdp, name), None))
+            if gathered is not None:  # after the first forward pass
+                kept.append((gathered, "grad", gathered.grad, None))
+    try:
+        for owner, name, _, inside in kept:
+            setattr(owner, name, inside)
+        yield
+    finally:
+        reshard(module)
+        for owner, name, before, _ in kept:
+            setattr(owner, name, before)
+
+
+def tensor_parallel_groups(module: nn.Module) -> list[Any]:
+    """Return the process groups of this rank's mesh axes along which FSDP does not run: these ranks share batches."""
+    of_fsdp = {
+        id(one.sharded_param): group.mesh_info.mesh.ndim
+        for group in fsdp_groups(module)
+        for one in required(group, "fsdp_params")
+    }
+    found = {}
+    for parameter in module.parameters():
+        mesh: Any = getattr(parameter, "device_mesh", None)
+        for axis in range(of_fsdp.get(id(parameter), 0), mesh.ndim if mesh is not None else 0):
+            if mesh.size(axis) > 1:
+                group = mesh.get_group(axis)
+                found[group.group_name] = group
+    return list(found.values())
+
+
+def fsdp_groups(module: nn.Module) -> list[Any]:
+    """Return what FSDP2 knows of the parameters that it gathers together."""
+    found: list[Any] = []
+    parts: Any = module.modules()
+    for part in parts:
+        if hasattr(part, "reshard") and hasattr(part, "unshard"):
+            state = required(part, "_get_fsdp_state")()
+            several = getattr(state, "_fsdp_param_groups", None)  # since PyTorch 2.12 or so
+            found += [required(state, "_fsdp_param_group")] if several is None else several
+    return [group for group in found if group is not None]
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """Return the sum over all ranks, in place."""
+    if distributed.get_world_size() > 1:
+        distributed.all_reduce(tensor)
+    return tensor
+
+
+def _rank() -> int:
+    return distributed.get_rank()
+
+
+def _blocks(layout: Layout, parameters: Sequence[Tensor]) -> list[_Block]:
+    """Return this rank's block of each parameter."""
+    mine = [_place(parameter) for parameter in parameters]
+    everywhere: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everywhere, mine)
+    blocks, start = [], 0
+    for i, (name, shape) in enumerate(zip(layout.names, layout.shapes, strict=True)):
+        ranks: dict[tuple, list[int]] = {}
+        for rank, places in enumerate(everywhere):
+            ranks.setdefault(places[i], []).append(rank)
+        sizes = {place: size for place in ranks if (size := torch.Size(place[1]).numel())}
+        if sum(sizes.values()) != shape.numel():
+            raise TypeError(
+                f"parameter {name} is sharded as {getattr(parameters[i], 'placements', 'whole')}, whose parts have "
+                f"{sum(sizes.values()):,} of its {shape.numel():,} numbers; shard it by rows or columns."
+            )
+        place, ends = mine[i], itertools.accumulate(sizes[place] for place in sorted(sizes))
+        starts = {place: start + end - sizes[place] for place, end in zip(sorted(sizes), ends, strict=True)}
+        blocks.append(_Block(starts.get(place, start), sizes.get(place, 0), tuple(ranks[place])))
+        start += shape.numel()
+    return blocks
+
+
+def _place(parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return where this rank's shard begins along each axis, and its shape."""
+    if not hasattr(parameter, "placements"):
+        return (0,) * parameter.ndim, tuple(parameter.shape)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset  # loaded with DTensor anyway
+
+    shape, offset = compute_local_shape_and_global_offset(
+        parameter.shape, parameter.device_mesh, tuple(parameter.placements)
+    )
+    return tuple(offset), tuple(shape)
+
+
+def _groups(wanted: set[tuple[int, ...]]) -> dict[tuple[int, ...], Any]:
+    """Return a process group for each set of ranks that share numbers."""
+    everywhere: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(everywhere, sorted(ranks for ranks in wanted if len(ranks) > 1))
+    return {ranks: _group(ranks, distributed.group.WORLD) for ranks in sorted(set(itertools.chain(*everywhere)))}
+
+
+@functools.lru_cache(maxsize=64)
+def _group(ranks: tuple[int, ...], whole: Any) -> Any:
+    """Return a process group of these ranks, made once; all ranks of the whole group call this."""
+    return whole if len(ranks) == whole.size() else distributed.new_group(list(ranks))
