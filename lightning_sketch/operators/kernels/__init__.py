@@ -101,7 +101,12 @@ def _has_triton(device: torch.device, forced: bool) -> bool:
         return False
     if device.type != "cuda":
         return forced and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, for tests
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= _LOWEST_CAPABILITY
+    return _is_capable(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _is_capable(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= _LOWEST_CAPABILITY
 
 
 @functools.cache

@@ -134,17 +134,12 @@ def forward(
     if PREFETCH:
         ahead = (first + low + group) * UNIT
         tile = _load(x, ahead, start, stop, True, BLOCKS, A)
-        if PARTS == 2:
-            other = _load(x, ahead + SIZE, start, stop, True, BLOCKS, A)
     for c in range(low + group, high, groups):
         base = (first + c) * UNIT
         if PREFETCH:
             ahead = (first + gl.minimum(c + groups, high - 1)) * UNIT
             flipped = _flip(tile.to(gl.float32), base, in0, in1, BLOCKS, A)
             tile = _load(x, ahead, start, stop, False, BLOCKS, A)
-            if PARTS == 2:
-                flipped += _parity(1, part) * _flip(other.to(gl.float32), base + SIZE, in0, in1, BLOCKS, A)
-                other = _load(x, ahead + SIZE, start, stop, False, BLOCKS, A)
         else:
             flipped = _flipped(x, base, part, start, stop, in0, in1, False, BLOCKS, PARTS, A)
         mixed = _transform(flipped, BITS_A, BITS_B, BITS_C, BLOCKS, A, B, C)

@@ -10,18 +10,18 @@ from torch import Tensor
 from lightning_sketch.operators.kernels.triton import block_srht as hadamard
 from lightning_sketch.operators.kernels.triton import count_sketch as rolling
 from lightning_sketch.operators.kernels.triton.plans import Plan, Tiles, constants, plan_of, tiles_of
-from lightning_sketch.operators.random import Key
 
 if TYPE_CHECKING:
     from lightning_sketch.operators.sketch import Sketch
 
+_REGISTERS = 128  # of a thread at most; with 80, and more programs at once, all kernels took longer
 
 def forward(sketch: "Sketch", x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
     """Return S[:, start : start + size] x for each row, in float32."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     with torch.cuda.device_of(x):
         if sketch.kind == "count_sketch":
-            return count_sketch_forward(sketch, x, start, tiles_of(sketch.dim))
+            return count_sketch_forward(sketch, x, start, tiles_of(sketch.dim, False))
         return block_srht_forward(sketch, x, start, plan_of(sketch.width, x.element_size(), False))
 
 
@@ -29,7 +29,7 @@ def adjoint(sketch: "Sketch", y: Float[Tensor, "rows dim"], start: int, stop: in
     """Return S[:, start : stop]ᵀ y for each row, in float32."""
     with torch.cuda.device_of(y):
         if sketch.kind == "count_sketch":
-            return count_sketch_adjoint(sketch, y.contiguous(), start, stop, tiles_of(sketch.dim))
+            return count_sketch_adjoint(sketch, y.contiguous(), start, stop, tiles_of(sketch.dim, True))
         return block_srht_adjoint(sketch, y, start, stop, plan_of(sketch.width, 4, True))
 
 
@@ -45,8 +45,8 @@ def block_srht_forward(sketch: "Sketch", x: Tensor, start: int, plan: Plan) -> T
     align = 16 if start % 16 == stride % 16 == 0 else 1
     hadamard.forward[(rows * groups * parts,)](
         x, sums, chunk**-0.5, start // align, stop, stride // align, first, count, groups,
-        *_signed(sketch.key("in")), *_signed(sketch.key("out")),
-        align, PREFETCH=plan.prefetch and parts <= 2, **fixed, num_warps=plan.warps, maxnreg=plan.registers,
+        *_keys(sketch, "in", "out"),
+        align, PREFETCH=plan.prefetch and parts == 1, **fixed, num_warps=plan.warps, maxnreg=_REGISTERS,
     )  # fmt: skip
     total = sums.view(rows, -1, chunk).sum(1)
     if dim == chunk:
@@ -67,8 +67,8 @@ def block_srht_adjoint(sketch: "Sketch", y: Tensor, start: int, stop: int, plan:
     align = 16 if start % 16 == 0 and (rows == 1 or size % 16 == 0) else 1
     hadamard.adjoint[(rows * groups * parts,)](
         y, out, chunk**-0.5, start // align, stop, size // align, first, count, groups,
-        *_signed(sketch.key("in")), *_signed(sketch.key("out")),
-        align, CHUNK=chunk, **fixed, num_warps=plan.warps, maxnreg=plan.registers,
+        *_keys(sketch, "in", "out"),
+        align, CHUNK=chunk, **fixed, num_warps=plan.warps, maxnreg=_REGISTERS,
     )  # fmt: skip
     return out
 
@@ -83,7 +83,7 @@ def count_sketch_forward(sketch: "Sketch", x: Tensor, start: int, tiles: Tiles) 
     sums = x.new_empty(rows, groups, dim, dtype=torch.float32)
     rolling.forward[(rows * groups * parts,)](
         x, sums, start, stop, x.stride(0) if rows > 1 else 0, first, count, groups, dim,
-        *_signed(sketch.key("signs")), *_signed(sketch.key("shifts")),
+        *_keys(sketch, "signs", "shifts"),
         tiles.chunks, tiles.width, dim % tiles.width == 0, _wide(stop), num_warps=tiles.warps,
     )  # fmt: skip
     return sums.sum(1)
@@ -99,7 +99,7 @@ def count_sketch_adjoint(sketch: "Sketch", y: Tensor, start: int, stop: int, til
     out = y.new_empty(rows, size, dtype=torch.float32)
     rolling.adjoint[(rows * groups * parts,)](
         y, out, start, stop, size, first, count, groups, dim,
-        *_signed(sketch.key("signs")), *_signed(sketch.key("shifts")),
+        *_keys(sketch, "signs", "shifts"),
         tiles.chunks, tiles.width, dim % tiles.width == 0, _wide(stop), num_warps=tiles.warps,
     )  # fmt: skip
     return out
@@ -128,7 +128,6 @@ def _wide(stop: int) -> bool:
 
 
 @functools.lru_cache(maxsize=64)
-def _signed(key: Key) -> tuple[int, int]:
-    """Return the two numbers of a key as signed integers of 32 bits, so that a kernel is compiled once for all keys."""
-    low, high = ((number ^ 1 << 31) - (1 << 31) for number in key)
-    return low, high
+def _keys(sketch: "Sketch", *streams: str) -> tuple[int, ...]:
+    """Return the keys of streams as signed integers of 32 bits, so that a kernel is compiled once for all keys."""
+    return tuple((number ^ 1 << 31) - (1 << 31) for stream in streams for number in sketch.key(stream))

@@ -1,4 +1,9 @@
-"""Sizes of the kernels: what a program holds at once, and which thread holds which number."""
+"""Sizes of the kernels: what a program holds at once, and which thread holds which number.
+
+Those of `plan_of` and `tiles_of` were the fastest of two to seven that were tried on an NVIDIA H200 (driver
+580.159.04, PyTorch 2.11.0, Triton 3.6.0, 2026-11-27), with vectors of 2^24 and 2^27 numbers in float32 and bfloat16
+and dims 2^8, 2^12 and 2^15; `benchmarks/results/gpu_2026-11-27_kernels.jsonl` has their times.
+"""
 
 import functools
 from typing import Any, NamedTuple
@@ -16,8 +21,7 @@ class Plan(NamedTuple):
         warps: The number of warps of a program.
         stages: The bits of the index that a thread holds at each of three stages; the first one loads.
         programs: The number of programs for each multiprocessor.
-        prefetch: Whether the next tile is loaded while one is transformed, where a chunk is no larger than two tiles.
-        registers: The largest number of registers of a thread.
+        prefetch: Whether the next tile is loaded while one is transformed, where a chunk is no larger than a tile.
     """
 
     bits: int
@@ -25,7 +29,6 @@ class Plan(NamedTuple):
     stages: tuple[tuple[int, ...], ...]
     programs: int
     prefetch: bool = False
-    registers: int = 128
 
     def parts(self, chunk: int) -> int:
         """Return the number of tiles that a chunk of this length is made of."""
@@ -48,11 +51,13 @@ class Tiles(NamedTuple):
     programs: int
 
 
+@functools.cache
 def plan_of(chunk: int, bytes_each: int, backward: bool) -> Plan:
     """Return the sizes for chunks of a length, of numbers of 2 or 4 bytes; `backward` means the adjoint."""
-    bits = min(max(chunk.bit_length() - 1, 13), 14)
+    bits = 14 if chunk > 1 << 13 and not backward else 13
     stages = stages_of(bits, 16 // bytes_each)
-    return Plan(bits, 1 << bits - 10, stages[::-1] if backward else stages, 2 if bits == 13 else 1)
+    prefetch = 1 << 10 < chunk <= 1 << 13 and bytes_each == 4 and not backward
+    return Plan(bits, 1 << bits - 10, stages[::-1] if backward else stages, 2 if bits == 13 else 1, prefetch)
 
 
 def stages_of(bits: int, vector: int) -> tuple[tuple[int, ...], ...]:
@@ -68,11 +73,15 @@ def stages_of(bits: int, vector: int) -> tuple[tuple[int, ...], ...]:
     return first, second, tuple(sorted((*rest, *(bit for bit in (12, 11, 10) if bit not in rest))[:5]))
 
 
-def tiles_of(dim: int) -> Tiles:
-    """Return the sizes of a kernel of CountSketch: 16 numbers a thread, of few chunks, whose shifts it computes."""
+@functools.cache
+def tiles_of(dim: int, backward: bool) -> Tiles:
+    """Return the sizes of a kernel of CountSketch: of few chunks at once, whose shifts each thread computes."""
     width = min(1 << (dim - 1).bit_length(), 4096)
     warps = max(1, width // 512)
-    return Tiles(width, max(1, 512 // width), warps, 32 // warps)
+    programs = max(8, 32 // warps)
+    if backward:
+        return Tiles(width, max(1, 512 // width), warps, programs)
+    return Tiles(width, max(1, 1024 // width), warps, min(programs, 16))
 
 
 @functools.cache
