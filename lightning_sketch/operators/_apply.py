@@ -27,12 +27,15 @@ def apply(sketch: "Sketch", start: int, stop: int, adjoint: bool, x: Tensor) -> 
         adjoint: Whether to multiply by the adjoint of these columns instead.
         x: Vectors along the last axis.
     """
+    level = cast(int, required(torch.autograd.forward_ad, "_current_level"))
     if torch.compiler.is_compiling():  # traced as one opaque operation: the loops inside do not unroll
-        level = cast(int, required(torch.autograd.forward_ad, "_current_level"))
         if level >= 0:  # the opaque operation has no forward-mode rule: tangents would be zero
             raise RuntimeError("forward-mode derivatives of a sketch cannot be compiled; use torch.compiler.disable.")
         return _compiled(x, sketch.kind, sketch.n, sketch.dim, sketch.seed, start, stop, adjoint)
-    return _Apply.apply(x, sketch, start, stop, adjoint)
+    followed = (x.requires_grad and torch.is_grad_enabled()) or level >= 0
+    if followed or required(torch._C, "_are_functorch_transforms_active")():
+        return _Apply.apply(x, sketch, start, stop, adjoint)
+    return _run(x, sketch, start, stop, adjoint)  # without a Function, which takes the host longer than all else
 
 
 def _run(x: Tensor, sketch: "Sketch", start: int, stop: int, adjoint: bool) -> Tensor:
