@@ -1,4 +1,4 @@
-"""The kernels in Triton, in its interpreter on the CPU: the theorems of `interpreted.py`, in a process of its own."""
+"""The kernels in Triton: the theorems of `triton_theorems.py`, in a process of its own."""
 
 import os
 import subprocess
@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 
-THEOREMS = Path(__file__).with_name("interpreted.py")
+THEOREMS = Path(__file__).with_name("triton_theorems.py")
 
 
 @pytest.mark.slow
-def test_the_kernels_in_triton_are_the_reference():
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_kernels_in_triton_are_the_reference(device):
+    """On a CPU in Triton's interpreter."""
     pytest.importorskip("triton", minversion="3.6")
     command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", str(THEOREMS)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "LIGHTNING_SKETCH_KERNEL": "triton"}
+    environment = os.environ | {"LIGHTNING_SKETCH_KERNEL": "triton", "KERNELS_ON": device}
+    environment["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     run = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stdout
