@@ -3,7 +3,7 @@ BIN := .venv/bin
 LOWEST := attribution autodiff callbacks metrics store subspace test_private.py
 PYTEST := -m pytest -n auto --dist worksteal
 
-.PHONY: quickstart test test-all test-lowest lint bench clean
+.PHONY: quickstart test test-all test-lowest lint bench gpu clean
 
 quickstart: .venv/run  ## install what the main job needs, then run it
 	$(BIN)/python examples/quickstart.py
@@ -26,6 +26,9 @@ lint: .venv/dev
 
 bench: .venv/dev  ## the benchmarks that need no peer; minutes
 	$(BIN)/python benchmarks/sketch_speed.py
+
+gpu: .venv/dev  ## tests and benchmarks on a CUDA device; eight minutes at most
+	$(BIN)/python benchmarks/gpu.py
 
 %/bin/python:
 	$(PYTHON) -m venv $* || { rm -rf $*; echo "Python's venv module is missing: apt install python3-venv"; exit 1; }

@@ -15,7 +15,17 @@ THEOREMS = Path(__file__).with_name("triton_theorems.py")
 def test_the_kernels_in_triton_are_the_reference(device):
     """On a CPU in Triton's interpreter."""
     pytest.importorskip("triton", minversion="3.6")
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib", str(THEOREMS)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-W",
+        "default",
+        "-o",
+        "addopts=--import-mode=importlib",
+        str(THEOREMS),
+    ]
     environment = os.environ | {"LIGHTNING_SKETCH_KERNEL": "triton", "KERNELS_ON": device}
     environment["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     run = subprocess.run(command, capture_output=True, text=True, env=environment)

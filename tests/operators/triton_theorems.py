@@ -1,9 +1,11 @@
 """A kernel in Triton is the reference up to rounding, for all sizes, types, ranges and batches, and under vmap and jvp.
 
-Run by `test_triton.py` in a process of its own, in Triton's interpreter or on a CUDA device, as the environment variable
-KERNELS_ON says: the interpreter is chosen when Triton is imported, and the checkers of types would wrap its functions.
-Rounding: additions in float32 lose 6e-8 each, and their errors grow with the square
-root of how many follow each other, a hundred or so here; 1e-6 is far below any mistake.
+Run by `test_triton.py` in a process of its own, in Triton's interpreter or on a CUDA device, as the environment
+variable KERNELS_ON says: the interpreter is chosen when Triton is imported, and checkers of types would wrap its
+functions.
+
+Rounding: additions in float32 lose 6e-8 each, and their errors grow with the square root of how many follow each other,
+a hundred or so here; 1e-6 is far below any mistake.
 """
 
 import itertools
