@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _REGISTERS = 128  # of a thread at most; with 80, and more programs at once, all kernels took longer
 
+
 def forward(sketch: "Sketch", x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
     """Return S[:, start : start + size] x for each row, in float32."""
     x = x if x.stride(-1) == 1 else x.contiguous()

@@ -1,8 +1,8 @@
 """Sizes of the kernels: what a program holds at once, and which thread holds which number.
 
-Those of `plan_of` and `tiles_of` were the fastest of two to seven that were tried on an NVIDIA H200 (driver
-580.159.04, PyTorch 2.11.0, Triton 3.6.0, 2026-11-27), with vectors of 2^24 and 2^27 numbers in float32 and bfloat16
-and dims 2^8, 2^12 and 2^15; `benchmarks/results/gpu_2026-11-27_kernels.jsonl` has their times.
+Those of `plan_of` and `tiles_of` were the fastest that were tried on an NVIDIA H200 (driver 580.159.04, PyTorch 2.11.0,
+Triton 3.6.0, 2026-11-27), with vectors of 2^24 and 2^27 numbers in float32 and bfloat16 and dims 2^8, 2^12 and 2^15;
+`benchmarks/results/gpu_2026-11-27_kernels.jsonl` has the times of all.
 """
 
 import functools
@@ -76,7 +76,9 @@ def stages_of(bits: int, vector: int) -> tuple[tuple[int, ...], ...]:
 @functools.cache
 def tiles_of(dim: int, backward: bool) -> Tiles:
     """Return the sizes of a kernel of CountSketch: of few chunks at once, whose shifts each thread computes."""
-    width = min(1 << (dim - 1).bit_length(), 4096)
+    width = 1 << (dim - 1).bit_length()
+    if width > 4096:
+        return Tiles(4096, 1, 8, 4)
     warps = max(1, width // 512)
     programs = max(8, 32 // warps)
     if backward:
