@@ -4,11 +4,10 @@
 
 A sketch is linear, so each factor is formed one buffer at a time, sketched, and forgotten: no gradient is ever whole.
 
-For a sketch that streams, S = scale · (M_1 M_2 ...) over its chunks. Whole chunks are written to a buffer of about
-2^20 numbers, a few examples side by side, and sketched in place: signs are made once for these examples, and nothing
-is copied. Numbers that fill a chunk only in part are kept until those around them have come, since a part of a chunk
-costs as much as the chunk. Scratch memory: four buffers, or a few chunks of every example if that is more, whatever
-the size of the gradients.
+For a sketch that streams, S = scale · (M_1 M_2 ...) over its chunks. Whole chunks are written to a buffer of about 2^20
+numbers (2^24 on a GPU), a few examples side by side, and sketched in place: signs are made once for these examples.
+Numbers that fill a chunk only in part are kept until those around them have come, since a part of a chunk costs as much
+as the chunk. Scratch memory: four buffers, or a few chunks of every example if that is more.
 """
 
 import functools
@@ -20,6 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.operators import kernels
+from lightning_sketch.operators._hadamard import group_size
 from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.operators.random import FLIP_SLACK
 from lightning_sketch.operators.sketch import Sketch
@@ -27,11 +28,10 @@ from lightning_sketch.operators.streaming import StreamingSketch, Which
 from lightning_sketch.per_example.factors import Factor, LowRank, SparseRows, separate
 from lightning_sketch.per_example.precondition import GradientMap
 
-# Numbers that are formed and sketched at once: 4 MB in float32.
+# Numbers that are formed and sketched at once on a CPU: 4 MB in float32; on a GPU as many as a sketch handles at once.
 _BUFFER = 1 << 20
 
-# The most examples side by side in a buffer; with more, each would have so little of it that products with its
-# factors are slow.
+# The most examples side by side in a buffer; with more, products with the factors of each would be small and slow.
 _SIDE_BY_SIDE = 16
 
 # fill(target, examples, low, high, add, scratch): write the numbers [low, high) of these examples' range to `target`,
@@ -44,8 +44,8 @@ class SketchAccumulator:
 
     Works on the device of the parameters, in float32 (float64 if a parameter is), whatever autocast says; buffers are
     kept from batch to batch. With a sketch that streams, time is proportional to the size of the gradients, and scratch
-    memory is 13 to 18 MB, or a few times the size of the rows if that is more. A sketch that does not stream (AFFD,
-    FJL, QK) forms each factor whole and costs a whole sketch for each: correct, and slow.
+    memory is 13 to 18 MB (16 times that on a GPU), or a few times the size of the rows if that is more. A sketch that
+    does not stream (AFFD, FJL, QK) forms each factor whole and costs a whole sketch for each: correct, and slow.
 
     Args:
         sketch: The sketch, of vectors of the layout's size.
@@ -244,7 +244,7 @@ class _ChunkedSums:
 
     def __init__(self, sketch: StreamingSketch, like: Tensor):
         self.like, self._sketch, self._chunk = like, sketch, sketch.chunk
-        self._most = max(2, _BUFFER // sketch.chunk)  # chunks in a buffer
+        self._most = max(2, max(_BUFFER, group_size(like.device)) // sketch.chunk)  # chunks in a buffer
         room = self._most * sketch.chunk
         self._buffer, *self._spare = like.new_empty(3, room + max(room // 4, FLIP_SLACK))
         self._room = like.new_empty(0)
@@ -350,20 +350,19 @@ class _ChunkedSums:
             yield examples, self._most // (parts * (examples.stop - examples.start))
 
     def _take(self, examples: slice, group: int) -> Float[Tensor, "n group chunk"]:
-        count = examples.stop - examples.start
-        return self._buffer[: count * group * self._chunk].view(count, group, self._chunk)
+        shape = (examples.stop - examples.start, group, self._chunk)
+        return self._buffer[: math.prod(shape)].view(shape)
 
     def _gather(self, buffer: Tensor, which: Which, examples: slice) -> None:
-        self._sketch.gather(buffer, which, self._spare, self._total[examples])
+        if isinstance(which, int) and kernels.kernel_in_use(self._sketch, buffer.device) != "torch":
+            rows = kernels.forward(self._sketch, buffer.flatten(1), which * self._chunk)
+            self._total[examples] += rows / self._sketch.scale
+        else:
+            self._sketch.gather(buffer, which, self._spare, self._total[examples])
 
 
 class _WholeSums:
-    """Sums of sketches that do not stream, one row for each example; every range is formed whole, for all examples.
-
-    Args:
-        sketch: The sketch.
-        like: A tensor whose device and type are used throughout.
-    """
+    """Sums of sketches that do not stream, like `_ChunkedSums`; every range is formed whole, for all examples."""
 
     def __init__(self, sketch: Sketch, like: Tensor):
         self._sketch, self.like = sketch, like

@@ -14,7 +14,10 @@ import os
 import pytest
 import torch
 
+from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators import AFFD, BlockSRHT, CountSketch, kernel_in_use
+from lightning_sketch.per_example.accumulate import SketchAccumulator
+from lightning_sketch.per_example.factors import LowRank
 
 DEVICE = os.environ.get("KERNELS_ON", "cpu")
 KINDS = [BlockSRHT, CountSketch]
@@ -145,6 +148,18 @@ def test_derivatives_and_vmap(kind, vectors):
     assert torch.equal(torch.func.vmap(sketch.matvec, in_dims=1)(batch), sketch.matvec(batch.T))
     _, tangent = torch.func.jvp(sketch.matvec, (x.detach(),), (batch[:, 0],))
     assert torch.equal(tangent, sketch.matvec(batch[:, 0]))
+
+
+def test_gradients_of_examples(kind, vectors):
+    """Whole chunks are sketched by the kernels, and what fills a chunk only in part by PyTorch's operations."""
+    layer = torch.nn.Linear(70, 300, bias=False, device=DEVICE)
+    sketch = kind(n=21_000, dim=100, seed=3)
+    accumulator = SketchAccumulator(sketch, Layout.of(layer), parameters={"weight": layer.weight})
+    left, right = vectors(3, 2, 300).float(), vectors(3, 2, 70).float()
+    accumulator.start(examples=3)
+    accumulator.add(LowRank(layer.weight, left, right))
+    gradients = torch.einsum("etr,etc->erc", left.double(), right.double()).flatten(1)
+    assert relative(accumulator.rows(), sketch.matvec(gradients)) < 1e-6
 
 
 def test_the_compiled_operation_keeps_the_rules_of_pytorch(kind, vectors):

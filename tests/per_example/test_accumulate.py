@@ -7,6 +7,7 @@ roundings.
 import pytest
 import torch
 from factors_of_tests import accumulator_of, added, all_factors, assert_near, assert_sketched, dense, module_of, random
+from launches import Launches
 from marks import pairs, some
 from torch.overrides import TorchFunctionMode
 
@@ -223,6 +224,22 @@ def test_fresh_memory_is_written_before_it_is_read():
             assert added(accumulator, all_factors(module, 3), 3).isfinite().all()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("kind", ["block_srht", "count_sketch", "afjl"])
+def test_on_a_gpu_buffers_are_larger_and_launches_are_fewer(kind, monkeypatch):
+    """A matrix of 2^20 numbers for 8 examples: 8 buffers of 2^20 numbers, of which each costs a few operations."""
+    module = module_of({"weight": (1024, 1024)}, dtype=torch.float32)
+    factor = LowRank(module.weight, random(8, 2, 1024).float(), random(8, 2, 1024, seed=1).float())
+    rows, launches = [], []
+    for numbers in (1 << 18, 1 << 24):
+        monkeypatch.setattr("lightning_sketch.per_example.accumulate.group_size", lambda device: numbers)  # noqa: B023
+        accumulator, _ = accumulator_of(kind, 48, module)
+        with Launches() as counted:
+            rows.append(added(accumulator, [factor], 8))
+        launches.append(len(counted.names))
+    assert_near(rows[1], rows[0].double(), 1e-6)
+    assert 3 * launches[1] < launches[0]
 
 
 def test_no_graph_is_kept():
