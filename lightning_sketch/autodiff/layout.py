@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Size, Tensor, nn
 
+from lightning_sketch.operators._hadamard import group_size
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.operators.streaming import StreamingSketch
 
-# Numbers of the flat vector that are read or written at once.
+# Numbers of the flat vector that are read or written at once on a CPU; on a GPU as many as a sketch handles at once.
 _BUFFER = 1 << 20
 
 # Parameters in a repr.
@@ -156,7 +157,7 @@ class Layout:
             vector = self.flatten([_dense(tensors.get(name)) for name in self.names], total)
             return sketch.matvec(vector)
         # Whole chunks, so that none is mapped twice; in memory that stays in cache.
-        buffer = total.new_empty(_buffer_size(sketch))
+        buffer = total.new_empty(min(_buffer_size(sketch, total.device), self.n))
         for start, part in self._parts(tensors, buffer):
             total += sketch.columns(start, start + len(part)).matvec(part)
         return total
@@ -164,7 +165,7 @@ class Layout:
     def adjoint(self, sketch: Sketch, y: Float[Tensor, " dim"], *, like: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield Sᵀ y, the adjoint of `sketch`, split into tensors of the parameters' shapes, one after the other.
 
-        Scratch memory: the largest parameter and 2^20 numbers if the sketch streams, n numbers if not.
+        Scratch memory: the largest parameter and 2^20 numbers (2^24 on a GPU) if the sketch streams, else n numbers.
 
         Args:
             sketch: The sketch, of vectors of size n.
@@ -175,7 +176,7 @@ class Layout:
             ValueError: if sizes disagree, or the sketch does not stream and a parameter is a DTensor.
         """
         self._check(sketch, dict(zip(self.names, like, strict=True)))
-        size = _buffer_size(sketch) if sketch.streams else self.n
+        size = _buffer_size(sketch, y.device) if sketch.streams else self.n
         begin, buffer = 0, y[:0]
 
         def read(start: int, stop: int) -> Tensor:
@@ -257,10 +258,10 @@ class Layout:
             yield begin, buffer[: offset - begin]
 
 
-def _buffer_size(sketch: Sketch) -> int:
+def _buffer_size(sketch: Sketch, device: torch.device) -> int:
     """Return the size of a buffer of whole chunks, for a sketch that streams."""
     chunk = cast(StreamingSketch, sketch).chunk
-    return max(1, _BUFFER // chunk) * chunk
+    return max(1, max(_BUFFER, group_size(device)) // chunk) * chunk
 
 
 def _check_sharded(name: str, tensor: Any, sketch: Sketch) -> None:

@@ -163,6 +163,22 @@ def test_the_vector_passes_in_whole_chunks_and_what_is_missing_is_left_out(monke
     assert pieces == [(0, 1 << 20), (2 << 20, layout.n)]
 
 
+def test_on_a_gpu_parts_are_larger(monkeypatch):
+    columns, pieces = BlockSRHT.columns, []
+    monkeypatch.setattr(BlockSRHT, "columns", lambda self, a, b: pieces.append((a, b)) or columns(self, a, b))
+    monkeypatch.setattr("lightning_sketch.autodiff.layout.group_size", lambda device: 1 << 21)
+    layout = Layout(("a", "b"), (torch.Size([10]), torch.Size([3 << 20])))
+    named, flat = tensors(layout, torch.float32)
+    sketch = BlockSRHT(layout.n, 8)
+    y = layout.sketch(sketch, named)
+    assert pieces == [(0, 1 << 21), (1 << 21, layout.n)]
+    pieces.clear()
+    back = torch.cat([part.flatten() for part in layout.adjoint(sketch, y, like=list(named.values()))])
+    assert pieces == [(0, 1 << 21), (1 << 21, layout.n)]
+    torch.testing.assert_close(y, sketch.matvec(flat), rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(back, sketch.rmatvec(y))
+
+
 @pytest.mark.parametrize("kind", ["block_srht", "affd"])
 def test_sparse_gradients_are_coalesced(kind):
     module = nn.Embedding(7, 4, sparse=True)
