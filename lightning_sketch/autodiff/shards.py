@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_sketch._private import required
+from lightning_sketch.autodiff.content_hash import content_hash
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators.random import Key
-from lightning_sketch.operators.space import VectorSpace, dot_here, fill_with_normals
+from lightning_sketch.operators.space import VectorSpace, chunk_size, dot_here, fill_with_normals
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,14 @@ class Shards(VectorSpace):
         TypeError: If a parameter is sharded in a way that is not supported.
     """
 
+    sharded = True
+
     def __init__(self, layout: Layout, parameters: Sequence[Tensor], dtype: torch.dtype):
         super().__init__(layout.n, dtype, local(parameters[0]).device)
         self._shapes = [local(parameter).shape for parameter in parameters]
         self._sizes = [shape.numel() for shape in self._shapes]
         self.size = sum(self._sizes)
-        self._blocks = _blocks(layout, parameters)
+        self._blocks, self.numbering = _blocks(layout, parameters)
         self._runs: list[tuple[tuple[int, ...], slice]] = []  # neighbors with copies on the same ranks
         for ranks, run in itertools.groupby(zip(self._blocks, self._slices(), strict=True), lambda pair: pair[0].ranks):
             places = [place for _, place in run]
@@ -104,6 +107,23 @@ class Shards(VectorSpace):
                     total += sketch.columns(block.start, stop).matvec(x[place])
         return summed(total).cpu()
 
+    def anywhere(self, here: bool) -> bool:
+        """Return whether something is so on any rank."""
+        return bool(summed(torch.tensor(float(here), device=self.device)))
+
+    def typical_length(self, parameters: Sequence[Tensor]) -> float:
+        """Return the length of a vector whose numbers are all as large as those of a typical parameter; 0 if none is.
+
+        The root mean square of each parameter counts, and of these the median: a single large one changes nothing.
+        """
+        squares = [
+            local(p).double().square().sum() / len(b.ranks) for p, b in zip(parameters, self._blocks, strict=True)
+        ]
+        counts = [block.size / len(block.ranks) for block in self._blocks]
+        sums = summed(torch.stack([torch.stack(squares), torch.tensor(counts).to(squares[0])]))
+        sizes = (sums[0] / sums[1].clamp(min=1)).sqrt()
+        return float(sizes[sizes > 0].median()) * self.n**0.5 if bool(sizes.any()) else 0.0
+
     def mean_of_copies_(self, x: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
         """Replace numbers that several ranks have by the mean of these, in place."""
         for ranks, part in self._runs:
@@ -133,17 +153,31 @@ def local(tensor: Any) -> Tensor:
 
 
 def checksums(parameters: Sequence[Tensor]) -> list[int]:
-    """Return a sum of the bits of each parameter, of a DTensor of this rank's shard.
+    """Return a weighted sum of the bits of each parameter, of a DTensor of this rank's shard.
 
     The version of a DTensor does not count the steps of most optimizers.
     """
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    sums = [local(p).view(sizes[p.element_size()]).sum(dtype=torch.int64) for p in parameters]
+    types = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = []
+    for parameter in parameters:
+        bits = local(parameter).contiguous().view(-1).view(types[parameter.element_size()])
+        total, size = torch.zeros((), dtype=torch.int64, device=bits.device), chunk_size(bits.device)
+        for start, part in zip(range(0, len(bits), size), bits.split(size), strict=False):
+            places = torch.arange(2 * start + 1, 2 * (start + len(part)), 2, device=bits.device)  # odd: none is lost
+            total += (part.long() * places).sum()
+        sums.append(total)
     return torch.stack(sums).tolist()
 
 
 def reshard(module: nn.Module) -> None:
-    """Free the gathered weights that FSDP keeps after a forward pass, so that the next one gathers the shards again."""
+    """Free the gathered weights that FSDP keeps after a forward pass, so that the next one gathers the shards again.
+
+    To be called between two passes: one that ended in an error is given up first, or FSDP would wait for the rest of it
+    and go on with the weights that it gathered.
+    """
+    states = _fsdp_states(module)
+    if any(required(group, "_training_state").name != "IDLE" for _, group in states):
+        _give_up(states)
     parts: Any = module.modules()
     for part in parts:
         if hasattr(part, "reshard") and hasattr(part, "unshard"):
@@ -193,16 +227,39 @@ def tensor_parallel_groups(module: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+def _give_up(states: Sequence[tuple[Any, Any]]) -> None:
+    """Let FSDP forget a pass that ended in an error, as its own method does where there is one (PyTorch 2.13)."""
+    if states[0][1].device.type == "cuda":  # collectives that are under way
+        torch.cuda.synchronize()
+    for state, group in states:
+        idle = type(group._training_state).IDLE
+        state._training_state = group._training_state = idle
+        group._all_gather_result = group._reshard_after_forward_event = None
+        group._post_forward_indices.clear()
+        context, communication = state._state_ctx, group.comm_ctx
+        context.iter_forward_root, context.post_backward_final_callback_queued = None, False
+        communication.all_gather_state = None
+        communication.post_forward_order.clear()
+        if hasattr(state, "_modules_to_run_forward"):
+            state._modules_to_run_forward.clear()
+
+
 def fsdp_groups(module: nn.Module) -> list[Any]:
     """Return what FSDP2 knows of the parameters that it gathers together."""
-    found: list[Any] = []
+    return [group for _, group in _fsdp_states(module)]
+
+
+def _fsdp_states(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return the state of each part of a module that FSDP2 runs, with what it knows of parameters gathered together."""
+    found: list[tuple[Any, Any]] = []
     parts: Any = module.modules()
     for part in parts:
         if hasattr(part, "reshard") and hasattr(part, "unshard"):
             state = required(part, "_get_fsdp_state")()
             several = getattr(state, "_fsdp_param_groups", None)  # since PyTorch 2.12 or so
-            found += [required(state, "_fsdp_param_group")] if several is None else several
-    return [group for group in found if group is not None]
+            groups = [required(state, "_fsdp_param_group")] if several is None else several
+            found += [(state, group) for group in groups if group is not None]
+    return found
 
 
 def summed(tensor: Tensor) -> Tensor:
@@ -216,17 +273,18 @@ def _rank() -> int:
     return distributed.get_rank()
 
 
-def _blocks(layout: Layout, parameters: Sequence[Tensor]) -> list[_Block]:
-    """Return this rank's block of each parameter."""
+def _blocks(layout: Layout, parameters: Sequence[Tensor]) -> tuple[list[_Block], int]:
+    """Return this rank's block of each parameter, and what tells this numbering from that of the flat vector, or 0."""
     mine = [_place(parameter) for parameter in parameters]
     everywhere: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(everywhere, mine)
-    blocks, start = [], 0
+    blocks, start, by_rows = [], 0, True
     for i, (name, shape) in enumerate(zip(layout.names, layout.shapes, strict=True)):
         ranks: dict[tuple, list[int]] = {}
         for rank, places in enumerate(everywhere):
             ranks.setdefault(places[i], []).append(rank)
         sizes = {place: size for place in ranks if (size := torch.Size(place[1]).numel())}
+        by_rows &= all(tuple(part[1:]) == tuple(shape[1:]) for _, part in sizes)
         if sum(sizes.values()) != shape.numel():
             raise TypeError(
                 f"parameter {name} is sharded as {getattr(parameters[i], 'placements', 'whole')}, whose parts have "
@@ -236,7 +294,8 @@ def _blocks(layout: Layout, parameters: Sequence[Tensor]) -> list[_Block]:
         starts = {place: start + end - sizes[place] for place, end in zip(sorted(sizes), ends, strict=True)}
         blocks.append(_Block(starts.get(place, start), sizes.get(place, 0), tuple(ranks[place])))
         start += shape.numel()
-    return blocks
+    every = [[places[i] for places in everywhere] for i in range(len(parameters))]
+    return blocks, 0 if by_rows else content_hash(every) | 1
 
 
 def _place(parameter: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -107,7 +107,11 @@ class LastStep:
             self.clipped = math.nan
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        size: Any = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
+        try:
+            size: Any = torch.nn.utils.get_total_norm(gradients) if gradients else 0.0
+        except RuntimeError:  # whole gradients beside shards, which PyTorch cannot clip by norm either
+            self.clipped = math.nan
+            return
         size = float(size.full_tensor() if hasattr(size, "full_tensor") else size)  # of shards, summed over ranks
         self.clipped *= min(1.0, float(clip.gradient_clip_val) / (size + 1e-6))
 

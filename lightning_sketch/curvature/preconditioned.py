@@ -54,7 +54,7 @@ class Preconditioned(UnaryOperator):
     def __post_init__(self):
         if self.of.shape[0] != self.of.shape[1] or self.of.space.size != len(self.scale):
             raise ValueError(f"cannot scale a {self.of.shape} operator by {len(self.scale)} numbers.")
-        if not bool((self.scale >= 0).all() & self.scale.isfinite().all()):
+        if self.of.space.anywhere(not bool((self.scale >= 0).all() & self.scale.isfinite().all())):
             raise ValueError("the scale of a preconditioned matrix has a negative or infinite number, or NaN.")
 
     def __repr__(self) -> str:

@@ -52,6 +52,8 @@ def save_spectrum(spectrum: Spectrum, path: str | os.PathLike) -> None:
             plain[f"columns.{i}"] = torch.stack(run.columns)
             for name in ("alpha", "beta", "dots"):
                 plain[f"{name}.{i}"] = torch.tensor(getattr(run, name), dtype=torch.float64)
+            if any(run.errors):
+                plain[f"errors.{i}"] = torch.tensor(run.errors, dtype=torch.float64)
     tensors = {name: value for name, value in plain.items() if isinstance(value, Tensor)}
     rest = {name: value for name, value in plain.items() if not isinstance(value, Tensor)}
     write_tensors(Path(path), tensors, {"spectrum": json.dumps(rest, default=_plain)})
@@ -113,7 +115,8 @@ def _of_file(file: TensorFile) -> Spectrum:
     plain |= {name: file.tensor(name) for name in file.shapes}
     runs = [
         SketchedRun(
-            list(plain.pop(f"columns.{i}")), *(plain.pop(f"{n}.{i}").tolist() for n in ("alpha", "beta", "dots"))
+            list(plain.pop(f"columns.{i}")),
+            *(plain.pop(f"{n}.{i}", torch.empty(0)).tolist() for n in ("alpha", "beta", "dots", "errors")),
         )
         for i in range(plain.pop("runs", 0))
     ]

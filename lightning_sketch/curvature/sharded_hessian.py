@@ -6,6 +6,7 @@ in training, and each keeps its part of the gradient: see `autodiff.differences`
 and activation checkpointing stay as they are.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from lightning_sketch.autodiff.batches import HALF
 from lightning_sketch.autodiff.content_hash import content_hash
 from lightning_sketch.autodiff.differences import CentralDifferences
-from lightning_sketch.autodiff.preserve_state import interrupts_held_back, preserve_state
+from lightning_sketch.autodiff.preserve_state import interrupts_held_back, preserve_state, raise_interrupt
 from lightning_sketch.autodiff.shards import (
     Shards,
     checksums,
@@ -36,8 +37,8 @@ from lightning_sketch.operators.random import Key, words
 from lightning_sketch.operators.space import VectorSpace, chunk_size
 
 _POWERS = 3  # products after which a vector is typical of the largest
-_NEAR = 1e-3  # the first step that is tried, relative to the length of all parameters
-_SLOPE = 0.1  # relative error of a loss's slope along its gradient above which this is not its derivative
+_NEAR = 1e-3  # the first step that is tried, relative to the length of parameters of typical size
+_SLOPE = 1e-3  # relative error of a loss's slope along its gradient above which this is not its derivative
 
 
 class ShardedHessian(Hessian):
@@ -45,8 +46,11 @@ class ShardedHessian(Hessian):
 
     Vectors are sharded as the parameters are: `matvec` takes and returns the `space.size` numbers of this rank, and all
     ranks call the same methods in the same order. Lengths and sketches are summed over the ranks. A product costs four
-    gradients of every batch, and memory for three vectors of this rank's shards, beside the gradients themselves.
+    gradients of every batch, and memory for three vectors of this rank's shards and a copy of them, beside the
+    gradients themselves; the first one, which chooses the step, some thirty gradients more and three vectors.
     Parameters are restored to the bit, and gradients that are there are kept.
+
+    An error in `loss_fn` on one rank is raised on all, unless the others wait for it inside the module already.
 
     Args:
         loss_fn: (module, batch) -> mean loss of this rank's batch, a scalar. It runs the module as training does.
@@ -87,7 +91,9 @@ class ShardedHessian(Hessian):
         # The module converts its inputs itself, and ranks that share an example have to draw the same numbers.
         self.batches.dtype, self.batches.device, self.batches.rank = None, self.device, 0
         self.batches.distributed = self._ranks > 1
-        self._differences = CentralDifferences(self._difference, self._space, options.get("step"))
+        self._differences = CentralDifferences(self._space, options.get("step"))
+        self._moved = False  # whether the parameters are not at θ
+        self._loss_type = torch.float32
         self._weight, self._rounds = 0.0, 0  # of the batches of all ranks, inside `hold`
         self._checksums: list[int] | None = None  # of the parameters when `hold` was last entered
         self._changes, self._prepared_after = 0, 0  # how often they were others, and how often when a step was chosen
@@ -116,7 +122,7 @@ class ShardedHessian(Hessian):
                 return torch.stack([self.matvec(row) for row in x]) if len(x) else torch.empty_like(x)
             with self._moving():
                 self._prepare()
-                return self._differences.product(x.detach().to(self.dtype)).to(x.dtype)
+                return self._differences.product(self._difference, x.detach().to(self.dtype)).to(x.dtype)
 
     def gradient(self) -> Float[Tensor, " size"]:
         """Return this rank's part of the gradient ∇L(θ), in loss units per parameter unit."""
@@ -128,13 +134,16 @@ class ShardedHessian(Hessian):
     def loss(self) -> float:
         """Return the mean loss over the batches of all ranks, L(θ), in loss units."""
         with self._held():
-            reshard(self.module)
-            total = torch.zeros((), dtype=torch.float64, device=self.device)
-            with torch.no_grad():
-                for batch, share in self._together():
-                    total += share * self._checked(self.batch_loss(batch)).double()
-            self._seen_at = self._versions
-            return float(summed(total)) / self._weight
+            return self._loss()
+
+    def _loss(self) -> float:
+        """Return the mean loss at the parameters as they are now."""
+        reshard(self.module)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        with torch.no_grad():
+            for batch, share in self._together():
+                total += share * self._agreed_loss(batch).double()
+        return float(summed(total)) / self._weight
 
     def per_batch(self) -> list[tuple[float, CurvatureOperator]]:
         """Refuse: ranks of a sharded module run their batches together.
@@ -181,7 +190,9 @@ class ShardedHessian(Hessian):
             if self.batches.anywhere(now != self._checksums):
                 self._changes += 1
                 self._examine()
-                self._checksums = now  # only if all ranks can take part
+                self._weigh()
+                self._loss()  # raises if it is NaN, of any batch
+                self._seen_at, self._checksums = self._versions, now  # only if all ranks can take part
             self._weigh()
             yield
 
@@ -198,7 +209,7 @@ class ShardedHessian(Hessian):
                 found = []
                 for draw in (0, 0, 1):
                     self.batches.key = self.batches.first, 0, draw
-                    found.append(self._checked(self.batch_loss(batch)))
+                    found.append(self._agreed_loss(batch))
             changes = not torch.allclose(found[0], found[1], rtol=1e-5, atol=0)
             if not self.batches.anywhere(changes):
                 break
@@ -234,19 +245,20 @@ class ShardedHessian(Hessian):
         """Choose a step before the first product at the present parameters, and check the gradient."""
         if self._prepared_after == self._changes:
             return
-        near = _NEAR * (self._space.norm(self._space.flatten(self.parameters)) or 1.0)
+        near = _NEAR * (self._space.typical_length(self.parameters) or 1.0)
         v = torch.zeros(self._space.size, dtype=self.dtype, device=self.device)
         self._add_gradient(v, 1.0)
         size = self._space.norm(self._space.mean_of_copies_(v))
         # A gradient lies mostly along eigenvectors of large eigenvalues, so that its product stands out of noise.
         v = v.div_(size) if size else start_vector(self, 0, name="finite differences")
-        self._differences.choose(v, near)
+        self._differences.choose(self._difference, v, near)
         if size:
             self._check_slope(v, size)
         for _ in range(_POWERS):
-            v = self._differences.product(v)
-            v = v.div_(self._space.norm(v) or 1.0)
-        self._differences.choose(v, self._differences.step)
+            image = self._differences.product(self._difference, v)
+            length = self._space.norm(image)
+            v = image.div_(length) if length else start_vector(self, 1, name="finite differences")
+        self._differences.choose(self._difference, v, self._differences.step)
         self._prepared_after = self._changes
 
     def _check_slope(self, along: Tensor, size: float) -> None:
@@ -258,17 +270,22 @@ class ShardedHessian(Hessian):
 
         Raises:
             ValueError: If the loss changes along the gradient by another amount than this says, beyond the noise of
-                the loss.
+                gradients and that of the loss, which is how far five losses near to each other are from a parabola.
         """
-        slopes = []
-        for h in (self._differences.step, self._differences.step / 2):
-            ends = []
-            for sign in (1, -1):
-                self._move(along, sign * h)
-                ends.append(self.loss())
-            slopes.append((ends[0] - ends[1]) / (2 * h))
+
+        def at(t: float) -> float:
+            self._move(along, t)
+            return self._loss()
+
+        h = self._differences.step
+        slopes = [(at(t) - at(-t)) / (2 * t) for t in (h, h / 2)]
+        low, left, middle, right, high = (at(h * k / 20) for k in (-2, -1, 0, 1, 2))
+        cubic, quartic = high - low - 2 * (right - left), high + low - 4 * (right + left) + 6 * middle
+        noise = math.hypot(cubic / 20**0.5, quartic / 140**0.5)  # what is left of five numbers without a parabola
+        noise += 2 * torch.finfo(self._loss_type).eps * abs(middle)
+        allowed = 3 * abs(slopes[1] - slopes[0]) + 10 * noise / h + min(20 * self._differences.noise, 0.1 * size)
         off = abs(slopes[1] - size)
-        if off > _SLOPE * size + 3 * abs(slopes[1] - slopes[0]):
+        if off > _SLOPE * size + allowed:
             raise ValueError(
                 f"the gradient is not the derivative of the loss, by {off / size:.0%} along itself, so that there is "
                 "no Hessian: a function or hook changes it, a gradient is stopped (detach, targets under no_grad), or "
@@ -288,7 +305,7 @@ class ShardedHessian(Hessian):
         pieces = self._space.pieces(total)
         for batch, share in self._together():
             with torch.enable_grad():
-                loss = self._differentiable(self._checked(self.batch_loss(batch)))
+                loss = self._differentiable(self._agreed_loss(batch))
                 # FSDP averages over its ranks, and copies are averaged: over all ranks, that is, each counts once.
                 (loss * (share * self._ranks / self._weight)).backward()
             reshard(self.module)  # FSDP may have been told to wait for it
@@ -309,6 +326,7 @@ class ShardedHessian(Hessian):
                 _copy_dithered(here.view(-1), origin.view(-1), along.reshape(-1), t, Key(0, f"dither/{i}"))
             else:
                 here.copy_(torch.add(origin.to(along.dtype), along, alpha=t))
+        self._moved = v is not None
         reshard(self.module)
 
     @contextmanager
@@ -349,14 +367,28 @@ class ShardedHessian(Hessian):
         everywhere = self.batches.gathered((sum(shares), len(shares)))
         self._weight, self._rounds = sum(weight for weight, _ in everywhere), max(count for _, count in everywhere)
 
-    def _checked(self, loss: Tensor) -> Tensor:
-        """Return a loss, or refuse it on all ranks if it is NaN or infinite on one."""
-        if not self._all_seen:
-            self._check_all(
-                bool(loss.isfinite()),
-                f"the loss of batch {self.batches.key[0]} is {float(loss.detach())} at these parameters, so that there "
-                "is nothing to differentiate; use the weights of an earlier step.",
-            )
+    def _agreed_loss(self, batch: Any) -> Tensor:
+        """Return the loss of a batch, or raise on all ranks before any waits for another in the backward pass.
+
+        Raises:
+            ValueError: If it is NaN or infinite on one at the present parameters, or failed on another rank.
+        """
+        failure: BaseException | None = None
+        try:
+            raise_interrupt()
+            loss = self.batch_loss(batch)
+            self._loss_type = loss.dtype
+            if not (self._moved or self._all_seen or loss.isfinite()):
+                raise ValueError(
+                    f"the loss of batch {self.batches.key[0]} is {float(loss.detach())} at these parameters, so that "
+                    "there is nothing to differentiate; use the weights of an earlier step."
+                )
+        except (Exception, KeyboardInterrupt) as error:
+            if not self.batches.distributed:
+                raise
+            failure = error
+        if self.batches.anywhere(failure is not None):
+            raise failure or ValueError("another rank could not compute its loss; see its output.")
         return loss
 
     def _check_all(self, right: bool, message: str) -> None:

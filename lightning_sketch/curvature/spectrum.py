@@ -96,7 +96,7 @@ def spectrum(
     size = operator.space.size
     if gradient is not None and gradient.shape != (size,):
         raise ValueError(f"gradient is a vector of size {size}, got shape {tuple(gradient.shape)}.")
-    if method == "projected" and size < n:
+    if method == "projected" and operator.space.sharded:
         raise ValueError("method='projected' needs whole vectors, and a sharded module has parts; use 'lanczos'.")
     if over_batches:
         check_batches(operator, method)
@@ -106,7 +106,9 @@ def spectrum(
         operator, n = projection @ operator @ projection.T, projection.dim
         gradient = None if gradient is None else projection.matvec(gradient)
     check_arguments(num_matvecs, dim, top_k, bottom_k, tol, density_probes, density_matvecs, method, n)
-    krylov = Krylov(seed, BlockSRHT(n, dim, seed=seed) if dim < n else None)
+    # Shards that are no rows count the numbers of a vector in another order, and sketches then are of other vectors.
+    own = (seed + operator.space.numbering) % (1 << 63)
+    krylov = Krylov(seed, BlockSRHT(n, dim, seed=own) if dim < n else None)
     growing = _Growing(operator, krylov, gradient, top_k, bottom_k, tol, num_matvecs, on_product)
     with operator.hold(), torch.no_grad():
         found = growing.first_run(least=min(density_matvecs, num_matvecs) if density_probes else 0)

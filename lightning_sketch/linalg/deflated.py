@@ -67,7 +67,8 @@ class Deflated(UnaryOperator):
     def _dots(self, x: Tensor) -> Tensor:
         """Return X x for each vector x along the last axis."""
         space = self.of.space
-        if space.size == space.n:
+        if not space.sharded:
             return x @ self.vectors.T
-        found = [[space.dot(row, vector) for vector in self.vectors] for row in x.reshape(-1, space.size)]
+        rows = x.reshape(x.shape[:-1].numel(), space.size)
+        found = [[space.dot(row, vector) for vector in self.vectors] for row in rows]
         return x.new_tensor(found).view(*x.shape[:-1], len(self.vectors))

@@ -69,7 +69,8 @@ def eigenvectors(
             image = operator.matvec(x)
             values.append(space.dot(x, image))
             image = image.add(x, alpha=-values[-1])
-            residuals.append(space.norm(image))
+            error = operator.last_error()
+            residuals.append(space.norm(image) + (0.0 if error is None else space.norm(error)))
     return EigenPairs(torch.tensor(values, dtype=torch.float64), vectors, torch.tensor(residuals, dtype=torch.float64))
 
 

@@ -15,7 +15,7 @@ _ASYMMETRIC = 30  # largest accepted defect of symmetry, in units of the defect 
 
 
 class Defect(NamedTuple):
-    """How far an operator is from linear and from symmetric; both numbers are rounding errors if it is both.
+    """How far an operator is from linear and from symmetric; only rounding errors if it is both.
 
     Attributes:
         linearity: ||A(u + v) - A u - A v|| over the largest of the three norms.

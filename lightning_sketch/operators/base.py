@@ -208,7 +208,7 @@ class BinaryOperator(LinearOperator):
     def space(self) -> VectorSpace:
         """The vectors that B takes, in the type and on the device of this map; those of A have its size in a sum."""
         space = self.right.space
-        return space if space.size < space.n else super().space
+        return space if space.sharded else super().space
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -304,6 +304,21 @@ class Composed(BinaryOperator):
     def shape(self) -> tuple[int, int]:
         """The number of rows of A and of columns of B."""
         return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def space(self) -> VectorSpace:
+        """The vectors that B takes.
+
+        Raises:
+            ValueError: If these are sharded.
+        """
+        space = super().space
+        if space.sharded:
+            raise ValueError(
+                "products of sharded operators are not supported, since nobody knows how far one operator is off on "
+                "the errors of the other; take sums and multiples, or one operator."
+            )
+        return space
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... m"]:
         """Return A (B x)."""

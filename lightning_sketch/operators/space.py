@@ -24,7 +24,12 @@ class VectorSpace:
 
     Attributes:
         size: How many of the n numbers this process has: all of them, unless vectors are sharded.
+        sharded: Whether several processes each have a part, and have to call the same methods together.
+        numbering: 0 if numbers are counted as in the flat vector, else what tells this way to count from others.
     """
+
+    sharded = False
+    numbering = 0
 
     def __init__(self, n: int, dtype: torch.dtype, device: torch.device):
         self.n, self.size, self.dtype, self.device = n, n, dtype, device
@@ -47,6 +52,10 @@ class VectorSpace:
         v = torch.empty(self.size, dtype=dtype or self.dtype, device=self.device)
         fill_with_normals(v, key, 0)
         return v
+
+    def anywhere(self, here: bool) -> bool:
+        """Return whether something is so in any of the processes that have a part of the vectors."""
+        return here
 
     def sketched(self, sketch: Any, x: Float[Tensor, " size"]) -> Float[Tensor, " dim"]:
         """Return S x, or all of x if the sketch S is None, in float64 on the CPU."""

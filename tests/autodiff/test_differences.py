@@ -1,6 +1,7 @@
 """Differences of noisy gradients have the error that they state, at a step near the best one, or are refused."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -41,32 +42,49 @@ class Gradient:
 
 
 def differences(gradient, step=None):
-    return CentralDifferences(lambda v, h: (gradient(h * v) - gradient(-h * v)) / (2 * h), SPACE, step)
+    """Return differences of this gradient, at zero."""
+
+    def difference(v, h):
+        return (gradient(h * v) - gradient(-h * v)) / (2 * h)
+
+    found = CentralDifferences(SPACE, step)
+    found.choose, found.product = partial(found.choose, difference), partial(found.product, difference)
+    return found
+
+
+def stated(found):
+    return 0.0 if found.error is None else float(found.error.norm())
 
 
 def error_at(gradient, step):
     """Return the error of a product at a step, and the bound that is stated."""
     found = differences(gradient, step)
     found.choose(V, 1e-3)
-    return float((found.product(V) - VALUES * V).norm()), float(found.error.norm())
+    return float((found.product(V) - VALUES * V).norm()), stated(found)
 
 
 CASES = [(sigma, bend) for sigma in NOISES for bend in BENDS if (sigma, bend) != (1e-3, 100.0)]
 
 
-@pytest.mark.parametrize(("sigma", "bend"), CASES)
+@pytest.mark.parametrize(("sigma", "bend"), [case for case in CASES if case != (1e-3, 0.1)])
 def test_the_stated_error_is_the_error(sigma, bend):
-    """Measured: it is between 0.68 and 1.19 of what is stated.
-
-    Where noise is twice the truncation error, this is the root of a difference, known to a quarter from N numbers.
-    """
+    """It is half of what is stated, or less where truncation is removed to a higher order."""
     found = differences(Gradient(sigma, bend))
     found.choose(V, 1e-3)
     for seed in range(5):
         v = torch.nn.functional.normalize(torch.randn(N, generator=torch.Generator().manual_seed(seed)).double(), dim=0)
         off = float((found.product(v) - VALUES * v).norm())
-        assert off <= 1.25 * float(found.error.norm()) + 1e-14  # rounding, if there is no noise
-        assert float(found.error.norm()) <= 2 * off
+        assert off <= 0.75 * stated(found) + 1e-14  # rounding, if there is no noise
+        assert stated(found) <= 4 * off
+
+
+def test_what_changes_on_a_scale_below_the_step_is_not_seen():
+    """With this noise differences agree only at steps beyond all bends, where the loss is quadratic once more."""
+    found = differences(Gradient(1e-3, 0.1))
+    found.choose(V, 1e-3)
+    product = found.product(V)
+    assert float((product - (VALUES - 0.1) * V).norm()) <= stated(found)
+    assert found.step > 0.1
 
 
 @pytest.mark.parametrize(("sigma", "bend"), [case for case in CASES if case[0]])
@@ -101,15 +119,14 @@ def test_a_given_step_stays_and_its_error_is_known(step):
     found.choose(V, 1e-3)
     assert found.step == step
     off = float((found.product(V) - VALUES * V).norm())
-    assert off <= 1.1 * float(found.error.norm())
+    assert off <= 1.1 * stated(found)
 
 
 def test_a_product_is_linear_in_the_length_of_its_vector():
-    found = differences(Gradient(0.0, 1.0))
-    found.choose(V, 1e-3)
+    found = differences(lambda x: VALUES * x + x**3 + x**2, step=0.1)
     product, error = found.product(V), found.error
     assert torch.allclose(found.product(-1e6 * V), -1e6 * product, rtol=1e-9, atol=0)
-    assert float(found.error.norm()) == pytest.approx(1e6 * float(error.norm()), rel=1e-2)
+    assert stated(found) == pytest.approx(1e6 * float(error.norm()), rel=1e-2)
     assert not found.product(torch.zeros_like(V)).any()
     assert found.error is None
 
@@ -123,7 +140,7 @@ def test_noise_as_large_as_the_smallest_truncation_is_refused():
 def test_gradients_that_are_noise_alone_are_refused(at):
     noise = torch.Generator().manual_seed(2)
     found = differences(lambda x: torch.randn(N, generator=noise, dtype=torch.float64))
-    with pytest.raises(ValueError, match="differences of gradients say nothing here"):
+    with pytest.raises(ValueError, match="differences of gradients do not agree"):
         found.choose(V, at)
 
 
@@ -135,7 +152,7 @@ def test_kinks_are_refused():
 
 
 def test_gradients_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="say nothing"):
+    with pytest.raises(ValueError, match="do not agree"):
         differences(lambda x: x / 0).choose(V, 1e-3)
 
 
@@ -151,7 +168,7 @@ def test_a_constant_gradient_has_no_hessian():
     found = differences(lambda x: torch.ones_like(x))
     found.choose(V, 1e-3)
     assert not found.product(V).any()
-    assert not float(found.error.norm())
+    assert not stated(found)
 
 
 @pytest.mark.parametrize("sigma", NOISES)
@@ -163,3 +180,14 @@ def test_the_search_for_a_step_takes_few_gradients(sigma):
     before = gradient.calls
     found.product(V)
     assert gradient.calls == before + 4
+
+
+@pytest.mark.parametrize("where", [0.02, 0.04, 0.08, 0.15, 0.3, 0.6])
+def test_a_jump_of_the_gradient_is_in_the_stated_error(where):
+    """At steps beyond a kink no difference is right, and extrapolation would be off by seven times its own estimate."""
+    jump = torch.nn.functional.normalize(KINKS, dim=0)
+    found = differences(lambda x: VALUES * x + jump * (float(x @ V) > where), step=0.25)
+    off = float((found.product(V) - VALUES * V).norm())
+    assert off <= stated(found) + 1e-12
+    if where < 0.25:
+        assert off > 0.1

@@ -79,9 +79,9 @@ class SpectrumMonitor(CallbackBase):
 
     Under DDP each rank has its own batches, and products are averaged over the ranks. Under ModelParallelStrategy
     (FSDP2, tensor parallel) vectors stay sharded as the parameters are, and products are differences of gradients in
-    the precision of the training, whose error `residuals` include: four gradients each, some thirty more to choose their
-    step, and memory for eight vectors of a rank's shards. In evaluation mode Hugging Face models do not checkpoint
-    activations; `mode="train"` does.
+    the precision of the training, whose error `residuals` include: four gradients each, some thirty more to choose
+    their step, and memory for eight vectors of a rank's shards. In evaluation mode Hugging Face models do not
+    checkpoint activations; `mode="train"` does.
 
     Args:
         curvature: "hessian"; "ggn", the Gauss-Newton matrix, which is never negative; or "fisher", the empirical
