@@ -1,4 +1,4 @@
-"""Watch the Hessian of a sharded model while it trains, with FSDP2 on two processes (30 seconds on two CPU cores).
+"""Watch the Hessian of a sharded model while it trains, with FSDP2 on two processes (half a minute on two CPU cores).
 
     torchrun --nproc-per-node 2 examples/sharded_spectrum.py
 
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from lightning_sketch import SpectrumMonitor
 
-WIDTH, LAYERS, LENGTH = 64, 2, 64
+WIDTH, LAYERS, LENGTH = 32, 1, 32
 
 
 class GPT(LightningModule):
@@ -59,7 +59,7 @@ def main():
     seed_everything(0, verbose=False)
     text = "".join(pydoc_data.topics.topics.values()).encode("ascii", "replace")[: 1024 * (LENGTH + 1)]
     documents: Any = torch.tensor(list(text)).view(-1, LENGTH + 1)
-    monitor = SpectrumMonitor(num_batches=2, num_matvecs=40, top_k=5, bottom_k=1)
+    monitor = SpectrumMonitor(num_batches=1, num_matvecs=32, top_k=3, bottom_k=1)
     trainer = Trainer(
         accelerator="cpu",  # leave it out where there are GPUs
         devices=2,
@@ -74,7 +74,7 @@ def main():
     trainer.fit(GPT(), DataLoader(documents, batch_size=32, shuffle=True))
     for measured in monitor.history if trainer.is_global_zero else ():
         print(f"epoch {measured.epoch}, loss {measured.loss:.2f}")
-        pairs = zip(measured.eigenvalues[:5].tolist(), measured.residuals[:5].tolist(), strict=True)
+        pairs = zip(measured.eigenvalues[:3].tolist(), measured.residuals[:3].tolist(), strict=True)
         print("   largest ", ", ".join(f"{value:.3f} ± {error:.1g}" for value, error in pairs))
         print(f"   smallest {measured.lambda_min:.3f} ± {float(measured.residuals[-1]):.1g}")
 

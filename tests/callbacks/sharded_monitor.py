@@ -59,9 +59,9 @@ class Model(LightningModule):
 
 def described(measured):
     return {
-        "top": measured.eigenvalues[:3].tolist(),
-        "errors": measured.residuals[:3].tolist(),
-        "converged": measured.converged[:3].tolist(),
+        "top": measured.eigenvalues[:2].tolist(),
+        "errors": measured.residuals[:2].tolist(),
+        "converged": measured.converged[:2].tolist(),
         "loss": measured.loss,
         "factor": measured.critical.factor if measured.critical else None,
     }
@@ -73,7 +73,7 @@ def main(folder, data, tensor, precision):
     sharded = data * tensor > 1
     strategy = ModelParallelStrategy(data, tensor, process_group_backend="gloo") if sharded else "auto"
     tol = 1e-2 if precision == "32-true" else 0.1
-    usual = {"num_batches": 2, "num_matvecs": 32, "top_k": 3, "bottom_k": 1, "tol": tol, "on_error": "raise"}
+    usual = {"num_batches": 2, "num_matvecs": 24, "top_k": 2, "bottom_k": 1, "tol": tol, "on_error": "raise"}
     monitors = [SpectrumMonitor(at_start=True, **usual), SpectrumMonitor(preconditioner="optimizer", **usual)]
     options = {"strategy": strategy, "use_distributed_sampler": False, "precision": precision, "limit_val_batches": 0}
     run = trainer(folder, *monitors, devices=data * tensor, max_epochs=1, **options)

@@ -20,7 +20,7 @@ def found(request):
     store = distributed.HashStore()
     distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1)
     try:
-        yield compare(request.param, small=not on_gpu, products=32 if on_gpu else 16, steps=60 if on_gpu else 25)
+        yield compare(request.param, small=not on_gpu, products=32 if on_gpu else 12, steps=60 if on_gpu else 15)
     finally:
         distributed.destroy_process_group()
 
