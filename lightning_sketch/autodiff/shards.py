@@ -124,6 +124,10 @@ class Shards(VectorSpace):
         sizes = (sums[0] / sums[1].clamp(min=1)).sqrt()
         return float(sizes[sizes > 0].median()) * self.n**0.5 if bool(sizes.any()) else 0.0
 
+    def differing(self, everywhere: Sequence[Sequence[int]]) -> list[int]:
+        """Return the indices of the parameters whose copies differ, from the `checksums` of each rank."""
+        return [i for i, block in enumerate(self._blocks) if len({everywhere[rank][i] for rank in block.ranks}) > 1]
+
     def mean_of_copies_(self, x: Float[Tensor, " size"]) -> Float[Tensor, " size"]:
         """Replace numbers that several ranks have by the mean of these, in place."""
         for ranks, part in self._runs:

@@ -189,6 +189,12 @@ class ShardedHessian(Hessian):
             now = checksums(self.parameters)
             if self.batches.anywhere(now != self._checksums):
                 self._changes += 1
+                differing = [self.layout.names[i] for i in self._space.differing(self.batches.gathered(now))]
+                self._check_all(
+                    not differing,
+                    f"parameter {', '.join(differing[:3])} is whole on several ranks and not the same on all: FSDP2 "
+                    "averages gradients of what it shards alone; apply fully_shard to the outermost module too.",
+                )
                 self._examine()
                 self._weigh()
                 self._loss()  # raises if it is NaN, of any batch
@@ -287,9 +293,10 @@ class ShardedHessian(Hessian):
         off = abs(slopes[1] - size)
         if off > _SLOPE * size + allowed:
             raise ValueError(
-                f"the gradient is not the derivative of the loss, by {off / size:.0%} along itself, so that there is "
+                f"the gradient is not the derivative of the loss, by {off / size:.1%} along itself, so that there is "
                 "no Hessian: a function or hook changes it, a gradient is stopped (detach, targets under no_grad), or "
-                "a part of the module is not averaged over ranks. Write the loss whose gradient it is."
+                "a part of the module is not averaged over ranks. Write the loss whose gradient it is; "
+                "targets that are computed beforehand and are part of the batch are fixed."
             )
 
     def _difference(self, v: Tensor, h: float) -> Tensor:

@@ -72,6 +72,8 @@ class Console:
         )
         if measurement.product_error <= measurement.tol / 2:
             return f"{line}."
+        if measurement.product_error > 0.1:
+            return f"{line}; so little is known then: the loss has kinks (ReLU), or its gradients are too coarse."
         wider = f"tol={5 * measurement.product_error:.1g} accepts them with these bars"
         return f"{line}; with tol={measurement.tol:g} few eigenvalues converge, and {wider}."
 
