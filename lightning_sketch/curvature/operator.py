@@ -245,8 +245,8 @@ class CurvatureOperator(LinearOperator):
             raise ValueError(f"parameter {name} is on the meta device and has no values; materialize the module first.")
         if hasattr(parameter, "placements") and not self._takes_shards:
             raise TypeError(
-                f"parameter {name} is sharded (a DTensor), and a {type(self).__name__} needs derivatives that PyTorch "
-                "has not there; use Hessian, which takes differences of gradients, load the checkpoint into one "
+                f"parameter {name} is sharded (a DTensor), and products of {type(self).__name__} need derivatives that "
+                "PyTorch has not there; use Hessian, which takes differences of gradients, load the checkpoint into one "
                 "process, or train with DDP."
             )
         if parameter.dtype not in (*HALF, torch.float32, torch.float64):

@@ -315,8 +315,8 @@ class Composed(BinaryOperator):
         space = super().space
         if space.sharded:
             raise ValueError(
-                "products of sharded operators are not supported, since nobody knows how far one operator is off on "
-                "the errors of the other; take sums and multiples, or one operator."
+                "products of sharded operators are not supported, since what one of them makes of the errors of the "
+                "other is not known; use sums and multiples, or one operator."
             )
         return space
 

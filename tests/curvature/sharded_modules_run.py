@@ -368,6 +368,11 @@ def refusals():
     parallel = parallelize_module(network(), mesh(), {"0": ColwiseParallel(), "2": RowwiseParallel()})
     half = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).half()
 
+    apart = network()
+    fully_shard(apart[2], mesh=mesh())
+    with torch.no_grad():
+        apart[0].weight[0, 0].add_(1e-3 * RANK)
+
     def multiply(h):
         return h.matvec(torch.ones(h.space.size, dtype=h.dtype))
 
@@ -385,6 +390,7 @@ def refusals():
         "optimizer in backward": refused(lambda: hessian(stepping).gradient()),
         "max_norm": refused(lambda: multiply(hessian(embedded, batches=words))),
         "other batches": refused(lambda: multiply(hessian(parallel))),
+        "drifted apart": refused(lambda: multiply(hessian(apart))),
         "float16": refused(lambda: multiply(hessian(sharded(half)))),
         "whole vector": refused(lambda: hessian(module).matvec(torch.ones(93).double())),
         "noise": refused(lambda: multiply(hessian(sharded(network(nn.Dropout(0.4))), drawing))),

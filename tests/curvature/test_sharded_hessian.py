@@ -82,14 +82,13 @@ def test_vectors_are_shards(measured):
         assert max(sizes) <= {"fsdp": 0.51, "tp": 0.6, "both": 0.31}[how] * n
 
 
+@pytest.mark.parametrize("measured", [slow("fsdp"), slow("tp")], indirect=True)
 def test_memory_is_that_of_a_few_vectors_of_shards(measured):
     """Measured 2 vectors for a product, 6 for the first, which also chooses a step, and 9 for a run of 19 products.
 
     To these come a copy of the parameters and a gradient. FSDP gathers blocks of half a shard, a quarter of all.
     """
     how, ranks = measured
-    if how == "both":
-        pytest.skip("measured on two processes")
     for found in ranks:
         memory = found["memory"]
         assert memory["size"] == memory["n"] / 2
@@ -100,20 +99,16 @@ def test_memory_is_that_of_a_few_vectors_of_shards(measured):
                 assert memory[name]["all"] <= most + 2.1
 
 
+@pytest.mark.parametrize("measured", [slow("fsdp"), slow("tp")], indirect=True)
 def test_training_goes_on_as_if_nothing_had_been_measured(measured):
     """With Adam and dropout, also between the batches of a step, before gradients are summed over ranks."""
-    how, ranks = measured
-    if how == "both":
-        pytest.skip("measured on two processes")
-    for found in ranks:
+    for found in measured[1]:
         assert found["harm"]["bits"]
         assert found["harm"]["left"] == [True] * 4  # gradients and random numbers, and modes
 
 
+@pytest.mark.parametrize("measured", [slow("both")], indirect=True)
 def test_shards_that_have_replicas(measured):
-    how, ranks = measured
-    if how != "both":
-        pytest.skip("needs four processes")
-    for found in ranks:
+    for found in measured[1]:
         off, stated = found["hybrid"]
         assert off <= min(1e-8, 3 * stated)
