@@ -246,8 +246,8 @@ class CurvatureOperator(LinearOperator):
         if hasattr(parameter, "placements") and not self._takes_shards:
             raise TypeError(
                 f"parameter {name} is sharded (a DTensor), and products of {type(self).__name__} need derivatives that "
-                "PyTorch has not there; use Hessian, which takes differences of gradients, load the checkpoint into one "
-                "process, or train with DDP."
+                "PyTorch has not there; use Hessian, which takes differences of gradients, load the checkpoint into "
+                "one process, or train with DDP."
             )
         if parameter.dtype not in (*HALF, torch.float32, torch.float64):
             raise TypeError(f"parameter {name} is {parameter.dtype}; curvature needs floating-point parameters.")
