@@ -28,6 +28,7 @@ from lightning_sketch.subspace._optimizer import optimizers_in
 from lightning_sketch.subspace._replicas import Replicas, refuse_different_starts
 from lightning_sketch.subspace._trainers import Trainers
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
+from lightning_sketch.subspace.result import Mode, reaches
 from lightning_sketch.subspace.subspace_module import SubspaceModule
 
 FILE = "intrinsic_dimension.json"
@@ -48,10 +49,11 @@ class Runner:
 
     Args:
         trainer_fn: The argument of `IntrinsicDimensionTuner`.
-        options: Arguments of `SubspaceModule`: sketch, parameters, others, lr_scale, optimizer_fn.
+        options: Arguments of `SubspaceModule`: sketch, parameters, others, optimizer_fn.
         model: A module, or a function that makes one, which may be compiled.
         data: The train loaders, the validation loaders, and the data module, each or None.
         monitor: The metric whose last value is the value of a run.
+        mode: "max" if larger values of it are better, "min" if smaller ones are.
 
     Raises:
         TypeError: If `model` is neither, or is a compiled module.
@@ -64,8 +66,9 @@ class Runner:
         model: LightningModule | Callable[[], LightningModule],
         data: tuple[Any, Any, Any],
         monitor: str,
+        mode: Mode,
     ):
-        self.options, self.data, self.monitor = options, data, monitor
+        self.options, self.data, self.monitor, self.mode = options, data, monitor, mode
         self.replicas = Replicas(model)
         self.n = Layout.of(self.replicas.first, options["parameters"]).n
         self.trainers = Trainers(trainer_fn, self.replicas.first)
@@ -111,28 +114,30 @@ class Runner:
     def fit_full(self) -> Run:
         """Train the baseline: the parameters that subspaces are of, and the other ones too if others='full'."""
         settings = {"full": True, "parameters": self.options["parameters"], "others": self.options["others"]}
-        return self._once(self.n, 0, settings, self._whole)
+        return self._once(self.n, 0, 1.0, settings, self._whole)
 
-    def fit_subspace(self, dim: int, seed: int) -> Run:
-        """Train in a `dim`-dimensional subspace."""
+    def fit_subspace(self, dim: int, seed: int, scale: float) -> Run:
+        """Train in a `dim`-dimensional subspace, with directions multiplied by `scale`."""
         return self._once(
             dim,
             seed,
+            scale,
             self._option_settings(),
-            lambda: SubspaceModule(self.replicas.new(), dim, seed=seed, **self.options),
+            lambda: SubspaceModule(self.replicas.new(), dim, seed=seed, lr_scale=scale, **self.options),
         )
 
-    def search(self, finder: IntrinsicDimensionFinder, dim: int, max_dim: int, seed: int) -> Run:
+    def search(self, finder: IntrinsicDimensionFinder, dim: int, max_dim: int, seed: int, scale: float) -> Run:
         """Run a doubling search from `dim` to `max_dim` at a constant learning rate."""
         return self._once(
             max_dim,
             seed,
+            scale,
             {
                 **self._option_settings(),
                 "from": dim,
                 "rule": [finder.target, finder.delta, finder.every_n_train_steps, finder.max_steps],
             },
-            lambda: _ConstantRate(self.replicas.new(), dim, seed=seed, max_dim=max_dim, **self.options),
+            lambda: _ConstantRate(self.replicas.new(), dim, seed=seed, max_dim=max_dim, lr_scale=scale, **self.options),
             finder,
         )
 
@@ -175,6 +180,7 @@ class Runner:
         self,
         dim: int,
         seed: int,
+        scale: float,
         more: dict[str, Any],
         make: Callable[[], LightningModule],
         finder: IntrinsicDimensionFinder | None = None,
@@ -184,6 +190,7 @@ class Runner:
         Args:
             dim: The dimension for which a Trainer is made.
             seed: The seed of the run.
+            scale: The factor of the directions.
             more: Further settings that identify the run.
             make: Makes the module to be trained.
             finder: The callback of a doubling search.
@@ -200,13 +207,14 @@ class Runner:
             "data": self._shape_of_data(),
             "dim": dim,
             "seed": seed,
+            "scale": scale,
             **more,
         }
         found = None if trainer.fast_dev_run else self.ledger.find(settings)
         run, source = trainer.strategy.broadcast(found), ", recorded before"
         if run is None:
             trainer, source = self.trainers.take(dim), ""
-            run = self._fit(trainer, make(), dim, seed, finder)
+            run = self._fit(trainer, make(), dim, seed, scale, finder)
             failed = run["status"] == "out of memory"
             if not trainer.fast_dev_run:
                 self.ledger.add(settings, run, trainer.is_global_zero or failed)
@@ -222,11 +230,17 @@ class Runner:
         return run
 
     def _fit(
-        self, trainer: Any, module: LightningModule, dim: int, seed: int, finder: IntrinsicDimensionFinder | None
+        self,
+        trainer: Any,
+        module: LightningModule,
+        dim: int,
+        seed: int,
+        scale: float,
+        finder: IntrinsicDimensionFinder | None,
     ) -> Run:
         """Train a module with this seed, and return what is recorded of the run."""
         train, val, datamodule = self.data
-        last = _LastValidation()
+        last = _Validations(self)
         trainer.callbacks.append(last)
         if finder is not None:
             trainer.callbacks.insert(0, finder)
@@ -255,9 +269,12 @@ class Runner:
             "kind": "fit" if finder is None else "search",
             "dim": dim,
             "seed": seed,
+            "scale": scale,
             "value": value,
+            "best": last.best,
             "steps": trainer.global_step,
             "status": status,
+            "checkpoint": None,
         }
 
     def _value(self, trainer: Trainer) -> float:
@@ -266,15 +283,18 @@ class Runner:
         return float(strategy.reduce(metric.clone().to(strategy.root_device), reduce_op="mean"))
 
 
-class _LastValidation(CallbackBase):
-    """Remember the optimizer step at which validation ran last."""
+class _Validations(CallbackBase):
+    """Remember the optimizer step at which validation ran last, and the best value of the metric so far."""
 
-    step: int | None = None
+    def __init__(self, runner: Runner):
+        self.runner, self.step, self.best = runner, -1, math.nan
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the step, unless this is Lightning's sanity check."""
+        """Remember the step and the value, unless this is Lightning's sanity check."""
         if not trainer.sanity_checking:
-            self.step = trainer.global_step
+            self.step, value = trainer.global_step, self.runner._value(trainer)
+            if math.isnan(self.best) or reaches(value, self.best, self.runner.mode):
+                self.best = value
 
 
 class _ConstantRate(SubspaceModule):

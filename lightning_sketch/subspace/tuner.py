@@ -68,9 +68,9 @@ class IntrinsicDimensionTuner:
             "sketch": sketch,
             "parameters": parameters,
             "others": others,
-            "lr_scale": float(lr_scale),
             "optimizer_fn": optimizer_fn,
         }
+        self.scale = float(lr_scale)
 
     def find(
         self,
@@ -121,14 +121,15 @@ class IntrinsicDimensionTuner:
             The value of each run, the target, and the suggested dimension.
         """
         _check(mode, threshold, seeds, method)
-        runner = Runner(self.trainer_fn, self.options, model, (train_dataloaders, val_dataloaders, datamodule), monitor)
+        data = train_dataloaders, val_dataloaders, datamodule
+        runner = Runner(self.trainer_fn, self.options, model, data, monitor, mode)
         ladder = _ladder(dims, runner.n, method)
         start = runner.begin(ladder[0])
         if method == "doubling":
             refuse_spawning(runner.trainers.peek(runner.n))
         rank_zero_info(
             f"intrinsic dimension of {runner.n:,} parameters: in subspaces the module's learning rate is multiplied by "
-            f"{self.options['lr_scale']:g}; runs are recorded in {runner.ledger.path}"
+            f"{self.scale:g}; runs are recorded in {runner.ledger.path}"
         )
         if baseline is not None:
             full: Run = {"value": float(baseline), "steps": runner.length() if method == "doubling" else 0}
@@ -154,7 +155,7 @@ class IntrinsicDimensionTuner:
             return reaches(sum(run["value"] for run in several) / len(several), aim, mode)
 
         def at(dim: int) -> list[Run]:
-            return [runner.fit_subspace(dim, seed) for seed in range(seeds)]
+            return [runner.fit_subspace(dim, seed, self.scale) for seed in range(seeds)]
 
         if method == "doubling":
             rule: dict[str, Any] = {
@@ -164,7 +165,11 @@ class IntrinsicDimensionTuner:
                 "max_steps": 2 * full["steps"],
             }
             finders = [IntrinsicDimensionFinder(monitor, aim, **rule) for _ in range(seeds)]
-            done = [run for seed, finder in enumerate(finders) for run in _doubling(runner, ladder, seed, finder)]
+            done = [
+                run
+                for seed, finder in enumerate(finders)
+                for run in _doubling(runner, ladder, seed, self.scale, finder)
+            ]
         elif method == "bisect":
             done = list(_bisect(ladder, at, reached))
         else:
@@ -228,9 +233,11 @@ def _bisect(ladder: list[int], at: Callable[[int], list[Run]], reached: Callable
         low, high = (low, middle) if reached(several) else (middle + 1, high)
 
 
-def _doubling(runner: Runner, ladder: list[int], seed: int, finder: IntrinsicDimensionFinder) -> Iterator[Run]:
+def _doubling(
+    runner: Runner, ladder: list[int], seed: int, scale: float, finder: IntrinsicDimensionFinder
+) -> Iterator[Run]:
     """Search within one run, then train at half of the dimension found."""
-    found = runner.search(finder, ladder[0], ladder[-1], seed)
+    found = runner.search(finder, ladder[0], ladder[-1], seed, scale)
     yield found
     if found["status"] == "done" and found["dim"] > 1:
-        yield runner.fit_subspace(found["dim"] // 2, seed)
+        yield runner.fit_subspace(found["dim"] // 2, seed, scale)
