@@ -1,40 +1,44 @@
-"""Compare kinds of directions by the intrinsic dimension that they find and by the cost of a step along them.
+"""Compare the dimensions that the Tuner finds, with defaults only, to the truth, and their cost to one rate for all.
 
-scikit-learn's digits, 1437 to train on and 360 to validate: a perceptron of 4,810 parameters, and a convolutional
-network with BatchNorm of 13,802. Adam for 35 epochs of batches of 64, at a rate that falls from 3e-3 in full training
-and from ten times that in subspaces, three seeds.
+toy 90 %, 99 %  Li et al., sec. 2: 1000 numbers, ten sums of a hundred of them are given; loss, mode="min"
+teacher         1000 examples of a tanh network that sees 12 of 40 inputs; MLP 40-64-64-4, n = 7,044
+wine, cancer    of scikit-learn; MLPs 13-64-64-3 and 30-64-64-2, n = 5,251 and 6,274
+digits          of scikit-learn; MLP 64-64-64-10, n = 8,970
 
-accuracy    in subspaces of 64, 128 and 256, mean of the seeds
-d90         of each seed: the smallest of these dims with 90 % of the accuracy of full training
-in one run  what `method="doubling"` finds for each seed from 8 directions up, and its steps; full training takes 805.
-            It doubles at a constant rate, until it gets there: an upper bound, which a run at half of it verifies
+Adam at a constant rate of 3e-3, 0.01 for the toy; three seeds.
 
-Then the table of `intrinsic_peers`: time and memory of a step, here and in other packages. Together about 20 minutes.
+truth     of the toy by least squares: the smallest dim at which the mean over seeds of the best w reaches the target;
+          of the others the smallest of 4, 8, 16, ... whose mean reaches it at the best of six rates from 0.1 to 30, as
+          `--truth` measures by 216 runs for each task
+one rate  a grid from 8 that stops at the first dim that is enough, at rate 1 alone: what a search costs without rates
+runs      in subspaces, at any rate, and full training; steps of all of them, in thousands
+spread    of the bisection, see `IntrinsicDimensionResult.spread`, and what contradicts itself
 
-python benchmarks/intrinsic_dimension.py [--quick]        --quick: one seed, and no table of costs
+    python benchmarks/intrinsic_dimension.py [--truth | --kinds]
+
+--kinds   the d90 of digits along other kinds of directions, by bisection
 """
 
 import argparse
+import itertools
 import logging
-import platform
-import statistics
 import tempfile
 import time
 import warnings
 
 import torch
 import torch.nn.functional as F
-from intrinsic_peers import table
 from pytorch_lightning import LightningModule, seed_everything
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from lightning_sketch import IntrinsicDimensionTuner
+from lightning_sketch import IntrinsicDimensionTuner, make_sketch
 
-KINDS = ("block_srht", "affd", "afjl", "qk", "ffd", "gaussian")
-SLOW = ("gaussian",)  # in one run it would make n · 1024 normals, twice a step
-DIMS, SEARCHED = (64, 128, 256), (8, 1024)
+SEEDS = 3
+RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+KINDS = ("block_srht", "affd", "afjl", "qk", "ffd", "count_sketch")
+TRUTH = {"teacher": 512, "wine": 16, "cancer": 4, "digits": 256}
 QUIET = {
     "accelerator": "cpu",
     "logger": False,
@@ -44,10 +48,11 @@ QUIET = {
 }
 
 
-class Digits(LightningModule):
-    def __init__(self, net):
+class Classifier(LightningModule):
+    def __init__(self, *sizes):
         super().__init__()
-        self.net = net
+        layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.Tanh())]
+        self.net = nn.Sequential(*layers[:-1])
 
     def training_step(self, batch):
         return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -56,78 +61,171 @@ class Digits(LightningModule):
         self.log("accuracy", (self.net(batch[0]).argmax(dim=1) == batch[1]).float().mean())
 
     def configure_optimizers(self):
-        optimizer = torch.optim.Adam(self.parameters(), lr=3e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return torch.optim.Adam(self.parameters(), lr=3e-3)
 
 
-def perceptron():
-    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+class Toy(LightningModule):
+    """Let ten sums of a hundred numbers each be 1, 2, ..., 10."""
+
+    def __init__(self):
+        super().__init__()
+        self.theta = nn.Parameter(0.1 * torch.randn(1000))
+
+    def loss(self):
+        return (self.theta.view(10, 100).sum(dim=1) - torch.arange(1.0, 11.0)).square().mean()
+
+    def training_step(self, batch):
+        return self.loss()
+
+    def validation_step(self, batch):
+        self.log("loss", self.loss(), batch_size=1)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+    @torch.no_grad()
+    def truth(self, threshold):
+        """Return the smallest dim whose directions contain a point that reaches the target, in the mean over seeds."""
+        sums = torch.eye(10, dtype=torch.float64).repeat_interleave(100, dim=1)
+        gap = torch.arange(1.0, 11.0, dtype=torch.float64) - sums @ self.theta.double()
+        for dim in range(1, 20):
+            left = 0.0
+            for seed in range(SEEDS):
+                along = sums @ make_sketch("block_srht", n=1000, dim=dim, seed=seed).as_matrix().double().T
+                w = torch.linalg.lstsq(along, gap, driver="gelsd").solution
+                left += float((along @ w - gap).square().mean()) / SEEDS
+            if left <= (1 - threshold) * float(gap.square().mean()):
+                return dim
+        raise AssertionError("ten directions suffice")
 
 
-def convolutional():
-    def layer(channels, out):
-        return nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(), nn.MaxPool2d(2)
-
-    head = nn.Flatten(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 10)
-    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), *layer(1, 16), *layer(16, 32), *head)
-
-
-def loaders():
-    """Pixels from 0 to 16."""
-    images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    images, labels = torch.tensor(images, dtype=torch.float32)[order], torch.tensor(labels)[order]
-    train, val = TensorDataset(images[:1437], labels[:1437]), TensorDataset(images[1437:], labels[1437:])
-    return DataLoader(train, batch_size=64, shuffle=True), DataLoader(val, batch_size=360)
+def loaders(x, y, val):
+    """Return loaders that take rows of a batch at once; the inputs of training have mean 0 and variance 1."""
+    x, y = torch.as_tensor(x, dtype=torch.float32), torch.as_tensor(y)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    train, held = order[:-val], order[-val:]
+    x = (x - x[train].mean(dim=0)) / (x[train].std(dim=0) + 1e-3)
+    rows = TensorDataset(x[train], y[train])
+    batches = BatchSampler(RandomSampler(rows), 32, drop_last=False)
+    return DataLoader(rows, sampler=batches, batch_size=None), DataLoader(
+        TensorDataset(x[held], y[held]), batch_size=val
+    )
 
 
-def rows(result, seed):
-    """Return (dim, value, steps) of the runs of one seed."""
-    columns = zip(*(result.results[key] for key in ("dim", "value", "steps", "seed")), strict=True)
-    return [row[:3] for row in columns if row[3] == seed]
+def teacher():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(3000, 40, generator=rng)
+    first, second = 1.5 * torch.randn(12, 16, generator=rng) / 12**0.5, torch.randn(16, 4, generator=rng)
+    return x, (torch.tanh(x[:, :12] @ first) @ second).argmax(dim=1)
 
 
-def line(kind, net, data, seeds, folder):
-    """Print a row of the table and return the d90 of the mean."""
-    start = time.perf_counter()
-    tuner = IntrinsicDimensionTuner({**QUIET, "max_epochs": 35, "default_root_dir": folder}, sketch=kind)
-    ask = {"monitor": "accuracy", "seeds": seeds}
-    grid = tuner.find(Digits(net), *data, dims=DIMS, **ask)
-    runs = [rows(grid, seed) for seed in range(seeds)]
-    d90 = [next((str(dim) for dim, value, _ in run if value >= grid.target), f">{DIMS[-1]}") for run in runs]
-    text = f"{kind:<12}{grid.baseline:>6.3f} "
-    text += "".join(f"{statistics.fmean(value for _, value, _ in run):>7.3f}" for run in zip(*runs, strict=True))
-    text += f"   {' '.join(d90):<13}"
-    if kind not in SLOW:
-        search = tuner.find(Digits(net), *data, dims=SEARCHED, method="doubling", **ask)
-        found = [rows(search, seed)[0] for seed in range(seeds)]  # then the run at half of it
-        text += f"{' '.join(str(dim) for dim, _, _ in found):<13}{' '.join(str(steps) for *_, steps in found):<15}"
-    else:
-        text += " " * 28
-    print(f"{text}{time.perf_counter() - start:>5.0f} s", flush=True)
-    return grid.suggestion()
+def toy():
+    points = DataLoader(torch.zeros(100, 1), batch_size=1)
+    return points, DataLoader(torch.zeros(1, 1))
+
+
+TASKS = {  # the data, the model, epochs, and what is asked
+    "toy 90 %": (toy, Toy, 10, {"monitor": "loss", "mode": "min", "threshold": 0.9}),
+    "toy 99 %": (toy, Toy, 10, {"monitor": "loss", "mode": "min", "threshold": 0.99}),
+    "teacher": (lambda: loaders(*teacher(), 2000), lambda: Classifier(40, 64, 64, 4), 15, {"monitor": "accuracy"}),
+    "wine": (
+        lambda: loaders(*load_wine(return_X_y=True), 59),
+        lambda: Classifier(13, 64, 64, 3),
+        60,
+        {"monitor": "accuracy"},
+    ),
+    "cancer": (
+        lambda: loaders(*load_breast_cancer(return_X_y=True), 189),
+        lambda: Classifier(30, 64, 64, 2),
+        30,
+        {"monitor": "accuracy"},
+    ),
+    "digits": (
+        lambda: loaders(*load_digits(return_X_y=True), 360),
+        lambda: Classifier(64, 64, 64, 10),
+        15,
+        {"monitor": "accuracy"},
+    ),
+}
+
+
+def prepared(name, folder, **options):
+    """Return a function that searches with a method, and the model."""
+    data, model, epochs, ask = TASKS[name]
+    seed_everything(0, verbose=False)
+    module, data = model(), data()
+    trainer = {**QUIET, "max_epochs": epochs, "check_val_every_n_epoch": epochs, "default_root_dir": folder}
+
+    def find(rates=None, seeds=SEEDS, **more):
+        tuner = IntrinsicDimensionTuner(trainer, rates=rates, **options)
+        return tuner.find(module, *data, seeds=seeds, **ask, **more)
+
+    return find, module
+
+
+def cell(result, full, until=None):
+    """Return the suggestion and the cost, of the runs up to a dimension."""
+    columns = zip(result.results["dim"], result.results["steps"], strict=True)
+    steps = [full, *(step for dim, step in columns if until is None or dim <= until)]
+    return f"{result.suggestion() or '-':>10}{len(steps):>5}{sum(steps) / 1000:>6.1f}"
+
+
+def compare(names):
+    """Print the truth of each task, and what each method finds and spends."""
+    methods = ("grid", "bisect", "doubling")
+    columns = (f"{name:>10}{'runs':>5}{'steps':>6}" for name in ("one rate", *methods))
+    print(f"{'':<10}{'truth':>6}{''.join(columns)}   spread")
+    for name in names:
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            find, module = prepared(name, folder)
+            found = [find(method=method) for method in methods]
+            alone = find(rates=1)
+        truth, full = TRUTH.get(name) or module.truth(TASKS[name][3]["threshold"]), found[0].results["steps"][0]
+        cells = [cell(alone, full, alone.suggestion()), *(cell(one, full) for one in found)]
+        low, high = found[1].spread
+        print(
+            f"{name:<10}{truth:>6}{''.join(cells)}   {low} to {high}, {time.perf_counter() - start:.0f} s", flush=True
+        )
+        for method, one in zip(methods, found, strict=True):
+            for sentence in one.contradictions().values():
+                print(f"          {method}: {sentence}", flush=True)
+            assert truth / 2 <= (one.suggestion() or 0) <= 2 * truth, (method, one)
+
+
+def truths():
+    """Print the mean over seeds at each dim and rate."""
+    for name in TRUTH:
+        with tempfile.TemporaryDirectory() as folder:
+            find, module = prepared(name, folder)
+            n = sum(p.numel() for p in module.parameters())
+            dims = [1 << k for k in range(2, n.bit_length()) if 1 << k < n] + [n]
+            by_rate = [find(rates=rate, dims=dims) for rate in RATES]
+        print(f"\n{name}: target {by_rate[0].target:.3f}\n{'dim':>7}" + "".join(f"{rate:>8g}" for rate in RATES))
+        for dim in dims:
+            print(f"{dim:>7}" + "".join(f"{one.means()[dim]:>8.3f}" for one in by_rate), flush=True)
+        best = {dim: max(one.means()[dim] for one in by_rate) for dim in dims}
+        print("truth:", next(dim for dim in dims if best[dim] >= by_rate[0].target))
+
+
+def kinds():
+    """Print the d90 of digits along each kind of directions."""
+    for kind in KINDS:
+        with tempfile.TemporaryDirectory() as folder:
+            result = prepared("digits", folder, sketch=kind)[0](method="bisect")
+        print(f"{kind:<13}{cell(result, result.results['steps'][0])}", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, and no table of costs")
-    quick = parser.parse_args().quick
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help="toy 90 %%, teacher, ...; all by default")
+    parser.add_argument("--truth", action="store_true", help="measure the truth of the tasks other than the toy")
+    parser.add_argument("--kinds", action="store_true", help="compare kinds of directions on digits")
+    args = parser.parse_args()
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers|The number of training batches")
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    for make in (perceptron, convolutional):
-        seed_everything(0, verbose=False)
-        net, data = make(), loaders()
-        print(f"\n{make.__name__}: n = {sum(p.numel() for p in net.parameters()):,}")
-        print(f"{'':<12}{'full':>6} " + "".join(f"{dim:>7}" for dim in DIMS) + f"   {'d90':<13}{'in one run':<13}steps")
-        with tempfile.TemporaryDirectory() as folder:
-            found = {kind: line(kind, net, data, 1 if quick else 3, folder) for kind in KINDS}
-        spread = "not all reached" if None in found.values() else f"{max(found.values()) / min(found.values()):g}"
-        print(f"d90 of the means: {found}; largest / smallest: {spread}")
-    if not quick:
-        table(threads=2)
+    truths() if args.truth else kinds() if args.kinds else compare(args.tasks or TASKS)
 
 
 if __name__ == "__main__":

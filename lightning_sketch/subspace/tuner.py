@@ -1,42 +1,58 @@
 """The search for the intrinsic dimension of a task, by training in subspaces of several dimensions."""
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from operator import index
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_sketch._lightning import LightningModule
+from lightning_sketch._lightning import LightningModule, close_run, name_run
 from lightning_sketch.subspace._ledger import Run
+from lightning_sketch.subspace._rates import Rates
 from lightning_sketch.subspace._runner import Runner
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder, refuse_spawning
-from lightning_sketch.subspace.result import IntrinsicDimensionResult, Mode, reaches, target
+from lightning_sketch.subspace.result import IntrinsicDimensionResult, Mode, progress, reaches, target
 from lightning_sketch.subspace.subspace_module import Others
 
 Method = Literal["grid", "bisect", "doubling"]
+Value = Literal["last", "best"]
+_FROM = 8  # the dimension at which a search begins, unless it is told
 
 
 class IntrinsicDimensionTuner:
     """Find how few numbers, along random directions, train a model almost as well as all its parameters do.
 
+    Each dimension is asked at the best of several rates, see `rates`.
+
+    The last layer of a classifier that is new, on an encoder that is not, may need most of the dimensions: with
+    head="classifier.*" it is trained in full, outside of the subspace. Without, the result says that it is inside.
+
     Args:
-        trainer_fn: A function from dim to a new Trainer with a new logger, called for each run; or a dict of the
-            Trainer's arguments, in which `logger` may be a function of dim, and callbacks, strategy, plugins and
-            profiler are copied for each run.
+        trainer_fn: A function from dim to a new Trainer with a new logger, called for each run; or a mapping of the
+            Trainer's arguments, in which `logger` may be a function of dim, callbacks, strategy, plugins and profiler
+            are copied for each run, and progress bars and model summaries are off unless they are switched on.
         sketch: The kind of sketch whose rows are the directions.
         parameters: A pattern of the names of the parameters to search in, as in `SubspaceModule`; full training trains
             the same ones.
         others: What is done with the other trainable parameters, as in `SubspaceModule`: "frozen" or "full"; full
             training does the same.
-        lr_scale: The factor for the learning rate of the module's own optimizer in a subspace, where steps have to be
-            longer than in full training.
+        head: A pattern of the names of parameters that are trained in full, outside of the subspace, or None.
+        rates: The factors of the directions to choose from, as `scale` in `SubspaceModule`: factors of the learning
+            rate for optimizers like Adam, of its square root for SGD. One number is asked for all dimensions. None is
+            ..., 0.1, 0.3, 1, 3, 10, ..., from 1, and from the best one of the nearest dimension on.
+        lr_scale: The factor of the learning rate for all dimensions, an alias: for optimizers like Adam it is a rate,
+            for SGD the square of one.
         optimizer_fn: Makes the optimizer in subspaces, in place of the module's own, as in `SubspaceModule`.
 
     Raises:
-        ValueError: By `find`, before training: if an argument is out of its range; if no parameter matches.
+        ValueError: If rates are not positive, or given twice. By `find`, before training: if an argument is out of its
+            range; if no parameter matches.
         MisconfigurationException: By `find`, before training: if `trainer_fn` returns the same Trainer or logger twice;
             if `monitor` is not logged in validation; for "doubling" with a `baseline` but without max_steps, or if fit
             runs in spawned processes (`ddp_spawn` and similar).
@@ -48,6 +64,7 @@ class IntrinsicDimensionTuner:
         result = tuner.find(module, datamodule=data, monitor="val_acc")
         result.suggestion()
         result.plot()
+        result.best().materialize()
 
     Source: Li, Farkhoor, Liu & Yosinski (2018), "Measuring the intrinsic dimension of objective landscapes", ICLR 2018,
     arXiv:1804.08838; for "doubling", Schioppa (2024), arXiv:2402.03994.
@@ -55,22 +72,32 @@ class IntrinsicDimensionTuner:
 
     def __init__(
         self,
-        trainer_fn: Callable[[int], Any] | dict[str, Any],
+        trainer_fn: Callable[[int], Any] | Mapping[str, Any],
         *,
         sketch: str = "block_srht",
         parameters: str | Sequence[str] = "*",
         others: Others = "frozen",
-        lr_scale: float | int = 10.0,
+        head: str | Sequence[str] | None = None,
+        rates: float | int | Iterable[float | int] | None = None,
+        lr_scale: float | int | None = None,
         optimizer_fn: Callable[[list[nn.Parameter]], Any] | None = None,
     ):
-        self.trainer_fn = trainer_fn
+        if rates is not None and lr_scale is not None:
+            raise ValueError("rates and lr_scale are given, which are the same but for SGD; leave out lr_scale.")
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False}
+        self.trainer_fn = {**quiet, **trainer_fn} if isinstance(trainer_fn, Mapping) else trainer_fn
+        given = [] if rates is None else rates if isinstance(rates, Iterable) else [rates]
+        self.rates = sorted({float(rate) for rate in given}) if rates is not None else None
+        if self.rates is not None and not (self.rates and all(0 < rate < math.inf for rate in self.rates)):
+            raise ValueError(f"need rates above 0, got {rates}; 0.3, 1 and 3 are usual.")
         self.options: dict[str, Any] = {
             "sketch": sketch,
             "parameters": parameters,
             "others": others,
             "optimizer_fn": optimizer_fn,
+            **({} if head is None else {"head": head}),
+            **({} if lr_scale is None else {"lr_scale": float(lr_scale)}),
         }
-        self.scale = float(lr_scale)
 
     def find(
         self,
@@ -85,6 +112,7 @@ class IntrinsicDimensionTuner:
         threshold: float | int = 0.9,
         seeds: int = 1,
         method: Method = "grid",
+        value: Value = "last",
         baseline: float | int | None = None,
     ) -> IntrinsicDimensionResult:
         """Train in full, unless `baseline` is given, then in subspaces; all runs start from the same weights.
@@ -97,147 +125,198 @@ class IntrinsicDimensionTuner:
         A run that ends with NaN, or out of memory, is recorded as such, and the search continues. With several
         processes, which would wait for each other, lack of memory ends the search, and the next search skips that run.
 
-        Each run's logger gets `subspace/dim` and the metric at its end; W&B runs share a group.
+        Each run's logger gets `subspace/dim` and the metric at its end; W&B runs share a group, and the last one of
+        them has the suggestion, the target and the curve in its summary, see `IntrinsicDimensionResult.log`.
 
-        The cost is one fit for full training and one for each dim and seed; of "doubling", for each seed, a fit of up
-        to twice the length and one more.
+        The cost is one run for full training and one for each dimension and seed, and at other rates at most 1.5 times
+        as many; "doubling" begins with a run of up to twice the length.
 
         Args:
             model: The module, of which each run trains a copy; or a function that makes one.
             train_dataloaders: As in `Trainer.fit`.
             val_dataloaders: As in `Trainer.fit`.
             datamodule: As in `Trainer.fit`.
-            dims: The dimensions to try. None is 8, 16, 32, ... and n; "grid" then ends at the first that is enough.
+            dims: The dimensions to try. None is 8, 16, 32, ... and n, until two in a row are enough, and if 8 is, then
+                4, 2, 1 until one is not. "doubling" takes the smallest and the largest.
             monitor: A metric that `validation_step` logs. The value of a run is the metric at its end.
             mode: "max" if larger values are better, "min" if smaller ones are.
             threshold: The required part of what full training gains, in (0, 1].
             seeds: The number of runs for each dimension, each with its own directions and order of the data.
-            method: "grid" tries all dims; "bisect" assumes that more dimensions are never worse; "doubling" doubles the
-                dimension within one run of at most twice the steps of full training, at a constant rate, see
-                `IntrinsicDimensionFinder`, and verifies the dimension found by a run at half of it.
+            method: "grid" tries all dims; "bisect" assumes that more dimensions are never worse, skips 1, 3, 7, ... of
+                them until one is enough, and halves what is left: never more dimensions than "grid"; "doubling" doubles
+                the dimension within one run of at most twice the steps of full training, at a constant rate, see
+                `IntrinsicDimensionFinder`, and goes on from there by runs at half or twice the dimension.
+            value: "last" to judge a run by its last validation, "best" by its best one.
             baseline: The metric after full training, if it is known, to omit that run.
 
         Returns:
             The value of each run, the target, and the suggested dimension.
         """
-        _check(mode, threshold, seeds, method)
+        for name, given, known in (("mode", mode, Mode), ("method", method, Method), ("value", value, Value)):
+            if given not in get_args(known):
+                raise ValueError(f"{name}={given!r} is not known; use {', '.join(map(repr, get_args(known)))}.")
+        if not 0 < threshold <= 1:
+            raise ValueError(f"need a threshold in (0, 1], got {threshold}; 0.9 is usual.")
+        if seeds < 1:
+            raise ValueError(f"need seeds >= 1, got {seeds}.")
         data = train_dataloaders, val_dataloaders, datamodule
         runner = Runner(self.trainer_fn, self.options, model, data, monitor, mode)
         ladder = _ladder(dims, runner.n, method)
-        start = runner.begin(ladder[0])
-        if method == "doubling":
-            refuse_spawning(runner.trainers.peek(runner.n))
-        rank_zero_info(
-            f"intrinsic dimension of {runner.n:,} parameters: in subspaces the module's learning rate is multiplied by "
-            f"{self.scale:g}; runs are recorded in {runner.ledger.path}"
-        )
-        if baseline is not None:
-            full: Run = {"value": float(baseline), "steps": runner.length() if method == "doubling" else 0}
-        else:
-            full = runner.fit_full()
-        if not math.isfinite(full["value"]):
-            raise MisconfigurationException(
-                f"full training ended with {monitor}={full['value']}; fix training before searching."
+        first = next((place for place, dim in enumerate(ladder) if dims is not None or dim >= _FROM), len(ladder) - 1)
+
+        def judged(run: Run) -> Run:
+            return {**run, "value": run["best"]} if value == "best" and run["kind"] == "fit" else run
+
+        with _without_messages_of_lightning():
+            start = runner.begin(ladder[first])
+            trainer = runner.trainers.peek(runner.n)
+            in_wandb = any(kind.__name__ == "WandbLogger" for one in trainer.loggers for kind in type(one).__mro__)
+            if method == "doubling":
+                refuse_spawning(trainer)
+            rank_zero_info(f"intrinsic dimension of {runner.n:,} parameters; runs are recorded in {runner.ledger.path}")
+            if baseline is not None:
+                full: Run = {"value": float(baseline), "steps": runner.length() if method == "doubling" else 0}
+            else:
+                full = judged(runner.fit_full())
+            aim = _target(full["value"], start, monitor, mode, float(threshold))
+            rates = Rates(
+                lambda dim, seed, rate: judged(runner.fit_subspace(dim, seed, rate)),
+                lambda value: progress(value, start, aim),
+                seeds,
+                [1.0] if "lr_scale" in self.options else self.rates,
             )
-        if mode == "max" and full["value"] <= 0:
-            raise MisconfigurationException(
-                f"mode='max' asks for threshold x {full['value']:.4g}, which is more than full training reaches; log "
-                f"the negative of {monitor} and use mode='min'."
+            searches: list[Run] = []
+            if method == "doubling":
+                rule: dict[str, Any] = {
+                    "mode": mode,
+                    "delta": abs(full["value"] - start) / 20,
+                    "every_n_train_steps": max(1, full["steps"] // 8),
+                    "max_steps": 2 * full["steps"],
+                }
+                largest = max((dim for dim in ladder[first:] if dim < runner.n), default=ladder[first])
+                finder = IntrinsicDimensionFinder(monitor, aim, **rule)
+                searches = [runner.search(finder, ladder[first], largest, 0, rates.first)]
+                end = searches[0]["dim"] // (2 if searches[0]["status"] == "done" else 1)
+                first = max((place for place, dim in enumerate(ladder) if dim <= end), default=0)
+            if method == "bisect":
+                _bisect(ladder[first:], rates.reaches)
+            elif method == "grid" and dims is not None:
+                for dim in ladder:
+                    rates.reaches(dim)
+            else:
+                _grid(ladder[first:], rates.reaches)
+            all(rates.reaches(dim) for dim in reversed(ladder[: first + 1]))  # down to the first that is not enough
+            columns = ("kind", "dim", "seed", "scale", "value", "steps", "status", "checkpoint")
+            result = IntrinsicDimensionResult(
+                {key: [run[key] for run in [*searches, *rates.runs.values()]] for key in columns},
+                monitor,
+                mode=mode,
+                threshold=float(threshold),
+                n=runner.n,
+                baseline=full["value"],
+                start=start,
+                inside=_inside(self.options),
+                new_model=runner.replicas.new,
             )
-        aim = target(mode, float(threshold), full["value"], start)
-        if reaches(start, aim, mode) or not reaches(full["value"], aim, mode):
-            raise MisconfigurationException(
-                f"{monitor} is {start:.4g} before training and {full['value']:.4g} after full training, so nothing has "
-                f"to be learned with mode={mode!r} and threshold={threshold}; is it the other mode?"
-            )
-
-        def reached(several: list[Run]) -> bool:
-            return reaches(sum(run["value"] for run in several) / len(several), aim, mode)
-
-        def at(dim: int) -> list[Run]:
-            return [runner.fit_subspace(dim, seed, self.scale) for seed in range(seeds)]
-
-        if method == "doubling":
-            rule: dict[str, Any] = {
-                "mode": mode,
-                "delta": abs(full["value"] - start) / 20,
-                "every_n_train_steps": max(1, full["steps"] // 8),
-                "max_steps": 2 * full["steps"],
-            }
-            finders = [IntrinsicDimensionFinder(monitor, aim, **rule) for _ in range(seeds)]
-            done = [
-                run
-                for seed, finder in enumerate(finders)
-                for run in _doubling(runner, ladder, seed, self.scale, finder)
-            ]
-        elif method == "bisect":
-            done = list(_bisect(ladder, at, reached))
-        else:
-            done = list(_grid(ladder, at, reached if dims is None else lambda several: False))
-        results = {key: [run[key] for run in done] for key in ("kind", "dim", "seed", "value", "steps", "status")}
-        return IntrinsicDimensionResult(
-            results,
-            monitor,
-            mode=mode,
-            threshold=float(threshold),
-            n=runner.n,
-            baseline=full["value"],
-            start=start,
-        )
+            if in_wandb:
+                last: Any = runner.trainers.take(runner.n)  # Any: not all loggers have an `experiment`
+                name_run(last, "result", f"intrinsic dimension {runner.replicas.fingerprint % (1 << 32):08x}")
+                for logger in last.loggers if last.is_global_zero else ():
+                    result.log(logger.experiment)
+                close_run(last, {})
+            return result
 
 
-def _check(mode: Mode, threshold: float | int, seeds: int, method: Method) -> None:
-    """Check the arguments of `find` that need no model.
+def _target(full: float, start: float, monitor: str, mode: Mode, threshold: float) -> float:
+    """Return the metric to reach.
 
     Raises:
-        ValueError: If one is out of its range.
+        MisconfigurationException: If full training failed, or reaches nothing that the start does not.
     """
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode={mode!r} is not known; use 'max' or 'min'.")
-    if method not in get_args(Method):
-        raise ValueError(f"method={method!r} is not known; use {', '.join(map(repr, get_args(Method)))}.")
-    if not 0 < threshold <= 1:
-        raise ValueError(f"need a threshold in (0, 1], got {threshold}; 0.9 is usual.")
-    if seeds < 1:
-        raise ValueError(f"need seeds >= 1, got {seeds}.")
+    if not math.isfinite(full):
+        raise MisconfigurationException(f"full training ended with {monitor}={full}; fix training before searching.")
+    if mode == "max" and full <= 0:
+        raise MisconfigurationException(
+            f"mode='max' asks for threshold x {full:.4g}, which is more than full training reaches; log the negative "
+            f"of {monitor} and use mode='min'."
+        )
+    aim = target(mode, threshold, full, start)
+    if reaches(start, aim, mode) or not reaches(full, aim, mode):
+        raise MisconfigurationException(
+            f"{monitor} is {start:.4g} before training and {full:.4g} after full training, so nothing has to be "
+            f"learned with mode={mode!r} and threshold={threshold}; is it the other mode?"
+        )
+    return aim
 
 
 def _ladder(dims: Iterable[int] | None, n: int, method: Method) -> list[int]:
-    """Return the dimensions to try, ascending; by default powers of two, then n unless directions are to be doubled."""
+    """Return the dimensions to choose from, ascending; by default powers of two, and n."""
     if dims is None:
-        powers = [1 << k for k in range(3, n.bit_length()) if 1 << k < n]
-        return powers if powers and method == "doubling" else [*powers, n]
-    dims = [index(dim) for dim in dims]
-    if not dims:
+        return [*(1 << k for k in range(n.bit_length()) if 1 << k < n), n]
+    given: list[Any] = list(dims)
+    asked = sorted({int(dim) if isinstance(dim, float) and dim.is_integer() else index(dim) for dim in given})
+    if not asked:
         raise ValueError(f"dims is empty; pass whole numbers from 1 to {n}, or leave dims out.")
-    wrong = [dim for dim in dims if not 0 < dim <= n]
+    wrong = [dim for dim in asked if not 0 < dim <= n]
     if wrong:
         raise ValueError(f"need dims from 1 to n={n}, got {wrong}; leave these out.")
-    return sorted(set(dims))
+    if method != "doubling":
+        return asked
+    low, high = asked[0], asked[-1]
+    return [*(low << k for k in range(n.bit_length()) if low << k < high), high]
 
 
-def _grid(ladder: list[int], at: Callable[[int], list[Run]], until: Callable[[list[Run]], bool]) -> Iterator[Run]:
-    for dim in ladder:
-        several = at(dim)
-        yield from several
-        if until(several):
+def _grid(dims: Sequence[int], reaches: Callable[[int], bool]) -> None:
+    """Ask dimensions from below, until two in a row are enough: one lucky run does not end a search."""
+    before = False
+    for dim in dims:
+        before, last = reaches(dim), before
+        if before and last:
             return
 
 
-def _bisect(ladder: list[int], at: Callable[[int], list[Run]], reached: Callable[[list[Run]], bool]) -> Iterator[Run]:
-    low, high = 0, len(ladder)
-    while low < high:
-        middle = (low + high) // 2
-        several = at(ladder[middle])
-        yield from several
-        low, high = (low, middle) if reached(several) else (middle + 1, high)
+def _bisect(dims: Sequence[int], reaches: Callable[[int], bool]) -> None:
+    """Ask places 0, 1, 3, 7, ... until one is enough, and halve what is left; then confirm it by a larger dimension.
+
+    If more dimensions are never worse, it asks at most as many as `_grid`.
+    """
+    low, asked = -1, -1
+    while low < len(dims) - 1:
+        high, step = low + 1, 1
+        while high < len(dims) - 1 and not reaches(dims[high]):
+            low, high, step = high, min(high + step, len(dims) - 1), 2 * step
+        asked = max(asked, high)
+        if not reaches(dims[high]):
+            return
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if reaches(dims[middle]) else (middle, high)
+        if asked > high or high == len(dims) - 1 or reaches(dims[high + 1]):
+            return
+        low = high + 1
 
 
-def _doubling(
-    runner: Runner, ladder: list[int], seed: int, scale: float, finder: IntrinsicDimensionFinder
-) -> Iterator[Run]:
-    """Search within one run, then train at half of the dimension found."""
-    found = runner.search(finder, ladder[0], ladder[-1], seed, scale)
-    yield found
-    if found["status"] == "done" and found["dim"] > 1:
-        yield runner.fit_subspace(found["dim"] // 2, seed, scale)
+def _inside(options: Mapping[str, Any]) -> str:
+    """Return a sentence that says which parameters are inside the subspace."""
+    if "head" in options:
+        return f"head={options['head']!r} is outside of the subspace, and trained in full"
+    if options["parameters"] == "*":
+        return "all layers are inside the subspace, the last one included (see head=...)"
+    return f"parameters={options['parameters']!r} are inside the subspace, others={options['others']!r}"
+
+
+@contextmanager
+def _without_messages_of_lightning() -> Iterator[None]:
+    """Leave out what Lightning reports of each Trainer and fit, so that a search prints a line for each run."""
+
+    def is_not_lightnings(record: logging.LogRecord) -> bool:
+        return "pytorch_lightning" not in Path(record.pathname).parts and "lightning" not in Path(record.pathname).parts
+
+    loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("pytorch_lightning", "lightning.pytorch")]
+    for logger in loggers:
+        logger.addFilter(is_not_lightnings)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_not_lightnings)

@@ -111,7 +111,7 @@ def searched(
         watched = Watched(dies, full, own)
         return trainer(watched, max_steps=steps, default_root_dir=folder, devices=devices, strategy=strategy)
 
-    tuner = IntrinsicDimensionTuner(trainer_fn)
+    tuner = IntrinsicDimensionTuner(trainer_fn, rates=10)
     model = (Halves if halved else InOrder)(lr=lr)
     train = train_loader(batch_size=32 // devices, shuffle=True) if shuffle else None
     result = tuner.find(model, train, halves() if halved else val_loader(), **options)

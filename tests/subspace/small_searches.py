@@ -77,12 +77,12 @@ def by_dimension(**values):
 
 
 def search(model, folder, steps=4, callbacks=lambda: (), trainers=None, tuner=None, **options):
-    """Search with a few steps a run; options of Trainers, of the tuner, and of `find`."""
+    """Search with a few steps a run, at one rate; options of Trainers, of the tuner, and of `find`."""
 
     def trainer_fn(dim):
         return trainer(*callbacks(), **{"max_steps": steps, "default_root_dir": folder, **(trainers or {})})
 
-    searcher = IntrinsicDimensionTuner(trainer_fn, **(tuner or {}))
+    searcher = IntrinsicDimensionTuner(trainer_fn, **{"rates": 10, **(tuner or {})})
     given = {"dims": [4, 8], "monitor": "val_acc", **options}
     if "datamodule" not in given:
         given = {"train_dataloaders": train_loader(), "val_dataloaders": val_loader(), **given}
@@ -98,14 +98,14 @@ LADDER = [4, 32, 128, 512]
 
 
 def tuner(folder, steps=100, **options):
-    """Make a tuner of runs that are long enough to learn, and the list of dims that it makes Trainers for."""
+    """Make a tuner of runs that are long enough to learn at one rate, and the list of dims it makes Trainers for."""
 
     def trainer_fn(dim):
         made_for.append(dim)
         return trainer(max_steps=steps, default_root_dir=folder, check_val_every_n_epoch=1)
 
     made_for: list[int] = []
-    return IntrinsicDimensionTuner(trainer_fn, **options), made_for
+    return IntrinsicDimensionTuner(trainer_fn, **{"rates": 10, **options}), made_for
 
 
 def find(searcher, model, **options):

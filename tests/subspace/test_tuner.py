@@ -2,12 +2,14 @@
 
 import copy
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from forks import Started
 from nets import Classifier, trainer, val_loader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from small_searches import ByDimension, by_dimension, find, made, recorded, search, tuner
@@ -42,69 +44,89 @@ def flat(module):
 
 
 @pytest.mark.slow
-def test_without_dims_it_goes_up_until_reached(tmp_path):
+def test_without_dims_it_goes_up_until_two_in_a_row_are_enough(tmp_path):
     result = find(tuner(tmp_path)[0], made(), dims=None)
     assert result.results["dim"] == [8 * 2**i for i in range(len(result.results["dim"]))]
-    assert result.suggestion() == result.results["dim"][-1] in (64, 128, 256)
+    assert result.suggestion() == result.results["dim"][-2] in (64, 128, 256)
+
+
+@pytest.mark.parametrize(("enough", "asked"), [(8, [8, 16, 4]), (2, [8, 16, 4, 2, 1]), (1, [8, 16, 4, 2, 1])])
+def test_where_the_first_dimension_is_enough_it_goes_down(tmp_path, enough, asked):
+    """From 8 directions to the first that is not enough, or to one."""
+    model = by_dimension(**{f"dim{dim}": 0.2 for dim in (1, 2, 4, 8) if dim < enough})
+    for method in ("grid", "bisect"):
+        result = search(model, tmp_path, dims=None, method=method, baseline=1.0)
+        assert result.results["dim"] == asked
+        assert result.suggestion() == enough
 
 
 def test_bisection(tmp_path):
+    """Of 4, 32, 128 and 512 it asks places 0, 1 and 3, and the one between, which is enough."""
     result = find(tuner(tmp_path)[0], made(), method="bisect", baseline=0.9)
-    assert result.results["dim"] == [128, 32]
+    assert result.results["dim"] == [4, 32, 512, 128]
     assert result.suggestion() == 128
     assert result.baseline == 0.9
 
 
 def test_the_mean_over_seeds_is_what_a_bisection_judges(tmp_path):
     """The mean of 0.5 and 0.9 does not reach 0.8."""
-    model = by_dimension(dim8=(0.5, 0.9), dim4=(0.0, 0.0))
+    model = by_dimension(dim8=(0.5, 0.9), dim4=(0.9, 0.0))
     result = search(model, tmp_path, method="bisect", dims=[4, 8, 16], seeds=2, threshold=0.8)
-    assert result.results["dim"] == [8, 8, 16, 16]
+    assert result.results["dim"] == [4, 4, 8, 8, 16, 16]
     assert result.suggestion() == 16
 
 
+def test_a_dimension_whose_first_seed_is_not_enough_at_any_rate_is_run_with_all_seeds(tmp_path):
+    """The first seed chooses among the rates beside it, here the first one since they are equal."""
+    model = by_dimension(dim4=(0.7, 0.8))
+    result = search(model, tmp_path, dims=[4, 8], seeds=2, tuner={"rates": (1, 0.3, 3, 3.0)})
+    columns = zip(*(result.results[key] for key in ("dim", "seed", "scale")), strict=True)
+    assert list(columns) == [(4, 0, 1.0), (4, 0, 0.3), (4, 0, 3.0), (4, 1, 1.0), (8, 0, 1.0), (8, 1, 1.0)]
+
+
 @pytest.mark.slow
-def test_doubling_is_verified_at_half(tmp_path):
+def test_doubling_goes_on_from_half_of_what_a_search_finds(tmp_path):
+    """Runs at fixed dimensions go down while one is enough, or up until two in a row are."""
     result = find(tuner(tmp_path, steps=80)[0], made(), method="doubling", dims=[4, 512])
-    found, half = result.results["dim"]
-    assert half == found // 2
+    kind, dims = result.results["kind"], result.results["dim"]
+    assert (kind[0], set(kind[1:])) == ("search", {"fit"})
+    assert dims[1] == dims[0] // 2 >= 32
     assert result.results["steps"][0] <= 2 * 80
-    assert result.results["kind"] == ["search", "fit"]
-    assert result.suggestion() in (found, half)
-    assert found >= 64
+    assert result.suggestion() in dims[1:]
+    if result.suggestion() > 4:
+        assert result.means()[result.suggestion() // 2] < result.target
 
 
-def test_a_search_from_one_direction_has_no_half(tmp_path):
-    result = search(by_dimension(), tmp_path, method="doubling", dims=[1, 4], baseline=1.0)
-    assert (result.results["kind"], result.results["dim"]) == (["search"], [1])
-    assert result.suggestion() == 1
+def test_a_search_that_ends_at_once_goes_down_from_there(tmp_path):
+    result = search(by_dimension(dim2=0.2), tmp_path, method="doubling", dims=None, baseline=1.0)
+    assert result.results["kind"] == ["search", "fit", "fit", "fit"]
+    assert result.results["dim"] == [8, 4, 8, 2]
+    assert result.suggestion() == 4
 
 
-def test_searches_of_several_seeds_are_verified_each_by_its_own(tmp_path):
-    result = search(by_dimension(), tmp_path, method="doubling", seeds=2, baseline=1.0)
-    assert list(zip(result.results["kind"], result.results["dim"], result.results["seed"], strict=True)) == [
-        ("search", 4, 0),
-        ("fit", 2, 0),
-        ("search", 4, 1),
-        ("fit", 2, 1),
-    ]
+def test_a_search_stays_within_the_dims_that_are_given(tmp_path):
+    """It ends at 4, and half of it was not asked for."""
+    result = search(by_dimension(), tmp_path, method="doubling", dims=[4, 64], seeds=2, baseline=1.0)
+    assert result.results["dim"] == [4, 4, 4, 8, 8]
+    assert result.results["seed"] == [0, 0, 1, 0, 1]
+    assert result.suggestion() == 4
 
 
-def test_the_directions_of_a_search_are_of_its_seed(tmp_path):
+def test_the_directions_of_a_search_are_nested(tmp_path):
     orders = []
 
     class Watch(pl.Callback):
         def on_train_start(self, trainer, pl_module):
             orders.append((pl_module.directions.nested, pl_module.directions.sketch.seed))
 
-    search(by_dimension(), tmp_path, method="doubling", seeds=2, baseline=1.0, callbacks=lambda: [Watch()])
-    assert orders == [(True, 0), (False, 0), (True, 1), (False, 1)]
+    search(by_dimension(), tmp_path, method="doubling", dims=[4], seeds=2, baseline=1.0, callbacks=lambda: [Watch()])
+    assert orders == [(True, 0), (False, 0), (False, 1)]
 
 
 def test_the_rule_of_a_search(tmp_path):
     """A twentieth of the gain of full training is delta, an eighth of its length the interval, twice it the limit."""
     search(by_dimension(dim64=0.2), tmp_path, steps=16, method="doubling", dims=[4, 64], threshold=0.5)
-    full, found = (entry["settings"] for entry in recorded(tmp_path))
+    full, found = (entry["settings"] for entry in recorded(tmp_path)[:2])
     assert found["rule"] == [pytest.approx(0.5), pytest.approx((1.0 - 0.1) / 20), 2, 32]
     assert (found["from"], found["dim"]) == (4, 64)
     assert (full["full"], full["seed"]) == (True, 0)
@@ -122,15 +144,84 @@ def test_a_search_that_does_not_reach_the_target_reports_its_last_value(tmp_path
     pl.seed_everything(0, verbose=False)
     searcher = tuner(tmp_path, steps=8)[0]
     result = find(searcher, Halting(), method="doubling", dims=[4, 512], baseline=1.0, threshold=1.0)
-    assert result.results == {
-        "kind": ["search"],
-        "dim": [4],
-        "seed": [0],
-        "value": [pytest.approx(0.9)],
-        "steps": [16],
-        "status": ["not reached"],
+    first = {key: column[0] for key, column in result.results.items()}
+    assert first == {
+        "kind": "search",
+        "dim": 4,
+        "seed": 0,
+        "scale": 10.0,
+        "value": pytest.approx(0.9),
+        "steps": 16,
+        "status": "not reached",
+        "checkpoint": None,
     }
+    assert result.results["dim"][1:] == [4 << k for k in range(8)]
     assert result.suggestion() is None
+
+
+@pytest.mark.parametrize(("value", "baseline", "values"), [("last", 0.9, [0.4]), ("best", 1.0, [0.8])])
+def test_a_run_may_be_judged_by_its_best_validation(tmp_path, value, baseline, values):
+    """Full training goes through 1.0 and ends at 0.9, the subspace through 0.8 to 0.4."""
+
+    class Model(Classifier):
+        def validation_step(self, batch):
+            step, part = self.trainer.global_step, isinstance(self.trainer.lightning_module, SubspaceModule)
+            self.log("val_acc", {0: 0.1, 4: 0.8 if part else 1.0}.get(step, 0.4 if part else 0.9))
+
+    every = {"val_check_interval": 4, "check_val_every_n_epoch": None}
+    result = search(made(Model), tmp_path, steps=8, dims=[4], value=value, trainers=every)
+    assert (result.baseline, result.results["value"]) == (pytest.approx(baseline), pytest.approx(values))
+
+
+def test_searches_share_the_runs_at_the_same_rate(tmp_path):
+    """A rate is one of the settings by which a run is found again."""
+    counts = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            counts.append(trainer)
+
+    for rates, runs in [(1, 1), ((1, 3), 2), (3, 2), (None, 3)]:
+        asked = {"baseline": 1.0, "tuner": {"rates": rates}, "callbacks": lambda: [Watch()]}
+        search(by_dimension(dim4=0.5), tmp_path, dims=[4], **asked)
+        assert len(counts) == runs
+
+
+def test_a_search_prints_a_line_for_each_run(tmp_path):
+    """With a Trainer's own arguments, in a process of its own: full training, 24 runs, and a line before them."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "from nets import Classifier, train_loader, val_loader\n"
+        "from lightning_sketch import IntrinsicDimensionTuner\n"
+        f"trainer = {{'max_steps': 1, 'accelerator': 'cpu', 'default_root_dir': {str(tmp_path)!r}, 'logger': False}}\n"
+        "tuner = IntrinsicDimensionTuner(trainer, rates=1)\n"
+        "tuner.find(Classifier(), train_loader(), val_loader(), dims=range(8, 32), monitor='val_loss', mode='min')\n"
+    )
+    lines = [line for text in Started(program).communicate() for line in text.splitlines() if line.strip()]
+    assert sum("val_loss" in line for line in lines) == 25
+    assert len(lines) <= 40, lines
+
+
+class OfHydra(Mapping):
+    """A mapping that is no dict, as Hydra's DictConfig is none."""
+
+    def __init__(self, entries):
+        self.entries = entries
+
+    def __getitem__(self, name):
+        return self.entries[name]
+
+    def __iter__(self):
+        return iter(self.entries)
+
+    def __len__(self):
+        return len(self.entries)
+
+
+def test_arguments_of_trainers_are_any_mapping(tmp_path):
+    given = {"max_steps": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    tuner = IntrinsicDimensionTuner(OfHydra({**given, "default_root_dir": str(tmp_path)}), rates=1)
+    assert find(tuner, made(), dims=[8], baseline=0.9).results["steps"] == [2]
 
 
 @pytest.mark.slow
@@ -157,7 +248,7 @@ def test_full_training_and_subspaces_are_of_the_same_parameters(tmp_path):
 
     model = made()
     for others, stays in (("frozen", True), ("full", False)):
-        searcher = IntrinsicDimensionTuner(trainer_fn, parameters="net.2.*", others=others)
+        searcher = IntrinsicDimensionTuner(trainer_fn, parameters="net.2.*", others=others, rates=1)
         assert find(searcher, model, dims=[8], monitor="val_loss", mode="min").n == 170
         assert len(ends) == 2
         for net in ends:
@@ -179,21 +270,17 @@ def square(width):
 
 @pytest.mark.parametrize(
     ("width", "method", "dims"),
-    [(8, "grid", [8, 16, 32, 64]), (2, "grid", [4]), (8, "doubling", [8]), (2, "doubling", [4])],
+    [(8, "grid", [8, 16, 32, 64]), (2, "grid", [4, 2, 1]), (8, "doubling", [8, 32, 64]), (2, "doubling", [4, 2, 4, 1])],
 )
 def test_dims_by_default_are_powers_of_two_and_all(tmp_path, width, method, dims):
-    """A power of two that is n is tried once; doubling stays below n if it can."""
+    """A power of two that is n is tried once; a search doubles to less than n if it can."""
     model = made(square(width))
     model.values = dict.fromkeys((8, 16, 32), 0.2)
     result = search(model, tmp_path, steps=1, dims=None, method=method, baseline=1.0)
     assert result.n == width**2
-    assert result.results["dim"][: len(dims)] == dims
+    assert result.results["dim"][0] == dims[0]
     if method == "grid":
         assert result.results["dim"] == dims
-    else:
-        assert {entry["settings"]["dim"] for entry in recorded(tmp_path) if entry["run"]["kind"] == "search"} == {
-            32 if width == 8 else 4
-        }
 
 
 def test_dims_are_tried_once_each_from_the_smallest_on_up_to_all(tmp_path):
@@ -201,8 +288,9 @@ def test_dims_are_tried_once_each_from_the_smallest_on_up_to_all(tmp_path):
     assert result.results["dim"] == [4, 8, 64]
 
 
-def test_dims_of_numpy(tmp_path, untyped):
-    result = find(tuner(tmp_path, steps=2)[0], made(), dims=2 ** np.arange(3, 5), baseline=0.9)
+@pytest.mark.parametrize("dims", [2 ** np.arange(3, 5), torch.tensor([8, 16]), [8.0, 16.0], (16, np.int64(8), 8)])
+def test_dims_are_any_whole_numbers(tmp_path, untyped, dims):
+    result = find(tuner(tmp_path, steps=2)[0], made(), dims=dims, baseline=0.9)
     assert result.results["dim"] == [8, 16]
     assert len(recorded(tmp_path)) == 2
 
@@ -242,6 +330,7 @@ def test_bad_input_is_refused_before_training(tmp_path, untyped):
         (fine, {"dims": [0, 4]}, ValueError, r"dims from 1 to n=.*\[0\]; leave these out"),
         (fine, {"dims": [10**6]}, ValueError, r"\[1000000\]"),
         (fine, {"dims": []}, ValueError, "dims is empty; pass whole numbers from 1 to"),
+        (fine, {"value": "first"}, ValueError, "value='first' is not known; use 'last', 'best'"),
         (fine, {"mode": "up"}, ValueError, "mode='up'"),
         (fine, {"method": "halving"}, ValueError, "method='halving'"),
         (fine, {"seeds": 0}, ValueError, "seeds >= 1"),
@@ -249,6 +338,17 @@ def test_bad_input_is_refused_before_training(tmp_path, untyped):
     ]:
         with pytest.raises(error, match=said):
             find(searcher, Untouched(), **options)
+
+
+@pytest.mark.parametrize("rates", [0, -1.0, [], (1, 0), math.inf, [1, math.nan]])
+def test_rates_that_are_none(rates):
+    with pytest.raises(ValueError, match="need rates above 0"):
+        IntrinsicDimensionTuner({}, rates=rates)
+
+
+def test_rates_and_their_alias_are_not_both_given():
+    with pytest.raises(ValueError, match="leave out lr_scale"):
+        IntrinsicDimensionTuner({}, rates=1, lr_scale=10)
 
 
 def test_what_is_no_model(tmp_path, untyped):
