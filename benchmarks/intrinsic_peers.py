@@ -68,8 +68,7 @@ def dense():
 
 ARMS = {
     "full training": SmallGPT,
-    f"explicit, dim {DIM}": lambda: SubspaceModule(SmallGPT(), dim=DIM, lr_scale=100),
-    f"implicit, dim {DIM}": lambda: SubspaceModule(SmallGPT(), dim=DIM, lr_scale=100, implicit=True),
+    f"subspace, dim {DIM}": lambda: SubspaceModule(SmallGPT(), dim=DIM, scale=100),
     f"FastfoodWrap, dim {DIM}": fastfood,
     f"DenseWrap, dim {DENSE}": dense,
 }
@@ -96,10 +95,10 @@ def run(name, threads):
 
 def table(threads):
     """Print a line per arm."""
-    arms = list(ARMS)[: 5 if importlib.util.find_spec("intrinsic") else 3]
+    arms = list(ARMS)[: 4 if importlib.util.find_spec("intrinsic") else 2]
     n = sum(p.numel() for p in SmallGPT().parameters())
     print(f"\n{n:,} parameters, {threads} threads, {ROUNDS} rounds of {STEPS - SKIPPED} steps")
-    if len(arms) == 3:
+    if len(arms) == 2:
         print(INSTALL)
     times, peaks = {name: [] for name in arms}, {name: [] for name in arms}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:

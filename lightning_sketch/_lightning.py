@@ -7,9 +7,10 @@ settings of a Trainer.
 import copy
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import partial, wraps
 from importlib.util import find_spec
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ if TYPE_CHECKING or find_spec("lightning") is not None:
     from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher as _SpawnLauncher
 
     _MODULES = (pl.LightningModule, lp.LightningModule)
+    _CALLBACKS = (pl.Callback, lp.Callback)
     _SPAWN_LAUNCHERS = (_MultiProcessingLauncher, _SpawnLauncher)
 else:
     Trainer = pl.Trainer
@@ -54,6 +56,7 @@ else:
         """Base class that the Trainer accepts as a LightningModule."""
 
     _MODULES = (pl.LightningModule,)
+    _CALLBACKS = (pl.Callback,)
     _SPAWN_LAUNCHERS = (_MultiProcessingLauncher,)
 
 
@@ -235,11 +238,8 @@ def log_scalars(trainer: Trainer, scalars: Mapping[str, float], step: int) -> No
         logger.log_metrics(dict(scalars), step=step)
 
 
-def param_groups(trainer: Trainer, optimizers: Sequence[Optimizer]) -> Sequence[Mapping[str, Any]]:
-    """Return the param groups of optimizers with the options that their steps use."""
-    groups = getattr(trainer.lightning_module, "groups", None)  # a SubspaceModule knows those of w
-    if callable(groups) and isinstance(trainer.lightning_module, ModuleBase):
-        return groups(optimizers)
+def param_groups(optimizers: Sequence[Optimizer]) -> list[dict[str, Any]]:
+    """Return the param groups of all optimizers."""
     return [group for optimizer in optimizers for group in optimizer.param_groups]
 
 
@@ -302,6 +302,19 @@ def changed_hooks(module: LightningModule) -> list[str]:
     return [name for name in _hooks(base) if _code(getattr(module, name)) is not _code(getattr(base, name))]
 
 
+def overridden_hooks(callback: Any) -> set[str]:
+    """Return the names of the hooks that a callback of the user overrides; none for one of this package."""
+    if isinstance(callback, CallbackBase):
+        return set()
+    bases = [kind for kind in type(callback).__mro__ if kind in (pl.Callback, *_CALLBACKS)]
+    return {name for name in dir(bases[0]) if _code(getattr(callback, name)) is not _code(getattr(bases[0], name))}
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Return whether gradients of the present batch are accumulated, without a step of the optimizer after it."""
+    return trainer.fit_loop._should_accumulate()
+
+
 def does_itself(module: LightningModule, name: str) -> bool:
     """Return whether the class of a `ModuleBase` overrides this hook of Lightning."""
     return getattr(type(module), name, None) is not getattr(pl.LightningModule, name, None)
@@ -320,6 +333,38 @@ def like_namespace_of(module: LightningModule, wrapper: LightningModule) -> None
     for name in _hooks(theirs):
         if theirs is not pl.LightningModule and name not in vars(wrapper) and not does_itself(wrapper, name):
             wrapper.__dict__[name] = partial(getattr(theirs, name), wrapper)  # a method is pickled by name only
+
+
+def keep_hyperparameters_inside(wrapper: type) -> None:
+    """Let a module inside a wrapper save its own hyper-parameters when LightningCLI makes both.
+
+    LightningCLI gives every module that it makes for `model` the arguments of the outermost one to save.
+
+    Args:
+        wrapper: The class of the outermost module.
+    """
+    for namespace in ("pytorch_lightning", "lightning.pytorch"):
+        cli: Any = sys.modules.get(f"{namespace}.cli")
+        if cli is None:
+            continue
+        instantiator = required(cli, "_InstantiatorFn")
+        if not hasattr(instantiator.__call__, "__wrapped__"):
+            instantiator.__call__ = _with_own_hyperparameters(instantiator.__call__, wrapper)
+
+
+def _with_own_hyperparameters(instantiate: Callable[..., Any], wrapper: type) -> Callable[..., Any]:
+    @wraps(instantiate)  # jsonargparse reads the signature
+    def own(self: Any, kind: type, *args: Any, **kwargs: Any) -> Any:
+        config = self.cli.config.get(self.cli.config.get("subcommand"), self.cli.config)
+        path = getattr(config.get(self.key), "class_path", "")
+        home, _, name = path.rpartition(".")
+        outermost = getattr(sys.modules.get(home), name, None)
+        if isinstance(outermost, type) and issubclass(outermost, wrapper) and not issubclass(kind, wrapper):
+            kwargs.pop("applied_instantiation_links", None)
+            return kind(*args, **kwargs)
+        return instantiate(self, kind, *args, **kwargs)
+
+    return own
 
 
 def unwrapped(module: Any) -> Any:
@@ -373,6 +418,16 @@ def set_validation_schedule(
     """Set the validation schedule; the defaults validate by batch count and allow an early stop."""
     trainer.val_check_interval, trainer.check_val_every_n_epoch = val_check_interval, check_val_every_n_epoch
     trainer.fit_loop.min_epochs, trainer.fit_loop.epoch_loop.min_steps = min_epochs, min_steps
+
+
+def validate_now(trainer: Trainer) -> None:
+    """Run the validation of a fit between two batches, as the Trainer's schedule does."""
+    loop, before = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector._first_loop_iter
+    loop.restarting = False  # from its first batch, also where training goes on from a checkpoint
+    trainer.validating = True
+    loop.run()
+    trainer.training = True
+    trainer._logger_connector._first_loop_iter = before
 
 
 def loses_callback_state(trainer: Trainer) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch.autodiff.functional import every_parameter
 from lightning_sketch.operators.random import Key, words
 
 _W = 4096
@@ -79,7 +80,7 @@ def module_fingerprint(module: nn.Module, known: Known | None = None) -> int:
     >>> module_fingerprint(frozen) != before
     True
     """
-    parameters = list(module.parameters())
+    parameters = every_parameter(module)
     if any(hasattr(parameter, "placements") for parameter in parameters):
         return 0
     buffers = [b for b in module.buffers() if b.ndim or b.is_floating_point() or b.is_complex()]

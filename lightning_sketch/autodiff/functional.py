@@ -1,7 +1,7 @@
 """Context managers that run a module as a function: on other parameters, and with stopped gradients held fixed."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -48,6 +48,18 @@ def swap_tensors(module: nn.Module, tensors: Sequence[Tensor], by: Sequence[Tens
             holder[key] = value
 
 
+def following(module: nn.Module) -> AbstractContextManager[Any]:
+    """Return a context in which the weights of a subspace follow its w; for other modules it does nothing."""
+    follows = getattr(type(module), "following", None)
+    return nullcontext() if follows is None else follows(module)
+
+
+def every_parameter(module: nn.Module) -> list[nn.Parameter]:
+    """Return all parameters of a module and its parts, each once, also those that a subspace leaves out."""
+    found = {id(p): p for part in module.modules() for p in part._parameters.values() if p is not None}
+    return list(found.values())
+
+
 def _check_present(module: nn.Module, tensors: Sequence[Tensor], present: set[int]) -> None:
     missing = sum(id(tensor) not in present for tensor in tensors)
     if missing:
@@ -71,7 +83,7 @@ def in_precision(module: nn.Module, parameters: Sequence[Tensor], dtype: torch.d
     Raises:
         RuntimeError: if one of the parameters is nowhere in the module.
     """
-    everything = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}.values()
+    everything = {id(tensor): tensor for tensor in (*every_parameter(module), *module.buffers())}.values()
     standing = {id(getattr(tensor, _ORIGINAL)): tensor for tensor in everything if hasattr(tensor, _ORIGINAL)}
     _check_present(module, parameters, {*map(id, everything), *standing})
     narrow = [t for t in everything if t.dtype in (*HALF, torch.float32) and t.dtype.itemsize < dtype.itemsize]

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import HALF, copied, has_labels, labels_of
+from lightning_sketch.autodiff.functional import following
 from lightning_sketch.autodiff.output_roots import (
     Draws,
     Root,
@@ -317,7 +318,7 @@ def on_copies(loss_fn: LossFn) -> LossFn:
     """
 
     def on_copy(module: nn.Module, batch: Any) -> Any:
-        with _silent(module):
+        with _silent(module), following(module):
             return loss_fn(module, copied(batch))
 
     return on_copy
@@ -421,7 +422,8 @@ class OutputModel:
         Raises:
             ValueError: if the output is not a tensor.
         """
-        returned = self.model_fn(self.module, batch)
+        with following(self.module):
+            returned = self.model_fn(self.module, batch)
         output, own = _entry(returned, "logits", returned), _entry(returned, "loss", None)
         if not isinstance(output, Tensor):
             raise ValueError(

@@ -19,13 +19,13 @@ UNKNOWN = Stability(math.nan, math.nan, "", "no optimizer is training")
 
 def stability(trainer: Trainer, preconditioned: bool = False) -> Stability:
     """Return the learning rate and the edge of stability of the Trainer's optimizers as they are now."""
-    groups = param_groups(trainer, trainer.optimizers)
+    groups = param_groups(trainer.optimizers)
     return stability_edge(list(trainer.optimizers), preconditioned=preconditioned, groups=groups)
 
 
 def groups_now(trainer: Trainer) -> list[dict[str, Any]]:
     """Return the param groups of the Trainer's optimizers with their present options, which a scheduler may change."""
-    return [dict(group) for group in param_groups(trainer, trainer.optimizers)]
+    return [dict(group) for group in param_groups(trainer.optimizers)]
 
 
 def preconditioned(
@@ -41,7 +41,7 @@ def preconditioned(
     Raises:
         ValueError: If they have none, or have not stepped yet.
     """
-    groups = groups or param_groups(trainer, trainer.optimizers)
+    groups = groups or param_groups(trainer.optimizers)
     return Preconditioned.from_optimizer(operator, list(trainer.optimizers), groups=groups)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_sketch.autodiff.batches import HALF, BatchStructure
-from lightning_sketch.autodiff.functional import HeldTargets, in_precision
+from lightning_sketch.autodiff.functional import HeldTargets, following, in_precision
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.plain_formulas import PlainFormulas
 from lightning_sketch.autodiff.preserve_state import Mode, Preserved, preserve_state
@@ -269,7 +269,8 @@ class CurvatureOperator(LinearOperator):
         self._formulas.took_derivative = False
         if self._restores:
             self._state.restore()
-        with self._targets or nullcontext():
+        # the weights of a subspace first, since they are no targets of the loss
+        with following(self.module), self._targets or nullcontext():
             self.draw()
             result = function(*args)
         if self._formulas.took_derivative and not self._derives:

@@ -1,170 +1,142 @@
-"""The module's own optimizer and schedulers, applied to w in place of the parameters that w determines.
+"""The module's own optimizer, for w in place of the weights that w determines.
 
-The objects that `configure_optimizers` returns are kept, so that every scheduler keeps working; only the contents of
-the optimizer's param groups are exchanged. The learning rate of w is multiplied by `lr_scale` during the optimizer's
-step alone, and not while its closure runs: schedulers and modules that set absolute rates would overwrite it.
+The objects that `configure_optimizers` returns are kept, so that every scheduler keeps working; only w takes the place
+of the weights in the optimizer's param groups.
 """
 
-import functools
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import WarningCache
 from torch import Tensor
-from torch.optim import LBFGS, Optimizer
+from torch.optim import SGD, Optimizer
 
 INFO_CACHE = WarningCache()  # what has been logged once; tests clear it
-_USUAL_RATE = 3e-3
 _MAY_DIFFER = ("params", "param_names", "weight_decay")  # keys in which param groups may differ
 _ADVICE = "SubspaceModule(optimizer_fn=lambda params: torch.optim.Adam(params, lr=0.03))"
 
 
-class OptimizerProxy:
-    """Make an optimizer that was configured for the weights train w.
+def train_w(
+    configured: Any, weights: Mapping[str, Tensor], w: Sequence[Tensor], weight_decay: float | int | None
+) -> "OwnDecay | None":
+    """Put w in the place of weights in an optimizer that was configured for them.
 
     Args:
         configured: The return value of `configure_optimizers`; changed in place.
         weights: The parameters that w determines, by name.
         w: The blocks of w, which are trained instead.
-        lr_scale: The factor for the learning rate of w.
         weight_decay: The weight decay of w; None is 0, whatever the optimizer's is.
 
+    Returns:
+        What gives w its own weight decay during steps, if other parameters are in its group.
+
     Raises:
-        MisconfigurationException: If there are several optimizers, param groups with different options, or no learning
-            rate; if the optimizer omits some of the weights.
+        MisconfigurationException: If there are several optimizers, or param groups with different options; if the
+            optimizer omits some of the weights.
+    """
+    optimizer = only(optimizers_in(configured))
+    chosen = _groups_of(optimizer, weights, w)
+    if weight_decay is None and any(group.get("weight_decay") for group in chosen):
+        INFO_CACHE.info(
+            "weight decay on w would pull the weights back to their initial values, so it is off; pass "
+            "weight_decay=... to switch it on."
+        )
+    decay = 0.0 if weight_decay is None else weight_decay
+    taken = {id(tensor) for tensor in [*weights.values(), *w]}
+    own: OwnDecay | None = None
+    for group in chosen:
+        kept = [parameter for parameter in group["params"] if id(parameter) not in taken]
+        # in place, since LBFGS keeps a reference to this list
+        group["params"][:] = [*(w if group is chosen[0] else ()), *kept]
+        group.pop("param_names", None)
+        if group is chosen[0] and not kept and "weight_decay" in group:
+            group["weight_decay"] = decay
+        elif group is chosen[0] and group.get("weight_decay", decay) != decay:
+            index = next(i for i, other in enumerate(optimizer.param_groups) if other is group)
+            own = OwnDecay(optimizer, index, w, decay)
+    return own
+
+
+class OwnDecay:
+    """Give w a weight decay of its own in a param group that holds others too, during each step.
+
+    Schedulers count groups, so that w gets a group of its own only for as long as a step takes.
     """
 
-    def __init__(
-        self,
-        configured: Any,
-        weights: Mapping[str, Tensor],
-        w: Sequence[Tensor],
-        lr_scale: float,
-        weight_decay: float | int | None,
-    ):
-        self.w, self.lr_scale = list(w), lr_scale
-        self.decay = 0.0 if weight_decay is None else weight_decay
-        self.optimizer = _only(optimizers_in(configured))
-        chosen = _groups_of(self.optimizer, weights, self.w)
-        if weight_decay is None and any(group.get("weight_decay") for group in chosen):
-            INFO_CACHE.info(
-                "weight decay on w would pull the weights back to their initial values, so it is off; pass "
-                "weight_decay=... to switch it on."
-            )
-        _warn_if_slow(self.optimizer, chosen[0], lr_scale)
-        self._index = [id(group) for group in self.optimizer.param_groups].index(id(chosen[0]))
-        taken = {id(parameter) for parameter in [*weights.values(), *self.w]}
-        for group in chosen:
-            kept = [parameter for parameter in group["params"] if id(parameter) not in taken]
-            if kept and isinstance(self.optimizer, LBFGS):
-                raise MisconfigurationException(
-                    "LBFGS has one learning rate, but w and the other parameters need two; use others='frozen', or "
-                    "another optimizer."
-                )
-            # in place, since LBFGS keeps a reference to this list
-            group["params"][:] = [*(self.w if group is chosen[0] else ()), *kept]
-            group.pop("param_names", None)
-        self._depth = 0
-        self._groups: list[dict[str, Any]] = []
-        self._step_groups: list[_StepGroup] = []
-        self.optimizer.register_step_pre_hook(self._before_step)
-        self.optimizer.register_step_post_hook(self._after_step)
+    def __init__(self, optimizer: Optimizer, index: int, w: Sequence[Tensor], decay: float):
+        self.index, self.w, self.decay = index, list(w), decay
+        self.whole: dict[str, Any] | None = None
+        optimizer.register_step_pre_hook(self.divide)
+        optimizer.register_step_post_hook(self.join)
 
-    def groups(self) -> list[dict[str, Any]]:
-        """Return the param groups that a step uses: w in a group of its own, with its own rate and weight decay."""
-        return [group.now for group in self._step_groups or self._divided()]
+    def divide(self, optimizer: Optimizer, *_: Any) -> None:
+        """Move w out of its group."""
+        if self.whole is not None:  # a step within a step, or one after a step that failed
+            self.join(optimizer)
+        self.whole, own = optimizer.param_groups[self.index], set(map(id, self.w))
+        rest = {**self.whole, "params": [p for p in self.whole["params"] if id(p) not in own]}
+        of_w = {**self.whole, "params": self.w, "weight_decay": self.decay}
+        optimizer.param_groups[self.index : self.index + 1] = [rest, of_w]
 
-    def _divided(self) -> "list[_StepGroup]":
-        """Copy the optimizer's param groups, and move w to a group of its own."""
-        own = {id(tensor) for tensor in self.w}
-        groups = self.optimizer.param_groups
-        source = groups[self._index]
-        with_w = {**source, "params": self.w, "lr": source["lr"] * self.lr_scale}
-        if "weight_decay" in with_w:
-            with_w["weight_decay"] = self.decay
-        others = [({**g, "params": [p for p in g["params"] if id(p) not in own]}, g) for g in groups]
-        # what is written to the rest of the source group is dropped: the group keeps what is written for w
-        rest = [(now, {} if group is source else group) for now, group in others if now["params"]]
-        return [_StepGroup(now, dict(now), group) for now, group in [(with_w, source), *rest]]
-
-    def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        self._depth += 1
-        if self._depth > 1:  # a subclass that calls the step of its base class
-            return None
-        self._open()
-        if len(args) > 1:
-            return (args[0], self._with_own_groups(args[1]), *args[2:]), kwargs
-        return args, {**kwargs, "closure": self._with_own_groups(kwargs["closure"])} if "closure" in kwargs else kwargs
-
-    def _after_step(self, *_: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self.close()
-
-    def _with_own_groups(self, closure: Any) -> Any:
-        """Wrap a closure so that it runs with the optimizer's own param groups."""
-        if not callable(closure):
-            return closure
-
-        @functools.wraps(closure, updated=())
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            depth, step_groups = self._depth, self._step_groups
-            self.close()
-            value = closure(*args, **kwargs)
-            self._open(step_groups)
-            self._depth = depth
-            return value
-
-        return wrapped
-
-    def _open(self, earlier: "Sequence[_StepGroup]" = ()) -> None:
-        """Replace the optimizer's param groups by those of a step, which reuse the dicts of `earlier`."""
-        self._groups, self._step_groups = list(self.optimizer.param_groups), self._divided()
-        for number, (old, group) in enumerate(zip(earlier, self._step_groups, strict=False)):
-            old.now.clear()  # the same dict, since an optimizer may keep a reference to it while its closure runs
-            old.now.update(group.now)
-            self._step_groups[number] = group._replace(now=old.now)
-        self.optimizer.param_groups[:] = self.groups()  # in place, since Lightning's wrapper refers to this list
-
-    def close(self) -> None:
-        """Restore the optimizer's param groups, with what its step wrote into them; do nothing between steps."""
-        for now, before, group in self._step_groups:
-            for key, value in now.items():
-                if value is not before.get(key):
-                    group[key] = value / self.lr_scale if key == "lr" and now["params"] is self.w else value
-        self.optimizer.param_groups[:] = self._groups or self.optimizer.param_groups
-        self._groups, self._step_groups, self._depth = [], [], 0
+    def join(self, optimizer: Optimizer, *_: Any) -> None:
+        """Move w back, and keep what the step wrote into the group."""
+        if self.whole is None:
+            return
+        rest = optimizer.param_groups[self.index]
+        self.whole.update({key: value for key, value in rest.items() if key != "params"})
+        optimizer.param_groups[self.index : self.index + 2] = [self.whole]
+        self.whole = None
 
 
-class _StepGroup(NamedTuple):
-    """A param group during a step.
+def scale_of_rate(optimizer: Optimizer, lr_scale: float | int) -> float:
+    """Return the factor of D that has the effect of a learning rate of w that is `lr_scale` times the optimizer's.
 
-    Attributes:
-        now: The group that the step sees.
-        before: A copy of its entries at the start of the step.
-        group: The optimizer's own group, which gets what the step changes.
+    The gradient of w grows as D does. Adam divides by it, so that θ moves c times as far for a factor c; SGD multiplies
+    by it, so that θ moves c² times as far.
+
+    Raises:
+        MisconfigurationException: If the optimizer is of another family.
     """
+    if "adam" in type(optimizer).__name__.lower():
+        return float(lr_scale)
+    if isinstance(optimizer, SGD):
+        return float(lr_scale) ** 0.5
+    raise MisconfigurationException(
+        f"lr_scale={lr_scale:g} is known as a factor of the directions for Adam and SGD, not for "
+        f"{type(optimizer).__name__}; pass scale=..., which multiplies the directions, or set the rate in optimizer_fn."
+    )
 
-    now: dict[str, Any]
-    before: dict[str, Any]
-    group: dict[str, Any]
 
-
-def refuse_late(trainable: Mapping[str, Tensor]) -> None:
+def refuse_late(trainable: Sequence[str]) -> None:
     """Check that no parameter became trainable after the module was wrapped.
 
     Args:
-        trainable: The trainable parameters outside w, by name.
+        trainable: The names of the trainable parameters outside w.
 
     Raises:
         MisconfigurationException: If there are any.
     """
     if trainable:
         raise MisconfigurationException(
-            f"{_some(list(trainable))} became trainable after the module was wrapped, perhaps in setup() or by "
+            f"{_some(trainable)} became trainable after the module was wrapped, perhaps in setup() or by "
             "unfreeze(); make layers in __init__ or configure_model, or pass others='full'."
+        )
+
+
+def refuse_in_groups(optimizers: Sequence[Any], weights: Mapping[str, Tensor]) -> None:
+    """Check that no optimizer has got the weights that w determines, as from a callback that unfreezes layers.
+
+    Raises:
+        MisconfigurationException: If one has.
+    """
+    ids = {id(parameter): name for name, parameter in weights.items()}
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    found = [ids[id(p)] for group in groups for p in group["params"] if id(p) in ids]
+    if found:
+        raise MisconfigurationException(
+            f"{_some(found)} were added to the optimizer, but w moves them; a layer moves again as soon as "
+            "requires_grad_(True) is called, without a param group of its own."
         )
 
 
@@ -172,7 +144,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _only(found: Sequence[Optimizer]) -> Optimizer:
+def only(found: Sequence[Optimizer]) -> Optimizer:
+    """Return the only optimizer of several.
+
+    Raises:
+        MisconfigurationException: If there is none, or more than one.
+    """
     if len(found) != 1:
         raise MisconfigurationException(
             f"configure_optimizers made {len(found)} optimizers, but w is trained by one; pass {_ADVICE}."
@@ -184,7 +161,8 @@ def _groups_of(optimizer: Optimizer, weights: Mapping[str, Tensor], w: Sequence[
     """Return the param groups that contain weights; check that they contain all of them and have the same options."""
     kind = type(optimizer).__name__
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    if id(w[0]) in trained and not trained & {id(parameter) for parameter in weights.values()}:
+    taken = {id(parameter) for parameter in weights.values()}
+    if id(w[0]) in trained and not trained & taken:
         raise MisconfigurationException(
             f"configure_optimizers returned the same {kind} as before, which trains w already; make a new one each "
             "time."
@@ -195,7 +173,6 @@ def _groups_of(optimizer: Optimizer, weights: Mapping[str, Tensor], w: Sequence[
             f"w moves {len(left)} parameters that the {kind} of configure_optimizers does not train: {_some(left)}; "
             f"choose those that it trains with parameters='...', or pass {_ADVICE}."
         )
-    taken = {id(parameter) for parameter in weights.values()}
     chosen = [group for group in optimizer.param_groups if any(id(parameter) in taken for parameter in group["params"])]
     options = [{k: v for k, v in group.items() if k not in _MAY_DIFFER} for group in chosen]
     different = {k for k in options[0] if any(other.get(k) != options[0][k] for other in options)}
@@ -204,22 +181,7 @@ def _groups_of(optimizer: Optimizer, weights: Mapping[str, Tensor], w: Sequence[
             f"the param groups in configure_optimizers differ in {', '.join(sorted(different))}, and w belongs to all "
             f"of them at once; pass {_ADVICE}, or choose parameters of one group with parameters='...'."
         )
-    if options[0].get("lr") is None:
-        raise MisconfigurationException(
-            f"the {kind} of configure_optimizers has no learning rate for lr_scale to multiply; pass {_ADVICE}."
-        )
     return chosen
-
-
-def _warn_if_slow(optimizer: Optimizer, group: Mapping[str, Any], lr_scale: float) -> None:
-    """Warn of a small learning rate of Adam: a step has length lr √n in θ, and in a subspace it has to be longer."""
-    lr = max(float(group.get(key, 0)) for key in ("lr", "initial_lr", "max_lr")) * lr_scale
-    if "adam" in type(optimizer).__name__.lower() and lr < _USUAL_RATE:
-        warnings.warn(
-            f"w is trained at a learning rate of {lr:g}; in a subspace rates of 0.01 to 0.1 are usual, about ten times "
-            f"those of full training. Pass SubspaceModule(lr_scale={10 * lr_scale:g}).",
-            stacklevel=2,
-        )
 
 
 def optimizers_in(configured: Any) -> list[Optimizer]:

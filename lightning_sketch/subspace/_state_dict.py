@@ -1,29 +1,49 @@
-"""What the state dict of a `SubspaceModule` contains, and the checks when one is loaded.
+"""What the state dict of a subspace contains, and the checks when one is loaded.
 
     w, the buffers of the module, parameters trained in full, and frozen ones that the module itself has changed
-    _extra_state: the spec of the directions, the number in use, and a fingerprint of θ₀
+    _extra_state: spec and scale of the directions, the number in use, a fingerprint of θ₀, what was frozen and when
 
 It contains neither D nor a second copy of the weights. With `save_theta0` it also contains θ₀ and all frozen
 parameters.
 """
 
+import json
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+
 if TYPE_CHECKING:
-    from lightning_sketch.subspace.subspace_module import SubspaceModule
+    from lightning_sketch.subspace.subspace_model import Subspace
 
 _THETA0 = "theta0."
 
 
-def trim_state(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
+def encoded(state: dict[str, Any]) -> Tensor:
+    """Return the extra state as bytes of JSON, in which floating-point numbers are exact."""
+    text = json.dumps(state, default=lambda tensor: tensor.tolist())
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def decoded(state: Any) -> Any:
+    """Return the extra state from `encoded`, or as it is if it is not encoded."""
+    if not isinstance(state, Tensor):
+        return state
+    found = json.loads(bytes(state.tolist()))
+    motions = found.get("motions", {}).items()
+    offsets = {name: None if offset is None else torch.tensor(offset) for name, (_, offset) in motions}
+    return {**found, "motions": {name: (trained, offsets[name]) for name, (trained, _) in motions}}
+
+
+def trim_state(sub: "Subspace", state: dict[str, Any], prefix: str) -> None:
     """Remove from a state dict what can be recomputed, and add θ₀ if `save_theta0` is set."""
-    for name in sub.frozen.trainable | (set() if sub.save_theta0 else sub.frozen.unchanged()):
+    for name in sub.frozen.following | (set() if sub.save_theta0 else sub.frozen.unchanged()):
         state.pop(f"{prefix}module.{name}", None)
     if sub.save_theta0:
         state.update({f"{prefix}{_THETA0}{name}": tensor for name, tensor in sub.theta0().items()})
 
 
-def complete_state(sub: "SubspaceModule", state: dict[str, Any], prefix: str) -> None:
+def complete_state(sub: "Subspace", state: dict[str, Any], prefix: str) -> None:
     """Add to a state dict the entries that `trim_state` removed, and restore θ₀ if it was saved.
 
     Raises:
@@ -31,7 +51,7 @@ def complete_state(sub: "SubspaceModule", state: dict[str, Any], prefix: str) ->
     """
     start = f"{prefix}{_THETA0}"
     theta0 = {name[len(start) :]: state.pop(name) for name in list(state) if name.startswith(start)}
-    there, here = state.get(f"{prefix}_extra_state"), sub.get_extra_state()
+    there, here = decoded(state.get(f"{prefix}_extra_state")), decoded(sub.get_extra_state())
     if there is None:
         raise ValueError(
             "this is not a checkpoint of a SubspaceModule; load it into the plain module, then wrap that module."

@@ -70,11 +70,6 @@ class Wrapper(ModuleBase):
     def ready(self) -> None:
         """Update the inner module; called before each of its steps."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the output of the inner module."""
-        self.ready()
-        return self.module(*args, **kwargs)
-
     def _evaluate(self, name: str, *args: Any, **kwargs: Any) -> Any:
         self.ready()
         return call_step(getattr(self.module, name), *args, **kwargs)

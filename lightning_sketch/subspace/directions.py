@@ -1,10 +1,10 @@
 """The random directions along which the weights move, nested so that their number can be doubled.
 
-    θ = θ₀ + Dᵀ w          D = √(max_dim / dim) · (the first dim rows of Π S)
+    θ = θ₀ + Dᵀ w          D = scale · √(max_dim / dim) · (the first dim rows of Π S)
 
 S     a sketch R^n -> R^max_dim, E[SᵀS] = I; the identity if dim = n and no max_dim is given
 Π     a random permutation of its outputs; the identity if no max_dim is given, which then is dim
-D     R^n -> R^dim, E[DᵀD] = I for every dim: a step of Adam on w has length lr √n in θ, whatever dim is
+D     R^n -> R^dim, E[DᵀD] = scale² I for every dim: a step of Adam on w has length scale · lr √n in θ, whatever dim is
 
 Without Π a prefix would not be random enough: the first dim rows of a Hadamard matrix repeat with period dim, so
 that a vector with two entries at that distance would be mapped to zero in half of the draws.
@@ -33,14 +33,16 @@ class Directions(LinearOperator):
         dim: The number of outputs in use.
         nested: Whether the outputs in use are chosen at random, so that dim can be doubled; otherwise all are in use,
             in the sketch's order.
+        scale: The factor that all of them are multiplied by.
     """
 
     sketch: Sketch
     dim: int
     nested: bool = False
+    scale: float = 1.0
 
     @classmethod
-    def of(cls, kind: str, n: int, dim: int, seed: int, max_dim: int | None = None) -> "Directions":
+    def of(cls, kind: str, n: int, dim: int, seed: int, max_dim: int | None = None, scale: float = 1.0) -> "Directions":
         """Make the directions of a kind of sketch; for dim = n without max_dim, the n coordinate axes.
 
         Args:
@@ -49,6 +51,7 @@ class Directions(LinearOperator):
             dim: The number of directions in use.
             seed: The seed of the sketch and of Π.
             max_dim: The number up to which `dim` can be doubled; None if it stays.
+            scale: The factor that all of them are multiplied by.
 
         Raises:
             ValueError: Unless 0 < dim <= max_dim <= n; if the kind is unknown.
@@ -62,7 +65,7 @@ class Directions(LinearOperator):
             )
         nested = max_dim is not None
         sketch = make_sketch(kind, n=n, dim=largest, seed=seed)
-        return cls(Identity(n, n, seed=seed) if dim == n and not nested else sketch, dim, nested)
+        return cls(Identity(n, n, seed=seed) if dim == n and not nested else sketch, dim, nested, scale)
 
     def doubled(self) -> "Directions":
         """Return directions with twice the dim, at most max_dim; the first ones are these, up to their scale."""
@@ -74,19 +77,20 @@ class Directions(LinearOperator):
         return self.dim, self.sketch.n
 
     def spec(self) -> dict[str, int | str | bool]:
-        """Return all that determines the directions, except the number in use, as values that JSON has."""
+        """Return what determines the directions, except their scale and the number in use, as values that JSON has."""
         return {**self.sketch.spec(), "nested": self.nested}
 
     def restrict(self, y: Float[Tensor, "... max_dim"]) -> Float[Tensor, "... dim"]:
         """Return D x for y = S x."""
-        return y[..., self._order(y.device)] * self._scale if self.nested else y
+        y = y[..., self._order(y.device)] if self.nested else y
+        return y if self._factor == 1 else y * self._factor
 
     def expand(self, w: Float[Tensor, "... dim"]) -> Float[Tensor, "... max_dim"]:
         """Return the vector y with Sᵀ y = Dᵀ w."""
+        w = w if self._factor == 1 else w * self._factor
         if not self.nested:
             return w
-        y = w.new_zeros(*w.shape[:-1], self.sketch.dim)
-        return y.index_copy(-1, self._order(w.device), w * self._scale)
+        return w.new_zeros(*w.shape[:-1], self.sketch.dim).index_copy(-1, self._order(w.device), w)
 
     def matvec(self, x: Float[Tensor, "... n"]) -> Float[Tensor, "... dim"]:
         """Compute D x."""
@@ -109,8 +113,8 @@ class Directions(LinearOperator):
         return float((high / max(low, 1e-300)) ** 0.5)
 
     @property
-    def _scale(self) -> float:
-        return (self.sketch.dim / self.dim) ** 0.5
+    def _factor(self) -> float:
+        return self.scale * (self.sketch.dim / self.dim) ** 0.5
 
     def _order(self, device: torch.device) -> Int[Tensor, " dim"]:
         return _permutation(self.sketch.seed, self.sketch.dim, device)[: self.dim]

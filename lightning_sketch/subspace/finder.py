@@ -27,6 +27,7 @@ from lightning_sketch._lightning import (
     print_on_rank_zero,
     set_validation_schedule,
     state_key,
+    validate_now,
     validation_schedule,
 )
 from lightning_sketch.subspace._doubling import carry_over
@@ -70,7 +71,7 @@ class IntrinsicDimensionFinder(CallbackBase):
 
         finder = IntrinsicDimensionFinder("val_acc", 0.89)
         trainer = Trainer(max_steps=2000, callbacks=[finder])
-        trainer.fit(SubspaceModule(module, 8, max_dim=4096, lr_scale=10), datamodule=data)
+        trainer.fit(SubspaceModule(module, 8, max_dim=4096), datamodule=data)
         finder.suggestion()
     """
 
@@ -159,6 +160,12 @@ class IntrinsicDimensionFinder(CallbackBase):
         if self._schedule is not None:
             set_validation_schedule(trainer, *self._schedule)
             self._schedule = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate if the checkpoint that training goes on from was saved right before a validation of the search."""
+        last = self.history[-1]["step"] if self.history else 0
+        if self._schedule is not None and self.found is None and trainer.global_step == last + self.every_n_train_steps:
+            validate_now(trainer)
 
     @torch.no_grad()
     def on_train_batch_end(

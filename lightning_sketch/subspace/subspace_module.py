@@ -1,36 +1,46 @@
 """The LightningModule that trains another one in a random subspace of its weights: θ = θ₀ + Dᵀ w, w is trained."""
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from operator import index
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.nn.parallel import DistributedDataParallel
 
-from lightning_sketch._lightning import LightningModule, unwrapped
-from lightning_sketch.autodiff.fingerprint import fingerprint
-from lightning_sketch.autodiff.functional import swap_tensors
+from lightning_sketch._lightning import (
+    LightningModule,
+    accumulates,
+    callbacks_of,
+    changed_hooks,
+    gradient_scale,
+    keep_hyperparameters_inside,
+    loss_scale,
+    overridden_hooks,
+    unwrapped,
+)
 from lightning_sketch.autodiff.losses import call_step
-from lightning_sketch.subspace._doubling import block_sizes
-from lightning_sketch.subspace._gradient import ExplicitGradient, OpaqueLoss, loss_of, trainable, with_loss
-from lightning_sketch.subspace._optimizer import OptimizerProxy, refuse_late
+from lightning_sketch.subspace._gradient import as_function_of_w
+from lightning_sketch.subspace._optimizer import (
+    OwnDecay,
+    only,
+    optimizers_in,
+    refuse_in_groups,
+    refuse_late,
+    scale_of_rate,
+    train_w,
+)
 from lightning_sketch.subspace._replicas import refuse_different_starts
-from lightning_sketch.subspace._state_dict import complete_state, trim_state
-from lightning_sketch.subspace._weights import FrozenWeights, TrainableWeights
 from lightning_sketch.subspace._wrapper import Wrapper
-from lightning_sketch.subspace.directions import Directions
+from lightning_sketch.subspace.subspace_model import Others, Structure, Subspace
 
-Others = Literal["frozen", "full"]
+# Hooks that see gradients before the optimizer does.
+_SEE_GRADIENTS = {"on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step"}
 
 
-class SubspaceModule(Wrapper):
+class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces, see ModuleBase
     """A LightningModule that trains another one along `dim` random directions of its weights.
 
     Use it in place of the module, with the same Trainer, data and callbacks. It runs the module's own `training_step`,
@@ -38,14 +48,20 @@ class SubspaceModule(Wrapper):
     weights. The directions are the rows of a sketch, which is described by a few integers: of vectors of length n, only
     θ₀ is stored.
 
-    D is scaled so that E‖D x‖² = ‖x‖². A step of Adam then moves the weights by lr √n whatever `dim` is, so that one
-    learning rate is right for all; it has to be about ten times the usual one, see `lr_scale`.
+    D is scaled so that E‖D x‖² = scale² ‖x‖². A step of Adam then moves the weights by scale · lr √n whatever `dim` is.
+    The best scale differs between tasks and dims: `IntrinsicDimensionTuner` tries several.
 
-    Cost of a step: the module's own, one product with D and one with Dᵀ. Memory: one more vector of length n, for θ₀.
+    Hooks of the module and of callbacks find gradients of the weights, and what they do to them counts, as does
+    freezing layers while training. Gradients of w are clipped in units of gradients of the weights, by the threshold
+    that full training needs. Weights that are loaded before the first step become θ₀; later ones are refused.
+
+    Cost of a training step: the module's own, one product with D and one with Dᵀ; a second product with D if hooks see
+    gradients. Under DDP, `dim` numbers are reduced between processes, or n if hooks see gradients. Memory: one more
+    vector of length n, for θ₀.
 
     Args:
         module: The LightningModule to train, of `pytorch_lightning` or `lightning.pytorch`. Its parameters are frozen
-            from here on.
+            from here on, except during a fit.
         dim: The number of trained coordinates, 0 < dim <= n; with dim = n and no `max_dim`, the weights themselves.
         sketch: The kind of sketch whose rows are the directions: block_srht, affd, afjl, qk, ffd, fjl, gaussian or
             count_sketch, or a kind of your own.
@@ -55,10 +71,12 @@ class SubspaceModule(Wrapper):
         max_dim: The number up to which `dim` can be doubled during training, see `IntrinsicDimensionFinder`; None if it
             stays.
         others: What is done with the other trainable parameters: "frozen", or "full" to train them as usual.
-        implicit: Whether to differentiate through θ₀ + Dᵀ w, instead of multiplying the full gradient by D. The result
-            is equal, and it is slower.
-        lr_scale: The factor for the learning rate of w in the module's own optimizer. Its param groups, and therefore
-            LearningRateMonitor, show the rate without this factor.
+        head: A pattern of names, or several, of parameters that are outside of the subspace and trained as usual, such
+            as a new classifier on a pretrained model. Whether it is inside decides how large `dim` has to be.
+        structure: "layers" to multiply the step of each layer by a learned number; one of `dim` for each layer (SAID).
+        scale: The factor of D.
+        lr_scale: The factor of the learning rate that `scale` has the effect of, in its place: `scale=lr_scale` for
+            optimizers of the Adam family, `scale=lr_scale ** 0.5` for SGD.
         weight_decay: The weight decay of w, which pulls toward θ₀; None is 0, whatever the module's optimizer has.
         optimizer_fn: Makes the optimizer in place of the module's own: a function from a list of parameters to anything
             that `configure_optimizers` may return.
@@ -75,10 +93,11 @@ class SubspaceModule(Wrapper):
         TypeError: If `module` is not a LightningModule.
         MisconfigurationException: For manual optimization; at fit, if θ₀ differs between ranks, or if the module's
             optimizer cannot train w.
+        RuntimeError: While training, if others write into the weights.
 
     Example::
 
-        sub = SubspaceModule(module, 1024, lr_scale=10)
+        sub = SubspaceModule(module, 1024, scale=3)
         trainer.fit(sub, datamodule=data)
         plain = sub.materialize()
 
@@ -97,12 +116,10 @@ class SubspaceModule(Wrapper):
     False
 
     Source: Li, Farkhoor, Liu & Yosinski (2018), "Measuring the intrinsic dimension of objective landscapes", ICLR 2018,
-    arXiv:1804.08838, eq. (2); Schioppa (2024), arXiv:2402.03994.
+    arXiv:1804.08838, eq. (2); for `structure`, Aghajanyan, Gupta & Zettlemoyer (2021), "Intrinsic dimensionality
+    explains the effectiveness of language model fine-tuning", ACL 2021, arXiv:2012.13255; Schioppa (2024),
+    arXiv:2402.03994.
     """
-
-    directions: Directions
-    weights: TrainableWeights
-    _last_w: Tensor | None
 
     def __init__(
         self,
@@ -114,8 +131,10 @@ class SubspaceModule(Wrapper):
         parameters: str | Sequence[str] = "*",
         max_dim: int | None = None,
         others: Others = "frozen",
-        implicit: bool = False,
-        lr_scale: float | int = 1.0,
+        head: str | Sequence[str] | None = None,
+        structure: Structure | None = None,
+        scale: float | int = 1.0,
+        lr_scale: float | int | None = None,
         weight_decay: float | int | None = None,
         optimizer_fn: Callable[[list[nn.Parameter]], Any] | None = None,
         save_theta0: bool = False,
@@ -123,27 +142,24 @@ class SubspaceModule(Wrapper):
         module = unwrapped(module)
         if not isinstance(module, LightningModule) or isinstance(module, SubspaceModule):
             raise TypeError(
-                f"SubspaceModule wraps a LightningModule, got {type(module).__name__}; make it a LightningModule, or "
-                "materialize() it first."
+                f"SubspaceModule wraps a LightningModule, got {type(module).__name__}; wrap another module by "
+                "SubspaceModel, and materialize() one that is in a subspace."
             )
         if not module.automatic_optimization:
             raise MisconfigurationException(
                 f"{type(module).__name__} uses manual optimization, for weights that are not trained here; use "
-                "automatic optimization."
+                "automatic optimization, or SubspaceModel in a loop of your own."
             )
-        if others not in get_args(Others):
-            raise ValueError(f"others={others!r} is not known; use 'frozen' or 'full'.")
-        if not lr_scale > 0:
-            raise ValueError(f"need lr_scale > 0, got {lr_scale}.")
-        dim, seed, max_dim = index(dim), index(seed), None if max_dim is None else index(max_dim)
+        if lr_scale is not None and (scale != 1 or not lr_scale > 0):
+            raise ValueError(f"lr_scale stands for a scale, so give one of them, above 0; got {lr_scale} and {scale}.")
         super().__init__(module)
+        asked = scale if lr_scale is None else None
+        self._configure(dim, sketch, seed, parameters, max_dim, others, head, structure, asked, save_theta0)
+        dim, seed = self._arguments[0], self._arguments[2]  # whole numbers, as they are saved
         self.save_hyperparameters(ignore=["module", "optimizer_fn"])
-        self.others, self.implicit, self.save_theta0 = others, implicit, save_theta0
-        self.lr_scale, self.weight_decay, self.optimizer_fn = float(lr_scale), weight_decay, optimizer_fn
-        self._arguments = (parameters, sketch, dim, seed, max_dim)
-        self._optimizer_proxy: OptimizerProxy | None = None
-        self._initialized = False
-        self.register_load_state_dict_post_hook(_move_weights)
+        self.lr_scale, self.weight_decay, self.optimizer_fn = lr_scale, weight_decay, optimizer_fn
+        self._own_decay: OwnDecay | None = None
+        self._hooked = self._by_ddp = self._in_fit = False
         if "configure_model" in vars(self):
             self.__dict__["configure_model"] = self._configure_model
         if any(p.requires_grad for p in module.parameters()):
@@ -155,184 +171,213 @@ class SubspaceModule(Wrapper):
                 "own copy.deepcopy(module)."
             )
 
-    @property
-    def n(self) -> int:
-        """The number of weights that move."""
-        return self.weights.layout.n
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "SubspaceModule":
+        """Load a checkpoint, as `LightningModule.load_from_checkpoint`; `module` is required, at its initial weights.
 
-    @property
-    def blocks(self) -> list[nn.Parameter]:
-        """The parts of w, a parameter each: one, or with `max_dim` several of sizes dim, dim, 2 dim, 4 dim, ..."""
-        return list(self.w) if isinstance(self.w, nn.ParameterList) else [self.w]
+        Raises:
+            TypeError: If there is no `module`.
+        """
+        if "module" not in kwargs:
+            raise TypeError(
+                "a checkpoint of a SubspaceModule has w, without the module that it moves; pass module=Model(...) with "
+                "the weights that training began with, by the same seed_everything or from the same pretrained file."
+            )
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
-    def coordinates(self) -> Float[Tensor, " dim"]:
-        """Return the entries of w that are in use, as one vector of shape (dim,)."""
-        return torch.cat(tuple(self.blocks))[: self.directions.dim] if len(self.blocks) > 1 else self.blocks[0]
-
-    def cut(self, vector: Float[Tensor, " dim"]) -> list[Tensor]:
-        """Split a vector of the entries in use into blocks as w is split, with zeros for the entries not in use."""
-        sizes = [len(block) for block in self.blocks]
-        whole = self.blocks[0].new_zeros(sum(sizes))
-        whole[: len(vector)] = vector
-        return list(whole.split(sizes))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the module, as a function of w where gradients are on."""
+        self.ready()
+        with self.following() if torch.is_grad_enabled() else nullcontext():
+            return self.module(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own step, and return its output with the loss as a function of w."""
-        if self.implicit or self._current_fx_name != "training_step":
-            return self._implicit_step(*args, **kwargs)
+        """Run the module's own step, and return its output."""
+        if self._current_fx_name != "training_step":  # a measurement, or a loop of the user's own
+            with self.following():
+                return call_step(self.module.training_step, *args, **kwargs)
         self.ready()
-        theta = self.weights.parameters()
-        with trainable(theta):
-            output = call_step(self.module.training_step, *args, **kwargs)
-        loss = loss_of(output)
-        if loss is None:
+        self.weights.follow_flags(self.coordinates().detach())
+        output = call_step(self.module.training_step, *args, **kwargs)
+        loss = output.get("loss") if isinstance(output, dict) else output
+        if loss is None or not self._by_ddp:
             return output
-        return with_loss(output, ExplicitGradient.apply(OpaqueLoss(loss, theta), self._gradient, *self.blocks))
+        loss = as_function_of_w(loss, self.blocks, [], self._reduced_by_ddp)
+        return {**output, "loss": loss} if isinstance(output, dict) else loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Run the module's own backward pass, then set the gradient of w if the optimizer steps next."""
+        if self._by_ddp:  # which does it in the backward pass, to reduce it
+            self.module.backward(loss, *args, **kwargs)
+            return
+        scale = loss_scale(self.trainer) if self._hooked else 1.0
+        self._multiply_gradients(scale)
+        self.module.backward(loss, *args, **kwargs)
+        self._multiply_gradients(1 / scale)  # for hooks; the gradient of w stays scaled for the GradScaler
+        if not accumulates(self.trainer):
+            self._set_gradient(scale)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Any,
+        gradient_clip_val: float | int | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradient of w by the module's own hook, after what hooks did to gradients of the weights."""
+        if self._hooked or (self.leaves[0].grad is None and not self._by_ddp):
+            self._set_gradient(gradient_scale(self.trainer, optimizer) if self._hooked else 1.0)
+        before = [leaf.grad.clone() for leaf in self.leaves if leaf.grad is not None]
+        scale = self.directions.scale
+        self._divide_gradient(scale)
+        self.module.configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self._divide_gradient(1 / scale)
+        if "configure_gradient_clipping" not in changed_hooks(self.module) or not before:
+            return
+        clipped: list[Any] = [leaf.grad for leaf in self.leaves]
+        self._set_gradient(gradient_scale(self.trainer, optimizer))
+        again: list[Any] = [leaf.grad for leaf in self.leaves]
+        if all(map(torch.equal, again, before)):
+            for leaf, gradient in zip(self.leaves, clipped, strict=True):
+                leaf.grad = gradient
+        elif not all(map(torch.allclose, clipped, before)):
+            raise MisconfigurationException(
+                f"configure_gradient_clipping of {type(self.module).__name__} changes gradients both of the weights "
+                "and of w, which follows from the first; clip either self.parameters() or the optimizer's."
+            )
 
     def configure_optimizers(self) -> Any:
         """Configure the module's own optimizer, or that of `optimizer_fn`, to train w."""
-        others = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        theta = dict(zip(self.weights.layout.names, self.weights.parameters(), strict=True))
+        ids = {id(parameter) for parameter in theta.values()}
+        others = {n: p for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in ids}
         if self.others == "frozen":
-            refuse_late(others)
+            refuse_late([name for name in others if name not in self.weights.head])
         if self.optimizer_fn is not None:
-            return self.optimizer_fn([*self.blocks, *others.values()])
-        theta = self.weights.parameters()
-        with trainable(theta):
-            configured = self.module.configure_optimizers()
-        named = dict(zip(self.weights.layout.names, theta, strict=True))
-        self._optimizer_proxy = OptimizerProxy(configured, named, self.blocks, self.lr_scale, self.weight_decay)
+            configured = self.optimizer_fn([*self.leaves, *others.values()])
+        else:
+            configured = self._configured_in_full()
+            self._own_decay = train_w(configured, theta, self.leaves, self.weight_decay)
+        if self.lr_scale is not None:
+            self.set_scale(scale_of_rate(only(optimizers_in(configured)), self.lr_scale))
+            self.ready()
         return configured
-
-    def groups(self, optimizers: Sequence[Optimizer]) -> Sequence[Mapping[str, Any]]:
-        """Return the param groups that a step of these optimizers uses, with w at its own rate."""
-        if self._optimizer_proxy is not None:
-            return self._optimizer_proxy.groups()
-        return [group for optimizer in optimizers for group in optimizer.param_groups]
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Run the module's own `optimizer_step`, then move its weights to the new w."""
         try:
             self.module.optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         finally:
-            if self._optimizer_proxy:
-                self._optimizer_proxy.close()  # restores the param groups if the step failed
+            if self._own_decay is not None:
+                self._own_decay.join(only(optimizers_in(self.trainer.optimizers)))
+        self.weights.drop_gradients()
         self.ready()
 
-    @torch.no_grad()
-    def ready(self) -> None:
-        """Set the weights to θ₀ + Dᵀ w if w has changed since the last call."""
-        w = self.coordinates()
-        if self._last_w is None or self._last_w.shape != w.shape or not torch.equal(self._last_w, w):
-            self.weights.assign(self.directions, w)
-            self._last_w = w.clone()
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Drop the gradients of w and of the weights."""
+        self.module.optimizer_zero_grad(epoch, batch_idx, optimizer)
+        self.weights.drop_gradients()
 
-    def materialize(self) -> LightningModule:
-        """Return a copy of the module with the trained weights, independent of this one and trainable in full."""
-        self.ready()
-        plain = copy.deepcopy(self.module)
-        plain._current_fx_name = plain._metric_attributes = None  # set while a fit is running
-        for name, parameter in plain.named_parameters():
-            if name in self._trainable:
-                parameter.requires_grad_(True)
-        return plain
-
-    def double_dim(self) -> None:
-        """Double the number of directions, of which the current ones are the first; the weights stay the same."""
-        before, self.directions = self.directions, self.directions.doubled()
-        with torch.no_grad():
-            for block in self.blocks:
-                block.mul_((self.directions.dim / before.dim) ** 0.5)
-
-    def theta0(self) -> dict[str, Tensor]:
-        """Return the initial weights, by name; of sharded parameters, this rank's shards."""
-        return dict(zip(self.weights.layout.names, self.weights.start, strict=True))
+    def configure_callbacks(self) -> Any:
+        """Return the module's own callbacks; Lightning calls this first, before callbacks can freeze weights."""
+        self._set_flags(self.trainer.state.fn == "fit")
+        return self.module.configure_callbacks()
 
     def on_fit_start(self) -> None:
         """Run the module's own hook, and check that all ranks start from the same weights."""
         self.module.on_fit_start()
+        self.ready()
         refuse_different_starts(self.trainer, self._fingerprint)
+        ddp = isinstance(self.trainer.strategy.model, DistributedDataParallel)
+        self._hooked = self._gradients_are_seen()
+        self._by_ddp = ddp and not self._hooked
+        if ddp and self._hooked:
+            rank_zero_info(f"hooks see gradients of the weights, so all {self.n:,} numbers are reduced, not w alone.")
         if self.n / 2 < self.directions.dim < self.n:
             rank_zero_info(
                 f"{self.directions.dim} random directions of {self.n}: their condition number is "
                 f"{self.directions.condition():.3g} or more."
             )
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the spec of the directions, the number in use, and a fingerprint of θ₀."""
-        return {"directions": self.directions.spec(), "dim": self.directions.dim, "theta0": self._fingerprint}
+    def on_train_epoch_start(self) -> None:
+        """Run the module's own hook, and check that no callback has given weights to the optimizer."""
+        self.module.on_train_epoch_start()
+        named = dict(zip(self.weights.layout.names, self.weights.parameters(), strict=True))
+        refuse_in_groups(self.trainer.optimizers, named)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the number of directions in use, and the fingerprint of θ₀."""
-        self.directions = replace(self.directions, dim=state["dim"])
-        self._fingerprint = state["theta0"]
+    def teardown(self, stage: str) -> None:
+        """Run the module's own hook, and freeze the weights again."""
+        self.module.teardown(stage)
+        self._set_flags(False)
 
-    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> Any:
-        """Return w, the module's buffers, and parameters trained in full; with `save_theta0`, also the initial weights.
+    def materialize(self) -> LightningModule:
+        """Return a copy of the module with the trained weights, independent of this one and trainable in full."""
+        plain = super().materialize()
+        plain._current_fx_name = plain._metric_attributes = None  # set while a fit is running
+        return plain
 
-        Frozen parameters are contained only if the module has changed them.
-        """
-        state = super().state_dict(*args, prefix=prefix, **kwargs)
-        trim_state(self, state, prefix)
-        return state
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """The names of parameters that DDP does not reduce: the weights, or w if hooks see gradients of the weights."""
+        if not self._gradients_are_seen():
+            return super()._ddp_params_and_buffers_to_ignore
+        return [name for name, p in self.named_parameters() if any(p is leaf for leaf in self.leaves)]
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the result of `state_dict`; overridden here since a parent module calls this method when it loads."""
-        complete_state(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _gradients_are_seen(self) -> bool:
+        """Return whether hooks of the module, or of callbacks other than this package's, see gradients of weights."""
+        if _SEE_GRADIENTS & set(changed_hooks(self.module)):
+            return True
+        return any(_SEE_GRADIENTS & overridden_hooks(callback) for callback in callbacks_of(self.trainer))
+
+    def _configured_in_full(self) -> Any:
+        """Return what the module's own `configure_optimizers` makes for weights that are trainable."""
+        before = self._in_fit
+        self._set_flags(True)
+        try:
+            return self.module.configure_optimizers()
+        finally:
+            self._set_flags(before)
+
+    def _set_flags(self, in_fit: bool) -> None:
+        """Let the weights require gradients during a fit, as far as they have not been frozen while training."""
+        if not self._initialized or in_fit == self._in_fit:
+            return
+        if not in_fit:
+            self.weights.follow_flags(self.coordinates().detach())
+        for parameter, motion in zip(self.weights.parameters(), self.weights.motions, strict=True):
+            parameter.requires_grad_(in_fit and motion.trained)
+        self._in_fit = in_fit
+
+    def _set_gradient(self, factor: float) -> None:
+        """Set the gradient of w to D g times a factor, if the weights have gradients g."""
+        gradient = self.weights.gradient(self.directions, self.coordinates().detach())
+        if gradient is not None:
+            self.set_gradient(gradient * factor)
+
+    def _reduced_by_ddp(self) -> list[Tensor]:
+        """Return D g in the backward pass, for DDP to reduce; zeros while gradients are accumulated."""
+        if accumulates(self.trainer):
+            return self._gradient_blocks(None)
+        return self._gradient_blocks(self.weights.gradient(self.directions, self.coordinates().detach()))
+
+    @torch.no_grad()
+    def _multiply_gradients(self, factor: float) -> None:
+        gradients = [] if factor == 1 else [p.grad for p in self.weights.parameters() if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, factor)
+
+    @torch.no_grad()
+    def _divide_gradient(self, factor: float) -> None:
+        for leaf in self.leaves:
+            if leaf.grad is not None and factor != 1:
+                leaf.grad.div_(factor)
 
     def _configure_model(self) -> None:
         self.module.configure_model()
         if not self._initialized:
             self._initialize()
+            self._set_flags(self.trainer.state.fn == "fit")
         elif not self.coordinates().any():  # still at θ₀, but `configure_model` may have sharded the weights
             self.weights.reset_start()
 
-    def _initialize(self) -> None:
-        """Make the directions, w = 0, and θ₀ from the module's current weights, and freeze the module."""
-        pattern, kind, dim, seed, max_dim = self._arguments
-        self.weights = TrainableWeights(self.module, pattern)
-        self.directions = Directions.of(kind, self.n, dim, seed, max_dim)
-        theta = self.weights.parameters()
-        self._trainable = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-        for parameter in theta if self.others == "full" else self.module.parameters():
-            parameter.requires_grad_(False)
-        dtype = torch.promote_types(theta[0].dtype, torch.float32)
-        blocks = [
-            nn.Parameter(torch.zeros(size, dtype=dtype, device=theta[0].device)) for size in block_sizes(dim, max_dim)
-        ]
-        self.w = blocks[0] if max_dim is None else nn.ParameterList(blocks)
-        self._last_w = self.coordinates().detach().clone()
-        self.frozen = FrozenWeights(self.module, theta)
-        self._fingerprint = fingerprint([p for p in self.module.parameters() if not p.requires_grad])
-        self._initialized = True
 
-    def _implicit_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own step at θ₀ + Dᵀ w, with a loss that can be differentiated in w any number of times."""
-        theta = self.weights.values_at(self.directions, self.coordinates())
-        with swap_tensors(self.module, self.weights.parameters(), theta):
-            return call_step(self.module.training_step, *args, **kwargs)
-
-    def _gradient(self) -> list[Tensor]:
-        """Return D g, in blocks as w; zero for entries not in use."""
-        return self.cut(self.weights.pop_gradient(self.directions))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SubspaceModule":
-        """Convert θ₀ like the weights, and keep w in float32 at least, since it is a sum of many small steps."""
-        before = [block.detach() for block in self.blocks] if self._initialized else []
-        with self.frozen.cast(fn) if self._initialized else nullcontext():
-            super()._apply(fn, recurse)
-        if self._initialized:
-            for block, old in zip(self.blocks, before, strict=True):
-                if block.dtype.itemsize < 4:
-                    block.data = old.to(block.device)
-            self.weights.to(fn)
-            self._last_w = None
-            if not self.blocks[0].is_meta:
-                self.ready()  # now, since torch.compile cannot do it while it traces a graph
-        return self
-
-
-def _move_weights(sub: SubspaceModule, _: Any) -> None:
-    """Move the weights to the w that was loaded."""
-    sub._last_w = None
-    sub.ready()
+keep_hyperparameters_inside(SubspaceModule)

@@ -15,7 +15,7 @@ from lightning_sketch.subspace import IntrinsicDimensionFinder, SubspaceModule
 
 def wrapped(kind=Convolutional, seed=0, dim=32, **options):
     pl.seed_everything(seed, verbose=False)
-    return SubspaceModule(kind(), dim, **{"lr_scale": 10, **options})
+    return SubspaceModule(kind(), dim, **{"scale": 10, **options})
 
 
 def saved(sub, folder, steps=8, **options):
@@ -65,9 +65,9 @@ def test_what_the_module_saves_in_a_checkpoint_it_finds_there(tmp_path):
             self.own = checkpoint["own"]
 
     run = trainer(max_steps=1)
-    run.fit(SubspaceModule(made(Model), 16, lr_scale=10), train_loader())
+    run.fit(SubspaceModule(made(Model), 16, scale=10), train_loader())
     run.save_checkpoint(tmp_path / "a.ckpt")
-    sub = SubspaceModule(made(Model), 16, lr_scale=10)
+    sub = SubspaceModule(made(Model), 16, scale=10)
     trainer(max_steps=1).fit(sub, train_loader(), ckpt_path=tmp_path / "a.ckpt")
     assert sub.module.own == 5
 
@@ -91,7 +91,7 @@ def in_one_go_and_resumed(folder, kind=Settled, callback=list, **options):
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.parametrize("options", [{}, {"implicit": True}, {"parameters": "net.1.*", "others": "full"}])
+@pytest.mark.parametrize("options", [{}, {"parameters": "net.1.*", "others": "full"}])
 def test_resume_is_exact(tmp_path, options):
     """All parameters and buffers have the same bits."""
     whole, resumed, _ = in_one_go_and_resumed(tmp_path, **options)
@@ -136,6 +136,25 @@ def test_a_search_resumes_in_the_middle_of_a_window(tmp_path):
     whole = run([ModelCheckpoint(tmp_path, every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True)])
     assert run(path=tmp_path / "epoch=1-step=16.ckpt").history == whole.history
     assert [entry["step"] for entry in whole.history] == [6, 12, 18, 24]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:You're resuming from a checkpoint")
+@pytest.mark.parametrize("step", [8, 16])
+def test_a_search_resumes_right_before_a_judgement(tmp_path, step):
+    """A checkpoint of the very step after which validation runs, saved before it, at the end of an epoch."""
+
+    def run(callbacks=(), path=None):
+        finder = IntrinsicDimensionFinder("val_acc", 0.99, every_n_train_steps=8)
+        sub = wrapped(Classifier, dim=8, max_dim=64)
+        options = {"max_epochs": 4, "max_steps": -1, "enable_checkpointing": bool(callbacks)}
+        trainer(finder, *callbacks, **options).fit(sub, train_loader(), val_loader(), ckpt_path=path)
+        return sub, finder
+
+    whole, found = run([ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=step, save_top_k=-1)])
+    resumed, again = run(path=tmp_path / f"step={step}.ckpt")
+    assert again.history == found.history
+    assert found.history[0]["step"] == 8
+    assert torch.equal(resumed.coordinates(), whole.coordinates())
 
 
 def test_a_search_that_is_over_is_over_when_it_is_resumed(tmp_path):
@@ -219,7 +238,7 @@ def test_what_is_trained_in_full_is_saved_though_it_is_as_at_the_start():
 
 
 def test_frozen_weights_that_are_not_saved_must_be_the_same():
-    options = {"parameters": "net.0.*", "lr_scale": 10}
+    options = {"parameters": "net.0.*", "scale": 10}
     sub = SubspaceModule(made(), 8, **options)
     trainer(max_steps=2).fit(sub, train_loader())
     module = made()
@@ -238,7 +257,7 @@ class Compiled(Classifier):
 @pytest.mark.parametrize("save_theta0", [False, True])
 @pytest.mark.parametrize("kind", [Tied, Compiled])
 def test_a_weight_that_w_determines_is_saved_under_none_of_its_names(kind, save_theta0):
-    options = {"lr_scale": 10, "save_theta0": save_theta0}
+    options = {"scale": 10, "save_theta0": save_theta0}
     sub, other = SubspaceModule(made(kind), 16, **options), SubspaceModule(made(kind), 16, **options)
     before = copy.deepcopy(sub.state_dict())
     trainer(max_steps=2).fit(sub, train_loader())
@@ -321,7 +340,7 @@ def test_what_holds_the_wrapper_can_load_it(tmp_path):
 
 @pytest.mark.parametrize("save_theta0", [False, True])
 def test_what_holds_a_subspace_saves_and_loads_what_it_would_by_itself(save_theta0):
-    options = {"parameters": "net.0.*", "save_theta0": save_theta0, "lr_scale": 10}
+    options = {"parameters": "net.0.*", "save_theta0": save_theta0, "scale": 10}
     sub, other = SubspaceModule(made(), 16, **options), SubspaceModule(made(seed=int(save_theta0)), 16, **options)
     trainer(max_steps=2).fit(sub, train_loader())
     state = nn.ModuleDict({"a": sub}).state_dict()

@@ -202,7 +202,7 @@ class TrainingExamples:
         if batch.second is not None:
             rows += batch.second.float().cpu()
         count = len(rows)
-        lr = common_lr(param_groups(trainer, trainer.optimizers))
+        lr = common_lr(param_groups(trainer.optimizers))
         columns = {
             **batch.columns,
             "step": torch.full((count,), trainer.global_step + 1),

@@ -81,7 +81,7 @@ class StepRows:
         columns: dict[str, Any] = {
             "step": step,
             "epoch": trainer.current_epoch,
-            "lr": common_lr(param_groups(trainer, [optimizer])),
+            "lr": common_lr(param_groups([optimizer])),
             "loss": float(loss),
             "fingerprint": module_fingerprint(self.module, self.frozen),
             "preconditioner": NONE if self.preconditioner is None else OF_STEP,

@@ -53,7 +53,6 @@ from lightning_sketch.per_example.rules.normalization import couples
 from lightning_sketch.per_example.weights import Reduction, Weighings
 from lightning_sketch.store.sketched_gradients import NONE, UNKNOWN_ID, Stage
 from lightning_sketch.store.spec import DTYPES, Dtype
-from lightning_sketch.subspace import SubspaceModule
 
 
 class GradientSketchWriter(CallbackBase):
@@ -261,9 +260,8 @@ class GradientSketchWriter(CallbackBase):
         """Remember the step, epoch and learning rate of a checkpoint, for the rows at its weights."""
         own = checkpoint.get("callbacks", {}).get(self.state_key)
         groups = [group for state in checkpoint.get("optimizer_states", []) for group in state["param_groups"]]
-        # A scheduler has set the rate of the next step already; and a subspace's groups do not have the rates of w.
-        stale = checkpoint.get("lr_schedulers") or isinstance(pl_module, SubspaceModule)
-        lr = (own or {}).get("lr", math.nan if stale else common_lr(groups))
+        # A scheduler has set the rate of the next step already.
+        lr = (own or {}).get("lr", math.nan if checkpoint.get("lr_schedulers") else common_lr(groups))
         self._session.measured = own
         self._optimizer_states = checkpoint.get("optimizer_states", []) if self.preconditioner == "optimizer" else []
         self._position = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"], "lr": lr}
@@ -331,7 +329,7 @@ class GradientSketchWriter(CallbackBase):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """Sketch the gradient of the step."""
-        self._lr = common_lr(param_groups(trainer, trainer.optimizers))
+        self._lr = common_lr(param_groups(trainer.optimizers))
         if self._steps is not None:
             self._steps.add_step(trainer, optimizer, self._is_recorded(trainer))
 
