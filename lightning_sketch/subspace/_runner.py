@@ -27,6 +27,7 @@ from lightning_sketch.subspace._ledger import Ledger, Run
 from lightning_sketch.subspace._optimizer import optimizers_in
 from lightning_sketch.subspace._replicas import Replicas, refuse_different_starts
 from lightning_sketch.subspace._trainers import Trainers
+from lightning_sketch.subspace._weights import Weights
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder
 from lightning_sketch.subspace.result import Mode, reaches
 from lightning_sketch.subspace.subspace_module import SubspaceModule
@@ -70,7 +71,7 @@ class Runner:
     ):
         self.options, self.data, self.monitor, self.mode = options, data, monitor, mode
         self.replicas = Replicas(model)
-        self.n = Layout.of(self.replicas.first, options["parameters"]).n
+        self.n = Weights(self.replicas.first, options["parameters"], options.get("head"), False).layout.n
         self.trainers = Trainers(trainer_fn, self.replicas.first)
 
     def begin(self, dim: int) -> float:
@@ -113,7 +114,7 @@ class Runner:
 
     def fit_full(self) -> Run:
         """Train the baseline: the parameters that subspaces are of, and the other ones too if others='full'."""
-        settings = {"full": True, "parameters": self.options["parameters"], "others": self.options["others"]}
+        settings = {"full": True, **{key: self.options.get(key) for key in ("parameters", "others", "head")}}
         return self._once(self.n, 0, 1.0, settings, self._whole)
 
     def fit_subspace(self, dim: int, seed: int, scale: float) -> Run:
@@ -123,7 +124,7 @@ class Runner:
             seed,
             scale,
             self._option_settings(),
-            lambda: SubspaceModule(self.replicas.new(), dim, seed=seed, lr_scale=scale, **self.options),
+            lambda: SubspaceModule(self.replicas.new(), dim, seed=seed, scale=scale, **self.options),
         )
 
     def search(self, finder: IntrinsicDimensionFinder, dim: int, max_dim: int, seed: int, scale: float) -> Run:
@@ -137,14 +138,16 @@ class Runner:
                 "from": dim,
                 "rule": [finder.target, finder.delta, finder.every_n_train_steps, finder.max_steps],
             },
-            lambda: _ConstantRate(self.replicas.new(), dim, seed=seed, max_dim=max_dim, lr_scale=scale, **self.options),
+            lambda: _ConstantRate(self.replicas.new(), dim, seed=seed, max_dim=max_dim, scale=scale, **self.options),
             finder,
         )
 
     def _whole(self) -> LightningModule:
         """Make a replica to be trained in full, in which the same parameters are frozen as in subspaces."""
         model = self.replicas.new()
-        trainable = {id(p) for p in Layout.of(model, self.options["parameters"]).parameters(model)}
+        patterns = [self.options["parameters"], self.options.get("head") or ()]
+        names = [name for given in patterns for name in ([given] if isinstance(given, str) else given)]
+        trainable = {id(p) for p in Layout.of(model, names).parameters(model)}
         for parameter in model.parameters():
             if self.options["others"] == "frozen" and id(parameter) not in trainable:
                 parameter.requires_grad_(False)
@@ -223,7 +226,7 @@ class Runner:
                     f"rank {trainer.global_rank} of {trainer.world_size} ran out of memory at dim {dim}, and the "
                     "others may wait for it forever; the run is recorded, and skipped when the search is started again."
                 )
-        name = "full training" if more.get("full") else f"dim {run['dim']}"
+        name = "full training" if more.get("full") else f"dim {run['dim']}, rate {scale:g}"
         rank_zero_info(
             f"{name}, seed {seed}: {self.monitor} {run['value']:.4g}, {run['steps']} steps, {run['status']}{source}"
         )

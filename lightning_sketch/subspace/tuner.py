@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import index
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -18,7 +17,7 @@ from lightning_sketch.subspace._rates import Rates
 from lightning_sketch.subspace._runner import Runner
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder, refuse_spawning
 from lightning_sketch.subspace.result import IntrinsicDimensionResult, Mode, progress, reaches, target
-from lightning_sketch.subspace.subspace_module import Others
+from lightning_sketch.subspace.subspace_model import Others, whole
 
 Method = Literal["grid", "bisect", "doubling"]
 Value = Literal["last", "best"]
@@ -253,8 +252,7 @@ def _ladder(dims: Iterable[int] | None, n: int, method: Method) -> list[int]:
     """Return the dimensions to choose from, ascending; by default powers of two, and n."""
     if dims is None:
         return [*(1 << k for k in range(n.bit_length()) if 1 << k < n), n]
-    given: list[Any] = list(dims)
-    asked = sorted({int(dim) if isinstance(dim, float) and dim.is_integer() else index(dim) for dim in given})
+    asked = sorted({whole(dim, "a dimension") for dim in dims})
     if not asked:
         raise ValueError(f"dims is empty; pass whole numbers from 1 to {n}, or leave dims out.")
     wrong = [dim for dim in asked if not 0 < dim <= n]
