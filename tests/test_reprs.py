@@ -44,8 +44,8 @@ def loss(module, batch):
 def search():
     """Return the result of forty runs, of which those from dim 64 on reach the target."""
     dims = [1 << k for k in range(1, 11) for _ in range(4)]
-    columns = {"kind": ["fit"] * 40, "dim": dims, "seed": [0, 1, 2, 3] * 10, "steps": [100] * 40}
-    columns |= {"value": [1 - 5 / dim for dim in dims], "status": ["done"] * 40}
+    columns = {"kind": ["fit"] * 40, "dim": dims, "seed": [0, 1, 2, 3] * 10, "scale": [1.0] * 40, "steps": [100] * 40}
+    columns |= {"value": [1 - 5 / dim for dim in dims], "status": ["done"] * 40, "checkpoint": [None] * 40}
     return IntrinsicDimensionResult(columns, "val_acc", mode="max", threshold=0.9, n=4096, baseline=1.0, start=0.1)
 
 
@@ -106,7 +106,7 @@ WORDS = {
         "Layout of 698 numbers in 6 parameters",
     ],
     "layout": ["parameters: 0.self_attn.in_proj_weight (24, 8), ", ", ..."],
-    "search": ["64 of 4,096 reaches val_acc 0.9, by 40 runs", "0.1 at the start, 1 after full training", ", ..., "],
+    "search": ["64 of 4,096 reaches val_acc 0.9, ", "by 40 runs", "0.1 at the start, 1 after full training", ", ..., "],
     "calibration": ["damping 0.1 (automatic 0.1)", "LDS: 0.000 at 0.01, "],
     "curvature": ["Curvature: margin of 100 examples, 32 x 32", "trace ", " effective examples"],
     "influence": ["Influence: margin of 100 examples, damping 0.01 to 0.316 (c = "],

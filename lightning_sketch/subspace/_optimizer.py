@@ -98,7 +98,7 @@ def scale_of_rate(optimizer: Optimizer, lr_scale: float | int) -> float:
     Raises:
         MisconfigurationException: If the optimizer is of another family.
     """
-    if "adam" in type(optimizer).__name__.lower():
+    if lr_scale == 1 or "adam" in type(optimizer).__name__.lower():
         return float(lr_scale)
     if isinstance(optimizer, SGD):
         return float(lr_scale) ** 0.5

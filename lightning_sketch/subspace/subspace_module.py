@@ -188,7 +188,8 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the module, as a function of w where gradients are on."""
         self.ready()
-        with self.following() if torch.is_grad_enabled() else nullcontext():
+        differentiable = torch.is_grad_enabled() and not torch.jit.is_tracing()  # a traced graph has no Dᵀ in it
+        with self.following() if differentiable else nullcontext():
             return self.module(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

@@ -24,7 +24,7 @@ class Small(pl.LightningModule):
 
 def fitted(*callbacks, steps=6, kind=Small, **options):
     pl.seed_everything(0, verbose=False)
-    sub = SubspaceModule(kind(), 20, lr_scale=10, **options)
+    sub = SubspaceModule(kind(), 20, scale=10, **options)
     pl.Trainer(
         max_steps=steps,
         max_epochs=-1,
@@ -68,7 +68,7 @@ def test_the_writer_stores_the_gradients_of_w(tmp_path):
     rows = GradientStore.open(tmp_path).read()
     assert rows.sketches.shape == (6, 20)
     assert rows.sketches.norm(dim=1).min() > 0
-    assert rows.columns["lr"].tolist() == pytest.approx([3e-2] * 6)  # the rate of w, ten times the module's
+    assert rows.columns["lr"].tolist() == pytest.approx([3e-3] * 6)
 
 
 class Descent(Small):
@@ -76,10 +76,10 @@ class Descent(Small):
         return torch.optim.SGD(self.parameters(), lr=3e-3)
 
 
-def test_the_edge_of_stability_is_that_of_the_rate_of_w():
-    """The edge is 2 / rate; the module's own rate is a tenth of that of w."""
+def test_the_edge_of_stability_is_that_of_the_modules_own_rate():
+    """The edge is 2 / rate; the scale of D is in the Hessian of w."""
     monitor = SpectrumMonitor(num_batches=1, every_n_train_steps=2, top_k=3)
     fitted(monitor, steps=2, kind=Descent)
     found = monitor.history[-1]
-    assert found.lr == pytest.approx(3e-2)
-    assert found.stable_below == pytest.approx(2 / 3e-2)
+    assert found.lr == pytest.approx(3e-3)
+    assert found.stable_below == pytest.approx(2 / 3e-3)

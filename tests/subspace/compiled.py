@@ -19,7 +19,7 @@ class Unlogged(Classifier):
 
 def trained(inner, outer):
     pl.seed_everything(0, verbose=False)
-    sub = SubspaceModule(inner(Unlogged()), 24, lr_scale=10)
+    sub = SubspaceModule(inner(Unlogged()), 24, scale=10)
     trainer(max_steps=3).fit(outer(sub), train_loader())
     return sub.w.tolist()
 

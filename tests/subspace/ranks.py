@@ -74,7 +74,7 @@ def main(folder, devices, kind, differ):
         use_distributed_sampler=False,
     )
     seed_everything(run.global_rank if differ else 3, verbose=False)
-    sub = SubspaceModule(Model(), 64, lr_scale=10)
+    sub = SubspaceModule(Model(), 64, scale=10)
     run.fit(sub)
     theta = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in sub.weights.parameters()]
     run.save_checkpoint(f"{folder}/a.ckpt")

@@ -93,12 +93,12 @@ def fitted(sub, steps=12, **options):
     return run
 
 
-@pytest.mark.parametrize("options", [{}, {"implicit": True}, {"others": "full"}, {"max_dim": 64}])
+@pytest.mark.parametrize("options", [{}, {"others": "full"}, {"max_dim": 64}])
 def test_adapters_move_and_the_frozen_model_keeps_its_bits(options):
     module = made()
     before = values(module)
     start = trainer().validate(module, loader(), verbose=False)[0]["val_loss"]
-    sub = SubspaceModule(module, 32, parameters="*lora_*", lr_scale=10, **options)
+    sub = SubspaceModule(module, 32, parameters="*lora_*", scale=10, **options)
     assert sub.n == ATTENTION + MLP
     run = fitted(sub)
     assert moved(before, module) == {name for name in before if "lora_" in name}
@@ -107,7 +107,7 @@ def test_adapters_move_and_the_frozen_model_keeps_its_bits(options):
 
 
 def test_what_is_materialized_is_plain_and_trains_its_adapters_on():
-    sub = SubspaceModule(made(), 32, parameters="*lora_*", lr_scale=10)
+    sub = SubspaceModule(made(), 32, parameters="*lora_*", scale=10)
     run = fitted(sub)
     plain = sub.materialize()
     assert type(plain) is Speaker
@@ -142,7 +142,7 @@ NORMS = 2 * WIDTH * (2 * LAYERS + 1)
 def test_patterns_choose_among_what_is_trainable(parameters, n, words):
     module = made()
     before = values(module)
-    sub = SubspaceModule(module, 32, parameters=parameters, lr_scale=10)
+    sub = SubspaceModule(module, 32, parameters=parameters, scale=10)
     assert sub.n == n
     fitted(sub)
     assert moved(before, module) == {name for name in before if any(word in name for word in words)}
@@ -155,7 +155,7 @@ def test_all_but_norms(frozen, parameters):
     """There is no pattern that excludes parameters: freeze them, or list the others."""
     module = made(frozen)
     before = values(module)
-    sub = SubspaceModule(module, 256, parameters=parameters, lr_scale=10)
+    sub = SubspaceModule(module, 256, parameters=parameters, scale=10)
     assert sub.n == sum(tensor.numel() for tensor in before.values()) - NORMS
     fitted(sub)
     assert moved(before, module) == {name for name in before if ".ln_" not in name}
@@ -166,7 +166,7 @@ def test_of_the_others_only_those_train_that_were_trainable(others):
     """Attention's adapters train in a subspace, those of the MLP in full or not at all, other weights never."""
     module = made()
     before = values(module)
-    sub = SubspaceModule(module, 32, parameters="*.attn.*", others=others, lr_scale=10)
+    sub = SubspaceModule(module, 32, parameters="*.attn.*", others=others, scale=10)
     fitted(sub)
     assert moved(before, module) == {
         name for name in before if "lora_" in name and (others == "full" or ".attn." in name)

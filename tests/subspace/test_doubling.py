@@ -12,7 +12,7 @@ from lightning_sketch.subspace._doubling import carry_over
 
 
 def test_a_doubling_leaves_the_weights_and_rescales_w():
-    sub = SubspaceModule(Classifier(), 8, max_dim=64, lr_scale=10)
+    sub = SubspaceModule(Classifier(), 8, max_dim=64, scale=10)
     trainer(max_steps=4).fit(sub, train_loader())
     before = torch.cat([p.flatten() for p in sub.weights.parameters()]), sub.coordinates().detach()
     sub.double_dim()
@@ -109,6 +109,6 @@ def test_once_all_directions_are_in_use_an_optimizer_of_any_kind_is_left_alone()
         def configure_optimizers(self):
             return torch.optim.Adadelta(self.parameters(), lr=1.0)
 
-    sub = SubspaceModule(made(Model), 16, max_dim=16, lr_scale=10)
+    sub = SubspaceModule(made(Model), 16, max_dim=16, scale=10)
     _, _, run = searched([], steps=16, sub=sub)
     assert int(run.optimizers[0].state[sub.blocks[0]]["step"]) == 16

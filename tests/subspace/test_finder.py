@@ -155,7 +155,7 @@ def test_of_accumulated_batches_the_mean_is_over_steps():
 def test_accumulated_batches_are_one_step():
     pl.seed_everything(0, verbose=False)
     finder = IntrinsicDimensionFinder("val_acc", 0.99, every_n_train_steps=3)
-    sub = SubspaceModule(Classifier(), 8, max_dim=64, lr_scale=10)
+    sub = SubspaceModule(Classifier(), 8, max_dim=64, scale=10)
     trainer(finder, max_steps=9, accumulate_grad_batches=2).fit(sub, train_loader(), val_loader())
     assert [entry["step"] for entry in finder.history] == [3, 6, 9]
 
@@ -166,7 +166,7 @@ def test_the_mean_that_reached_the_target_is_kept_and_saved(tmp_path):
     pl.seed_everything(0, verbose=False)
     finder = IntrinsicDimensionFinder("val_acc", 0.6, every_n_train_steps=16)
     keep = ModelCheckpoint(tmp_path, monitor="val_acc", mode="max")
-    sub = SubspaceModule(Classifier(), 8, max_dim=256, lr_scale=10)
+    sub = SubspaceModule(Classifier(), 8, max_dim=256, scale=10)
     run = trainer(finder, keep, max_steps=800, enable_checkpointing=True)
     run.fit(sub, train_loader(slice(0, 1437)), val_loader())
     assert finder.found is not None
@@ -188,7 +188,7 @@ def test_a_validation_that_fails_leaves_w_as_it_was():
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen.append(pl_module.coordinates().detach().clone())
 
-    sub = SubspaceModule(Fails(), 8, max_dim=16, lr_scale=10)
+    sub = SubspaceModule(Fails(), 8, max_dim=16, scale=10)
     finder = IntrinsicDimensionFinder("val_acc", 0.9, every_n_train_steps=4)
     with pytest.raises(RuntimeError, match="no validation"):
         trainer(finder, Watch()).fit(sub, train_loader(), val_loader())
@@ -260,7 +260,7 @@ def test_what_is_logged(tmp_path):
     logger = pl.loggers.CSVLogger(tmp_path)
     pl.seed_everything(0, verbose=False)
     finder = IntrinsicDimensionFinder("val_acc", 0.99, every_n_train_steps=4)
-    sub = SubspaceModule(Classifier(), 8, max_dim=64, lr_scale=10)
+    sub = SubspaceModule(Classifier(), 8, max_dim=64, scale=10)
     trainer(finder, max_steps=12, logger=logger).fit(sub, train_loader(), val_loader())
     written = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
     assert "subspace/dim" in written
@@ -294,7 +294,7 @@ def test_what_cannot_be_searched_is_refused_before_training():
     for module in (plain, whole):
         with pytest.raises(MisconfigurationException, match="max_dim"):
             trainer(finder).fit(module, train_loader(), val_loader())
-    searchable = SubspaceModule(Classifier(), 8, max_dim=16, lr_scale=10)
+    searchable = SubspaceModule(Classifier(), 8, max_dim=16, scale=10)
     with pytest.raises(MisconfigurationException, match="val_dataloaders"):
         trainer(finder).fit(searchable, train_loader())
     with pytest.raises(MisconfigurationException, match="accumulate_grad_batches"):

@@ -76,7 +76,7 @@ def start_of(sub):
     return torch.cat([tensor.flatten() for tensor in sub.theta0().values()])
 
 
-@pytest.mark.parametrize("options", [{}, {"implicit": True}, slow({"max_dim": 256}), slow({"sketch": "gaussian"})])
+@pytest.mark.parametrize("options", [{}, slow({"max_dim": 256}), slow({"sketch": "gaussian"})])
 @pytest.mark.parametrize("precision", ROUNDING)
 def test_gradients_and_steps_are_those_of_float32_to_a_few_roundings(precision, options):
     """Roundings of the network's type: 2 were measured and 4 are allowed, in the first gradient and at the end."""
@@ -96,7 +96,6 @@ def start_loss():
     ("options", "run_options"),
     [
         ({}, {}),
-        ({"implicit": True}, {}),
         ({"parameters": "net.0.*", "others": "full"}, {}),
         ({"optimizer_fn": lambda params: torch.optim.Adam(params, lr=0.01, fused=True)}, {}),
         ({}, {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}),
@@ -155,7 +154,7 @@ def test_a_search_gives_each_run_a_scale_of_its_own(tmp_path):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
         quiet = dict.fromkeys(["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False)
         arguments = {"max_steps": 20, "accelerator": "cpu", "default_root_dir": folder, **quiet}
-        tuner = IntrinsicDimensionTuner({**arguments, "plugins": [MixedPrecision("16-mixed", "cpu", scaler)]})
+        tuner = IntrinsicDimensionTuner({**arguments, "plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}, rates=10)
         pl.seed_everything(0, verbose=False)
         result = tuner.find(
             Classifier(), train_loader(), val_loader(), dims=dims, monitor="val_loss", mode="min", baseline=0.5
@@ -191,8 +190,8 @@ def test_w_is_of_32_bits_for_weights_of_16():
     assert (sub.w.dtype, sub.theta0()["net.0.weight"].dtype) == (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("implicit", [False, True])
-def test_weights_in_half_precision_are_rounded_once(implicit):
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_weights_in_half_precision_are_rounded_once(differentiable):
     """The sum θ₀ + Dᵀ w is computed in float32, for weights in bfloat16."""
     sub = SubspaceModule(made(), 8, max_dim=50).to(torch.bfloat16)
     for block in sub.blocks:
@@ -201,7 +200,7 @@ def test_weights_in_half_precision_are_rounded_once(implicit):
     steps = sub.weights.layout.unflatten(sub.directions.rmatvec(w.float()))
     expected = [(start + step).bfloat16() for start, step in zip(sub.theta0().values(), steps, strict=True)]
     sub.ready()
-    found = sub.weights.values_at(sub.directions, w) if implicit else sub.weights.parameters()
+    found = sub.weights.values_at(sub.directions, w) if differentiable else sub.weights.parameters()
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

@@ -19,7 +19,7 @@ def fitted(configure, steps=8, callbacks=(), **options):
         configure_optimizers = configure
 
     pl.seed_everything(0, verbose=False)
-    sub = SubspaceModule(Model(), 16, **{"lr_scale": 10, **options})
+    sub = SubspaceModule(Model(), 16, **options)
     run = trainer(*callbacks, max_steps=steps)
     run.fit(sub, train_loader(), val_loader())
     return sub, run
@@ -27,16 +27,16 @@ def fitted(configure, steps=8, callbacks=(), **options):
 
 def expected(configure_w, steps=8):
     """Return w after training by an optimizer that is made for w itself."""
-    return fitted(lambda self: Adam(self.parameters()), steps, optimizer_fn=configure_w, lr_scale=1)[0].w.detach()
+    return fitted(lambda self: Adam(self.parameters()), steps, optimizer_fn=configure_w)[0].w.detach()
 
 
 def constant(self):
     return Adam(self.parameters(), lr=3e-3)
 
 
-def test_rates_are_multiplied_while_a_step_is_done():
+def test_w_takes_the_place_of_the_weights():
     found, run = fitted(constant)
-    assert torch.equal(found.w.detach(), expected(lambda params: Adam(params, lr=3e-2)))
+    assert torch.equal(found.w.detach(), expected(lambda params: Adam(params, lr=3e-3)))
     assert run.optimizers[0].param_groups[0]["lr"] == 3e-3
     assert [p is found.w for p in run.optimizers[0].param_groups[0]["params"]] == [True]
 
@@ -46,25 +46,25 @@ def test_rates_are_multiplied_while_a_step_is_done():
     [
         (
             lambda self: ([SGD(self.parameters(), lr=0.1, momentum=0.9)], []),
-            lambda params: SGD(params, lr=1.0, momentum=0.9),
+            lambda params: SGD(params, lr=0.1, momentum=0.9),
         ),
         (
             lambda self: Adam([{"params": self.net[0].parameters()}, {"params": self.net[2].parameters()}], lr=3e-3),
-            lambda params: Adam(params, lr=3e-2),
+            lambda params: Adam(params, lr=3e-3),
         ),
         (
             lambda self: Adam(self.net.named_parameters(), lr=3e-3),
-            lambda params: Adam(params, lr=3e-2),
+            lambda params: Adam(params, lr=3e-3),
         ),
         (
             lambda self: Adam([p for p in self.parameters() if p.requires_grad], lr=3e-3),
-            lambda params: Adam(params, lr=3e-2),
+            lambda params: Adam(params, lr=3e-3),
         ),
         (
             lambda self: AdamW(
                 [{"params": [self.net[0].weight, self.net[2].weight], "weight_decay": 0.3},
                  {"params": [self.net[0].bias, self.net[2].bias], "weight_decay": 0.0}], lr=3e-3),
-            lambda params: Adam(params, lr=3e-2),
+            lambda params: Adam(params, lr=3e-3),
         ),
     ],
     ids=["lists", "groups", "named", "filtered", "decay"],
@@ -79,13 +79,13 @@ def test_groups_of_named_parameters_differ_in_names_alone():
             layers = self.net[0], self.net[2]
             return torch.optim.Adam([{"params": list(layer.named_parameters(str(layer)))} for layer in layers], lr=3e-3)
 
-    sub = SubspaceModule(made(Model), 16, lr_scale=10)
+    sub = SubspaceModule(made(Model), 16)
     trainer(max_steps=1).fit(sub, train_loader())
     assert sub.w.count_nonzero() == 16
 
 
 def test_lbfgs():
-    sub, _ = fitted(lambda self: torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3), steps=3, lr_scale=1)
+    sub, _ = fitted(lambda self: torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3), steps=3)
     assert sub.w.norm() > 0
 
 
@@ -93,25 +93,20 @@ def warm_up(optimizer):
     return LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 4))
 
 
-def one_cycle(scale):
-    return lambda optimizer: OneCycleLR(optimizer, 3e-3 * scale, total_steps=8)
+def one_cycle(optimizer):
+    return OneCycleLR(optimizer, 3e-3, total_steps=8)
 
 
-@pytest.mark.parametrize(
-    ("of_module", "of_w"), [(warm_up, warm_up), (one_cycle(1), one_cycle(10))], ids=["warm-up", "one cycle"]
-)
-def test_schedulers_go_on(of_module, of_w):
-    """Schedulers may set relative or absolute rates; the rate of w is ten times the scheduled one."""
+@pytest.mark.parametrize("schedule", [warm_up, one_cycle])
+def test_schedulers_go_on(schedule):
+    """Schedulers may set relative or absolute rates."""
 
-    def with_rate(rate, schedule):
-        def configure(parameters):
-            optimizer = Adam(parameters.parameters() if hasattr(parameters, "parameters") else parameters, lr=rate)
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"}}
+    def configure(parameters):
+        optimizer = Adam(parameters.parameters() if hasattr(parameters, "parameters") else parameters, lr=3e-3)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"}}
 
-        return configure
-
-    found, _ = fitted(lambda self: with_rate(3e-3, of_module)(self))
-    assert torch.allclose(found.w.detach(), expected(with_rate(3e-2, of_w)), rtol=1e-4, atol=1e-6)
+    found, _ = fitted(lambda self: configure(self))
+    assert torch.equal(found.w.detach(), expected(configure))
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
@@ -121,7 +116,7 @@ def test_an_optimizer_of_named_parameters_resumes(tmp_path):
             return torch.optim.Adam(self.named_parameters(), lr=3e-3)
 
     path = tmp_path / "a.ckpt"
-    first, again = SubspaceModule(made(Model), 16, lr_scale=10), SubspaceModule(made(Model), 16, lr_scale=10)
+    first, again = SubspaceModule(made(Model), 16), SubspaceModule(made(Model), 16)
     run = trainer(max_epochs=1, max_steps=-1)
     run.fit(first, train_loader())
     assert "param_names" not in run.optimizers[0].param_groups[0]
@@ -143,13 +138,13 @@ class Counting(SGD):
 
 def test_what_an_optimizer_writes_into_its_groups_stays():
     found, run = fitted(lambda self: Counting(self.parameters(), lr=0.1), steps=3)
-    assert torch.equal(found.w.detach(), expected(lambda params: Counting(params, lr=1.0), steps=3))
+    assert torch.equal(found.w.detach(), expected(lambda params: Counting(params, lr=0.1), steps=3))
     (group,) = run.optimizers[0].param_groups
     assert (group["k"], group["lr"]) == (3, pytest.approx(0.1 / 8))
 
 
 def test_a_warm_up_in_the_modules_own_step():
-    """A rate written into the param groups before the step is multiplied like any other rate."""
+    """A rate that is written into the param groups before the step is that of w."""
 
     class Model(Classifier):
         def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
@@ -158,22 +153,14 @@ def test_a_warm_up_in_the_modules_own_step():
             optimizer.step(closure=optimizer_closure)
 
     pl.seed_everything(0, verbose=False)
-    sub = SubspaceModule(Model(), 16, lr_scale=10)
+    sub = SubspaceModule(Model(), 16)
     trainer().fit(sub, train_loader(), val_loader())
 
     def of_w(params):
-        optimizer = Adam(params, lr=3e-2)
+        optimizer = Adam(params, lr=3e-3)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up(optimizer), "interval": "step"}}
 
     assert torch.allclose(sub.w.detach(), expected(of_w), rtol=1e-4, atol=1e-6)
-
-
-class RateFree(Adam):
-    """An optimizer that computes its own rate."""
-
-    def __init__(self, params):
-        super().__init__(params)
-        self.param_groups[0]["lr"] = None
 
 
 def test_a_plateau_is_seen():
@@ -192,11 +179,11 @@ def test_decay_of_w_is_off_unless_it_is_given(caplog):
 
     INFO_CACHE.clear()
     with caplog.at_level("INFO"):
-        plain, _ = fitted(configure, lr_scale=1)
-        fitted(configure, lr_scale=1)
+        plain, _ = fitted(configure)
+        fitted(configure)
     assert caplog.text.count("weight decay on w") == 1
-    assert torch.equal(plain.w, fitted(lambda self: SGD(self.parameters(), lr=0.1), lr_scale=1)[0].w)
-    decayed, _ = fitted(configure, lr_scale=1, weight_decay=0.5)
+    assert torch.equal(plain.w, fitted(lambda self: SGD(self.parameters(), lr=0.1))[0].w)
+    decayed, _ = fitted(configure, weight_decay=0.5)
     same = expected(lambda params: SGD(params, lr=0.1, weight_decay=0.5))
     assert torch.equal(decayed.w.detach(), same)
     assert decayed.w.norm() < plain.w.norm()
@@ -216,21 +203,15 @@ def test_another_group_keeps_its_options_where_the_others_are_trained_in_full():
         steps=1,
         parameters="net.0.*",
         others="full",
-        lr_scale=1,
-        optimizer_fn=lambda params: SGD([{"params": params[1:], "lr": 0.02}, {"params": params[:1], "lr": 1.0}]),
+        optimizer_fn=lambda params: SGD([{"params": params[1:], "lr": 0.02}, {"params": params[:1], "lr": 0.1}]),
     )
     assert torch.equal(sub.w, same.w)
     assert all(torch.equal(one, other) for one, other in zip(head, same.module.net[2].parameters(), strict=True))
 
 
-def test_a_rate_far_below_the_usual_is_warned_of():
-    with pytest.warns(UserWarning, match=r"learning rate of 0.0003; .*lr_scale=10"):
-        fitted(lambda self: Adam(self.parameters(), lr=3e-4), lr_scale=1)
-
-
 @pytest.mark.parametrize(("decay", "given"), [(0.0, None), (0.1, 0.1)])
-def test_decay_and_rate_are_not_mentioned_without_need(caplog, decay, given):
-    """There is no decay to switch off, or it was given; the rate is small, but not Adam's."""
+def test_decay_is_not_mentioned_without_need(caplog, decay, given):
+    """There is no decay to switch off, or it was given."""
 
     class Model(Classifier):
         def configure_optimizers(self):
@@ -255,10 +236,6 @@ def test_decay_and_rate_are_not_mentioned_without_need(caplog, decay, given):
             lambda self: Adam(self.net[2].parameters()),
             r"w moves 2 parameters that .* does not train: net.0.weight, net.0.bias; .*parameters='...'",
         ),
-        (
-            lambda self: RateFree(self.parameters()),
-            "RateFree of configure_optimizers has no learning rate.*optimizer_fn",
-        ),
     ],
 )
 def test_what_cannot_be_reused_asks_for_a_function(configure, said):
@@ -272,21 +249,12 @@ def test_learning_rate_monitor(tmp_path):
 
     logger = pl.loggers.CSVLogger(tmp_path)
     run = trainer(LearningRateMonitor("step"), logger=logger, log_every_n_steps=1)
-    run.fit(SubspaceModule(Model(), 16, lr_scale=10), train_loader(), val_loader())
+    run.fit(SubspaceModule(Model(), 16), train_loader(), val_loader())
     assert "lr-Adam" in (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text()
 
 
-def test_what_a_step_has_can_be_asked_for():
-    sub, run = fitted(constant, steps=1, weight_decay=0.5)
-    (group,) = sub.groups(run.optimizers)
-    assert (group["lr"], group["weight_decay"]) == (pytest.approx(3e-2), 0.5)
-    assert group["params"][0] is sub.w
-    own, other = fitted(lambda self: None, steps=1, optimizer_fn=lambda params: SGD(params, lr=0.2))
-    assert own.groups(other.optimizers) == other.optimizers[0].param_groups
-
-
 def test_an_optimizer_may_keep_a_reference_to_its_group_during_the_closure():
-    """What it writes into the group afterwards stays, and the rate that it reads there is that of w."""
+    """What it writes into the group afterwards stays."""
 
     class Keeps(SGD):
         def step(self, closure=None):
@@ -300,10 +268,10 @@ def test_an_optimizer_may_keep_a_reference_to_its_group_during_the_closure():
 
     found, run = fitted(lambda self: Keeps(self.parameters(), lr=0.1), steps=3)
     assert run.optimizers[0].param_groups[0]["k"] == 3
-    assert torch.allclose(found.w.detach(), expected(lambda params: SGD(params, lr=1.0), steps=3), rtol=1e-4, atol=1e-6)
+    assert torch.allclose(found.w.detach(), expected(lambda params: SGD(params, lr=0.1), steps=3), rtol=1e-4, atol=1e-6)
 
 
-def test_an_optimizer_made_twice_and_lbfgs_with_two_rates_are_refused():
+def test_an_optimizer_made_twice_is_refused():
     class Same(Classifier):
         def __init__(self):
             super().__init__()
@@ -312,9 +280,104 @@ def test_an_optimizer_made_twice_and_lbfgs_with_two_rates_are_refused():
         def configure_optimizers(self):
             return self.optimizer
 
-    sub = SubspaceModule(Same(), 16, lr_scale=10)
+    sub = SubspaceModule(Same(), 16)
     trainer().fit(sub, train_loader())
     with pytest.raises(MisconfigurationException, match="make a new one each time"):
         trainer().fit(sub, train_loader())
-    with pytest.raises(MisconfigurationException, match="LBFGS has one learning rate"):
-        fitted(lambda self: torch.optim.LBFGS(self.parameters()), parameters="net.0.*", others="full")
+
+
+def test_of_several_groups_the_first_holds_w_and_no_other():
+    run = fitted(lambda self: Adam([{"params": layer.parameters()} for layer in (self.net[0], self.net[2])]), 1)[1]
+    assert [[p.numel() for p in group["params"]] for group in run.optimizers[0].param_groups] == [[16], []]
+
+
+class Halving(SGD):
+    """An optimizer that halves its rate in each step."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            group["lr"] = group["lr"] / 2
+        return loss
+
+
+def shared(self):
+    """Configure one group of the first layer and the last bias, with weight decay, and one of the last matrix."""
+    first, last = self.net[0], self.net[2]
+    return Halving([{"params": [*first.parameters(), last.bias], "weight_decay": 0.3}, {"params": [last.weight]}], 0.1)
+
+
+def test_w_has_its_own_decay_in_a_group_that_holds_others_too():
+    """Its decay is off, that of the others stays; between steps there are as many groups as schedulers know."""
+    own = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            own.append([[p.numel() for p in group["params"]] for group in trainer.optimizers[0].param_groups])
+
+    options = {"steps": 2, "parameters": "net.0.*", "others": "full"}
+    sub, run = fitted(shared, callbacks=[Watch()], **options)
+    assert own == [[[16, 10], [160]]] * 2
+    found = [(group["lr"], group["weight_decay"]) for group in run.optimizers[0].param_groups]
+    assert found == [(pytest.approx(0.1 / 4), 0.3), (pytest.approx(0.1 / 4), 0.0)]
+    same, _ = fitted(
+        lambda self: None,
+        optimizer_fn=lambda params: Halving(
+            [{"params": [params[0]]}, {"params": [params[2]], "weight_decay": 0.3}, {"params": [params[1]]}], lr=0.1
+        ),
+        **options,
+    )
+    assert all(torch.equal(one, other) for one, other in zip(sub.parameters(), same.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("survives", [False, True])
+def test_a_step_that_fails_leaves_the_groups_as_they_were(survives):
+    class Fails(SGD):
+        failed = False
+
+        def step(self, closure=None):
+            self.failed, failed = True, self.failed
+            if not failed:
+                raise RuntimeError("no step")
+            return super().step(closure)
+
+    class Model(Classifier):
+        def configure_optimizers(self):
+            self.optimizer = Fails(self.parameters(), lr=0.1, weight_decay=0.3)
+            return self.optimizer
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            try:
+                optimizer.step(closure=optimizer_closure)
+            except RuntimeError:
+                if not survives:
+                    raise
+                optimizer_closure()
+
+    sub, run = SubspaceModule(made(Model), 16, parameters="net.0.*", others="full"), trainer(max_steps=2)
+    if survives:
+        run.fit(sub, train_loader())
+        assert sub.w.norm() > 0
+    else:
+        with pytest.raises(RuntimeError, match="no step"):
+            run.fit(sub, train_loader())
+    (group,) = sub.module.optimizer.param_groups
+    assert ([p.numel() for p in group["params"]], group["weight_decay"]) == ([16, 160, 10], 0.3)
+
+
+def test_a_step_may_take_other_functions():
+    class Asks(SGD):
+        def step(self, closure=None, twice=None):
+            assert twice(2) == 4
+            return super().step(closure)
+
+    class Model(Classifier):
+        def configure_optimizers(self):
+            return Asks(self.parameters(), lr=0.1)
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure):
+            optimizer.step(closure=optimizer_closure, twice=lambda x: 2 * x)
+
+    sub = SubspaceModule(Model(), 16)
+    trainer().fit(sub, train_loader())
+    assert sub.w.norm() > 0

@@ -16,7 +16,7 @@ from lightning_sketch.subspace import SubspaceModule
 
 def test_what_the_module_does_it_goes_on_doing():
     """This covers names of logs, metrics, hooks, steps without batch_idx, hyper-parameters, train mode and buffers."""
-    sub = SubspaceModule(made(Convolutional), 64, lr_scale=10)
+    sub = SubspaceModule(made(Convolutional), 64, scale=10)
     before = {name: buffer.clone() for name, buffer in sub.module.named_buffers()}
     run = trainer(max_steps=16)
     run.fit(sub, train_loader(), val_loader())
@@ -36,13 +36,12 @@ def test_what_the_module_does_it_goes_on_doing():
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("implicit", [True, False])
-def test_its_graph_can_be_logged(implicit, tmp_path):
+def test_its_graph_can_be_logged(tmp_path):
     module = made()
     module.example_input_array = torch.zeros(2, 64)
     logger = pl.loggers.TensorBoardLogger(tmp_path, log_graph=True)
     run = trainer(logger=logger)
-    run.fit(SubspaceModule(module, 16, lr_scale=10, implicit=implicit), train_loader())
+    run.fit(SubspaceModule(module, 16, scale=10), train_loader())
     assert run.global_step == 8
 
 
@@ -87,7 +86,7 @@ def takes_one(self, batch, /):
 
 @pytest.mark.parametrize("step", [takes_all, takes_one])
 def test_a_step_takes_what_it_can(step):
-    sub = SubspaceModule(made(type("Model", (Classifier,), {"training_step": step})), 16, lr_scale=10)
+    sub = SubspaceModule(made(type("Model", (Classifier,), {"training_step": step})), 16, scale=10)
     trainer(max_steps=1).fit(sub, train_loader())
     assert sub.w.count_nonzero() == 16
 
@@ -98,7 +97,7 @@ def test_a_step_without_a_loss_is_skipped():
         def training_step(self, batch, batch_idx):
             return None if batch_idx % 2 else super().training_step(batch, batch_idx)
 
-    sub = SubspaceModule(made(Skips), 16, lr_scale=10)
+    sub = SubspaceModule(made(Skips), 16, scale=10)
     trainer(max_epochs=1, max_steps=-1).fit(sub, train_loader())
     assert sub.w.norm() > 0
 
@@ -119,14 +118,14 @@ def test_what_a_step_returns_beside_its_loss_is_handed_on():
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             seen.append(set(outputs))
 
-    trainer(Watch(), max_steps=1).fit(SubspaceModule(made(Returns), 16, lr_scale=10), train_loader())
+    trainer(Watch(), max_steps=1).fit(SubspaceModule(made(Returns), 16, scale=10), train_loader())
     assert seen == [{"loss", "more"}]
 
 
 def test_a_dict_without_a_loss_is_refused_by_lightning():
     model = made(type("Model", (Returns,), {"returned": ("more",)}))
     with pytest.raises(MisconfigurationException, match="'loss' key needs to be present"):
-        trainer(max_steps=1).fit(SubspaceModule(model, 16, lr_scale=10), train_loader())
+        trainer(max_steps=1).fit(SubspaceModule(model, 16, scale=10), train_loader())
 
 
 def test_names_of_the_wrapper_may_be_names_in_the_module():
@@ -140,7 +139,7 @@ def test_names_of_the_wrapper_may_be_names_in_the_module():
             return self.net(images) + self.w(images)
 
     for options in ({}, {"max_dim": 32}):
-        sub = SubspaceModule(Same(), 16, lr_scale=10, **options)
+        sub = SubspaceModule(Same(), 16, scale=10, **options)
         trainer().fit(sub, train_loader())
         assert sub.coordinates().norm() > 0
         assert isinstance(sub.materialize().w, nn.Linear)
@@ -148,7 +147,7 @@ def test_names_of_the_wrapper_may_be_names_in_the_module():
 
 def test_configure_model_is_called_again_and_the_start_stays():
     """Lightning calls it at every fit and validation; by then the weights are not the initial ones."""
-    sub = SubspaceModule(made(Late), 16, lr_scale=10)
+    sub = SubspaceModule(made(Late), 16, scale=10)
     trainer().fit(sub, train_loader())
     start = [tensor.clone() for tensor in sub.theta0().values()]
     trainer().validate(sub, val_loader(), verbose=False)
@@ -173,7 +172,7 @@ def test_layers_that_come_after_the_wrapping_are_refused():
 
     with pytest.raises(MisconfigurationException, match=r"head.weight, head.bias became trainable.*configure_model"):
         trainer().fit(SubspaceModule(made(TooLate), 16), train_loader())
-    sub = SubspaceModule(made(TooLate), 16, others="full", lr_scale=10)
+    sub = SubspaceModule(made(TooLate), 16, others="full", scale=10)
     trainer().fit(sub, train_loader())
 
 
@@ -183,7 +182,7 @@ def test_a_log_of_the_modules_own():
             super().log(f"net/{name}", *args, **kwargs)
 
     run = trainer()
-    run.fit(SubspaceModule(made(Prefixed), 16, lr_scale=10), train_loader(), val_loader())
+    run.fit(SubspaceModule(made(Prefixed), 16, scale=10), train_loader(), val_loader())
     assert {"net/train_loss", "net/val_acc"} <= run.callback_metrics.keys()
     assert not {"train_loss", "val_acc"} & run.callback_metrics.keys()
 
@@ -207,7 +206,7 @@ class Rated(Classifier):
 
 @pytest.mark.parametrize(("kind", "name"), [(Rated, "rate"), (Classifier, "lr")])
 def test_lr_find_sets_the_rate_of_the_module(kind, name, tmp_path):
-    sub = SubspaceModule(made(kind), 16, lr_scale=10)
+    sub = SubspaceModule(made(kind), 16, scale=10)
     run = trainer(max_steps=2, default_root_dir=tmp_path)
     data = {} if kind is Rated else {"train_dataloaders": train_loader()}
     found = Tuner(run).lr_find(sub, **data, attr_name=name, num_training=40, min_lr=1e-4, max_lr=1e-2)
@@ -219,7 +218,7 @@ def test_lr_find_sets_the_rate_of_the_module(kind, name, tmp_path):
 
 @pytest.mark.slow
 def test_the_batch_size_finder_sets_that_of_the_module(tmp_path):
-    sub = SubspaceModule(made(Rated), 16, lr_scale=10)
+    sub = SubspaceModule(made(Rated), 16, scale=10)
     run = trainer(max_steps=2, default_root_dir=tmp_path)
     assert Tuner(run).scale_batch_size(sub, max_trials=3, steps_per_trial=1) == sub.module.batch_size == 8
 
@@ -230,7 +229,7 @@ def test_hyper_parameters_are_seen_together_and_set_where_they_are():
             super().__init__(width, lr)
             self.save_hyperparameters()
 
-    sub = SubspaceModule(made(Seeded), 16, seed=1, lr_scale=10)
+    sub = SubspaceModule(made(Seeded), 16, seed=1, scale=10)
     assert (sub.hparams.seed, sub.hparams["dim"], sub.hparams.lr) == (1, 16, 3e-3)
     sub.hparams["lr"], sub.hparams.seed, sub.hparams.note = 0.1, 2, "here"
     assert (sub.module.hparams.lr, sub.module.hparams.seed) == (0.1, 7)
@@ -248,9 +247,9 @@ def test_hyper_parameters_that_were_asked_for_once_show_what_is_set():
 
 def test_attributes_are_set_where_they_are():
     sub = SubspaceModule(made(Rated), 16)
-    sub.rate, sub.lr_scale, sub.mine = 0.1, 3.0, 5
-    assert (sub.module.rate, sub.lr_scale, sub.mine) == (0.1, 3.0, 5)
-    assert not {"lr_scale", "mine"} & vars(sub.module).keys()
+    sub.rate, sub.others, sub.mine = 0.1, "full", 5
+    assert (sub.module.rate, sub.others, sub.mine) == (0.1, "full", 5)
+    assert not {"others", "mine"} & vars(sub.module).keys()
 
 
 def test_data_may_have_hyper_parameters_of_the_same_name(tmp_path):
@@ -265,14 +264,14 @@ def test_data_may_have_hyper_parameters_of_the_same_name(tmp_path):
             return train_loader()
 
     logger = pl.loggers.CSVLogger(tmp_path)
-    trainer(logger=logger).fit(SubspaceModule(made(), 16, lr_scale=10), datamodule=Data())
+    trainer(logger=logger).fit(SubspaceModule(made(), 16, scale=10), datamodule=Data())
     written = (tmp_path / "lightning_logs" / "version_0" / "hparams.yaml").read_text()
     assert "subspace/dim: 16" in written
     assert "seed: 42" in written
 
 
 def test_numbers_of_numpy_are_integers_in_a_checkpoint(tmp_path, untyped):
-    sub = SubspaceModule(made(), np.int64(16), seed=np.int64(1), lr_scale=10)
+    sub = SubspaceModule(made(), np.int64(16), seed=np.int64(1), scale=10)
     run = trainer()
     run.fit(sub, train_loader())
     run.save_checkpoint(tmp_path / "a.ckpt")
