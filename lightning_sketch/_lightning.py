@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
+from importlib import import_module
 from importlib.util import find_spec
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -343,11 +344,8 @@ def keep_hyperparameters_inside(wrapper: type) -> None:
     Args:
         wrapper: The class of the outermost module.
     """
-    for namespace in ("pytorch_lightning", "lightning.pytorch"):
-        cli: Any = sys.modules.get(f"{namespace}.cli")
-        if cli is None:
-            continue
-        instantiator = required(cli, "_InstantiatorFn")
+    for namespace in {kind.__module__.removesuffix(".core.module") for kind in _MODULES}:
+        instantiator = required(import_module(f"{namespace}.cli"), "_InstantiatorFn")
         if not hasattr(instantiator.__call__, "__wrapped__"):
             instantiator.__call__ = _with_own_hyperparameters(instantiator.__call__, wrapper)
 

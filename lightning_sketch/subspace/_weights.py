@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,7 @@ class Weights:
     Args:
         module: The module that has the parameters.
         pattern: A shell-style pattern of their names, or several.
-        without: A pattern of the names of parameters that are left out, or several.
+        without: A pattern of the names of parameters that are left out as the head, or several.
         per_layer: Whether each layer's step is multiplied by 1 + a number of its own, the last entries of w (SAID).
     """
 
@@ -54,10 +53,9 @@ class Weights:
                 "a batch first."
             )
         self.module, self.layout = module, Layout.of(module, pattern)
-        self.head = [name for name in self.layout.names if _matches(name, without)]
-        if without is not None and not [n for n, p in module.named_parameters() if _matches(n, without)]:
-            raise ValueError(f"no parameter matches head={without!r}; the names start with {self.layout.names[:10]}.")
-        self.layout = self.layout.without(self.head) if self.head else self.layout
+        self.head = [] if without is None else Layout.of(module, without).parameters(module)
+        if self.head:
+            self.layout = self.layout.without(Layout.of(module, without or "*").names)
         layers = [name.rpartition(".")[0] for name in self.layout.names]
         self.layers = [list(dict.fromkeys(layers)).index(layer) for layer in layers] if per_layer else []
         self.motions = [Motion()] * len(self.layout.names)
@@ -274,8 +272,3 @@ class FrozenWeights:
 def at_least_float32(w: Tensor) -> Tensor:
     """Return w in float32, or in its own wider type."""
     return w.to(torch.promote_types(w.dtype, torch.float32))
-
-
-def _matches(name: str, patterns: str | Sequence[str] | None) -> bool:
-    several = [patterns] if isinstance(patterns, str) else patterns or []
-    return any(fnmatchcase(name, pattern) for pattern in several)

@@ -64,7 +64,8 @@ class Wrapper(ModuleBase):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the wrapper's hyper-parameters, the arguments of `load_from_checkpoint`; then run the module's hook."""
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(super().hparams)
+        own = super().hparams.items()  # without what tells how LightningCLI made it
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {k: v for k, v in own if not k.startswith("_")}
         self.module.on_save_checkpoint(checkpoint)
 
     def ready(self) -> None:

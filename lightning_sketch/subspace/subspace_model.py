@@ -84,13 +84,10 @@ class Subspace(nn.Module):
                 f"got dim={dim}."
             )
         self.directions = Directions.of(kind, self.n, dim - of_layers, seed, max_dim, scale)
-        theta, head = self.weights.parameters(), set(self.weights.head)
+        theta, head = self.weights.parameters(), set(map(id, self.weights.head))
         self._trainable = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-        for name, parameter in self.module.named_parameters():
-            if self.others == "frozen" and name not in head:
-                parameter.requires_grad_(False)
-        for parameter in theta:
-            parameter.requires_grad_(False)
+        for parameter in theta if self.others == "full" else self.module.parameters():
+            parameter.requires_grad_(parameter.requires_grad and id(parameter) in head)
         dtype = torch.promote_types(theta[0].dtype, torch.float32)
         blocks = [
             nn.Parameter(torch.zeros(size, dtype=dtype, device=theta[0].device)) for size in block_sizes(dim, max_dim)
