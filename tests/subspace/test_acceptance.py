@@ -38,7 +38,8 @@ class Constant(Classifier):
 def test_d90_of_digits(tmp_path):
     """An earlier program found 128 for three seeds; 64 and 256 are within the factor of two allowed for every seed.
 
-    The smallest of the dimensions are not enough; within one run the largest is 4096.
+    The smallest of the dimensions are not enough; within one run the largest is 4096, and three times the rate of full
+    training is the best of 1, 3 and 10.
     """
     pl.seed_everything(0, verbose=False)
     options = {"max_steps": STEPS, "default_root_dir": tmp_path, "check_val_every_n_epoch": 10}
@@ -51,7 +52,7 @@ def test_d90_of_digits(tmp_path):
     for seed in range(3):
         pl.seed_everything(seed, verbose=False)
         finder = IntrinsicDimensionFinder("val_acc", result.target, max_steps=2 * STEPS)
-        sub = SubspaceModule(Constant(), 8, max_dim=4096, seed=seed, lr_scale=10)
+        sub = SubspaceModule(Constant(), 8, max_dim=4096, seed=seed, scale=3)
         run = trainer(finder, max_steps=2 * STEPS)
         run.fit(sub, train, val_loader())
         assert finder.suggestion() in (d90 // 2, d90, 2 * d90), (seed, finder.history)

@@ -38,11 +38,11 @@ def test_two_processes_search_as_one_does_and_torchrun_goes_on_where_they_were(t
 
 
 def test_ranks_that_see_other_metrics_double_and_stop_together(tmp_path):
-    """One validates on the digits 0 to 4, the other on 5 to 9; both use the mean."""
+    """One validates on the digits 0 to 4, the other on 5 to 9; both use the mean, and ask the same dimensions."""
     options = {"halved": True, "shuffle": True, "method": "doubling", "dims": [4, 512]}
     one, two, begun = ranks_of(tmp_path, **options)
-    last, half = one["results"]["dim"]
-    assert begun == [[0, 0], [4, 0], [half, 0]]
+    last, half, *more = one["results"]["dim"]
+    assert begun == [[0, 0], [4, 0], [half, 0], *([dim, 0] for dim in more)]
     assert half == last // 2
     means = {}
     for (dim, own, value), (as_many, other, same) in zip(one["own"], two["own"], strict=True):
@@ -52,7 +52,7 @@ def test_ranks_that_see_other_metrics_double_and_stop_together(tmp_path):
     assert len(means) > 5
     assert sum(a[1] != b[1] for a, b in zip(one["own"], two["own"], strict=True)) > len(one["own"]) / 2
     assert one["numbers"][0] == pytest.approx(means[0, True])
-    assert one["results"]["value"] == pytest.approx([means[last, False], means[half, True]])
+    assert one["results"]["value"] == pytest.approx([means[last, False], *(means[dim, True] for dim in (half, *more))])
     assert one["results"]["value"][0] >= one["numbers"][2]
     again, _, begun = ranks_of(tmp_path, **options)
     assert begun == []

@@ -94,7 +94,7 @@ class Data(pl.LightningDataModule):
 
 @pytest.mark.filterwarnings("ignore:`SubspaceModule.configure_optimizers` will be overridden")
 def test_an_optimizer_of_the_command_line_is_put_to_work_on_w(tmp_path, monkeypatch):
-    """It is used as the module's own would be: after a step of AdamW |w| is lr_scale times its rate, without decay."""
+    """It is used as the module's own would be: after a step of AdamW |w| is its rate, without decay."""
     pytest.importorskip("jsonargparse")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["program.py"])
@@ -109,8 +109,9 @@ def test_an_optimizer_of_the_command_line_is_put_to_work_on_w(tmp_path, monkeypa
         seed_everything_default=3,
         args=["fit", "--config=config.yaml", *optimizer, *(f"--trainer.{name}={value}" for name, value in own.items())],
     )
-    assert torch.allclose(cli.model.w.detach().abs(), torch.full((64,), 0.02), rtol=1e-3)
-    (group,) = cli.model.groups(cli.trainer.optimizers)
+    assert torch.allclose(cli.model.w.detach().abs(), torch.full((64,), 0.002), rtol=1e-3)
+    assert cli.model.directions.scale == 3
+    (group,) = cli.trainer.optimizers[0].param_groups
     assert (group["weight_decay"], len(group["params"])) == (0.0, 1)
 
 
@@ -141,7 +142,7 @@ def test_wandb(tmp_path, monkeypatch):
         seen.append((run.config["dim"], run.summary["val_acc"]))
         return leave(run, *error)
 
-    monkeypatch.setattr(wandb, "init", lambda: start(config={"dim": 16}, dir=tmp_path))
+    monkeypatch.setattr(wandb, "init", lambda: start(config={"dim": 16, "scale": 3}, dir=tmp_path))
     monkeypatch.setattr(wandb.Run, "__exit__", left)
     own["train"]()
     ((dim, accuracy),) = seen
