@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from lightning_sketch import plots
 from lightning_sketch._files import read_document, write_document
 from lightning_sketch._lightning import LightningModule
+from lightning_sketch.subspace.bound import GeneralizationBound, generalization_bound
 from lightning_sketch.subspace.subspace_module import SubspaceModule
 
 if TYPE_CHECKING:
@@ -192,6 +193,31 @@ class IntrinsicDimensionResult:
             raise ValueError("a result from a file does not contain the model; pass it with its weights at θ₀.")
         module = model if model is not None else cast(Any, self.new_model)()
         return SubspaceModule.load_from_checkpoint(run["checkpoint"], module=module)
+
+    def bound(
+        self,
+        data: Any,
+        delta: float = 0.05,
+        *,
+        levels: Sequence[int] = (9, 15, 25),
+        others: Literal["refuse", "price", "fixed"] = "refuse",
+        model: LightningModule | None = None,
+    ) -> GeneralizationBound:
+        """Bound the error rate of the best run's model on new examples, with a w that is rounded for it.
+
+        The choice of dim, seed and rate among all runs is paid for by the bits of the bound.
+
+        Args:
+            data: The examples that were trained on, as in `generalization_bound`, whose conditions and cost apply.
+            delta: The probability that the bound fails.
+            levels: The numbers of values to round w to.
+            others: What to do with buffers and parameters outside of the subspace.
+            model: As in `best`.
+
+        Raises:
+            ValueError: If there is no best run, or a condition is seen to fail.
+        """
+        return generalization_bound(self.best(model), data, levels=levels, delta=delta, others=others)
 
     def save(self, path: str | Path) -> None:
         """Write the result to a JSON file, whole or not at all."""

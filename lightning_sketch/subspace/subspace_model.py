@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from operator import index
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,9 @@ from lightning_sketch.subspace._gradient import as_function_of_w, trainable
 from lightning_sketch.subspace._state_dict import complete_state, decoded, encoded, trim_state
 from lightning_sketch.subspace._weights import FrozenWeights, Weights
 from lightning_sketch.subspace.directions import Directions
+
+if TYPE_CHECKING:
+    from lightning_sketch.subspace.export import Quantized
 
 Others = Literal["frozen", "full"]
 Structure = Literal["layers"]
@@ -187,6 +191,20 @@ class Subspace(nn.Module):
             finally:
                 self._follows = False
 
+    def export(self, path: str | Path, levels: "int | Quantized | None" = None) -> dict[str, int]:
+        """Write w and what describes the subspace to one safetensors file, from which `load_subspace` makes the module.
+
+        Args:
+            path: The path of the file.
+            levels: None to save w as it is; a number, or a rounded w, as in `save_subspace`.
+
+        Returns:
+            The number of bytes of each part.
+        """
+        from lightning_sketch.subspace.export import save_subspace  # which imports this file
+
+        return save_subspace(self, path, levels)
+
     def materialize(self) -> Any:
         """Return a copy of the module with the trained weights, independent of this one and trainable in full."""
         self.ready()
@@ -257,10 +275,12 @@ class Subspace(nn.Module):
         following = set(map(id, self.weights.parameters()))
         return fingerprint([p for p in self.module.parameters() if id(p) in following or not p.requires_grad])
 
-    def set_gradient(self, gradient: Float[Tensor, " dim"]) -> None:
+    def set_gradient(self, gradient: Float[Tensor, " dim"] | None) -> None:
         """Set the gradient of w, and so that of the parameters that it is computed from."""
         for leaf in self.leaves:
             leaf.grad = None
+        if gradient is None:
+            return
         for block, part in zip(self.blocks, self._gradient_blocks(gradient), strict=True):
             if block.is_leaf:
                 block.grad = part

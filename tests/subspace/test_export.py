@@ -189,3 +189,12 @@ def test_a_training_in_which_layers_were_frozen_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match="frozen in the middle of this training"):
         save_subspace(fitted(Freezes), tmp_path / "w.safetensors")
+
+
+def test_a_subspace_exports_itself(tmp_path):
+    torch.manual_seed(0)
+    sub = SubspaceModel(nn.Linear(30, 10), 8)
+    sub.w.data.normal_()
+    assert sub.export(tmp_path / "w.safetensors", levels=3)["file"] == (tmp_path / "w.safetensors").stat().st_size
+    torch.manual_seed(0)
+    assert load_subspace(tmp_path / "w.safetensors", nn.Linear(30, 10)).weight.shape == (10, 30)
