@@ -71,7 +71,9 @@ class Runner:
     ):
         self.options, self.data, self.monitor, self.mode = options, data, monitor, mode
         self.replicas = Replicas(model)
-        self.n = Weights(self.replicas.first, options["parameters"], options.get("head"), False).layout.n
+        per_layer = options.get("structure") is not None
+        weights = Weights(self.replicas.first, options["parameters"], options.get("head"), per_layer)
+        self.n, self.num_layers = weights.layout.n, weights.num_layers
         self.trainers = Trainers(trainer_fn, self.replicas.first)
 
     def begin(self, dim: int) -> float:

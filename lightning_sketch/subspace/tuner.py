@@ -17,7 +17,7 @@ from lightning_sketch.subspace._rates import Rates
 from lightning_sketch.subspace._runner import Runner
 from lightning_sketch.subspace.finder import IntrinsicDimensionFinder, refuse_spawning
 from lightning_sketch.subspace.result import IntrinsicDimensionResult, Mode, progress, reaches, target
-from lightning_sketch.subspace.subspace_model import Others, whole
+from lightning_sketch.subspace.subspace_model import Others, Structure, whole
 
 Method = Literal["grid", "bisect", "doubling"]
 Value = Literal["last", "best"]
@@ -42,6 +42,7 @@ class IntrinsicDimensionTuner:
         others: What is done with the other trainable parameters, as in `SubspaceModule`: "frozen" or "full"; full
             training does the same.
         head: A pattern of the names of parameters that are trained in full, outside of the subspace, or None.
+        structure: "layers" to learn a scale for each layer with one of the dim numbers (SAID), as in `SubspaceModule`.
         rates: The factors of the directions to choose from, as `scale` in `SubspaceModule`: factors of the learning
             rate for optimizers like Adam, of its square root for SGD. One number is asked for all dimensions. None is
             ..., 0.1, 0.3, 1, 3, 10, ..., from 1, and from the best one of the nearest dimension on.
@@ -77,6 +78,7 @@ class IntrinsicDimensionTuner:
         parameters: str | Sequence[str] = "*",
         others: Others = "frozen",
         head: str | Sequence[str] | None = None,
+        structure: Structure | None = None,
         rates: float | int | Iterable[float | int] | None = None,
         lr_scale: float | int | None = None,
         optimizer_fn: Callable[[list[nn.Parameter]], Any] | None = None,
@@ -95,6 +97,7 @@ class IntrinsicDimensionTuner:
             "others": others,
             "optimizer_fn": optimizer_fn,
             **({} if head is None else {"head": head}),
+            **({} if structure is None else {"structure": structure}),
             **({} if lr_scale is None else {"lr_scale": float(lr_scale)}),
         }
 
@@ -160,7 +163,7 @@ class IntrinsicDimensionTuner:
             raise ValueError(f"need seeds >= 1, got {seeds}.")
         data = train_dataloaders, val_dataloaders, datamodule
         runner = Runner(self.trainer_fn, self.options, model, data, monitor, mode)
-        ladder = _ladder(dims, runner.n, method)
+        ladder = _ladder(dims, runner.num_layers, runner.n, method)
         first = next((place for place, dim in enumerate(ladder) if dims is not None or dim >= _FROM), len(ladder) - 1)
 
         def judged(run: Run) -> Run:
@@ -248,20 +251,23 @@ def _target(full: float, start: float, monitor: str, mode: Mode, threshold: floa
     return aim
 
 
-def _ladder(dims: Iterable[int] | None, n: int, method: Method) -> list[int]:
-    """Return the dimensions to choose from, ascending; by default powers of two, and n."""
+def _ladder(dims: Iterable[int] | None, num_layers: int, n: int, method: Method) -> list[int]:
+    """Return the dimensions to choose from, ascending; by default powers of two, and n.
+
+    Raises:
+        ValueError: If one is not above the number of layers with a scale of their own, or above n.
+    """
+    if method == "doubling" and num_layers:
+        raise ValueError("structure='layers' has no directions that can be doubled; use method='bisect'.")
     if dims is None:
-        return [*(1 << k for k in range(n.bit_length()) if 1 << k < n), n]
+        return [*(1 << k for k in range(n.bit_length()) if num_layers < 1 << k < n), n]
     asked = sorted({whole(dim, "a dimension") for dim in dims})
-    if not asked:
-        raise ValueError(f"dims is empty; pass whole numbers from 1 to {n}, or leave dims out.")
-    wrong = [dim for dim in asked if not 0 < dim <= n]
-    if wrong:
-        raise ValueError(f"need dims from 1 to n={n}, got {wrong}; leave these out.")
+    wrong = [dim for dim in asked if not num_layers < dim <= n]
+    if wrong or not asked:
+        raise ValueError(f"need dims from {num_layers + 1} to n={n}, got {wrong or 'none'}; leave these or dims out.")
     if method != "doubling":
         return asked
-    low, high = asked[0], asked[-1]
-    return [*(low << k for k in range(n.bit_length()) if low << k < high), high]
+    return [*(asked[0] << k for k in range(n.bit_length()) if asked[0] << k < asked[-1]), asked[-1]]
 
 
 def _grid(dims: Sequence[int], reaches: Callable[[int], bool]) -> None:

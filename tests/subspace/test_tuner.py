@@ -236,7 +236,7 @@ def test_a_loss_counts_from_where_it_starts(tmp_path):
 
 
 def test_full_training_and_subspaces_are_of_the_same_parameters(tmp_path):
-    """Both train the last layer alone, or also the first one in full."""
+    """Both train the last layer alone, or also the first one in full, as a head that is outside of n is."""
     ends = []
 
     class Watch(pl.Callback):
@@ -247,14 +247,53 @@ def test_full_training_and_subspaces_are_of_the_same_parameters(tmp_path):
         return trainer(Watch(), max_steps=4, default_root_dir=tmp_path)
 
     model = made()
-    for others, stays in (("frozen", True), ("full", False)):
-        searcher = IntrinsicDimensionTuner(trainer_fn, parameters="net.2.*", others=others, rates=1)
+    alone = {"parameters": "net.2.*"}
+    for options, stays in (
+        (alone, True),
+        ({**alone, "others": "full"}, False),
+        ({**alone, "head": "net.0.*"}, False),
+    ):
+        searcher = IntrinsicDimensionTuner(trainer_fn, **options, rates=1)
         assert find(searcher, model, dims=[8], monitor="val_loss", mode="min").n == 170
         assert len(ends) == 2
         for net in ends:
             assert torch.equal(net[0].weight, model.net[0].weight) == stays
             assert not torch.equal(net[2].weight, model.net[2].weight)
         ends.clear()
+
+
+def test_a_head_is_outside_of_n_and_of_the_subspace(tmp_path):
+    """Of 1,210 parameters 170 are the last layer's; the result says where they are."""
+    result = search(by_dimension(), tmp_path, dims=[4], baseline=1.0, tuner={"head": "net.2.*"})
+    assert result.n == 1040
+    assert "head='net.2.*' is outside of the subspace, and trained in full" in repr(result)
+
+
+def test_layers_with_scales_of_their_own_take_some_of_the_dims(tmp_path):
+    """Two layers, with weights and biases of the same scale."""
+    structured = {"tuner": {"structure": "layers"}, "baseline": 1.0}
+    assert search(by_dimension(), tmp_path, dims=None, **structured).results["dim"] == [8, 16, 4]
+    with pytest.raises(ValueError, match=r"need dims from 3 to n=1210, got \[2\]"):
+        search(by_dimension(), tmp_path, dims=[2, 8], **structured)
+    with pytest.raises(ValueError, match="use method='bisect'"):
+        search(by_dimension(), tmp_path, method="doubling", **structured)
+
+
+@pytest.mark.parametrize(("kind", "rate"), [(torch.optim.AdamW, 5.0), (torch.optim.SGD, 5**0.5)])
+def test_the_alias_is_a_factor_of_the_learning_rate(tmp_path, kind, rate):
+    """It is a rate for Adam, and the square of one for SGD; rounded to float32 the runs are the same."""
+
+    class Model(Classifier):
+        def configure_optimizers(self):
+            return kind(self.parameters(), lr=3e-3)
+
+    asked = {"dims": [8], "monitor": "val_loss", "mode": "min"}
+    one, other = (
+        search(made(Model), tmp_path / str(place), tuner={"rates": None, **given}, **asked)
+        for place, given in enumerate(({"lr_scale": 5}, {"rates": rate}))
+    )
+    assert one.results["value"] == pytest.approx(other.results["value"], rel=1e-5)
+    assert len(one.results["dim"]) == 1
 
 
 def square(width):
@@ -327,9 +366,9 @@ def test_bad_input_is_refused_before_training(tmp_path, untyped):
         (fine, {"monitor": "accuracy"}, MisconfigurationException, "'accuracy' is not logged in validation.*'val_acc'"),
         (fine, {"threshold": 0.0}, ValueError, r"threshold in \(0, 1\], got 0.0"),
         (fine, {"threshold": 1.5}, ValueError, r"threshold in \(0, 1\], got 1.5"),
-        (fine, {"dims": [0, 4]}, ValueError, r"dims from 1 to n=.*\[0\]; leave these out"),
+        (fine, {"dims": [0, 4]}, ValueError, r"dims from 1 to n=.*\[0\]; leave these or dims out"),
         (fine, {"dims": [10**6]}, ValueError, r"\[1000000\]"),
-        (fine, {"dims": []}, ValueError, "dims is empty; pass whole numbers from 1 to"),
+        (fine, {"dims": []}, ValueError, "need dims from 1 to n=1210, got none"),
         (fine, {"value": "first"}, ValueError, "value='first' is not known; use 'last', 'best'"),
         (fine, {"mode": "up"}, ValueError, "mode='up'"),
         (fine, {"method": "halving"}, ValueError, "method='halving'"),
