@@ -37,7 +37,8 @@ from lightning_sketch.subspace._wrapper import Wrapper
 from lightning_sketch.subspace.subspace_model import Others, Structure, Subspace
 
 # Hooks that see gradients before the optimizer does.
-_SEE_GRADIENTS = {"on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step"}
+_SEE_GRADIENTS = {"backward", "on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping"}
+_SEE_GRADIENTS |= {"optimizer_step"}
 
 
 class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces, see ModuleBase
@@ -160,6 +161,7 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         self.lr_scale, self.weight_decay, self.optimizer_fn = lr_scale, weight_decay, optimizer_fn
         self._own_decay: OwnDecay | None = None
         self._hooked = self._by_ddp = self._in_fit = False
+        self._last_gradient: tuple[Tensor | None, list[Tensor | None], float] | None = None
         if "configure_model" in vars(self):
             self.__dict__["configure_model"] = self._configure_model
         if any(p.requires_grad for p in module.parameters()):
@@ -198,8 +200,8 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
             with self.following():
                 return call_step(self.module.training_step, *args, **kwargs)
         self.ready()
-        self.weights.follow_flags(self.coordinates().detach())
         output = call_step(self.module.training_step, *args, **kwargs)
+        self.weights.follow_flags(self.coordinates().detach())
         loss = output.get("loss") if isinstance(output, dict) else output
         if loss is None or not self._by_ddp:
             return output
@@ -215,6 +217,7 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         self._multiply_gradients(scale)
         self.module.backward(loss, *args, **kwargs)
         self._multiply_gradients(1 / scale)  # for hooks; the gradient of w stays scaled for the GradScaler
+        self._last_gradient = None
         if not accumulates(self.trainer):
             self._set_gradient(scale)
 
@@ -227,32 +230,20 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         """Clip the gradient of w by the module's own hook, after what hooks did to gradients of the weights."""
         if self._hooked or (self.leaves[0].grad is None and not self._by_ddp):
             self._set_gradient(gradient_scale(self.trainer, optimizer) if self._hooked else 1.0)
-        before = [leaf.grad.clone() for leaf in self.leaves if leaf.grad is not None]
         scale = self.directions.scale
         self._divide_gradient(scale)
         self.module.configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self._divide_gradient(1 / scale)
-        if "configure_gradient_clipping" not in changed_hooks(self.module) or not before:
-            return
-        clipped: list[Any] = [leaf.grad for leaf in self.leaves]
-        self._set_gradient(gradient_scale(self.trainer, optimizer))
-        again: list[Any] = [leaf.grad for leaf in self.leaves]
-        if all(map(torch.equal, again, before)):
-            for leaf, gradient in zip(self.leaves, clipped, strict=True):
-                leaf.grad = gradient
-        elif not all(map(torch.allclose, clipped, before)):
-            raise MisconfigurationException(
-                f"configure_gradient_clipping of {type(self.module).__name__} changes gradients both of the weights "
-                "and of w, which follows from the first; clip either self.parameters() or the optimizer's."
-            )
+        if "configure_gradient_clipping" in changed_hooks(self.module):
+            self._set_gradient(gradient_scale(self.trainer, optimizer))
 
     def configure_optimizers(self) -> Any:
         """Configure the module's own optimizer, or that of `optimizer_fn`, to train w."""
         theta = dict(zip(self.weights.layout.names, self.weights.parameters(), strict=True))
-        ids = {id(parameter) for parameter in theta.values()}
+        ids, head = {id(parameter) for parameter in theta.values()}, set(map(id, self.weights.head))
         others = {n: p for n, p in self.module.named_parameters() if p.requires_grad and id(p) not in ids}
         if self.others == "frozen":
-            refuse_late([name for name in others if name not in self.weights.head])
+            refuse_late([name for name, parameter in others.items() if id(parameter) not in head])
         if self.optimizer_fn is not None:
             configured = self.optimizer_fn([*self.leaves, *others.values()])
         else:
@@ -271,6 +262,7 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
             if self._own_decay is not None:
                 self._own_decay.join(only(optimizers_in(self.trainer.optimizers)))
         self.weights.drop_gradients()
+        self._last_gradient = None
         self.ready()
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
@@ -349,10 +341,24 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         self._in_fit = in_fit
 
     def _set_gradient(self, factor: float) -> None:
-        """Set the gradient of w to D g times a factor, if the weights have gradients g."""
+        """Set the gradient of w to D g times a factor, unless the gradients g of the weights are as at the last call.
+
+        Raises:
+            MisconfigurationException: If hooks changed g, and that of w too.
+        """
         gradient = self.weights.gradient(self.directions, self.coordinates().detach())
-        if gradient is not None:
-            self.set_gradient(gradient * factor)
+        before, of_w, unit = self._last_gradient or (None, [], 1.0)
+        if before is None or gradient is None or not torch.equal(before, gradient):
+            pairs = zip(self.leaves, of_w, strict=False)
+            if not all(_close(leaf.grad, old, factor / unit) for leaf, old in pairs):
+                raise MisconfigurationException(
+                    f"hooks of {type(self.module).__name__}, or of callbacks, change gradients both of the weights and "
+                    "of w, which follows from them; change either those of the module's parameters() or the "
+                    "optimizer's."
+                )
+            self.set_gradient(gradient if gradient is None else gradient * factor)
+        of_w = [None if leaf.grad is None else leaf.grad.clone() for leaf in self.leaves]
+        self._last_gradient = gradient, of_w, factor
 
     def _reduced_by_ddp(self) -> list[Tensor]:
         """Return D g in the backward pass, for DDP to reduce; zeros while gradients are accumulated."""
@@ -382,3 +388,10 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
 
 
 keep_hyperparameters_inside(SubspaceModule)
+
+
+def _close(found: Tensor | None, old: Tensor | None, factor: float) -> bool:
+    """Return whether a gradient is an older one times a factor."""
+    if found is None or old is None:
+        return found is old
+    return torch.allclose(found, old * factor, rtol=1e-4, atol=0.0, equal_nan=True)
