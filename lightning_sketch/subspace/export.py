@@ -1,9 +1,10 @@
 """A trained subspace as one small file: w, and what else training has changed, without θ₀ and D.
 
-    header     how to make the subspace: kind and seed of the directions, dim, scale, names of the parameters
+    header     how to make the subspace: kind and seed of the directions, dim, scale
     w          (dim,), or `codebook` (levels,) and `indices`, ⌈log₂ levels⌉ bits each, first bit first
     module.*   buffers, and parameters outside of the subspace that were trained
-    start      a fingerprint of each parameter at θ₀, (parameters,) in int32
+    roles      of each parameter: 0 frozen, 1 in the subspace, 2 trained in full, (parameters,) in uint8
+    start      of each parameter: a fingerprint of it at θ₀, (parameters,) in int32
 
 It is a safetensors file with checksums. Whoever has the module at θ₀ gets the trained one from it.
 """
@@ -99,8 +100,8 @@ def save_subspace(sub: Any, path: str | Path, levels: int | Quantized | None = N
             the rounded w itself, as the `quantized` of a bound. The file then gives the module at the rounded w.
 
     Returns:
-        The number of bytes of each part: "w" or "codebook" and "indices", "start" for the fingerprints, "module.*" for
-        each buffer and each parameter that was trained in full, and "file" for the whole.
+        The number of bytes of each part: "w" or "codebook" and "indices", "roles" and "start" for five bytes for each
+        parameter, "module.*" for each buffer and each parameter that was trained in full, and "file" for the whole.
 
     Raises:
         ValueError: If `levels` is out of range or of another dim, or if parameters were frozen during training.
@@ -130,17 +131,13 @@ def save_subspace(sub: Any, path: str | Path, levels: int | Quantized | None = N
         raise ValueError(f"the rounded w has {len(levels.indices)} numbers, this subspace {len(w)}; round its own w.")
     else:
         tensors |= {"codebook": levels.codebook.cpu(), "indices": _packed(levels)}
-    tensors["start"] = _start(sub.module, sub.theta0())
-    names = [name for name, _ in sub.module.named_parameters()]
-    moved = list(sub.theta0())
-    head = [name for name, p in sub.module.named_parameters() if p.requires_grad and name not in moved]
-    spec = extra["directions"]
+    moved, spec = sub.theta0(), extra["directions"]
+    roles = [1 if name in moved else 2 * p.requires_grad for name, p in sub.module.named_parameters()]
+    tensors |= {"roles": torch.tensor(roles, dtype=torch.uint8), "start": _start(sub.module, moved)}
     arguments = {
         "dim": len(w),
         "sketch": "block_srht" if spec["kind"] == "identity" else spec["kind"],  # a choice that has no effect then
         "seed": spec["seed"],
-        "parameters": "*" if set(names) == {*moved, *head} else [*moved, *head],
-        "head": head or None,
         "max_dim": spec["dim"] if spec["nested"] else None,
         "structure": "layers" if len(w) > sub.directions.dim else None,
         "scale": extra["scale"],
@@ -186,6 +183,9 @@ def load_subspace(path: str | Path, module: nn.Module) -> Any:
     arguments, extra = json.loads(file.header["arguments"]), json.loads(file.header["extra"])
     changed = {name.removeprefix("module.") for name in state}
     _refuse_others(path, module, state.pop("start"), changed)
+    named = list(zip(module.named_parameters(), state.pop("roles").tolist(), strict=True))
+    arguments["parameters"] = [name for (name, _), role in named if role]
+    arguments["head"] = [name for (name, _), role in named if role == 2] or None
     if "codebook" in state:
         codebook = state.pop("codebook")
         state["w"] = codebook[_unpacked(state.pop("indices"), len(codebook), arguments["dim"])]
@@ -195,7 +195,11 @@ def load_subspace(path: str | Path, module: nn.Module) -> Any:
         sub = wrap(module, **arguments)
         w = state.pop("w")
         blocks = {"w": w} if arguments["max_dim"] is None else {f"w.{i}": b for i, b in enumerate(sub.cut(w))}
-        sub.load_state_dict({**state, **blocks, "_extra_state": extra})
+        unknown = sub.load_state_dict({**state, **blocks, "_extra_state": extra}, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(
+                f"this module has no {', '.join(unknown[:_SHOWN])}, which {path} has; make the same module."
+            )
     finally:
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name in trainable)
@@ -219,7 +223,9 @@ def trained_state(sub: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "parameters were frozen in the middle of this training, and w alone does not determine them; use "
             "materialize(), or freeze before training."
         )
-    return {name: t.detach().cpu().clone() for name, t in state.items() if name.startswith("module.")}, extra
+    own = [name for kind in (sub.module.named_parameters(), sub.module.named_buffers()) for name, _ in kind]
+    names = [f"module.{name}" for name in own]  # without what quantized layers add, which belongs to frozen weights
+    return {name: state[name].detach().cpu().clone() for name in names if name in state}, extra
 
 
 @contextmanager
