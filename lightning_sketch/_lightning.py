@@ -1,25 +1,32 @@
 """Uses of Lightning beyond its documented interface, for both of its namespaces.
 
-They concern base classes, loggers, the progress bar, the scale of gradients, batches before the module sees them, and
-settings of a Trainer.
+They concern base classes, loggers, what Lightning says, the progress bar, the scale of gradients, batches before the
+module sees them, and settings of a Trainer.
 """
 
 import copy
 import itertools
+import logging
 import math
+import os
+import secrets
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import lightning_fabric
 import pytorch_lightning as pl
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from pytorch_lightning.utilities.compile import _maybe_unwrap_optimized
+from pytorch_lightning.utilities.rank_zero import rank_zero_module
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -38,6 +45,9 @@ if TYPE_CHECKING or find_spec("lightning") is not None:
     class CallbackBase(pl.Callback, lp.Callback):  # type: ignore[misc]
         """A callback for `pytorch_lightning` and for `lightning.pytorch`."""
 
+    class CheckpointBase(pl.callbacks.Checkpoint, lp.callbacks.Checkpoint):  # type: ignore[misc]
+        """A callback of either namespace that runs after all other callbacks of a hook."""
+
     class ModuleBase(pl.LightningModule, lp.LightningModule):  # type: ignore[misc]
         """Base class that the Trainers of both namespaces accept as a LightningModule."""
 
@@ -46,6 +56,7 @@ if TYPE_CHECKING or find_spec("lightning") is not None:
     _MODULES = (pl.LightningModule, lp.LightningModule)
     _CALLBACKS = (pl.Callback, lp.Callback)
     _SPAWN_LAUNCHERS = (_MultiProcessingLauncher, _SpawnLauncher)
+    _PACKAGES = (pl, lp, lightning_fabric, sys.modules["lightning.fabric"])
 else:
     Trainer = pl.Trainer
     LightningModule = pl.LightningModule
@@ -53,12 +64,16 @@ else:
     class CallbackBase(pl.Callback):
         """A callback for `pytorch_lightning`."""
 
+    class CheckpointBase(pl.callbacks.Checkpoint):
+        """A callback that runs after all other callbacks of a hook."""
+
     class ModuleBase(pl.LightningModule):
         """Base class that the Trainer accepts as a LightningModule."""
 
     _MODULES = (pl.LightningModule,)
     _CALLBACKS = (pl.Callback,)
     _SPAWN_LAUNCHERS = (_MultiProcessingLauncher,)
+    _PACKAGES = (pl, lightning_fabric)
 
 
 def batches_done(trainer: Trainer) -> int:
@@ -433,12 +448,31 @@ def loses_callback_state(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _SPAWN_LAUNCHERS)
 
 
+_BEGUN: weakref.WeakSet[Any] = weakref.WeakSet()  # loggers whose W&B run is begun, and finished, for one run
+
+
 def name_run(trainer: Trainer, name: str, group: str) -> None:
-    """Set the name and the group of a W&B run that has not started, unless the user has set them."""
-    for logger in filter(_is_wandb, trainer.loggers):
+    """Set the name and the group of a W&B run that has not started, unless the user has set them.
+
+    A run that is active, which Lightning's logger would take for its own, is left alone; so is one that the logger was
+    given.
+    """
+    loggers: Sequence[Any] = trainer.loggers
+    for logger in loggers:
+        if not _is_wandb(logger) or logger._experiment is not None:
+            continue
         options = required(logger, "_wandb_init")
+        wandb: Any = sys.modules["wandb"]
         options["name"] = options.get("name") or name
         options["group"] = options.get("group") or group
+        _BEGUN.add(logger)
+        if wandb.run is not None and trainer.is_global_zero:
+            options.update(reinit="create_new", id=options.get("id") or secrets.token_hex(4))
+            active, wandb.run = wandb.run, None
+            try:
+                _ = logger.experiment
+            finally:
+                wandb.run = active
 
 
 def close_run(trainer: Trainer, values: dict[str, float]) -> None:
@@ -447,10 +481,40 @@ def close_run(trainer: Trainer, values: dict[str, float]) -> None:
     for logger in loggers:
         logger.log_metrics(values, step=trainer.global_step)
         logger.save()
-        if _is_wandb(logger) and trainer.is_global_zero:
+        if trainer.is_global_zero and logger in _BEGUN:
             logger.experiment.finish()
 
 
 def _is_wandb(logger: Any) -> bool:
     """Return whether this is a WandbLogger, by class name, so that neither namespace's class is imported."""
     return any(kind.__name__ == "WandbLogger" for kind in type(logger).__mro__)
+
+
+@contextmanager
+def said_once() -> Iterator[None]:
+    """Drop what Lightning itself logs of one more Trainer or fit if it has said the same before; keep warnings."""
+    folders = tuple(f"{Path(str(package.__file__)).parent}{os.sep}" for package in _PACKAGES)
+    said = set[str]()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        known = text in said and record.levelno < logging.WARNING and record.pathname.startswith(folders)
+        said.add(text)
+        return not known
+
+    log = rank_zero_module.log
+    log.addFilter(is_new)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_new)
+
+
+def without_summary(trainer: Trainer) -> None:
+    """Remove the callbacks that print a summary of the module."""
+    untyped: Any = trainer
+    untyped.callbacks = [
+        callback
+        for callback in untyped.callbacks
+        if not any(kind.__name__ == "ModelSummary" for kind in type(callback).__mro__)
+    ]

@@ -36,9 +36,13 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("pytorch_lightning.utilities.parsing", "AttributeDict", "subspace/_wrapper.py", ""),
     ("pytorch_lightning.utilities.seed", "isolate_rng", "subspace/_runner.py", ""),
     ("lightning_fabric.utilities.data", "sized_len", "subspace/_runner.py", ""),
+    ("lightning_fabric.utilities.seed", "_collect_rng_states", "subspace/_runner.py", ""),
+    ("lightning_fabric.utilities.seed", "_set_rng_states", "subspace/_runner.py", ""),
+    ("pytorch_lightning.utilities.rank_zero", "rank_zero_module", "_lightning.py", ""),
     ("CSVLogger()", "_prefix", "callbacks/spectrum_monitor/_logging.py", "keys of pictures"),
     ("CSVLogger()", "LOGGER_JOIN_CHAR", "callbacks/spectrum_monitor/_logging.py", "keys of pictures"),
     ("WandbLogger()", "_wandb_init", "_lightning.py", "runs of a search merge into one"),
+    ("WandbLogger()", "_experiment", "_lightning.py", "runs of the user are finished"),
     ("TQDMProgressBar()", "_train_progress_bar", "_lightning.py", "text in front of the bar"),
     ("RichProgressBar()", "train_progress_bar_id", "_lightning.py", "text in front of the bar"),
     # torchmetrics

@@ -1,17 +1,14 @@
 """The search for the intrinsic dimension of a task, by training in subspaces of several dimensions."""
 
-import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
-from lightning_sketch._lightning import LightningModule, close_run, name_run
+from lightning_sketch._lightning import LightningModule, close_run, name_run, said_once
 from lightning_sketch.subspace._ledger import Run
 from lightning_sketch.subspace._rates import Rates
 from lightning_sketch.subspace._runner import Runner
@@ -119,10 +116,15 @@ class IntrinsicDimensionTuner:
     ) -> IntrinsicDimensionResult:
         """Train in full, unless `baseline` is given, then in subspaces; all runs start from the same weights.
 
-        Each finished run is recorded in `intrinsic_dimension.json` beside the logs, and skipped by later searches with
-        the same settings: initial weights, hyper-parameters, directions, metric, the Trainer's length, precision,
-        clipping and accumulation, and the shape of loaders. The contents of the data, an `optimizer_fn`, and a learning
-        rate that is not a hyper-parameter are not compared: delete the file after such a change.
+        Runs are recorded in the folder `intrinsic_dimension` beside the logs, and not done again by searches with the
+        same settings; several processes and machines may share the folder. What is compared, by hashes: initial
+        weights, class and hyper-parameters, the optimizer with its rate and schedule, directions, metric, the Trainer's
+        length, precision, clipping and accumulation, and lengths, batch sizes and three examples of the data. Code is
+        not compared, nor are data that cannot be indexed: delete the folder after such a change. A run that was killed
+        goes on from its last validation, unless the Trainer has enable_checkpointing=False.
+
+        Data are set up for fits only, and validated only when the Trainer does: the value of a run is that of its last
+        validation, whose step is reported.
 
         A run that ends with NaN, or out of memory, is recorded as such, and the search continues. With several
         processes, which would wait for each other, lack of memory ends the search, and the next search skips that run.
@@ -140,7 +142,7 @@ class IntrinsicDimensionTuner:
             datamodule: As in `Trainer.fit`.
             dims: The dimensions to try. None is 8, 16, 32, ... and n, until two in a row are enough, and if 8 is, then
                 4, 2, 1 until one is not. "doubling" takes the smallest and the largest.
-            monitor: A metric that `validation_step` logs. The value of a run is the metric at its end.
+            monitor: A metric that `validation_step` logs. The value of a run is that of its last validation.
             mode: "max" if larger values are better, "min" if smaller ones are.
             threshold: The required part of what full training gains, in (0, 1].
             seeds: The number of runs for each dimension, each with its own directions and order of the data.
@@ -169,7 +171,7 @@ class IntrinsicDimensionTuner:
         def judged(run: Run) -> Run:
             return {**run, "value": run["best"]} if value == "best" and run["kind"] == "fit" else run
 
-        with _without_messages_of_lightning():
+        with said_once():
             start = runner.begin(ladder[first])
             trainer = runner.trainers.peek(runner.n)
             in_wandb = any(kind.__name__ == "WandbLogger" for one in trainer.loggers for kind in type(one).__mro__)
@@ -307,20 +309,3 @@ def _inside(options: Mapping[str, Any]) -> str:
     if options["parameters"] == "*":
         return "all layers are inside the subspace, the last one included (see head=...)"
     return f"parameters={options['parameters']!r} are inside the subspace, others={options['others']!r}"
-
-
-@contextmanager
-def _without_messages_of_lightning() -> Iterator[None]:
-    """Leave out what Lightning reports of each Trainer and fit, so that a search prints a line for each run."""
-
-    def is_not_lightnings(record: logging.LogRecord) -> bool:
-        return "pytorch_lightning" not in Path(record.pathname).parts and "lightning" not in Path(record.pathname).parts
-
-    loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("pytorch_lightning", "lightning.pytorch")]
-    for logger in loggers:
-        logger.addFilter(is_not_lightnings)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(is_not_lightnings)

@@ -2,13 +2,14 @@
 
 python searches.py FOLDER [NAME=JSON ...]
 
-TRAINS DIM SEED    is printed when a run begins, full training as a dim of 0
-WRITES RANK        when a file is renamed
-FOUND JSON         at the end: the result, and for each validation the dim, the metric on this rank alone, and the
-                   value in the finder's history, if there is a finder
+TRAINS DIM SEED RANK STEP  is printed when a run begins, full training as a dim of 0
+WRITES RANK                when a file is renamed
+FOUND JSON                 at the end: the result, and for each validation the dim, the metric on this rank alone, and
+                           the value in the finder's history, if there is a finder
 
 The options are steps, lr, devices, the arguments of `find`, and:
 
+checkpoints: runs that are killed go on from their last validation.
 shuffle: batches are drawn in random order, not in the order of the rows.
 apart: the ranks have folders of their own, as on two machines.
 halved: each rank validates on digits of its own, 0 to 4 or 5 to 9, and monitors the accuracy on these.
@@ -47,9 +48,10 @@ class Watched(pl.Callback):
     def dim(self, pl_module):
         return pl_module.directions.dim if isinstance(pl_module, SubspaceModule) else 0
 
-    def on_fit_start(self, trainer, pl_module):
+    def on_train_start(self, trainer, pl_module):
         seed = pl_module.hparams.seed if self.dim(pl_module) else 0
-        os.write(1, f"\nTRAINS {self.dim(pl_module)} {seed} {trainer.global_rank}\n".encode())  # whole, unlike print
+        line = f"\nTRAINS {self.dim(pl_module)} {seed} {trainer.global_rank} {trainer.global_step}\n"
+        os.write(1, line.encode())  # whole, unlike print
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.dies == [self.dim(pl_module), trainer.global_step]:
@@ -95,6 +97,7 @@ def searched(
     devices=1,
     halved=False,
     shuffle=False,
+    checkpoints=False,
     apart=False,
     differ=False,
     dies=None,
@@ -109,7 +112,8 @@ def searched(
     def trainer_fn(dim):
         strategy = "auto" if devices == 1 else DDPStrategy(process_group_backend="gloo")
         watched = Watched(dies, full, own)
-        return trainer(watched, max_steps=steps, default_root_dir=folder, devices=devices, strategy=strategy)
+        places = {"devices": devices, "strategy": strategy, "default_root_dir": folder}
+        return trainer(watched, max_steps=steps, enable_checkpointing=checkpoints, **places)
 
     tuner = IntrinsicDimensionTuner(trainer_fn, rates=10)
     model = (Halves if halved else InOrder)(lr=lr)
@@ -157,7 +161,7 @@ def ended(process, timeout=3600):
 
 
 def trained(lines):
-    """Return [dim, seed, rank] of the runs that were started."""
+    """Return [dim, seed, rank, step] of the runs that were started."""
     return [[int(number) for number in rest.split()] for word, rest in lines if word == "TRAINS"]
 
 

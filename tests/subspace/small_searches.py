@@ -8,7 +8,7 @@ from nets import Classifier, train_loader, trainer, val_loader
 
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
-from lightning_sketch.subspace._runner import FILE
+from lightning_sketch.subspace._ledger import FOLDER
 
 
 def made(kind=Classifier, seed=0, **options):
@@ -80,7 +80,8 @@ def search(model, folder, steps=4, callbacks=lambda: (), trainers=None, tuner=No
     """Search with a few steps a run, at one rate; options of Trainers, of the tuner, and of `find`."""
 
     def trainer_fn(dim):
-        return trainer(*callbacks(), **{"max_steps": steps, "default_root_dir": folder, **(trainers or {})})
+        every = {"val_check_interval": steps, "check_val_every_n_epoch": None}
+        return trainer(*callbacks(), **{"max_steps": steps, "default_root_dir": folder, **every, **(trainers or {})})
 
     searcher = IntrinsicDimensionTuner(trainer_fn, **{"rates": 10, **(tuner or {})})
     given = {"dims": [4, 8], "monitor": "val_acc", **options}
@@ -90,19 +91,24 @@ def search(model, folder, steps=4, callbacks=lambda: (), trainers=None, tuner=No
 
 
 def recorded(folder):
-    """Return the entries of the file in which a search records its runs."""
-    return json.loads((folder / FILE).read_text())
+    """Return what a search has recorded of its runs, in the order in which they ended, and kind and dim asked for."""
+    files = sorted((folder / FOLDER).glob("*/run.json"), key=lambda path: path.stat().st_mtime_ns)
+    return [{"run": json.loads(path.read_text()), "asked": path.parent.name.split("-")[:2]} for path in files]
 
 
 LADDER = [4, 32, 128, 512]
 
 
-def tuner(folder, steps=100, **options):
-    """Make a tuner of runs that are long enough to learn at one rate, and the list of dims it makes Trainers for."""
+def tuner(folder, steps=104, **options):
+    """Make a tuner of runs that are long enough to learn at one rate, and the list of dims it makes Trainers for.
+
+    Validation is at the end of each epoch of eight steps, or of shorter runs.
+    """
 
     def trainer_fn(dim):
         made_for.append(dim)
-        return trainer(max_steps=steps, default_root_dir=folder, check_val_every_n_epoch=1)
+        every = {"val_check_interval": min(steps, 8), "check_val_every_n_epoch": None}
+        return trainer(max_steps=steps, default_root_dir=folder, **every)
 
     made_for: list[int] = []
     return IntrinsicDimensionTuner(trainer_fn, **{"rates": 10, **options}), made_for

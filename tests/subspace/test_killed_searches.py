@@ -1,4 +1,4 @@
-"""A search whose process is killed at any time loses the current run only."""
+"""A search whose process is killed at any time loses what it has done since the last validation of the current run."""
 
 import json
 import signal
@@ -6,7 +6,7 @@ import signal
 import pytest
 from searches import DIMS, ended, found, searched, start, trained
 
-from lightning_sketch.subspace._runner import FILE
+from lightning_sketch.subspace._ledger import FOLDER
 
 pytestmark = pytest.mark.slow
 
@@ -14,31 +14,49 @@ RUNS = [[0, 0], *([dim, seed] for dim in DIMS for seed in range(2))]
 
 
 def recorded(folder):
-    """Return [dim, seed] of the recorded runs, full training as a dim of 0; the file is valid JSON at any time."""
-    path = folder / FILE
-    entries = json.loads(path.read_text()) if path.exists() else []
-    return [[0 if "full" in entry["settings"] else entry["run"]["dim"], entry["run"]["seed"]] for entry in entries]
+    """Return the number of recorded runs; their files are valid JSON at any time."""
+    return len([json.loads(path.read_text()) for path in folder.glob(f"{FOLDER}/*/run.json")])
+
+
+def killed(folder, *kills, **options):
+    """Search again and again, killed in these ways; return the runs of each time, with their first steps, and lines."""
+    times = []
+    for kill in [*kills, {}]:
+        code, lines, errors = ended(start(folder, **options, **kill))
+        assert code == (0 if not kill else -signal.SIGXFSZ if "largest" in kill else -signal.SIGKILL), errors[-2000:]
+        times.append([[dim, seed, step] for dim, seed, _, step in trained(lines)])
+    return times, lines
 
 
 def test_a_search_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
-    """It is killed during training, while it writes a file, and before a rename; the result has the same bits.
+    """It is killed during training, while it writes a checkpoint, and before this is named; the result is the same.
 
-    Only runs that were not recorded are repeated.
+    Each number has the same bits. Validation is at the end of each epoch of eight steps.
     """
-    expected = searched(tmp_path / "alone", seeds=2, shuffle=True)
-    folder, done = tmp_path / "killed", []
-    three_and_a_half = (tmp_path / "alone" / FILE).stat().st_size // 2  # of seven
-    for kill, begun, kept in [
-        ({"dies": [32, 20]}, 4, 3),
-        ({"largest": three_and_a_half}, 1, 3),
-        ({"dies": "replace"}, 1, 3),
-        ({}, 4, 7),
-    ]:
-        code, lines, errors = ended(start(folder, seeds=2, shuffle=True, **kill))
-        assert code == (0 if not kill else -signal.SIGXFSZ if "largest" in kill else -signal.SIGKILL), errors[-2000:]
-        assert [run[:2] for run in trained(lines)] == RUNS[len(done) :][:begun]
-        done = recorded(folder)
-        assert done == RUNS[:kept]
+    options = {"seeds": 2, "shuffle": True, "checkpoints": True}
+    expected = searched(tmp_path / "alone", **options)
+    kills = [{"dies": [32, 20]}, {"largest": 4000}, {"dies": "replace"}, {"dies": [32, 39]}]
+    times, lines = killed(tmp_path / "killed", *kills, **options)
+    assert times[0] == [[*run, 0] for run in RUNS[:4]]
+    assert times[1:4] == [[[32, 0, 16]]] * 3
+    assert times[4] == [[32, 0, 32], *([*run, 0] for run in RUNS[4:])]
+    assert found(lines) == [expected]
+
+
+def test_without_checkpoints_a_killed_run_begins_again(tmp_path):
+    expected = searched(tmp_path / "alone", shuffle=True)
+    times, lines = killed(tmp_path / "killed", {"dies": [32, 20]}, shuffle=True)
+    assert times == [[[dim, 0, 0] for dim in dims] for dims in ([0, 4, 32], [32, 128])]
+    assert found(lines) == [expected]
+
+
+def test_a_doubling_search_goes_on_after_its_last_judgment(tmp_path):
+    """It judges at the end of each epoch of eight steps, and is killed between two judgments, and right after one."""
+    options = {"method": "doubling", "dims": [4, 512], "steps": 64, "shuffle": True, "checkpoints": True}
+    expected = searched(tmp_path / "alone", **options)
+    times, lines = killed(tmp_path / "killed", {"dies": [16, 28]}, {"dies": [32, 32]}, **options)
+    assert times[:2] == [[[0, 0, 0], [4, 0, 0]], [[16, 0, 24]]]
+    assert times[2][0] == [32, 0, 32]
     assert found(lines) == [expected]
 
 

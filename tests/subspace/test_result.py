@@ -207,7 +207,13 @@ def test_the_last_of_the_runs_of_a_search_has_its_result(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wandb.Run, "finish", finished)
     logger = lambda dim: pl.loggers.WandbLogger(save_dir=tmp_path, offline=True)  # noqa: E731
-    arguments = {"max_steps": 2, "accelerator": "cpu", "logger": logger, "enable_progress_bar": False}
+    arguments = {
+        "max_steps": 2,
+        "val_check_interval": 2,
+        "accelerator": "cpu",
+        "logger": logger,
+        "enable_progress_bar": False,
+    }
     tuner = IntrinsicDimensionTuner({**arguments, "enable_checkpointing": False}, rates=1)
     result = tuner.find(made(Classifier), train_loader(), val_loader(), dims=[4, 8], monitor="val_loss", mode="min")
     names, groups, summaries = zip(*ended, strict=True)

@@ -1,11 +1,9 @@
 """A search on two processes: both do the same runs and make the same decisions, and one of them records the runs."""
 
-import json
-
 import pytest
 from searches import DIMS, TORCHRUN, ended, found, searched, start, trained
 
-from lightning_sketch.subspace._runner import FILE
+from lightning_sketch.subspace._ledger import FOLDER
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +31,8 @@ def test_two_processes_search_as_one_does_and_torchrun_goes_on_where_they_were(t
     assert more["results"]["value"][:2] == two["results"]["value"]
     assert more["results"]["value"] == pytest.approx(alone["results"]["value"], abs=3 / 360)
     assert more["suggestion"] == alone["suggestion"] == 128
-    assert [path.name for path in (tmp_path / "two").iterdir()] == [FILE]
-    assert len(json.loads((tmp_path / "two" / FILE).read_text())) == 4
+    assert [path.name for path in (tmp_path / "two").iterdir()] == [FOLDER]
+    assert len(list((tmp_path / "two" / FOLDER).glob("*/run.json"))) == 4
 
 
 def test_ranks_that_see_other_metrics_double_and_stop_together(tmp_path):

@@ -28,7 +28,7 @@ def test_grid(tmp_path):
     assert result.results["dim"] == [4, 4, 32, 32, 128, 128, 512, 512]
     assert result.results["seed"] == [0, 1] * 4
     assert result.results["kind"] == ["fit"] * 8
-    assert result.results["steps"] == [100] * 8
+    assert result.results["steps"] == [104] * 8
     assert result.results["status"] == ["done"] * 8
     assert all(type(value) is float for value in result.results["value"])
     assert made_for == [result.n, *result.results["dim"]]
@@ -125,11 +125,19 @@ def test_the_directions_of_a_search_are_nested(tmp_path):
 
 def test_the_rule_of_a_search(tmp_path):
     """A twentieth of the gain of full training is delta, an eighth of its length the interval, twice it the limit."""
-    search(by_dimension(dim64=0.2), tmp_path, steps=16, method="doubling", dims=[4, 64], threshold=0.5)
-    full, found = (entry["settings"] for entry in recorded(tmp_path)[:2])
-    assert found["rule"] == [pytest.approx(0.5), pytest.approx((1.0 - 0.1) / 20), 2, 32]
-    assert (found["from"], found["dim"]) == (4, 64)
-    assert (full["full"], full["seed"]) == (True, 0)
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            if trainer.callbacks[0] is not self:
+                finder, d = trainer.callbacks[0], pl_module.directions
+                rule = [finder.target, finder.delta, finder.every_n_train_steps, finder.max_steps]
+                seen.append([d.dim, d.sketch.dim, *rule])
+
+    options = {"steps": 16, "method": "doubling", "dims": [4, 64], "threshold": 0.5}
+    search(by_dimension(dim64=0.2), tmp_path, callbacks=lambda: [Watch()], **options)
+    assert seen == [pytest.approx([4, 64, 0.5, (1.0 - 0.1) / 20, 2, 32])]
+    assert [entry["asked"] for entry in recorded(tmp_path)][:2] == [["full", "1210"], ["search", "64"]]
 
 
 class Halting(Classifier):
@@ -193,7 +201,8 @@ def test_a_search_prints_a_line_for_each_run(tmp_path):
     program.write_text(
         "from nets import Classifier, train_loader, val_loader\n"
         "from lightning_sketch import IntrinsicDimensionTuner\n"
-        f"trainer = {{'max_steps': 1, 'accelerator': 'cpu', 'default_root_dir': {str(tmp_path)!r}, 'logger': False}}\n"
+        "trainer = {'max_steps': 1, 'val_check_interval': 1, 'accelerator': 'cpu', 'logger': False}\n"
+        f"trainer['default_root_dir'] = {str(tmp_path)!r}\n"
         "tuner = IntrinsicDimensionTuner(trainer, rates=1)\n"
         "tuner.find(Classifier(), train_loader(), val_loader(), dims=range(8, 32), monitor='val_loss', mode='min')\n"
     )
@@ -219,7 +228,13 @@ class OfHydra(Mapping):
 
 
 def test_arguments_of_trainers_are_any_mapping(tmp_path):
-    given = {"max_steps": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    given = {
+        "max_steps": 2,
+        "val_check_interval": 2,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+    }
     tuner = IntrinsicDimensionTuner(OfHydra({**given, "default_root_dir": str(tmp_path)}), rates=1)
     assert find(tuner, made(), dims=[8], baseline=0.9).results["steps"] == [2]
 
@@ -244,7 +259,7 @@ def test_full_training_and_subspaces_are_of_the_same_parameters(tmp_path):
             ends.append(copy.deepcopy((pl_module.module if isinstance(pl_module, SubspaceModule) else pl_module).net))
 
     def trainer_fn(dim):
-        return trainer(Watch(), max_steps=4, default_root_dir=tmp_path)
+        return trainer(Watch(), max_steps=8, default_root_dir=tmp_path)
 
     model = made()
     alone = {"parameters": "net.2.*"}
@@ -349,7 +364,7 @@ def test_doubling_with_a_baseline_needs_the_length_of_full_training(tmp_path):
 
 def test_bad_input_is_refused_before_training(tmp_path, untyped):
     class Untouched(Classifier):
-        def on_fit_start(self):
+        def on_train_start(self):
             raise AssertionError("training began")
 
     one, logger = trainer(), pl.loggers.CSVLogger(tmp_path)
