@@ -78,16 +78,29 @@ def test_one_seed_chooses_the_rate_of_all():
     assert list(found.runs) == [(8, 0, 1.0), (8, 0, 0.3), (8, 0, 0.1), (8, 1, 0.3), (8, 2, 0.3)]
 
 
-def test_where_the_first_seed_alone_is_enough_other_rates_are_asked():
+def test_the_mean_over_seeds_decides_and_not_the_first():
     """The mean of 1.1, 0.5 and 0.5 is not 1, that of three times 1.2 at another rate is."""
-    found = asked(lambda dim, seed, rate: 1.2 if rate == 0.3 else (1.1, 0.5, 0.5)[seed], seeds=3, dims=[8])
+    first_alone = (1.1, 0.5, 0.5)
+    assert asked(lambda dim, seed, rate: first_alone[seed], seeds=3, dims=[8]).answers == {8: False}
+    found = asked(lambda dim, seed, rate: 1.2 if rate == 0.3 else first_alone[seed], seeds=3, dims=[8])
     assert found.answers == {8: True}
+    assert (8, 2, 0.3) in found.runs
 
 
 def test_runs_that_diverge_lead_to_smaller_rates():
     found = asked(lambda dim, seed, rate: math.nan if rate > 0.1 else dim / 64)
     assert next(dim for dim, enough in found.answers.items() if enough) == 64
     assert all(rate >= 0.01 for _, _, rate in found.runs)
+
+
+def test_from_a_rate_that_diverges_it_goes_down_though_the_last_step_was_up():
+    """At 8 directions 3 is better than 1, at 16 both diverge and 0.3 is enough."""
+
+    def metric(dim, seed, rate):
+        return rate / 100 if dim == 8 else (1.2 if rate < 1 else math.nan)
+
+    found = asked(metric, seeds=3, dims=[8, 16])
+    assert found.answers == {8: False, 16: True}
 
 
 GIVEN = [([0.3, 1.0, 3.0], 1.0), ([2.0, 5.0], 2.0), ([7.0], 7.0), ([0.01, 0.2], 0.2)]
@@ -105,7 +118,10 @@ def test_rates_that_are_given_are_the_only_ones(rates, first):
 
 @pytest.mark.parametrize("length", range(1, 26))
 def test_a_bisection_asks_no_more_dimensions_than_a_grid(length):
-    """Whichever place is the first that is enough, and if none is; both find it, and one more confirms it."""
+    """Whichever place is the first that is enough, and if none is; both find it, and one more confirms it.
+
+    A bisection takes as many questions to get beyond place k as to come back to it: about the logarithm of k.
+    """
     for enough in range(length + 1):
         questions = []
         for order in (_grid, _bisect):
@@ -114,7 +130,7 @@ def test_a_bisection_asks_no_more_dimensions_than_a_grid(length):
             assert min((place for place, yes in places.items() if yes), default=length + 1) == max(1, enough)
             assert max(1, enough) >= length or max(1, enough) + 1 <= max(places)
             questions.append(len(places))
-        assert questions[1] <= questions[0]
+        assert questions[1] <= min(questions[0], 2 * math.log2(enough + 2) + 2)
 
 
 @pytest.mark.parametrize("order", [_grid, _bisect])
