@@ -124,20 +124,22 @@ def refuse_late(trainable: Sequence[str]) -> None:
         )
 
 
-def refuse_in_groups(optimizers: Sequence[Any], weights: Mapping[str, Tensor]) -> None:
-    """Check that no optimizer has got the weights that w determines, as from a callback that unfreezes layers.
-
-    Raises:
-        MisconfigurationException: If one has.
-    """
+def refuse_in_groups(optimizer: Optimizer, weights: Mapping[str, Tensor]) -> None:
+    """Let an optimizer refuse the weights that w determines, as from a callback that unfreezes layers."""
     ids = {id(parameter): name for name, parameter in weights.items()}
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    found = [ids[id(p)] for group in groups for p in group["params"] if id(p) in ids]
-    if found:
-        raise MisconfigurationException(
-            f"{_some(found)} were added to the optimizer, but w moves them; a layer moves again as soon as "
-            "requires_grad_(True) is called, without a param group of its own."
-        )
+    add = optimizer.add_param_group
+
+    def add_others(group: dict[str, Any]) -> None:
+        given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        found = [ids[id(p)] for p in given if id(p) in ids]
+        if found:
+            raise MisconfigurationException(
+                f"{_some(found)} cannot be added to the optimizer, since w moves them; a layer moves again as soon as "
+                "requires_grad_(True) is called, without a param group of its own."
+            )
+        add({**group, "params": given})
+
+    optimizer.__dict__["add_param_group"] = add_others
 
 
 def _some(names: Sequence[str]) -> str:

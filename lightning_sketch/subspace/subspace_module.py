@@ -201,7 +201,6 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
                 return call_step(self.module.training_step, *args, **kwargs)
         self.ready()
         output = call_step(self.module.training_step, *args, **kwargs)
-        self.weights.follow_flags(self.coordinates().detach())
         loss = output.get("loss") if isinstance(output, dict) else output
         if loss is None or not self._by_ddp:
             return output
@@ -210,6 +209,7 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run the module's own backward pass, then set the gradient of w if the optimizer steps next."""
+        self.weights.follow_flags(self.coordinates().detach())
         if self._by_ddp:  # which does it in the backward pass, to reduce it
             self.module.backward(loss, *args, **kwargs)
             return
@@ -252,6 +252,8 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         if self.lr_scale is not None:
             self.set_scale(scale_of_rate(only(optimizers_in(configured)), self.lr_scale))
             self.ready()
+        for optimizer in optimizers_in(configured):
+            refuse_in_groups(optimizer, theta)
         return configured
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
@@ -290,12 +292,6 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
                 f"{self.directions.dim} random directions of {self.n}: their condition number is "
                 f"{self.directions.condition():.3g} or more."
             )
-
-    def on_train_epoch_start(self) -> None:
-        """Run the module's own hook, and check that no callback has given weights to the optimizer."""
-        self.module.on_train_epoch_start()
-        named = dict(zip(self.weights.layout.names, self.weights.parameters(), strict=True))
-        refuse_in_groups(self.trainer.optimizers, named)
 
     def teardown(self, stage: str) -> None:
         """Run the module's own hook, and freeze the weights again."""
@@ -336,9 +332,18 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
             return
         if not in_fit:
             self.weights.follow_flags(self.coordinates().detach())
-        for parameter, motion in zip(self.weights.parameters(), self.weights.motions, strict=True):
-            parameter.requires_grad_(in_fit and motion.trained)
         self._in_fit = in_fit
+        self._restore_flags()
+
+    def _restore_flags(self) -> None:
+        for parameter, motion in zip(self.weights.parameters(), self.weights.motions, strict=True):
+            parameter.requires_grad_(self._in_fit and motion.trained)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what `get_extra_state` returned, and which weights are frozen if that was saved in a fit."""
+        super().set_extra_state(state)
+        if "motions" in state:
+            self._restore_flags()
 
     def _set_gradient(self, factor: float) -> None:
         """Set the gradient of w to D g times a factor, unless the gradients g of the weights are as at the last call.

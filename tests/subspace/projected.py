@@ -16,7 +16,7 @@ from lightning_sketch.subspace import SubspaceModule
 class Projected(torch.optim.Optimizer):
     """An optimizer of w: its steps are those of another one along D g, and move the weights by Dᵀ times the step.
 
-    A weight that is frozen does not move; of weights without a gradient, the gradient counts as zero.
+    A weight that was frozen in the forward pass does not move; without a gradient, the gradient counts as zero.
 
     Args:
         theta: The weights, in the order of the columns of D.
@@ -47,10 +47,11 @@ class Projected(torch.optim.Optimizer):
 
         def inner():
             self.move(moves)
+            before = [p.requires_grad for p in self.theta]
             with torch.enable_grad():
                 loss = closure()
             given = [p.grad is not None for p in self.theta]
-            moves[:] = [p.requires_grad or has for p, has in zip(self.theta, given, strict=True)]
+            moves[:] = [has or (p.requires_grad and was) for p, has, was in zip(self.theta, given, before, strict=True)]
             g = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.theta]
             self.w.grad = self.dense @ torch.cat([part.flatten() for part in g]) if any(given) else None
             if self.clip is not None:
