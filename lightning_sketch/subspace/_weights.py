@@ -182,9 +182,7 @@ class Weights:
         theta, found = self.parameters(), []
         for i, value in self._values(theta, directions, w, frozen=True):
             actual = local(theta[i])
-            if actual.shape != value.shape or not torch.allclose(
-                actual.float(), value.float(), rtol=1e-4, atol=1e-6, equal_nan=True
-            ):
+            if actual.shape != value.shape or not _equal(actual, value.to(actual)):
                 found.append(self.layout.names[i])
         if not found:
             self._marks = now
@@ -267,6 +265,14 @@ class FrozenWeights:
             for name, parameter in self.module.named_parameters(remove_duplicate=False)
             if not parameter.requires_grad and name not in self.following
         }
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal up to a few roundings of the largest entry, as if added to and back."""
+    if torch.equal(one, other):
+        return True
+    tolerance = 16 * torch.finfo(other.dtype).eps * float(other.abs().max())
+    return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
 
 
 def at_least_float32(w: Tensor) -> Tensor:

@@ -262,12 +262,14 @@ class Subspace(nn.Module):
 
         Frozen parameters are contained only if the module has changed them.
         """
+        self.ready()
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         trim_state(self, state, prefix)
         return state
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load the result of `state_dict`; overridden here since a parent module calls this method when it loads."""
+        self.ready()
         complete_state(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
