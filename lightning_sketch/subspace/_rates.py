@@ -26,7 +26,7 @@ class Rates:
     training.
 
     Args:
-        fit: Trains in a subspace, given dim, seed and rate.
+        fit: Trains in several subspaces, given dim, seed and rate of each.
         progress: The way from the start to the target that a value of the metric has made; 1 or more reaches it.
         seeds: The number of runs at each dimension.
         rates: The rates to choose from, ascending; None for all of the ladder above.
@@ -39,7 +39,7 @@ class Rates:
 
     def __init__(
         self,
-        fit: Callable[[int, int, float], Run],
+        fit: Callable[[Sequence[tuple[int, int, float]]], list[Run]],
         progress: Callable[[float], float],
         seeds: int,
         rates: Sequence[float] | None = None,
@@ -67,10 +67,10 @@ class Rates:
 
     def _at(self, dim: int, rate: float, seeds: int) -> float:
         """Return the progress of the mean over the first seeds; if a run failed, the less the larger the rate."""
-        for seed in range(seeds):
-            if (dim, seed, rate) not in self.runs:
-                self.runs[dim, seed, rate] = self.fit(dim, seed, rate)
-        mean = statistics.fmean(self.runs[dim, seed, rate]["value"] for seed in range(seeds))
+        asked = [(dim, seed, rate) for seed in range(seeds)]
+        missing = [one for one in asked if one not in self.runs]
+        self.runs.update(zip(missing, self.fit(missing), strict=True))
+        mean = statistics.fmean(self.runs[one]["value"] for one in asked)
         return _FAILED * (1 + rate) if math.isnan(mean) else self.progress(mean)
 
     def _climb(self, dim: int, rate: float) -> float:

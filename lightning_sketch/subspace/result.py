@@ -12,6 +12,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from lightning_sketch import plots
 from lightning_sketch._files import read_document, write_document
 from lightning_sketch._lightning import LightningModule
+from lightning_sketch.subspace._ledger import checked_checkpoint
 from lightning_sketch.subspace.bound import GeneralizationBound, generalization_bound
 from lightning_sketch.subspace.subspace_module import SubspaceModule
 
@@ -171,14 +172,15 @@ class IntrinsicDimensionResult:
         return found
 
     def best(self, model: LightningModule | None = None) -> SubspaceModule:
-        """Return the trained module of the best run at the suggested dimension, from its checkpoint.
+        """Return the trained module of the best run at the suggested dimension, as it was at its last validation.
 
         Args:
-            model: The model with its weights at θ₀, which the checkpoint's fingerprint is compared with; needed if the
-                result is from a file, otherwise a new one is made.
+            model: The model with its weights at θ₀, which the checkpoint's fingerprint is compared with, and which then
+                has those of the run; needed if the result is from a file, otherwise a new one is made.
 
         Raises:
             ValueError: If no dimension reaches the target, its runs left no checkpoint, or the model is missing.
+            CorruptFile: If the checkpoint is not what was written.
         """
         runs = [run for run in self._chosen().get(int(self.suggestion() or 0), []) if not math.isnan(run["value"])]
         if not runs:
@@ -192,7 +194,7 @@ class IntrinsicDimensionResult:
         if model is None and self.new_model is None:
             raise ValueError("a result from a file does not contain the model; pass it with its weights at θ₀.")
         module = model if model is not None else cast(Any, self.new_model)()
-        return SubspaceModule.load_from_checkpoint(run["checkpoint"], module=module)
+        return SubspaceModule.load_from_checkpoint(checked_checkpoint(run["checkpoint"]), module=module)
 
     def bound(
         self,

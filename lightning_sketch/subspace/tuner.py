@@ -184,7 +184,7 @@ class IntrinsicDimensionTuner:
                 full = judged(runner.fit_full())
             aim = _target(full["value"], start, monitor, mode, float(threshold))
             rates = Rates(
-                lambda dim, seed, rate: judged(runner.fit_subspace(dim, seed, rate)),
+                lambda asked: [judged(run) for run in runner.fit_subspaces(asked)],
                 lambda value: progress(value, start, aim),
                 seeds,
                 [1.0] if "lr_scale" in self.options else self.rates,

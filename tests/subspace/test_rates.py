@@ -14,7 +14,7 @@ LADDER = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0]
 
 def asked(metric, seeds=1, rates=None, dims=DIMS, order=_grid):
     """Search for the first dimension with a metric of 1 or more, given dim, seed and rate; return the questions."""
-    found = Rates(lambda *asked: {"value": metric(*asked)}, lambda value: value, seeds, rates)
+    found = Rates(lambda asked: [{"value": metric(*one)} for one in asked], lambda value: value, seeds, rates)
     order(dims, found.reaches)
     return found
 

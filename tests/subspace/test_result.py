@@ -1,11 +1,13 @@
 """The result of a search: means, the suggestion and its spread, contradictions, the table, files, and the figure."""
 
 import math
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
+import torch
 from matplotlib.figure import Figure
-from nets import Classifier, train_loader, val_loader
+from nets import Classifier, train_loader, trainer, val_loader
 from small_searches import by_dimension, made, search
 
 from lightning_sketch._files import CorruptFile
@@ -128,6 +130,33 @@ def test_it_says_which_layers_are_inside(tmp_path):
         ({"parameters": "net.2.*"}, "parameters='net.2.*' are inside the subspace, others='frozen'"),
     ]:
         assert said in repr(search(by_dimension(), tmp_path, dims=[4], baseline=1.0, tuner=options))
+
+
+def test_the_best_run_leads_to_its_module(tmp_path):
+    """The module has the metric of the run; a result from a file needs the model at θ₀, and refuses another."""
+
+    def trainer_fn(dim):
+        return trainer(max_steps=32, default_root_dir=tmp_path, enable_checkpointing=True)
+
+    result = IntrinsicDimensionTuner(trainer_fn, rates=(3, 10)).find(
+        model := made(), train_loader(), val_loader(), dims=[32, 256], seeds=2, monitor="val_acc", threshold=0.6
+    )
+    sub = result.best()
+    (row,) = [row for row in result.table() if row["dim"] == result.suggestion()]
+    assert (sub.directions.dim, sub.directions.scale) == (row["dim"], row["scale"])
+    (logged,) = trainer().validate(sub.materialize(), val_loader(), verbose=False)
+    assert logged["val_acc"] == pytest.approx(row["high"])
+    result.save(tmp_path / "a.json")
+    loaded = IntrinsicDimensionResult.load(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="pass it with its weights at θ₀"):
+        loaded.best()
+    assert torch.equal(loaded.best(model).w, sub.w)
+    with pytest.raises(Exception, match="trained from other initial weights"):
+        loaded.best(made(seed=1))
+    for path in filter(None, result.results["checkpoint"]):
+        Path(path).write_bytes(Path(path).read_bytes()[:-1] + b"x")
+    with pytest.raises(CorruptFile, match="is not the checkpoint that was written there"):
+        result.best()
 
 
 def test_without_checkpoints_it_says_how_to_train_the_best_run_again(tmp_path):
