@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -207,6 +208,21 @@ def test_a_module_without_forward_and_batches_of_another_form():
         generalization_bound(sub, rows, **QUICK)
     with pytest.raises(ValueError, match="boolean tensor of shape"):
         generalization_bound(sub, rows, predict_fn=lambda module, batch: right(module, batch).float())
+
+
+def test_outputs_of_hugging_face():
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return SimpleNamespace(logits=self.net(x))
+
+    wrapped, sub = SubspaceModel(Wrapped(), 8), trained()
+    wrapped.w.data.copy_(sub.w)
+    one, other = (generalization_bound(each, examples(), **QUICK) for each in (wrapped, sub))
+    assert one.error == other.error
 
 
 def with_batch_norm():
