@@ -36,7 +36,7 @@ def block_sizes(dim: int, max_dim: int | None) -> list[int]:
 
 
 @torch.no_grad()
-def carry_over(optimizer: Optimizer, old: Sequence[Tensor], new: Sequence[Tensor], factor: float) -> None:
+def carry_over(optimizer: Optimizer, old: Sequence[Tensor], new: Sequence[Tensor], factor: float | Tensor) -> None:
     """Rescale the optimizer's state of the old blocks of w, and delete that of the new ones.
 
     The whole state of an old block is deleted if it has entries of an unknown kind; the optimizer then restarts from
@@ -46,7 +46,7 @@ def carry_over(optimizer: Optimizer, old: Sequence[Tensor], new: Sequence[Tensor
         optimizer: The optimizer of w; its state is changed in place.
         old: The blocks that were in use before the doubling.
         new: The other blocks.
-        factor: What the gradients of the old blocks are multiplied by from now on.
+        factor: What the gradients of the old blocks are multiplied by from now on, or one number for each entry.
     """
     for block in new:
         optimizer.state.pop(block, None)

@@ -93,12 +93,13 @@ def scale_of_rate(optimizer: Optimizer, lr_scale: float | int) -> float:
     """Return the factor of D that has the effect of a learning rate of w that is `lr_scale` times the optimizer's.
 
     The gradient of w grows as D does. Adam divides by it, so that θ moves c times as far for a factor c; SGD multiplies
-    by it, so that θ moves c² times as far.
+    by it, so that θ moves c² times as far. RAdam does the one after it has done the other.
 
     Raises:
         MisconfigurationException: If the optimizer is of another family.
     """
-    if lr_scale == 1 or "adam" in type(optimizer).__name__.lower():
+    kind = type(optimizer).__name__.lower()
+    if lr_scale == 1 or ("adam" in kind and "radam" not in kind):
         return float(lr_scale)
     if isinstance(optimizer, SGD):
         return float(lr_scale) ** 0.5

@@ -22,6 +22,7 @@ from lightning_sketch._lightning import (
     unwrapped,
 )
 from lightning_sketch.autodiff.losses import call_step
+from lightning_sketch.subspace._doubling import carry_over
 from lightning_sketch.subspace._gradient import as_function_of_w
 from lightning_sketch.subspace._optimizer import (
     OwnDecay,
@@ -161,6 +162,7 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         self.lr_scale, self.weight_decay, self.optimizer_fn = lr_scale, weight_decay, optimizer_fn
         self._own_decay: OwnDecay | None = None
         self._hooked = self._by_ddp = self._in_fit = False
+        self._loaded_scale: float | None = None
         self._last_gradient: tuple[Tensor | None, list[Tensor | None], float] | None = None
         if "configure_model" in vars(self):
             self.__dict__["configure_model"] = self._configure_model
@@ -293,6 +295,17 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
                 f"{self.directions.condition():.3g} or more."
             )
 
+    def on_train_start(self) -> None:
+        """Run the module's own hook, and convert the optimizer's state if it was loaded with a w of another scale."""
+        ratio = self.directions.scale / (self._loaded_scale or self.directions.scale)
+        for block in self.blocks if ratio != 1 else ():
+            factor = torch.full_like(block, ratio)
+            factor[len(block) - self.weights.num_layers :] = 1
+            for optimizer in self.trainer.optimizers:
+                carry_over(optimizer, [block], [], factor)
+        self._loaded_scale = None
+        self.module.on_train_start()
+
     def teardown(self, stage: str) -> None:
         """Run the module's own hook, and freeze the weights again."""
         self.module.teardown(stage)
@@ -339,10 +352,11 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         for parameter, motion in zip(self.weights.parameters(), self.weights.motions, strict=True):
             parameter.requires_grad_(self._in_fit and motion.trained)
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what `get_extra_state` returned, and which weights are frozen if that was saved in a fit."""
+    def set_extra_state(self, state: Any) -> None:
+        """Restore what `get_extra_state` returned, and which weights are frozen if some have been."""
         super().set_extra_state(state)
-        if "motions" in state:
+        self._loaded_scale = self.directions.scale
+        if any(motion != type(motion)() for motion in self.weights.motions):
             self._restore_flags()
 
     def _set_gradient(self, factor: float) -> None:
