@@ -102,6 +102,12 @@ class Subspace(nn.Module):
         self._fingerprint = self._fingerprint_of_start()
         self._initialized = True
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for parameter in self.module.parameters():
+            if parameter.is_shared():  # by processes that a Trainer spawns; of `parameters()` it makes copies itself
+                parameter.data = parameter.data.clone()
+
     @property
     def n(self) -> int:
         """The number of weights that move."""

@@ -14,6 +14,7 @@ shuffle: batches are drawn in random order, not in the order of the rows.
 apart: the ranks have folders of their own, as on two machines.
 halved: each rank validates on digits of its own, 0 to 4 or 5 to 9, and monitors the accuracy on these.
 dies=[DIM, STEP]: the process is killed in this step of the run with this dim.
+slow=DIM: this run takes half a second more for each step.
 dies="replace": it is killed when it is about to rename a file.
 full=[DIM, RANK]: this rank runs out of memory in the run with this dim.
 differ: each rank makes other weights.
@@ -26,6 +27,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -42,8 +44,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 
 class Watched(pl.Callback):
-    def __init__(self, dies, full, own):
-        self.dies, self.full, self.own = dies, full, own
+    def __init__(self, slow, dies, full, own):
+        self.slow, self.dies, self.full, self.own = slow, dies, full, own
 
     def dim(self, pl_module):
         return pl_module.directions.dim if isinstance(pl_module, SubspaceModule) else 0
@@ -54,6 +56,8 @@ class Watched(pl.Callback):
         os.write(1, line.encode())  # whole, unlike print
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.slow == self.dim(pl_module):
+            time.sleep(0.5)
         if self.dies == [self.dim(pl_module), trainer.global_step]:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.full == [self.dim(pl_module), trainer.global_rank] and trainer.global_step == 2:
@@ -100,6 +104,7 @@ def searched(
     checkpoints=False,
     apart=False,
     differ=False,
+    slow=None,
     dies=None,
     full=None,
     **options,
@@ -111,7 +116,7 @@ def searched(
 
     def trainer_fn(dim):
         strategy = "auto" if devices == 1 else DDPStrategy(process_group_backend="gloo")
-        watched = Watched(dies, full, own)
+        watched = Watched(slow, dies, full, own)
         places = {"devices": devices, "strategy": strategy, "default_root_dir": folder}
         return trainer(watched, max_steps=steps, enable_checkpointing=checkpoints, **places)
 
@@ -120,7 +125,7 @@ def searched(
     train = train_loader(batch_size=32 // devices, shuffle=True) if shuffle else None
     result = tuner.find(model, train, halves() if halved else val_loader(), **options)
     return {
-        "results": result.results,
+        "results": {**result.results, "checkpoint": [Path(path or "").name for path in result.results["checkpoint"]]},
         "suggestion": result.suggestion(),
         "numbers": [result.baseline, result.start, result.target],
         "own": own,

@@ -54,9 +54,9 @@ def test_a_doubling_search_goes_on_after_its_last_judgment(tmp_path):
     """It judges at the end of each epoch of eight steps, and is killed between two judgments, and right after one."""
     options = {"method": "doubling", "dims": [4, 512], "steps": 64, "shuffle": True, "checkpoints": True}
     expected = searched(tmp_path / "alone", **options)
-    times, lines = killed(tmp_path / "killed", {"dies": [16, 28]}, {"dies": [32, 32]}, **options)
-    assert times[:2] == [[[0, 0, 0], [4, 0, 0]], [[16, 0, 24]]]
-    assert times[2][0] == [32, 0, 32]
+    times, lines = killed(tmp_path / "killed", {"dies": [32, 44]}, {"dies": [64, 48]}, **options)
+    assert times[:2] == [[[0, 0, 0], [4, 0, 0]], [[32, 0, 40]]]
+    assert times[2][0] == [64, 0, 48]
     assert found(lines) == [expected]
 
 

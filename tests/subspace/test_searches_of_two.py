@@ -58,8 +58,8 @@ def test_ranks_that_see_other_metrics_double_and_stop_together(tmp_path):
 
 
 def test_what_is_recorded_on_the_first_machine_is_valid_for_the_second(tmp_path):
-    first, _, _ = ranks_of(tmp_path, apart=True, dims=[4], steps=4)
-    again, _, begun = ranks_of(tmp_path, apart=True, dims=[4], steps=4)
+    first, _, _ = ranks_of(tmp_path, apart=True, dims=[4], steps=8)
+    again, _, begun = ranks_of(tmp_path, apart=True, dims=[4], steps=8)
     assert begun == []
     assert again == first
 

@@ -50,7 +50,7 @@ def test_two_spawned_processes_train_what_one_does(namespace):
     assert torch.equal(theta(sub.module), theta(sub.materialize()))
     start = torch.cat([tensor.flatten() for tensor in sub.theta0().values()])
     assert torch.allclose(theta(sub.module), start + sub.directions.rmatvec(sub.w.detach()), atol=1e-6)
-    assert sub.w.norm() > 0.1
+    assert sub.w.norm() > 0.01
 
 
 @pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
@@ -63,7 +63,7 @@ def test_a_pickled_module_trains_as_the_one_that_it_was(namespace):
         assert "val_loss" in run.callback_metrics
     assert torch.equal(sub.w, twin.w)
     assert torch.equal(theta(sub.module), theta(twin.module))
-    assert sub.w.norm() > 0.1
+    assert sub.w.norm() > 0.01
 
 
 LOST = r"would be lost.*use strategy='ddp'"
