@@ -336,19 +336,26 @@ def does_itself(module: LightningModule, name: str) -> bool:
     return getattr(type(module), name, None) is not getattr(pl.LightningModule, name, None)
 
 
-def like_namespace_of(module: LightningModule, wrapper: LightningModule) -> None:
-    """Give a `ModuleBase` the default hooks of another module's namespace.
+def like_namespace_of(trainer: Trainer, wrapper: LightningModule) -> None:
+    """Give a `ModuleBase` the default hooks of a Trainer's namespace.
 
     Lightning decides whether a hook is overridden by comparing its code with the default of its own namespace.
 
     Args:
-        module: The module whose namespace is taken.
+        trainer: The Trainer.
         wrapper: The `ModuleBase` that gets the hooks.
     """
-    theirs = lightning_class(module)
+    for name, hook in list(vars(wrapper).items()):
+        if isinstance(hook, _Default):
+            del wrapper.__dict__[name]
+    theirs = pl.LightningModule if isinstance(trainer, pl.Trainer) else _MODULES[-1]
     for name in _hooks(theirs):
         if theirs is not pl.LightningModule and name not in vars(wrapper) and not does_itself(wrapper, name):
-            wrapper.__dict__[name] = partial(getattr(theirs, name), wrapper)  # a method is pickled by name only
+            wrapper.__dict__[name] = _Default(getattr(theirs, name), wrapper)  # a method is pickled by name only
+
+
+class _Default(partial[Any]):
+    """A hook that a `ModuleBase` has got from a namespace."""
 
 
 def keep_hyperparameters_inside(wrapper: type) -> None:

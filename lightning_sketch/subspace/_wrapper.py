@@ -34,7 +34,6 @@ class Wrapper(ModuleBase):
                 self.__dict__[name] = functools.partial(self._evaluate, name)
             elif name not in _LOGGING and not does_itself(self, name):
                 self.__dict__[name] = getattr(module, name)
-        like_namespace_of(module, self)
         if module.example_input_array is not None:
             self.example_input_array = module.example_input_array
 
@@ -98,6 +97,8 @@ class Wrapper(ModuleBase):
         super().__setattr__(name, value)
         if name in _FORWARDED and "module" in self.__dict__.get("_modules", {}):
             setattr(self.module, name, value)
+        if name == "trainer" and value is not None:
+            like_namespace_of(value, self)
 
     def _has(self, name: str) -> bool:
         return name in self.__dict__ or name in self._parameters or name in self._modules or hasattr(type(self), name)

@@ -42,7 +42,7 @@ class Subspace(nn.Module):
     module: Any
     _last_w: Tensor | None
     _initialized = False
-    _follows = False
+    _follows = _shows_weights = False
 
     def _configure(
         self,
@@ -144,7 +144,8 @@ class Subspace(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """Iterate over w and the parameters outside of the subspace, without the weights that w determines."""
         start = f"{prefix}.module." if prefix else "module."
-        following = {start + name for name in self.frozen.following} if self._initialized else set()
+        hidden = self._initialized and not self._shows_weights
+        following = {start + name for name in self.frozen.following} if hidden else set()
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
             if name not in following:
                 yield name, parameter

@@ -285,6 +285,7 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         self.ready()
         refuse_different_starts(self.trainer, self._fingerprint)
         ddp = isinstance(self.trainer.strategy.model, DistributedDataParallel)
+        self._shows_weights = False
         self._hooked = self._gradients_are_seen()
         self._by_ddp = ddp and not self._hooked
         if ddp and self._hooked:
@@ -322,7 +323,9 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         """The names of parameters that DDP does not reduce: the weights, or w if hooks see gradients of the weights."""
         if not self._gradients_are_seen():
             return super()._ddp_params_and_buffers_to_ignore
-        return [name for name, p in self.named_parameters() if any(p is leaf for leaf in self.leaves)]
+        self._shows_weights = True  # DDP asks for parameters next, and has two names for those of the outermost module
+        of_w = [name for name, _ in self.named_parameters() if not name.startswith("module.")]
+        return [*of_w, *(f".{name}" for name in of_w)]
 
     def _gradients_are_seen(self) -> bool:
         """Return whether hooks of the module, or of callbacks other than this package's, see gradients of weights."""

@@ -1,8 +1,12 @@
 """Program: train ten steps in a subspace, on one process or two; each rank prints w and the weights as JSON.
 
-python ranks.py FOLDER DEVICES alone|ddp|shards [differ]
+python ranks.py FOLDER DEVICES alone|ddp|shards [differ] [hooks] [accumulate] [head] [freeze]
 
-differ: the ranks make different weights.
+differ:      The ranks make different weights.
+hooks:       Hooks of the module change gradients of the weights: noise, and clipping.
+accumulate:  Two batches a step.
+head:        The last layer is trained in full.
+freeze:      The first layer is frozen amid the run.
 """
 
 import json
@@ -15,6 +19,7 @@ from pytorch_lightning import Callback, seed_everything
 from pytorch_lightning.strategies import DDPStrategy, ModelParallelStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import clip_grad_norm_
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_sketch.subspace import SubspaceModule
@@ -53,7 +58,23 @@ class Model(Classifier):
         return DataLoader(rows, batch_size=32 // ranks, sampler=sampler)
 
 
-def main(folder, devices, kind, differ):
+class Hooked(Model):
+    """The same, with hooks that see gradients of the mean of all losses."""
+
+    def on_after_backward(self):
+        for p in self.net.parameters():
+            p.grad += 1e-3 * torch.arange(p.numel()).sin().view_as(p)
+
+    def on_before_optimizer_step(self, optimizer):
+        self.norms = [*getattr(self, "norms", []), float(clip_grad_norm_(self.net[0].parameters(), 0.05))]
+
+
+class Freezes(Model):
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net[0].requires_grad_(self.trainer.global_step < 4)
+
+
+def main(folder, devices, kind, *flags):
     torch.set_num_threads(1)
     strategy = {
         "alone": "auto",
@@ -71,10 +92,12 @@ def main(folder, devices, kind, differ):
         devices=devices,
         strategy=strategy,
         max_steps=10,
+        accumulate_grad_batches=2 if "accumulate" in flags else 1,
         use_distributed_sampler=False,
     )
-    seed_everything(run.global_rank if differ else 3, verbose=False)
-    sub = SubspaceModule(Model(), 64, scale=10)
+    seed_everything(run.global_rank if "differ" in flags else 3, verbose=False)
+    made = Hooked if "hooks" in flags else Freezes if "freeze" in flags else Model
+    sub = SubspaceModule(made(), 64, scale=10, head="net.2.*" if "head" in flags else None)
     run.fit(sub)
     theta = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in sub.weights.parameters()]
     run.save_checkpoint(f"{folder}/a.ckpt")
@@ -82,10 +105,13 @@ def main(folder, devices, kind, differ):
         "w": sub.w.tolist(),
         "theta": torch.cat([p.detach().flatten() for p in theta]).tolist(),
         "moved": moved,
+        "n": sub.n,
+        "head": [p.tolist() for p in sub.weights.head],
+        "norms": getattr(sub.module, "norms", []),
         "sharded": [hasattr(p, "placements") for p in sub.weights.parameters()],
     }
     print("\nFOUND " + json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], "differ" in sys.argv)
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -49,9 +49,13 @@ def test_a_head_may_have_a_rate_of_its_own():
         ({"head": ["*.bias", "last.*"]}, {"w", "module.body.bias", "module.last.weight", "module.last.bias"}, 30),
         ({"head": "last.bias", "parameters": "last.*"}, {"w", "module.last.bias"}, 12),
         ({"head": "last.bias", "parameters": "body.*"}, {"w", "module.last.bias"}, 36),
-        ({"head": "last.bias", "parameters": "body.*", "others": "full"}, {"w", "module.last.bias", "module.last.weight"}, 36),
+        (
+            {"head": "last.bias", "parameters": "body.*", "others": "full"},
+            {"w", "module.last.bias", "module.last.weight"},
+            36,
+        ),
     ],
-)  # fmt: skip
+)
 def test_patterns_of_a_head(options, trained, n):
     sub = seeded(**options)
     assert sub.n == n
@@ -66,7 +70,7 @@ def test_patterns_of_a_head(options, trained, n):
     [
         (
             {"head": "classifier.*"},
-            r"no trainable parameter matches 'classifier\.\*'; the names start with body.weight",
+            r"no trainable parameter matches 'classifier\.\*'; the names start with body",
         ),
         ({"head": "*"}, "no parameter is left without body.weight"),
         ({"structure": "blocks"}, "structure='blocks' is not known; use 'layers' or None"),

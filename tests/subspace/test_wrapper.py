@@ -45,9 +45,14 @@ def test_its_graph_can_be_logged(tmp_path):
     assert run.global_step == 8
 
 
-@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
-def test_both_namespaces(namespace):
-    lightning = pytest.importorskip(namespace)
+NAMESPACES = ["pytorch_lightning", "lightning.pytorch"]
+
+
+@pytest.mark.parametrize("of_trainer", NAMESPACES)
+@pytest.mark.parametrize("of_module", NAMESPACES)
+def test_both_namespaces(of_module, of_trainer):
+    """Also a module of one in a Trainer of the other, which refuses it as it is."""
+    lightning, others = pytest.importorskip(of_module), pytest.importorskip(of_trainer)
 
     class Plain(lightning.LightningModule):
         def __init__(self):
@@ -63,17 +68,21 @@ def test_both_namespaces(namespace):
         def validation_step(self, batch, batch_idx):
             self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
 
+        def on_before_optimizer_step(self, optimizer):
+            self.log_dict({f"norm/{name}": p.grad.norm() for name, p in self.net.named_parameters()})
+
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
-    run = lightning.Trainer(
+    run = others.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu"
     )
     sub = SubspaceModule(Plain(), 16)
     assert isinstance(sub, lightning.LightningModule)
     run.fit(sub, train_loader(), val_loader())
-    assert {"train_loss", "val_loss"} <= run.callback_metrics.keys()
+    assert {"train_loss", "val_loss", "norm/bias"} <= run.callback_metrics.keys()
     assert sub.w.norm() > 0
+    assert isinstance(sub.materialize(), Plain)
 
 
 def takes_all(self, *args):
