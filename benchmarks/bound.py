@@ -27,8 +27,7 @@ from sklearn.datasets import load_digits, make_classification
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from lightning_sketch.subspace import SubspaceModel
-from lightning_sketch.subspace.bound import error_bound, generalization_bound
+from lightning_sketch.subspace import SubspaceModel, error_bound, generalization_bound
 
 DIMS = (64, 128, 256)
 BATCH, RATE = 64, 0.03

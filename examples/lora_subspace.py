@@ -22,8 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from lightning_sketch.subspace import SubspaceModel
-from lightning_sketch.subspace.export import load_subspace, save_subspace
+from lightning_sketch.subspace import SubspaceModel, load_subspace, save_subspace
 
 NUMBERS, LENGTH, STEP = 64, 8, 3
 DIMS = (1, 16, 64, 256)

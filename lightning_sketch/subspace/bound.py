@@ -184,7 +184,7 @@ def generalization_bound(
     Raises:
         ValueError: If a condition is seen to fail, or an argument is out of its range.
 
-    >>> from lightning_sketch.subspace.subspace_model import SubspaceModel
+    >>> from lightning_sketch.subspace import SubspaceModel
     >>> torch.manual_seed(0) and None
     >>> x = torch.randn(500, 2)
     >>> data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())

@@ -108,7 +108,7 @@ def save_subspace(sub: Any, path: str | Path, levels: int | Quantized | None = N
         OSError: If the disk is full or the folder cannot be written.
 
     >>> import tempfile
-    >>> from lightning_sketch.subspace.subspace_model import SubspaceModel
+    >>> from lightning_sketch.subspace import SubspaceModel
     >>> torch.manual_seed(0) and None
     >>> sub = SubspaceModel(nn.Linear(30, 10), 8)
     >>> _ = sub.w.data.normal_()
@@ -165,7 +165,7 @@ def load_subspace(path: str | Path, module: nn.Module) -> Any:
         ValueError: If it is another kind of file, or if the module has other weights, which are named.
 
     >>> import tempfile
-    >>> from lightning_sketch.subspace.subspace_model import SubspaceModel
+    >>> from lightning_sketch.subspace import SubspaceModel
     >>> _ = torch.manual_seed(0)
     >>> sub = SubspaceModel(nn.Linear(30, 10), 8)
     >>> with tempfile.TemporaryDirectory() as folder:

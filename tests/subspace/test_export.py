@@ -48,7 +48,7 @@ def different(one, other):
         (Classifier, {"parameters": "net.0.*"}),
         (Classifier, {"parameters": "net.0.*", "others": "full"}),
         (Classifier, {"head": "net.2.*"}),
-        (Classifier, {"max_dim": 64}),
+        (Classifier, {"max_dim": 48, "scale": 0.3}),
         (Classifier, {"structure": "layers"}),
         slow(Classifier, {"save_theta0": True}),
         (Convolutional, {}),
