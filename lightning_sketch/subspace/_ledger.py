@@ -16,6 +16,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -122,14 +123,13 @@ class Ledger:
         return Entry(self.path / f"{kind}-{dim}-{seed}-{name}", hashes)
 
     def differences(self, settings: Mapping[str, Any]) -> list[str]:
-        """Return in what all recorded runs differ from these settings: the fewest names; nothing if some run does not.
-
-        Raises:
-            CorruptFile: If the file of a run is not what was written.
-        """
-        here = hashed(settings)
-        found = [_read(path, _TYPES)["settings"] for path in sorted(self.path.glob(f"*/{_RUN}"))]
-        return min(([name for name in here if there.get(name) != here[name]] for there in found), key=len, default=[])
+        """Return in what recorded runs differ from these settings: the fewest names; nothing if some run does not."""
+        here, found = hashed(settings), []
+        for path in self.path.glob(f"*/{_RUN}"):
+            with suppress(CorruptFile, OSError):  # which are named if their run is needed
+                there = _read(path, _TYPES)["settings"]
+                found.append([name for name in here if there.get(name) != here[name]])
+        return min(found, key=len, default=[])
 
 
 def checked_checkpoint(path: str | Path) -> Path:

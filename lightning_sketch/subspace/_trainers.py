@@ -8,7 +8,7 @@ from typing import Any
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_sketch._lightning import LightningModule, Trainer, trainer_class, without_summary
+from lightning_sketch._lightning import LightningModule, Trainer, trainer_class
 
 _COPIED = ("callbacks", "strategy", "plugins", "profiler")
 
@@ -25,7 +25,6 @@ class Trainers:
         self.trainer_fn, self.trainer_class = trainer_fn, trainer_class(module)
         self.seen: weakref.WeakSet[Any] = weakref.WeakSet()  # weak, so that finished Trainers are freed
         self.waiting: dict[int, Trainer] = {}
-        self.first = True
 
     def peek(self, dim: int) -> Any:
         """Return the Trainer that `take` will return next.
@@ -64,9 +63,6 @@ class Trainers:
                 "trainer_fn gave two Trainers the same logger, which can log one run only; make the logger in "
                 "trainer_fn too."
             )
-        if not self.first:
-            without_summary(trainer)
-        self.first = False
         self.seen.update([trainer, *trainer.loggers])
         return trainer
 

@@ -171,6 +171,12 @@ class Weights:
         }
         self.motions = [m if m.offset is None else m._replace(offset=longer[id(m.offset)]) for m in self.motions]
 
+    def are_at_start(self, names: Sequence[str]) -> bool:
+        """Return whether the parameters of these names are at θ₀."""
+        indices = [self.layout.names.index(name) for name in names]
+        theta = self.parameters()
+        return all(torch.equal(local(theta[i]), self.start[i]) for i in indices)
+
     def altered(self, directions: Directions, w: Float[Tensor, " dim"]) -> list[str]:
         """Return the names of parameters that have other values than those that they were set to.
 
@@ -271,7 +277,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are equal up to a few roundings of the largest entry, as if added to and back."""
     if torch.equal(one, other):
         return True
-    tolerance = 16 * torch.finfo(other.dtype).eps * float(other.abs().max())
+    tolerance = 16 * torch.finfo(other.dtype).eps * float(other.nan_to_num(0.0, 0.0, 0.0).abs().max())
     return torch.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
 
 

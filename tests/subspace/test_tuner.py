@@ -31,7 +31,7 @@ def test_grid(tmp_path):
     assert result.results["steps"] == [104] * 8
     assert result.results["status"] == ["done"] * 8
     assert all(type(value) is float for value in result.results["value"])
-    assert made_for == [result.n, *result.results["dim"]]
+    assert made_for == [result.n, result.n, *result.results["dim"]]  # the first is for the metric before training
     assert result.target == pytest.approx(0.7 * result.baseline)
     values = result.results["value"]
     assert values[0] < result.target < values[-1]
