@@ -35,7 +35,6 @@ QUIET = {
     "accelerator": "cpu",
     "enable_progress_bar": False,
     "enable_model_summary": False,
-    "enable_checkpointing": False,
 }
 
 
@@ -45,6 +44,9 @@ class Task(LightningModule):
     def __init__(self, net, lr):
         super().__init__()
         self.net, self.lr = net, lr
+
+    def forward(self, inputs):
+        return self.net(inputs)
 
     def training_step(self, batch):
         return F.cross_entropy(self.net(batch[0]), batch[1])
@@ -117,7 +119,7 @@ def draw(found):
     for color, (name, result) in zip(COLORS, found.items(), strict=True):
         percent = {100 * dim / result.n: 100 * part for dim, (_, part) in curve(result).items()}
         axes.plot(list(percent), list(percent.values()), "o-", color=color, ms=4)
-        _, middle = min((abs(reached - 40), trained) for trained, reached in percent.items())
+        _, middle = min((abs(reached - 60), trained) for trained, reached in percent.items())
         axes.annotate(f"{name}  \nn = {result.n:,}  ", (middle, percent[middle]), color=color, ha="right")
         if d90 := result.suggestion():
             x = 100 * d90 / result.n
@@ -152,8 +154,9 @@ def main():
     frequencies, by_last = trivial(*pieces)
 
     tuner = IntrinsicDimensionTuner({**QUIET, "max_epochs": 25, "default_root_dir": args.out / "digits"})
+    train, val = digits()
     module = Task(classifier(), lr=3e-3)
-    found = {"digits": tuner.find(module, *digits(), monitor="accuracy", method="bisect", seeds=seeds)}
+    found = {"digits": tuner.find(module, train, val, monitor="accuracy", method="bisect", seeds=seeds)}
 
     trainer = {**QUIET, "max_epochs": epochs, "limit_train_batches": 500, "default_root_dir": args.out / "text"}
     tuner = IntrinsicDimensionTuner(trainer)
@@ -174,6 +177,7 @@ def main():
         d90 = result.suggestion()
         found_it = "not reached" if d90 is None else f"{d90} of {result.n} parameters, {d90 / result.n:.2%}"
         print(f"{name}: d90 = {found_it}")
+    print(f"digits: {found['digits'].bound(train)}")
     draw(found).savefig(args.out / "intrinsic_dimension.png", dpi=150)
     print(f"\npicture: {args.out / 'intrinsic_dimension.png'}")
 
