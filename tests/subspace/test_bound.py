@@ -53,6 +53,14 @@ def trained(module=None, data=None, dim=8, steps=50, rate=0.1, **options):
     return sub
 
 
+def moved(**options):
+    """Return a subspace at random weights, for what does not depend on how well they do."""
+    sub = SubspaceModel(net(), 8, **options)
+    for block in sub.blocks:
+        block.data.normal_(generator=torch.Generator().manual_seed(0))
+    return sub
+
+
 # The statistics: N examples, hypotheses of error rate p, 20,000 draws. A rate of violation that is 5 % has a standard
 # error of 0.15 %.
 
@@ -118,23 +126,24 @@ def test_the_code_of_the_scale_is_a_code_and_short_for_what_a_person_types():
 
 def test_it_is_above_the_error_of_new_examples_and_belongs_to_the_network_that_the_file_gives(tmp_path):
     """On 100,000 new examples an error rate is known to 0.1 %; the network at the bound's w makes as many errors."""
-    data = examples(2000)
+    data = examples(1000)
     sub = trained(data=data)
     sub.ready()
     w, theta = sub.w.detach().clone(), [p.clone() for p in sub.module.parameters()]
-    bound = generalization_bound(sub, data, levels=(9, 15), epochs=3, passes=1)
+    bound = generalization_bound(sub, data, levels=(9,), epochs=3, passes=1)
     assert torch.equal(sub.w, w)
     assert all(torch.equal(a, b) for a, b in zip(theta, sub.module.parameters(), strict=True))
     assert sub.training
     assert bound.bits == pytest.approx(sum(bound.parts.values()))
-    assert bound.error == error_bound(round(bound.train_error * 2000), 2000, bound.bits)
+    assert bound.error == error_bound(round(bound.train_error * 1000), 1000, bound.bits)
     save_subspace(sub, tmp_path / "w.safetensors", levels=bound.quantized)
     plain = load_subspace(tmp_path / "w.safetensors", net())
     (x, y), (new, labels) = data.tensors, examples(100_000, seed=2).tensors
     assert float((plain(x).argmax(1) != y).double().mean()) == bound.train_error
-    assert float((plain(new).argmax(1) != labels).double().mean()) < bound.error < 0.25
+    assert float((plain(new).argmax(1) != labels).double().mean()) < bound.error < 0.3
 
 
+@pytest.mark.slow
 def test_training_on_and_single_changes_lower_it():
     data = examples()
     sub = trained(data=data, dim=16)
@@ -146,7 +155,7 @@ def test_training_on_and_single_changes_lower_it():
 
 
 def test_the_least_of_several_levels_is_taken():
-    sub = trained()
+    sub = moved()
     each = [generalization_bound(sub, examples(), levels=(number,), epochs=0, passes=0) for number in (3, 9, 65)]
     both = generalization_bound(sub, examples(), levels=(3, 9, 65), epochs=0, passes=0)
     assert both.error == min(one.error for one in each)
@@ -166,7 +175,7 @@ def test_the_least_of_several_levels_is_taken():
     ],
 )
 def test_what_was_chosen_is_priced(options, choices, part, bits):
-    bound = generalization_bound(trained(**options), examples(), **QUICK, choices=choices)
+    bound = generalization_bound(moved(**options), examples(), **QUICK, choices=choices)
     assert bound.parts[part] == pytest.approx(bits)
 
 
@@ -229,7 +238,7 @@ def test_outputs_of_hugging_face():
         def forward(self, x):
             return SimpleNamespace(logits=self.net(x))
 
-    wrapped, sub = SubspaceModel(Wrapped(), 8), trained()
+    wrapped, sub = SubspaceModel(Wrapped(), 8), moved()
     wrapped.w.data.copy_(sub.w)
     one, other = (generalization_bound(each, examples(), **QUICK) for each in (wrapped, sub))
     assert one.error == other.error
@@ -293,7 +302,7 @@ class Noisy(nn.Module):
 )
 def test_data_that_make_it_untrue_are_refused(data, message):
     with pytest.raises(ValueError, match=message):
-        generalization_bound(trained(), data(), **QUICK)
+        generalization_bound(moved(), data(), **QUICK)
 
 
 @pytest.mark.parametrize(
@@ -307,7 +316,7 @@ def test_data_that_make_it_untrue_are_refused(data, message):
 )
 def test_arguments_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        generalization_bound(trained(), examples(), **{"epochs": 0, "passes": 0, **options})
+        generalization_bound(moved(), examples(), **{"epochs": 0, "passes": 0, **options})
 
 
 def test_a_network_that_answers_at_random_or_was_not_trained_is_refused():
@@ -318,6 +327,7 @@ def test_a_network_that_answers_at_random_or_was_not_trained_is_refused():
         generalization_bound(SubspaceModel(net(), 8), examples(), **QUICK)
 
 
+@pytest.mark.slow
 def test_after_a_fit_by_lightning():
     pl.seed_everything(0, verbose=False)
     sub = SubspaceModule(Classifier(), 64, scale=10.0)
