@@ -20,16 +20,6 @@ def nested(kind=Classifier):
     return SubspaceModule(made(kind), 8, max_dim=50, lr_scale=10)
 
 
-def descending(**options):
-    """Make a module that SGD trains in a subspace: its steps, unlike Adam's, depend on the length of the gradient."""
-
-    class Model(Classifier):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
-    return SubspaceModule(made(Model), 16, **options)
-
-
 class Scripted(Classifier):
     """A module whose validation logs the values of a list, one after the other, and then repeats the last one."""
 

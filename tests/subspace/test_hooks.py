@@ -123,6 +123,18 @@ class BeforeStep(Callback):
         self.of(pl_module)
 
 
+class AfterStep(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.of(pl_module)
+
+
+def test_a_callback_reads_gradients_of_the_weights_after_the_step_too():
+    """They stay until the next ones, as in full training."""
+    sub, plain = both(Net, lambda: [AfterStep(norms)])
+    assert_same(sub, plain)
+    assert min(sub.module.notes) > 0
+
+
 @pytest.mark.parametrize("change", [clip, none_at_all, noise], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("kind", [AfterBackward, BeforeStep])
 def test_what_a_callback_does_to_gradients_of_the_weights_counts(kind, change):

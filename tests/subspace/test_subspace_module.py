@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from nets import Classifier, Convolutional, Tied, train_loader, trainer, val_loader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from small_searches import descending, made
+from small_searches import made
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -110,14 +110,6 @@ def test_the_weights_are_at_the_new_w_after_each_step():
     assert sub.w.count_nonzero() == 16
 
 
-def test_a_copy_is_made_at_the_w_that_was_written():
-    sub = SubspaceModule(made(), 16, scale=10)
-    trainer().fit(sub, train_loader())
-    sub.w.data.zero_()
-    copied = sub.weights.layout.parameters(sub.materialize())
-    assert all(torch.equal(one, start) for one, start in zip(copied, sub.theta0().values(), strict=True))
-
-
 def test_a_forward_pass_is_at_the_w_that_was_written_and_writes_no_weight_if_w_is_the_same():
     sub = SubspaceModule(made(), 16, scale=10)
     images, _ = next(iter(val_loader()))
@@ -167,44 +159,6 @@ def test_tied_weights_stay_tied():
     assert sub.n == sum(p.numel() for p in made(Tied).parameters())
 
 
-def test_accumulation_is_a_larger_batch():
-    """Two halves of a batch, each with half of its loss, are the batch; SGD depends on the length of the gradient."""
-    ends = []
-    for size, accumulate in ((64, 1), (32, 2)):
-        sub = descending()
-        trainer(max_steps=2, accumulate_grad_batches=accumulate).fit(sub, train_loader(batch_size=size))
-        ends.append(sub.w.detach())
-    assert torch.allclose(*ends, rtol=1e-4)
-
-
-def test_gradients_of_the_weights_are_freed():
-    sub = descending()
-    trainer(max_steps=1).fit(sub, train_loader())
-    assert all(parameter.grad is None for parameter in sub.weights.parameters())
-
-
-def test_gradients_that_the_weights_had_before_do_not_count():
-    plain, other = descending(), descending()
-    for parameter in other.weights.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    for sub in (plain, other):
-        trainer(max_steps=1).fit(sub, train_loader())
-    assert torch.equal(plain.w, other.w)
-
-
-def test_clipping_is_of_the_gradient_of_w():
-    watch = Gradients()
-
-    class SGD(Classifier):
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=1.0)
-
-    sub = SubspaceModule(made(SGD), 32)
-    trainer(watch, max_steps=1, gradient_clip_val=0.01).fit(sub, train_loader())
-    assert watch.seen[0].norm() > 0.02
-    assert float(sub.w.detach().norm()) == pytest.approx(0.01, rel=1e-3)
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_activation_checkpointing(reentrant):
     class Checkpointed(Classifier):
@@ -244,23 +198,6 @@ def test_chosen_parameters_move_and_the_others_stay():
     trainer().fit(sub, train_loader())
     moved = {name for name in names if not torch.equal(before[name], dict(module.named_parameters())[name])}
     assert moved == {"net.2.weight", "net.2.bias"}
-
-
-def test_the_others_can_be_trained_in_full():
-    """One step of Adam moves each of their entries by its rate, whatever the scale of D is."""
-    sub = SubspaceModule(made(), 16, parameters="net.0.*", others="full", scale=10)
-    bias = sub.module.net[2].bias
-    before = bias.detach().clone()
-    trainer(max_steps=1).fit(sub, train_loader())
-    assert torch.allclose((bias - before).abs(), torch.full((10,), 3e-3), rtol=1e-3)
-    assert torch.allclose(sub.w.abs(), torch.full((16,), 3e-3), rtol=1e-3)
-    assert "module.net.2.bias" in sub.state_dict()
-
-
-def test_parameters_smaller_than_dim():
-    sub = SubspaceModule(made(), 512, scale=10)  # of biases of 10 and 16
-    trainer().fit(sub, train_loader())
-    assert sub.w.count_nonzero() == 512
 
 
 def test_a_copy_is_a_module_of_its_own():
