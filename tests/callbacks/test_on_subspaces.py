@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from models import loader
 from torch import nn
 
-from lightning_sketch import GradientSketchWriter, GradientStore, SpectrumMonitor, SubspaceModule
+from lightning_sketch import GGN, GradientSketchWriter, GradientStore, Hessian, SpectrumMonitor, SubspaceModule
 
 
 class Small(pl.LightningModule):
@@ -15,8 +15,11 @@ class Small(pl.LightningModule):
         super().__init__()
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Tanh(), nn.Linear(4, 10))
 
+    def forward(self, images):
+        return self.net(images)
+
     def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+        return F.cross_entropy(self(batch[0]), batch[1])
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=3e-3)
@@ -38,26 +41,53 @@ def fitted(*callbacks, steps=6, kind=Small, **options):
     return sub
 
 
+def dense(sub, batch):
+    """Return the Hessian and the Gauss-Newton matrix of w by autograd at θ, D H Dᵀ and D Jᵀ (H of the loss) J Dᵀ."""
+    images, labels = batch
+    theta = torch.cat([p.detach().flatten() for p in sub.weights.parameters()]).double()
+
+    def logits(vector):
+        parts = dict(zip(sub.weights.layout.names, sub.weights.layout.unflatten(vector), strict=True))
+        hidden = torch.tanh(F.linear(images.flatten(1).double(), parts["net.1.weight"], parts["net.1.bias"]))
+        return F.linear(hidden, parts["net.3.weight"], parts["net.3.bias"])
+
+    d = sub.directions.as_matrix(dtype=torch.float64)
+    hessian = torch.autograd.functional.hessian(lambda vector: F.cross_entropy(logits(vector), labels), theta)
+    jacobian = torch.autograd.functional.jacobian(logits, theta) @ d.T
+    p = logits(theta).softmax(1)
+    of_loss = (torch.diag_embed(p) - p[:, :, None] * p[:, None]) / len(p)
+    return d @ hessian @ d.T, torch.einsum("bcw,bce,bev->wv", jacobian, of_loss, jacobian)
+
+
 def test_the_hessian_is_that_of_w():
-    """Eigenvalues agree with the dense D H Dᵀ, H by autograd at θ; training is the same to the bit."""
+    """Eigenvalues agree with those of the dense matrix; training is the same to the bit."""
     monitor = SpectrumMonitor(num_batches=1, every_n_train_steps=6, bottom_k=1, tol=1e-5, num_matvecs=20)
     sub = fitted(monitor)
     assert torch.equal(sub.w, fitted().w)
-    images, labels = next(iter(loader(shuffle=False)))
-    names = sub.weights.layout.names
-    theta = torch.cat([p.detach().flatten() for p in sub.weights.parameters()]).double()
-
-    def loss(vector):
-        parts = dict(zip(names, sub.weights.layout.unflatten(vector), strict=True))
-        hidden = torch.tanh(F.linear(images.flatten(1).double(), parts["net.1.weight"], parts["net.1.bias"]))
-        return F.cross_entropy(F.linear(hidden, parts["net.3.weight"], parts["net.3.bias"]), labels)
-
-    dense = torch.autograd.functional.hessian(loss, theta)
-    d = sub.directions.as_matrix(dtype=torch.float64)
-    eigenvalues = torch.linalg.eigvalsh(d @ dense @ d.T).flip(0)
+    eigenvalues = torch.linalg.eigvalsh(dense(sub, next(iter(loader(shuffle=False))))[0]).flip(0)
     found = monitor.history[-1]
     assert found.n == 20
     assert torch.allclose(found.top(5).double(), eigenvalues[:5], rtol=1e-3)
+
+
+LOSSES = [
+    lambda module, batch: module.training_step(batch, 0),
+    lambda module, batch: F.cross_entropy(module(batch[0]), batch[1]),
+    lambda module, batch: F.cross_entropy(module.net(batch[0]), batch[1]),
+]
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES)
+def test_a_loss_depends_on_w_however_it_calls_the_module(loss_fn):
+    """By its step, by a call, or by a part of the module inside; as does the output for a Gauss-Newton matrix."""
+    sub, batch = fitted(), next(iter(loader(shuffle=False)))
+    hessian, ggn = dense(sub, batch)
+    assert torch.allclose(
+        Hessian(loss_fn, sub, [batch]).as_matrix().double(), hessian, atol=1e-4 * float(hessian.norm())
+    )
+    outputs = [None, lambda module, batch: module(batch[0]), lambda module, batch: module.net(batch[0])]
+    found = GGN(sub, [batch], model_fn=outputs[LOSSES.index(loss_fn)], output_loss_fn="cross_entropy").as_matrix()
+    assert torch.allclose(found.double(), ggn, atol=1e-4 * float(ggn.norm()))
 
 
 def test_the_writer_stores_the_gradients_of_w(tmp_path):
