@@ -8,6 +8,7 @@ NeurIPS 2024, arXiv:2402.03994, which calls it the explicit gradient.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import NoneType
 from typing import Any
 
 import torch
@@ -25,6 +26,12 @@ def as_function_of_w(output: Any, w: Sequence[Tensor], theta: Sequence[nn.Parame
         sketched: A function that is called after the network's backward pass, and returns the gradient of each block.
     """
     leaves, structure = pytree.tree_flatten(output)
+    other = [leaf for leaf in leaves if not isinstance(leaf, Tensor | int | float | complex | str | bytes | NoneType)]
+    if other:
+        raise TypeError(
+            f"the output has a {type(other[0]).__name__}, whose tensors would not depend on w; return tensors, or "
+            "compute output and loss inside `with model.following():`."
+        )
     live = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
     if live:
         outputs = _Boundary.apply(_Graph([leaves[i] for i in live], theta, sketched), *w)

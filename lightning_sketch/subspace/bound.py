@@ -360,6 +360,7 @@ def _besides_numbers(sub: Any, choices: int, others: Others) -> dict[str, float]
         ValueError: If something depends on the data, or may, and is neither priced nor said to be fixed.
     """
     state, extra = trained_state(sub)
+    state = {**{f"module.{name}": buffer for name, buffer in sub.module.named_buffers()}, **state}
     parameters = {f"module.{name}" for name, _ in sub.module.named_parameters()}
     outside = sorted(parameters & set(state))
     buffers = sorted(name for name in set(state) - parameters if state[name].ndim or state[name].is_floating_point())
@@ -402,6 +403,8 @@ def _examples(data: Any) -> list[Any]:
 
 def _set(sub: Any, w: Float[Tensor, " dim"]) -> None:
     """Set w, and the weights with it."""
+    if not all(block.is_leaf for block in sub.blocks):
+        raise ValueError("w is computed by a parametrization, so it cannot be rounded here; remove it first.")
     with torch.no_grad():
         for block, part in zip(sub.blocks, sub.cut(w), strict=True):
             block.copy_(part)

@@ -5,6 +5,7 @@
     module.*   buffers, and parameters outside of the subspace that were trained
     roles      of each parameter: 0 frozen, 1 in the subspace, 2 trained in full, (parameters,) in uint8
     start      of each parameter: a fingerprint of it at θ₀, (parameters,) in int32
+    constants  of each buffer that the module leaves out of its state dict: a fingerprint, in int32
 
 It is a safetensors file with checksums. Whoever has the module at θ₀ gets the trained one from it.
 """
@@ -131,6 +132,8 @@ def save_subspace(sub: Any, path: str | Path, levels: int | Quantized | None = N
         raise ValueError(f"the rounded w has {len(levels.indices)} numbers, this subspace {len(w)}; round its own w.")
     else:
         tensors |= {"codebook": levels.codebook.cpu(), "indices": _packed(levels)}
+    constants = list(_constants(sub.module, set(tensors)).values())
+    tensors["constants"] = torch.tensor(constants, dtype=torch.int32)
     moved, spec = sub.theta0(), extra["directions"]
     roles = [1 if name in moved else 2 * p.requires_grad for name, p in sub.module.named_parameters()]
     tensors |= {"roles": torch.tensor(roles, dtype=torch.uint8), "start": _start(sub.module, moved)}
@@ -182,6 +185,13 @@ def load_subspace(path: str | Path, module: nn.Module) -> Any:
     state = {name: file.tensor(name).clone() for name in file.shapes}
     arguments, extra = json.loads(file.header["arguments"]), json.loads(file.header["extra"])
     changed = {name.removeprefix("module.") for name in state}
+    constants = _constants(module, set(state))
+    if not torch.equal(state.pop("constants"), torch.tensor(list(constants.values()), dtype=torch.int32)):
+        raise ValueError(
+            f"this module has other buffers than the one in {path}, among those that are not in its state dict: "
+            f"{', '.join(list(constants)[:_SHOWN])}. Make the same module; if training changes them, register them "
+            "with persistent=True."
+        )
     _refuse_others(path, module, state.pop("start"), changed)
     named = list(zip(module.named_parameters(), state.pop("roles").tolist(), strict=True))
     arguments["parameters"] = [name for (name, _), role in named if role]
@@ -191,6 +201,8 @@ def load_subspace(path: str | Path, module: nn.Module) -> Any:
         state["w"] = codebook[_unpacked(state.pop("indices"), len(codebook), arguments["dim"])]
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     try:
+        for (_, parameter), role in named:
+            parameter.requires_grad_(role > 0)
         wrap: Any = SubspaceModule if isinstance(module, LightningModule) else SubspaceModel
         sub = wrap(module, **arguments)
         w = state.pop("w")
@@ -242,6 +254,12 @@ def _start(module: nn.Module, theta0: dict[str, Tensor]) -> Int32[Tensor, " para
     """Return 32 bits of the fingerprint of each parameter at θ₀, in the module's order."""
     found = [fingerprint([theta0.get(name, p.detach())]) & 0x7FFFFFFF for name, p in module.named_parameters()]
     return torch.tensor(found, dtype=torch.int32)
+
+
+def _constants(module: nn.Module, saved: set[str]) -> dict[str, int]:
+    """Return a fingerprint of each buffer that is not saved, by its name."""
+    buffers = [(name, b) for name, b in module.named_buffers() if f"module.{name}" not in saved]
+    return {name: fingerprint([buffer.detach()]) & 0x7FFFFFFF for name, buffer in buffers}
 
 
 def _refuse_others(path: str | Path, module: nn.Module, start: Int32[Tensor, " parameters"], changed: set[str]) -> None:

@@ -173,6 +173,9 @@ class Subspace(nn.Module):
         altered = self.weights.altered(self.directions, w)
         if not altered:
             return
+        if w.any() and self.weights.are_at_start(altered):  # as by a setup() that loads θ₀ for each stage
+            self._last_w = None
+            return
         names = ", ".join(altered[:3]) + (", ..." if len(altered) > 3 else "")
         if w.any() or self.coordinates().any():
             raise RuntimeError(
@@ -223,6 +226,7 @@ class Subspace(nn.Module):
 
     def double_dim(self) -> None:
         """Double the number of directions, of which the current ones are the first; the weights stay the same."""
+        self._refuse_computed_w("doubled")
         before, self.directions = self.directions, self.directions.doubled()
         factor = (self.directions.dim / before.dim) ** 0.5
         with torch.no_grad():
@@ -235,10 +239,19 @@ class Subspace(nn.Module):
         """Change the factor of D, and w with it, so that the weights stay the same."""
         factor = self.directions.scale / scale
         self.directions = replace(self.directions, scale=scale)
-        if factor != 1 and self.coordinates().any():
+        if factor == 1:
+            return
+        if self.coordinates().any():
+            self._refuse_computed_w("given another scale")
             for block in self.blocks:
                 block[: len(block) - self.weights.num_layers].mul_(factor)
-            self._last_w = None
+        self.weights.lengthen(factor, self.directions.dim)
+        self._last_w = None
+
+    def _refuse_computed_w(self, done: str) -> None:
+        """Refuse to write into a w that a parametrization computes."""
+        if not all(block.is_leaf for block in self.blocks):
+            raise RuntimeError(f"w is computed by a parametrization, so it cannot be {done}; remove it first.")
 
     def theta0(self) -> dict[str, Tensor]:
         """Return the initial weights, by name; of sharded parameters, this rank's shards."""
@@ -269,6 +282,8 @@ class Subspace(nn.Module):
 
         Frozen parameters are contained only if the module has changed them.
         """
+        if not self._initialized:  # before `configure_model`
+            return super().state_dict(*args, prefix=prefix, **kwargs)
         self.ready()
         state = super().state_dict(*args, prefix=prefix, **kwargs)
         trim_state(self, state, prefix)
@@ -290,11 +305,10 @@ class Subspace(nn.Module):
             leaf.grad = None
         if gradient is None:
             return
-        for block, part in zip(self.blocks, self._gradient_blocks(gradient), strict=True):
-            if block.is_leaf:
-                block.grad = part
-            else:
-                block.backward(part)
+        with torch.enable_grad():  # by autograd, for hooks on w
+            pairs = zip(self.blocks, self._gradient_blocks(gradient), strict=True)
+            live = [(block, part.to(block)) for block, part in pairs if block.requires_grad]
+            torch.autograd.backward([block for block, _ in live], [part for _, part in live])
 
     def _gradient_blocks(self, gradient: Tensor | None) -> list[Tensor]:
         """Return a gradient of the entries in use in blocks as w; zeros for None."""
@@ -322,10 +336,17 @@ class SubspaceModel(Subspace):
     """Train a module along `dim` random directions of its weights, in any loop: θ = θ₀ + Dᵀ w, and w is the parameter.
 
     It is called as the module is, and `parameters()` has w in place of the weights, for the optimizer. Attributes of
-    the module can be read from it. For Lightning there is `SubspaceModule`, whose arguments these are.
+    the module can be read and set on it. For Lightning there is `SubspaceModule`, whose arguments these are.
+
+    Gradients flow by `backward` from the tensors that a call returns, once. For a loss of anything else, such as an
+    attribute that the forward pass sets or a penalty on `module.parameters()`, for `autograd.grad`, and for second
+    derivatives, compute output and loss inside `with model.following():`, which takes a vector of length n more.
+
+    The weights of `model.module` are at the w of the last call; `model.ready()` brings them to w, and `materialize()`
+    returns a copy there. Freeze layers before they are wrapped. Several GPUs need DDP.
 
     Cost of a training step: the module's own, one product with D and one with Dᵀ. Memory: one more vector of length n,
-    for θ₀. Second derivatives go through `Hessian` and `GGN`, not through the outputs.
+    for θ₀.
 
     Args:
         module: The module to train, a Hugging Face model for instance. Its parameters are frozen from here on.
@@ -343,6 +364,7 @@ class SubspaceModel(Subspace):
     Raises:
         ValueError: If an argument is out of its range, or no parameter matches.
         RuntimeError: At a call, if others wrote into the weights after w has moved.
+        TypeError: At a call, if the output has parts other than tensors, numbers, strings and containers of them.
 
     >>> net = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 2))
     >>> model = SubspaceModel(net, 4)
@@ -383,18 +405,24 @@ class SubspaceModel(Subspace):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         """Return the module's output, as a function of w."""
         self.ready()
-        if self._follows or not torch.is_grad_enabled():
+        if self._follows or not torch.is_grad_enabled() or not any(leaf.requires_grad for leaf in self.leaves):
             return self.module(*args, **kwargs)
-        theta = self.weights.parameters()
+        theta, w = self.weights.parameters(), self.coordinates().detach()
         with trainable(theta):
             output = self.module(*args, **kwargs)
-        return as_function_of_w(output, self.blocks, theta, self._pop_gradient)
 
-    def _pop_gradient(self) -> list[Tensor]:
-        """Return D g in blocks as w, and drop g."""
-        gradient = self.weights.gradient(self.directions, self.coordinates())
-        self.weights.drop_gradients()
-        return self._gradient_blocks(gradient)
+        def sketched() -> list[Tensor]:
+            gradient = self.weights.gradient(self.directions, w)
+            self.weights.drop_gradients()
+            return self._gradient_blocks(gradient)
+
+        return as_function_of_w(output, self.blocks, theta, sketched)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise RuntimeError(
+            "nn.DataParallel copies modules for each GPU, but weights that follow w have one home; use "
+            "DistributedDataParallel: torchrun for a Trainer of Hugging Face, or CUDA_VISIBLE_DEVICES=0 for one GPU."
+        )
 
     def get_extra_state(self) -> Any:
         """Return what is saved beside w as a tensor, since safetensors files have no others."""
@@ -405,10 +433,19 @@ class SubspaceModel(Subspace):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name.startswith("_") or not self.__dict__.get("_initialized"):
+            inside = not name.startswith("_") and name != "w" and self.__dict__.get("_initialized")
+            if not inside or not hasattr(self.module, name):
                 raise
             self.ready()
             return getattr(self.module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute on the module that has it."""
+        own = name in self.__dict__ or name in self._parameters or name in self._modules or hasattr(type(self), name)
+        if self.__dict__.get("_initialized") and not own and hasattr(self.module, name):
+            setattr(self.module, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 def whole(value: Any, name: str) -> int:

@@ -54,8 +54,9 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
     The best scale differs between tasks and dims: `IntrinsicDimensionTuner` tries several.
 
     Hooks of the module and of callbacks find gradients of the weights, and what they do to them counts, as does
-    freezing layers while training. Gradients of w are clipped in units of gradients of the weights, by the threshold
-    that full training needs. Weights that are loaded before the first step become θ₀; later ones are refused.
+    freezing layers while training (before training, freeze them before they are wrapped). Gradients of w are clipped in
+    units of gradients of the weights, by the threshold that full training needs. Weights that are loaded before the
+    first step become θ₀; later ones are refused.
 
     Cost of a training step: the module's own, one product with D and one with Dᵀ; a second product with D if hooks see
     gradients. Under DDP, `dim` numbers are reduced between processes, or n if hooks see gradients. Memory: one more
@@ -192,13 +193,14 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the module, as a function of w where gradients are on."""
         self.ready()
-        differentiable = torch.is_grad_enabled() and not torch.jit.is_tracing()  # a traced graph has no Dᵀ in it
+        # the Trainer's step differentiates in the weights, and a traced graph has no Dᵀ in it
+        differentiable = torch.is_grad_enabled() and not self._in_step() and not torch.jit.is_tracing()
         with self.following() if differentiable else nullcontext():
             return self.module(*args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own step, and return its output."""
-        if self._current_fx_name != "training_step":  # a measurement, or a loop of the user's own
+        if not self._in_step():  # a measurement, or a loop of the user's own
             with self.following():
                 return call_step(self.module.training_step, *args, **kwargs)
         self.ready()
@@ -208,6 +210,10 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
             return output
         loss = as_function_of_w(loss, self.blocks, [], self._reduced_by_ddp)
         return {**output, "loss": loss} if isinstance(output, dict) else loss
+
+    def _in_step(self) -> bool:
+        """Return whether the Trainer runs a training step now; after a fit that failed, the name of its hook stays."""
+        return self._current_fx_name == "training_step" and self._trainer is not None and bool(self._trainer.training)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Run the module's own backward pass, then set the gradient of w if the optimizer steps next."""
@@ -265,7 +271,6 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         finally:
             if self._own_decay is not None:
                 self._own_decay.join(only(optimizers_in(self.trainer.optimizers)))
-        self.weights.drop_gradients()
         self._last_gradient = None
         self.ready()
 
@@ -348,8 +353,11 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
             return
         if not in_fit:
             self.weights.follow_flags(self.coordinates().detach())
+        between_fits = [p for p in self.weights.parameters() if p.requires_grad and in_fit]  # unfrozen by the user
         self._in_fit = in_fit
         self._restore_flags()
+        for parameter in between_fits:
+            parameter.requires_grad_(True)
 
     def _restore_flags(self) -> None:
         for parameter, motion in zip(self.weights.parameters(), self.weights.motions, strict=True):

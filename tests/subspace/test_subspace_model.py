@@ -185,6 +185,88 @@ def test_weights_that_were_written_to_are_taken_over_first_and_refused_later(cap
         model(torch.ones(1, 64))
 
 
+def test_an_output_whose_tensors_cannot_be_found_is_refused():
+    """The gradient through a distribution would be lost; inside `following()` it is that of the dense function."""
+
+    class Stochastic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net()
+
+        def forward(self, x):
+            return torch.distributions.Categorical(logits=self.net(x))
+
+    model = SubspaceModel(Stochastic(), 20)
+    images, labels = digits(slice(0, 30))
+    with pytest.raises(TypeError, match=r"has a Categorical.*model\.following"):
+        model(images / 16)
+    with model.following():
+        loss = -model(images / 16).log_prob(labels).mean()
+    loss.backward()
+    assert torch.allclose(model.w.grad.double(), dense(model, images / 16, labels)[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_w_lets_gradients_through_to_the_inputs():
+    """As a discriminator does, while the generator before it is trained."""
+    model, plain = SubspaceModel(net(), 8), net()
+    model.w.requires_grad_(False)
+    found = []
+    for one in (model, plain):
+        images = (digits(slice(0, 4))[0] / 16).requires_grad_()
+        one(images).square().sum().backward()
+        found.append(images.grad)
+    assert torch.equal(*found)
+
+
+def test_another_scale_leaves_frozen_layers_where_they_are():
+    """Both w and what is remembered of it change by the same factor."""
+    model = SubspaceModel(net(), 8, scale=3)
+    model.w.data.normal_(generator=torch.Generator().manual_seed(0))
+    model(torch.ones(1, 64))
+    for parameter in model.module[2].parameters():
+        parameter.requires_grad_(True)  # as during a fit, where the first layer is frozen now
+    model.weights.follow_flags(model.w.detach())
+    model.w.data.add_(1)
+    model(torch.ones(1, 64))
+    before = {name: p.clone() for name, p in model.module.named_parameters()}
+    model.set_scale(0.5)
+    model.ready()
+    for name, parameter in model.module.named_parameters():
+        assert torch.allclose(parameter, before[name], rtol=1e-5, atol=1e-6), name
+
+
+def test_a_hook_on_w_counts_and_attributes_are_set_on_the_module():
+    model = SubspaceModel(net(), 8)
+    model.w.register_hook(lambda gradient: 0 * gradient)
+    model(torch.ones(3, 64)).sum().backward()
+    assert not model.w.grad.any()
+    model.module.temperature = 1.0
+    model.temperature = 100.0
+    assert model.module.temperature == 100.0
+
+
+def test_a_w_that_is_computed_cannot_be_written_to():
+    model = SubspaceModel(net(), 8)
+    model.w.data.normal_()
+    nn.utils.parametrize.register_parametrization(model, "w", nn.Tanh())
+    with pytest.raises(RuntimeError, match="computed by a parametrization"):
+        model.set_scale(2.0)
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        SubspaceModel(net(), 8)._replicate_for_data_parallel()
+
+
+def test_weights_that_are_loaded_again_at_their_start_stay_along_w():
+    """As by a `setup()` that loads pretrained weights for each stage."""
+    model = SubspaceModel(net(), 8)
+    model.w.data.add_(0.3)
+    output = model(torch.ones(1, 64))
+    model.module.load_state_dict(net().state_dict())
+    assert torch.equal(model(torch.ones(1, 64)), output)
+
+
 @slow
 def test_the_trainer_of_hugging_face_trains_it(tmp_path):
     """A tiny GPT-2 with gradient checkpointing: the loss falls, a checkpoint has w alone, and training resumes."""
