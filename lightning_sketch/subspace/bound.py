@@ -403,8 +403,7 @@ def _examples(data: Any) -> list[Any]:
 
 def _set(sub: Any, w: Float[Tensor, " dim"]) -> None:
     """Set w, and the weights with it."""
-    if not all(block.is_leaf for block in sub.blocks):
-        raise ValueError("w is computed by a parametrization, so it cannot be rounded here; remove it first.")
+    sub.refuse_computed_w("rounded")
     with torch.no_grad():
         for block, part in zip(sub.blocks, sub.cut(w), strict=True):
             block.copy_(part)

@@ -226,7 +226,7 @@ class Subspace(nn.Module):
 
     def double_dim(self) -> None:
         """Double the number of directions, of which the current ones are the first; the weights stay the same."""
-        self._refuse_computed_w("doubled")
+        self.refuse_computed_w("doubled")
         before, self.directions = self.directions, self.directions.doubled()
         factor = (self.directions.dim / before.dim) ** 0.5
         with torch.no_grad():
@@ -242,15 +242,19 @@ class Subspace(nn.Module):
         if factor == 1:
             return
         if self.coordinates().any():
-            self._refuse_computed_w("given another scale")
+            self.refuse_computed_w("given another scale")
             for block in self.blocks:
                 block[: len(block) - self.weights.num_layers].mul_(factor)
         self.weights.lengthen(factor, self.directions.dim)
         self._last_w = None
 
-    def _refuse_computed_w(self, done: str) -> None:
-        """Refuse to write into a w that a parametrization computes."""
-        if not all(block.is_leaf for block in self.blocks):
+    def refuse_computed_w(self, done: str) -> None:
+        """Check that w is no result of a parametrization, which cannot be written to.
+
+        Raises:
+            RuntimeError: If it is.
+        """
+        if not set(map(id, self.blocks)) <= set(map(id, self.leaves)):
             raise RuntimeError(f"w is computed by a parametrization, so it cannot be {done}; remove it first.")
 
     def theta0(self) -> dict[str, Tensor]:

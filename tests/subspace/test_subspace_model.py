@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_sketch import Hessian
 from lightning_sketch.curvature import GGN
-from lightning_sketch.subspace import SubspaceModel
+from lightning_sketch.subspace import SubspaceModel, generalization_bound
 
 
 def net():
@@ -251,6 +251,9 @@ def test_a_w_that_is_computed_cannot_be_written_to():
     nn.utils.parametrize.register_parametrization(model, "w", nn.Tanh())
     with pytest.raises(RuntimeError, match="computed by a parametrization"):
         model.set_scale(2.0)
+    data = torch.utils.data.TensorDataset(*digits(slice(0, 20)))
+    with pytest.raises(RuntimeError, match="computed by a parametrization"):
+        generalization_bound(model, data, epochs=0)
 
 
 def test_data_parallel_is_refused():
