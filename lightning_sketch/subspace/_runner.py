@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import torch
 from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -280,6 +281,9 @@ class Runner:
                 return None
             if isinstance(found, Exception):
                 raise found
+            if isinstance(found, str) and not _all_ranks_see(found, trainer):
+                rank_zero_info(f"{task} begins again: not all machines see {found}.")
+                found = None
             if isinstance(found, dict):
                 run = found
             else:
@@ -366,3 +370,8 @@ class _ConstantRate(SubspaceModule):
         for group in (group for optimizer in found for group in optimizer.param_groups):
             group["lr"] = max(group.get(key, 0.0) for key in ("lr", "initial_lr", "max_lr"))
         return found
+
+
+def _all_ranks_see(path: str, trainer: Any) -> bool:
+    seen = torch.tensor(float(Path(path).exists()), device=trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(seen, reduce_op="mean")) == 1

@@ -76,6 +76,25 @@ def test_a_finder_that_would_be_lost_is_refused_in_the_process_that_is_made():
         run.fit(sub, val_dataloaders=val_loader())
 
 
+def test_a_tuner_trains_in_spawned_processes(tmp_path):
+    """Values, steps and checkpoints come back, and the runs are found again."""
+
+    def trainer_fn(dim):
+        places = {"devices": 2, "strategy": "ddp_spawn", "default_root_dir": tmp_path}
+        return trainer(max_steps=8, enable_checkpointing=True, **places)
+
+    def find():
+        pl.seed_everything(0, verbose=False)
+        tuner = IntrinsicDimensionTuner(trainer_fn, rates=10)
+        return tuner.find(InOrder(), None, val_loader(), monitor="val_loss", mode="min", dims=[64])
+
+    first, again = find(), find()
+    assert first.results == again.results
+    assert first.results["steps"] == [8]
+    assert 0 < first.baseline < first.results["value"][0] < first.start
+    assert first.results["checkpoint"][0].endswith("step=8.ckpt")
+
+
 def test_a_tuner_whose_finder_would_be_lost_refuses_before_training(tmp_path):
     tuner = IntrinsicDimensionTuner(lambda dim: trainer(devices=2, strategy="ddp_spawn", default_root_dir=tmp_path))
     with pytest.raises(MisconfigurationException, match=LOST):
