@@ -14,7 +14,7 @@ one rate  a grid from 8 that stops at the first dim that is enough, at rate 1 al
 runs      in subspaces, at any rate, and full training; steps of all of them, in thousands
 spread    of the bisection, see `IntrinsicDimensionResult.spread`, and what contradicts itself
 
-    python benchmarks/intrinsic_dimension.py [--truth | --kinds]
+    python benchmarks/intrinsic_dimension.py [TASK ...] [--truth | --kinds]
 
 --kinds   the d90 of digits along other kinds of directions, by bisection
 """
@@ -193,9 +193,9 @@ def compare(names):
             assert truth / 2 <= (one.suggestion() or 0) <= 2 * truth, (method, one)
 
 
-def truths():
+def truths(names):
     """Print the mean over seeds at each dim and rate."""
-    for name in TRUTH:
+    for name in names:
         with tempfile.TemporaryDirectory() as folder:
             find, module = prepared(name, folder)
             n = sum(p.numel() for p in module.parameters())
@@ -205,7 +205,7 @@ def truths():
         for dim in dims:
             print(f"{dim:>7}" + "".join(f"{one.means()[dim]:>8.3f}" for one in by_rate), flush=True)
         best = {dim: max(one.means()[dim] for one in by_rate) for dim in dims}
-        print("truth:", next(dim for dim in dims if best[dim] >= by_rate[0].target))
+        print("truth:", next(dim for dim in dims if best[dim] >= by_rate[0].target), flush=True)
 
 
 def kinds():
@@ -225,7 +225,7 @@ def main():
     for name in ("pytorch_lightning", "lightning.pytorch"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers|The number of training batches")
-    truths() if args.truth else kinds() if args.kinds else compare(args.tasks or TASKS)
+    truths(args.tasks or TRUTH) if args.truth else kinds() if args.kinds else compare(args.tasks or TASKS)
 
 
 if __name__ == "__main__":
