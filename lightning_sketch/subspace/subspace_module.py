@@ -164,6 +164,7 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         self._own_decay: OwnDecay | None = None
         self._hooked = self._by_ddp = self._in_fit = False
         self._loaded_scale: float | None = None
+        self._theta: tuple[nn.Parameter, ...] = ()
         self._last_gradient: tuple[Tensor | None, list[Tensor | None], float] | None = None
         if "configure_model" in vars(self):
             self.__dict__["configure_model"] = self._configure_model
@@ -204,6 +205,7 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
             with self.following():
                 return call_step(self.module.training_step, *args, **kwargs)
         self.ready()
+        self._theta = tuple(self.weights.parameters())  # shards are not in the module during the step
         output = call_step(self.module.training_step, *args, **kwargs)
         loss = output.get("loss") if isinstance(output, dict) else output
         if loss is None or not self._by_ddp:
@@ -277,7 +279,8 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         """Drop the gradients of w and of the weights."""
         self.module.optimizer_zero_grad(epoch, batch_idx, optimizer)
-        self.weights.drop_gradients()
+        for parameter in self._theta:
+            parameter.grad = None
 
     def configure_callbacks(self) -> Any:
         """Return the module's own callbacks; Lightning calls this first, before callbacks can freeze weights."""
