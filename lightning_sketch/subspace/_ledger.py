@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from torch.utils import _pytree as pytree
 
 from lightning_sketch._files import CorruptFile, acquire, make_folder, read_document, write_document
 
@@ -41,7 +42,8 @@ _TYPES: dict[str, Any] = {
 
 def hashed(settings: Mapping[str, Any]) -> dict[str, str]:
     """Return a hash of each of these settings, without the memory addresses in the names of functions."""
-    texts = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(setting)) for name, setting in settings.items()}
+    whole = pytree.tree_map(lambda leaf: leaf.tolist() if hasattr(leaf, "tolist") else leaf, dict(settings))
+    texts = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(setting)) for name, setting in whole.items()}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in texts.items()}
 
 

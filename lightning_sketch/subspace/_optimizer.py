@@ -161,16 +161,15 @@ def only(found: Sequence[Optimizer]) -> Optimizer:
 
 
 def _groups_of(optimizer: Optimizer, weights: Mapping[str, Tensor], w: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """Return the param groups that contain weights; check that they contain all of them and have the same options."""
+    """Return the param groups that contain weights; check that they contain all of them and have the same options.
+
+    An optimizer of the wrapper's parameters, as LightningCLI makes, contains w instead.
+    """
     kind = type(optimizer).__name__
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    taken = {id(parameter) for parameter in weights.values()}
-    if id(w[0]) in trained and not trained & taken:
-        raise MisconfigurationException(
-            f"configure_optimizers returned the same {kind} as before, which trains w already; make a new one each "
-            "time."
-        )
-    left = [name for name, parameter in weights.items() if id(parameter) not in trained]
+    of_w = {id(block) for block in w} <= trained
+    taken = {id(parameter) for parameter in (w if of_w else weights.values())}
+    left = [] if of_w else [name for name, parameter in weights.items() if id(parameter) not in trained]
     if left:
         raise MisconfigurationException(
             f"w moves {len(left)} parameters that the {kind} of configure_optimizers does not train: {_some(left)}; "

@@ -2,8 +2,10 @@
 
 import math
 import random
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from lightning_sketch.autodiff.content_hash import content_hash
 from lightning_sketch.subspace._ledger import Entry
 from lightning_sketch.subspace.result import Mode, reaches
 
+_RATES = 200  # steps of schedulers that are compared
 _KEY = "intrinsic_dimension/"  # of what is returned in `callback_metrics`, which come back from spawned processes
 
 
@@ -129,13 +132,29 @@ def returned(trainer: Any) -> dict[str, Any]:
 
 
 def description(optimizers: Sequence[Any], schedulers: Sequence[Any]) -> str:
-    """Return the classes and options of optimizers, rates included, and of their schedulers."""
+    """Return the classes and options of optimizers and schedulers, and the rates of the first steps; these are taken.
+
+    The rates are there since a scheduler's state does not contain the functions that it calls.
+    """
     options = [
-        [type(optimizer).__qualname__, {k: v for k, v in group.items() if k not in ("params", "param_names")}]
+        [type(optimizer).__qualname__, {k: _plain(v) for k, v in group.items() if k not in ("params", "param_names")}]
         for optimizer in optimizers
         for group in optimizer.param_groups
     ]
-    return repr([options, [[type(one).__qualname__, one.state_dict()] for one in schedulers]])
+    states = [[type(one).__qualname__, {k: _plain(v) for k, v in one.state_dict().items()}] for one in schedulers]
+    rates = []
+    with warnings.catch_warnings(), suppress(ValueError):  # OneCycleLR ends with one
+        warnings.simplefilter("ignore")  # the optimizer does not step
+        for _ in range(_RATES if optimizers else 0):
+            for scheduler in schedulers:
+                if "metrics" not in signature(scheduler.step).parameters:
+                    scheduler.step()
+            rates.append([_plain(group["lr"]) for one in optimizers for group in one.param_groups])
+    return repr([options, states, rates])
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, torch.Tensor) else value
 
 
 def _contents(loaders: Any) -> list[Any]:

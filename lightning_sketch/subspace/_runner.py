@@ -41,17 +41,16 @@ _TRAINER_SETTINGS = (
     "max_epochs",
     "limit_train_batches",
     "limit_val_batches",
+    "val_check_interval",
+    "check_val_every_n_epoch",
+    "num_devices",
+    "num_nodes",
     "accumulate_grad_batches",
     "gradient_clip_val",
     "gradient_clip_algorithm",
     "precision",
 )
-_ONLY_IN_SUBSPACES = (
-    "sketch",
-    "structure",
-    "lr_scale",
-    "optimizer_fn",
-)  # options
+_ONLY_IN_SUBSPACES = ("sketch", "structure", "lr_scale", "optimizer_fn")  # options
 
 
 @dataclass(frozen=True)

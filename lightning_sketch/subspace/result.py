@@ -45,11 +45,13 @@ class IntrinsicDimensionResult:
 
         monitor: The name of the metric.
         mode: "max" if larger values of the metric are better, "min" if smaller ones are.
-        threshold: The required part of what full training gains, in (0, 1].
+        threshold: The required part, in (0, 1]: of the metric of full training for mode="max", and of what full
+            training gains for mode="min".
         n: The number of parameters that the search is about: the dimension of the whole space.
         baseline: The metric after full training, in its own units.
         start: The metric at the initial weights θ₀, in its own units.
         inside: A sentence that says which parameters are inside the subspace.
+        judged: Which validation of a run is its value.
         new_model: Makes the model at θ₀, for `best`; it is not saved.
 
     >>> runs = {"kind": ["fit"] * 3, "dim": [8, 16, 32], "seed": [0] * 3, "scale": [1.0] * 3, "value": [0.5, 0.85, 0.9]}
@@ -75,6 +77,7 @@ class IntrinsicDimensionResult:
     baseline: float
     start: float
     inside: str = ""
+    judged: Literal["last", "best"] = "last"
     new_model: Callable[[], LightningModule] | None = field(default=None, repr=False, compare=False)
 
     def __repr__(self) -> str:
@@ -186,9 +189,10 @@ class IntrinsicDimensionResult:
         if not runs:
             raise ValueError(f"no dimension reaches {self.monitor} {self.target:.4g}, so that there is no best run.")
         run = max(runs, key=lambda run: self._progress(run["value"]))
-        if run["checkpoint"] is None:
+        if run["checkpoint"] is None or self.judged == "best":
+            left = "no checkpoint" if run["checkpoint"] is None else "none of its best validation, which was judged"
             raise ValueError(
-                f"the best run left no checkpoint; let the Trainer save it, or fit SubspaceModule(model, {run['dim']}, "
+                f"the best run left {left}; let the Trainer save it, and fit SubspaceModule(model, {run['dim']}, "
                 f"seed={run['seed']}, scale={run['scale']:g})."
             )
         if model is None and self.new_model is None:

@@ -119,9 +119,10 @@ class IntrinsicDimensionTuner:
         Runs are recorded in the folder `intrinsic_dimension` beside the logs, and not done again by searches with the
         same settings; several processes and machines may share the folder. What is compared, by hashes: initial
         weights, class and hyper-parameters, the optimizer with its rate and schedule, directions, metric, the Trainer's
-        length, precision, clipping and accumulation, and lengths, batch sizes and three examples of the data. Code is
-        not compared, nor are data that cannot be indexed: delete the folder after such a change. A run that was killed
-        goes on from its last validation, unless the Trainer has enable_checkpointing=False.
+        length, validation, devices, precision, clipping and accumulation, and lengths, batch sizes and three examples
+        of the data. Code is not compared, nor are callbacks or data that cannot be indexed: delete the folder after
+        such a change. A run that was killed goes on from its last validation, unless the Trainer has
+        enable_checkpointing=False.
 
         Data are set up for fits only, and validated only when the Trainer does: the value of a run is that of its last
         validation, whose step is reported.
@@ -144,13 +145,14 @@ class IntrinsicDimensionTuner:
                 4, 2, 1 until one is not. "doubling" takes the smallest and the largest.
             monitor: A metric that `validation_step` logs. The value of a run is that of its last validation.
             mode: "max" if larger values are better, "min" if smaller ones are.
-            threshold: The required part of what full training gains, in (0, 1].
+            threshold: The required part, in (0, 1]: of the metric of full training for mode="max", and of what full
+                training gains for mode="min".
             seeds: The number of runs for each dimension, each with its own directions and order of the data.
             method: "grid" tries all dims; "bisect" assumes that more dimensions are never worse, skips 1, 3, 7, ... of
-                them until one is enough, and halves what is left: never more dimensions than "grid"; "doubling" doubles
-                the dimension within one run of at most twice the steps of full training, at a constant rate, see
+                them until one is enough, and halves what is left, then no more than "grid"; "doubling" doubles the
+                dimension within one run of at most twice the steps of full training, at a constant rate, see
                 `IntrinsicDimensionFinder`, and goes on from there by runs at half or twice the dimension.
-            value: "last" to judge a run by its last validation, "best" by its best one.
+            value: "last" to judge a run by its last validation, "best" by its best one, of which no checkpoint is kept.
             baseline: The metric after full training, if it is known, to omit that run.
 
         Returns:
@@ -220,6 +222,7 @@ class IntrinsicDimensionTuner:
                 baseline=full["value"],
                 start=start,
                 inside=_inside(self.options),
+                judged=value,
                 new_model=runner.replicas.new,
             )
             if in_wandb:

@@ -1,5 +1,6 @@
 """Finished runs are recorded, and skipped by a search with the same settings only."""
 
+import functools
 import json
 import os
 
@@ -13,7 +14,8 @@ from small_searches import ByDimension, by_dimension, find, made, recorded, sear
 
 from lightning_sketch._files import CorruptFile
 from lightning_sketch.subspace import IntrinsicDimensionTuner
-from lightning_sketch.subspace._ledger import FOLDER, checked_checkpoint
+from lightning_sketch.subspace._ledger import FOLDER, checked_checkpoint, hashed
+from lightning_sketch.subspace._run_callbacks import description
 
 
 @pytest.mark.slow
@@ -337,3 +339,22 @@ def test_the_file_of_a_run_has_what_a_person_reads(tmp_path):
     expected = {"kind": "fit", "dim": 4, "seed": 0, "scale": 10.0, "value": 1.0, "best": 1.0, "steps": 4}
     assert found == {**expected, "validated": 4, "status": "done", "monitor": "val_acc"}
     assert sorted(os.listdir(path.parent)) == ["lock", "run.json"]
+
+
+def test_schedules_that_differ_in_a_function_only_are_told_apart():
+    """A scheduler's state leaves out the functions that it calls, as warm-ups of transformers are."""
+
+    def described(warm_up):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=torch.tensor(0.1))
+        rise = functools.partial(lambda step, of: min(1.0, step / of), of=warm_up)
+        return description([optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, rise)])
+
+    assert described(10) == described(10) != described(90)
+
+
+def test_hyper_parameters_that_are_arrays_are_compared_whole():
+    long = torch.zeros(5000)
+    other = long.clone()
+    other[2500] = 1e-6
+    assert hashed({"a": {"weights": long}}) == hashed({"a": {"weights": long.clone()}})
+    assert hashed({"a": {"weights": long}}) != hashed({"a": {"weights": other}})
