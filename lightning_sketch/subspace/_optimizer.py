@@ -169,7 +169,9 @@ def _groups_of(optimizer: Optimizer, weights: Mapping[str, Tensor], w: Sequence[
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     of_w = {id(block) for block in w} <= trained
     taken = {id(parameter) for parameter in (w if of_w else weights.values())}
-    left = [] if of_w else [name for name, parameter in weights.items() if id(parameter) not in trained]
+    missing = {} if of_w else {name: p for name, p in weights.items() if id(p) not in trained}
+    frozen = set() if len(missing) == len(weights) else {name for name, p in missing.items() if not p.requires_grad}
+    left = [name for name in missing if name not in frozen]
     if left:
         raise MisconfigurationException(
             f"w moves {len(left)} parameters that the {kind} of configure_optimizers does not train: {_some(left)}; "

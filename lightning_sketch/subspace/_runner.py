@@ -26,6 +26,7 @@ from lightning_sketch._lightning import (
 )
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.memory import is_out_of_memory
+from lightning_sketch.autodiff.preserve_state import interrupts_held_back
 from lightning_sketch.subspace._ledger import Entry, Ledger, Run, hashed
 from lightning_sketch.subspace._optimizer import optimizers_in
 from lightning_sketch.subspace._replicas import Replicas, refuse_different_starts
@@ -245,7 +246,8 @@ class Runner:
             for i, task in enumerate(tasks):
                 if i not in done and (run := self._try(task)) is not None:
                     done[i] = run
-                    gc.collect()  # modules and Trainers refer to each other, so that their memory is not freed before
+                    with interrupts_held_back:  # Python ignores errors in what it calls while it collects
+                        gc.collect()  # modules and Trainers refer to each other, so their memory is not freed before
             if len(done) == before:
                 time.sleep(1)
         return [done[i] for i in range(len(tasks))]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["max", "min"]
 
-_SHOWN = 8  # means in a repr
+_SHOWN = 6  # means in a repr
 _NOISE = 0.05  # a loss that is not taken for a contradiction, in parts of the way from the start to the target
 _REACHED, _CHOSEN, _FULL, _TARGET = "#0072B2", "#D55E00", "#999999", "#009E73"  # Okabe & Ito: safe for color-blind eyes
 

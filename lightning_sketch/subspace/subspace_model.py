@@ -114,6 +114,11 @@ class Subspace(nn.Module):
         return self.weights.layout.n
 
     @property
+    def dim(self) -> int:
+        """The number of trained coordinates in use."""
+        return len(self.coordinates())
+
+    @property
     def blocks(self) -> list[Tensor]:
         """The parts of w, a parameter each: one, or with `max_dim` several of sizes dim, dim, 2 dim, 4 dim, ..."""
         return list(self.w) if isinstance(self.w, nn.ParameterList) else [self.w]
@@ -345,6 +350,8 @@ class SubspaceModel(Subspace):
     Gradients flow by `backward` from the tensors that a call returns, once. For a loss of anything else, such as an
     attribute that the forward pass sets or a penalty on `module.parameters()`, for `autograd.grad`, and for second
     derivatives, compute output and loss inside `with model.following():`, which takes a vector of length n more.
+
+    The Trainer of Hugging Face trains it; to evaluate a loss, it needs `TrainingArguments(label_names=["labels"])`.
 
     The weights of `model.module` are at the w of the last call; `model.ready()` brings them to w, and `materialize()`
     returns a copy there. Freeze layers before they are wrapped. Several GPUs need DDP.

@@ -412,7 +412,13 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
                 leaf.grad.div_(factor)
 
     def _configure_model(self) -> None:
+        known = {name for name, _ in self.module.named_parameters()}
         self.module.configure_model()
+        made = [name for name, p in self.module.named_parameters() if name not in known and p.requires_grad]
+        if self._initialized and made and not self.coordinates().any():  # layers beside those that were there before
+            for name, parameter in self.module.named_parameters():
+                parameter.requires_grad_(name in self._trainable or name in made)
+            self._initialized = self._in_fit = False
         if not self._initialized:
             self._initialize()
             self._set_flags(self.trainer.state.fn == "fit")

@@ -147,7 +147,8 @@ class IntrinsicDimensionTuner:
             mode: "max" if larger values are better, "min" if smaller ones are.
             threshold: The required part, in (0, 1]: of the metric of full training for mode="max", and of what full
                 training gains for mode="min".
-            seeds: The number of runs for each dimension, each with its own directions and order of the data.
+            seeds: The number of runs for each dimension, each with its own directions and order of the data; a data
+                module that splits at random in `setup` splits in another way for each.
             method: "grid" tries all dims; "bisect" assumes that more dimensions are never worse, skips 1, 3, 7, ... of
                 them until one is enough, and halves what is left, then no more than "grid"; "doubling" doubles the
                 dimension within one run of at most twice the steps of full training, at a constant rate, see

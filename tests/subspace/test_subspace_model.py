@@ -45,7 +45,9 @@ def dense(model, images, labels):
     return loss, torch.autograd.grad(loss, w)[0]
 
 
-@pytest.mark.parametrize("make", [net, lambda: Checkpointed(True), lambda: Checkpointed(False)], ids=str)
+@pytest.mark.parametrize(
+    "make", [net, lambda: Checkpointed(True), lambda: Checkpointed(False)], ids=["plain", "reentrant", "not"]
+)
 def test_the_gradient_is_that_of_the_loss_through_the_directions(make):
     """To a few roundings of float32, at w other than zero; the weights have no gradients of their own."""
     model = SubspaceModel(make(), 20, scale=3)

@@ -296,3 +296,23 @@ def test_the_module_says_how_strictly_it_loads():
     other = SubspaceModule(made(), 16)
     other.strict_loading = False
     assert not other.module.strict_loading
+
+
+def test_layers_made_in_configure_model_join_those_that_were_there_before():
+    class Partly(Classifier):
+        def network(self, width):
+            self.head = None
+            return nn.Sequential(nn.Linear(64, width), nn.Tanh())
+
+        def configure_model(self):
+            if self.head is None:
+                self.head = nn.Linear(16, 10)
+
+        def forward(self, images):
+            return self.head(self.net(images))
+
+    sub = SubspaceModule(Partly(), 8)
+    trainer().fit(sub, train_loader())
+    assert sub.n == 64 * 16 + 16 + 16 * 10 + 10
+    assert sub.dim == 8
+    assert not torch.equal(sub.module.head.weight, sub.theta0()["head.weight"])
