@@ -54,9 +54,9 @@ def following(module: nn.Module) -> AbstractContextManager[Any]:
     return nullcontext() if follows is None else follows(module)
 
 
-def every_parameter(module: nn.Module) -> list[nn.Parameter]:
+def every_parameter(module: nn.Module) -> list[Tensor]:
     """Return all parameters of a module and its parts, each once, also those that a subspace leaves out."""
-    found = {id(p): p for part in module.modules() for p in part._parameters.values() if p is not None}
+    found: dict[int, Tensor] = {id(p): p for m in module.modules() for p in m._parameters.values() if p is not None}
     return list(found.values())
 
 
