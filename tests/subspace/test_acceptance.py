@@ -74,7 +74,7 @@ class CNN(MLP):
 def test_kinds_agree_on_a_network_with_batch_norm(tmp_path):
     """They agree within a factor of two, as all kinds do over three seeds in benchmarks/intrinsic_dimension.py."""
     pl.seed_everything(0, verbose=False)
-    options = {"max_steps": 400, "default_root_dir": tmp_path, "check_val_every_n_epoch": 40}
+    options = {"max_steps": 400, "default_root_dir": tmp_path, "check_val_every_n_epoch": 17}
     train, d90 = train_loader(), {}
     for kind in ("block_srht", "qk"):
         tuner = IntrinsicDimensionTuner(lambda dim: trainer(**options), sketch=kind)
