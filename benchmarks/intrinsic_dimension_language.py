@@ -2,20 +2,23 @@
 
 Text: the docstrings of Python's standard library and its language reference (pydoc_data), as tokens of a byte-pair
 encoding of 256 that is learned on them; packages that are held out validate. GPTs of two layers and three widths train
-for 2,000 steps of 16 pieces of 64 tokens by Adam, at the best of three rates that differ by 2. Two million tokens are
-two passes over all text, and eight over a quarter of it. The models start as the unigram model: zero weights in the
-last layer, log frequencies as its bias.
+for 2,000 steps of 16 pieces of 64 tokens by Adam. Two million tokens are two passes over all text, and eight over a
+quarter of it. The models start as the unigram model: zero weights in the last layer, log frequencies as its bias.
+
+The rate of full training is the best of some that differ by a factor of two, for each size. In a subspace each dim is
+asked at factors of about three of it, as `IntrinsicDimensionTuner` does by itself, and judged at the best.
 
 full           loss after full training, on held-out text
 d90            the smallest dim, interpolated in its logarithm, with 90 % of the gain of full training over the unigram
-               model, each dim at the best rate that `IntrinsicDimensionTuner` finds by itself
+               model
 d90 of random  the same with 90 % of the gain of training along n - 1 random directions. That is full training in other
-               coordinates, nearly a rotation, at which Adam is worse (Maes et al., arXiv:2410.19964)
+               coordinates, nearly a rotation, at which Adam is worse (Zhang et al., arXiv:2410.19964)
 
 python benchmarks/intrinsic_dimension_language.py [--size 20k ...] [--text quarter ...] [--structure layers]
     [--seeds 1] [--runs FOLDER] [--out FILE]
 
-On one core: --size 20k five minutes, 80k ten, 300k half an hour. What was trained is in FOLDER, and is not done again.
+Both amounts of text, on one core: --size 20k 8 minutes, 80k 9, 300k 17. What was trained is in FOLDER, and is not done
+again.
 """
 
 import argparse
