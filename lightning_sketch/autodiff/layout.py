@@ -1,6 +1,5 @@
 """The map between named parameters and one flat vector, in a fixed order."""
 
-import functools
 import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Size, Tensor, nn
 
+from lightning_sketch.operators import kernels
 from lightning_sketch.operators._hadamard import group_size
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.operators.streaming import StreamingSketch
@@ -150,17 +150,13 @@ class Layout:
         if sharded:
             plain = {name: tensor for name, tensor in tensors.items() if name not in sharded}
             return self.sketch(sketch, plain) + self._sketch_sharded(sketch, sharded)
-        given = [tensor for tensor in tensors.values() if tensor is not None]
-        dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in given), torch.float32)
-        total = torch.zeros(sketch.dim, dtype=dtype, device=given[0].device if given else None)
-        if not sketch.streams:
-            vector = self.flatten([_dense(tensors.get(name)) for name in self.names], total)
-            return sketch.matvec(vector)
-        # Whole chunks, so that none is mapped twice; in memory that stays in cache.
-        buffer = total.new_empty(min(_buffer_size(sketch, total.device), self.n))
-        for start, part in self._parts(tensors, buffer):
-            total += sketch.columns(start, start + len(part)).matvec(part)
-        return total
+        parts = self._parts(tensors)
+        if not parts:
+            return torch.zeros(sketch.dim)
+        if torch.is_grad_enabled() and any(part.requires_grad for _, part in parts):
+            columns = (sketch.columns(start, start + len(part)) for start, part in parts)
+            return cast(Tensor, sum(own.matvec(part) for own, (_, part) in zip(columns, parts, strict=True)))
+        return kernels.forward_pieces(sketch, [(start, part.detach()) for start, part in parts])
 
     def adjoint(self, sketch: Sketch, y: Float[Tensor, " dim"], *, like: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield Sᵀ y, the adjoint of `sketch`, split into tensors of the parameters' shapes, one after the other.
@@ -236,26 +232,14 @@ class Layout:
             if hasattr(tensor, "placements"):
                 _check_sharded(name, tensor, sketch)
 
-    def _parts(self, tensors: Mapping[str, Tensor | None], buffer: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yield parts of the flat vector and where they begin, in the same memory, except parts without a tensor."""
-        begin, offset, given = 0, 0, False
-        for name, size in zip(self.names, self._sizes, strict=True):
-            tensor = _dense(tensors.get(name))
-            flat = None if tensor is None else tensor.reshape(-1)
-            done = 0
-            while done < size:
-                low = offset + done - begin
-                part = min(size - done, len(buffer) - low)
-                buffer[low : low + part] = 0 if flat is None else flat[done : done + part]
-                given |= flat is not None
-                done += part
-                if low + part == len(buffer):
-                    if given:
-                        yield begin, buffer
-                    begin, given = begin + len(buffer), False
-            offset += size
-        if given:
-            yield begin, buffer[: offset - begin]
+    def _parts(self, tensors: Mapping[str, Tensor | None]) -> list[tuple[int, Tensor]]:
+        """Return the tensors that are given, flat and on one device, and where each begins."""
+        starts = itertools.accumulate(self._sizes, initial=0)
+        given = [(start, _dense(tensors.get(name))) for name, start in zip(self.names, starts, strict=False)]
+        device = next((tensor.device for _, tensor in given if tensor is not None), None)
+        return [
+            (start, tensor.reshape(-1).to(device)) for start, tensor in given if tensor is not None and tensor.numel()
+        ]
 
 
 def _buffer_size(sketch: Sketch, device: torch.device) -> int:

@@ -39,7 +39,7 @@ def apply(sketch: "Sketch", start: int, stop: int, adjoint: bool, x: Tensor) -> 
 
 
 def _run(x: Tensor, sketch: "Sketch", start: int, stop: int, adjoint: bool) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.resolve_neg().reshape(-1, x.shape[-1])
     out = kernels.adjoint(sketch, rows, start, stop) if adjoint else kernels.forward(sketch, rows, start)
     return out.view(*x.shape[:-1], out.shape[-1])
 

@@ -1,10 +1,13 @@
 """The base class of sketches: immutable values that are rebuilt from a few integers and can be cut into columns."""
 
+import functools
 import operator
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -111,6 +114,16 @@ class Sketch(LinearOperator):
     @abstractmethod
     def forward(self, x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
         """Return S[:, start : start + size] x, for tensors without a graph, of any floating type."""
+
+    def forward_pieces(self, pieces: Sequence[tuple[int, Tensor]]) -> Float[Tensor, "1 dim"]:
+        """Return S x for a vector x given by pieces and where they begin, without a graph; the rest of it is zero."""
+        if self.streams:
+            return cast(Tensor, sum(self.forward(x[None], start) for start, x in pieces))
+        dtype = functools.reduce(torch.promote_types, (x.dtype for _, x in pieces), torch.float32)
+        whole = pieces[0][1].new_zeros(1, self.n, dtype=dtype)
+        for start, x in pieces:
+            whole[0, start : start + len(x)] = x
+        return self.forward(whole, 0)
 
     @abstractmethod
     def adjoint(self, y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:

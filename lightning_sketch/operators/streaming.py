@@ -7,8 +7,11 @@ Chunks are processed in groups that stay in a CPU's cache, or that keep a GPU bu
 max(2^18, chunk) numbers, 2^24 instead of 2^18 on a GPU, whatever n is.
 """
 
+import bisect
+import functools
+import itertools
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -57,15 +60,23 @@ class StreamingSketch(Sketch):
 
     def forward(self, x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
         """Return S[:, start : start + size] x."""
-        out = x.new_zeros(len(x), self.dim, dtype=torch.promote_types(x.dtype, torch.float32))
-        with full_precision(x.device):
-            for rows, first, low, high, group, spare in self._groups(out, start, start + x.shape[1]):
+        return self.forward_pieces([(start, x)])
+
+    def forward_pieces(self, pieces: Sequence[tuple[int, Tensor]]) -> Float[Tensor, "rows dim"]:
+        """Return the sum over pieces x, each with its first coordinate `start`, of S[:, start : start + size] x.
+
+        Args:
+            pieces: The pieces, in the order of their coordinates, without overlaps. They have the same rows, if any.
+        """
+        parts = [(start, x if x.ndim == 2 else x[None]) for start, x in pieces]
+        dtype = functools.reduce(torch.promote_types, (x.dtype for _, x in parts), torch.float32)
+        out = parts[0][1].new_zeros(len(parts[0][1]), self.dim, dtype=dtype)
+        begin, end = parts[0][0], parts[-1][0] + parts[-1][1].shape[1]
+        with full_precision(out.device):
+            for rows, first, low, high, group, spare in self._groups(out, begin, end):
                 chunks = group.view(rows.stop - rows.start, -1)
-                head, tail = low - first * self.chunk, high - first * self.chunk
-                chunks[:, :head] = 0
-                chunks[:, head:tail] = x[rows, low - start : high - start]
-                chunks[:, tail:] = 0
-                self.gather(group, first, spare, out[rows])
+                if self._fill(chunks, parts, rows, first * self.chunk, low, high):
+                    self.gather(group, first, spare, out[rows])
         return out.mul_(self.scale)
 
     def adjoint(self, y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
@@ -78,6 +89,21 @@ class StreamingSketch(Sketch):
                 head, tail = low - first * self.chunk, high - first * self.chunk
                 out[rows, low - start : high - start] = chunks[:, head:tail]
         return out
+
+    @staticmethod
+    def _fill(target: Tensor, parts: list[tuple[int, Tensor]], rows: slice, base: int, low: int, high: int) -> bool:
+        """Write the numbers of coordinates [low, high) to `target`, which begins at `base`; return whether any are."""
+        done, first = 0, bisect.bisect(parts, low, key=lambda part: part[0]) - 1
+        for start, x in itertools.islice(parts, max(0, first), None):
+            if start >= high:
+                break
+            begin, end = max(low, start), min(high, start + x.shape[1])
+            if begin < end:
+                target[:, done : begin - base] = 0
+                target[:, begin - base : end - base] = x[rows, begin - start : end - start]
+                done = end - base
+        target[:, done:] = 0
+        return done > 0
 
     def _flip(self, chunks: Float[Tensor, "rows group chunk"], stream: str, which: Which, spare: Tensor) -> Tensor:
         """Multiply chunks by the signs of a stream, in place."""

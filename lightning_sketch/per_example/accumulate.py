@@ -298,7 +298,7 @@ class _ChunkedSums:
     def total(self) -> Float[Tensor, "examples dim"]:
         """Return the sketches of all that was added, (examples, dim)."""
         self._flush()
-        return self._sketch.scale * self._total
+        return self._total.clone()
 
     def _write_runs(
         self, at: Int[Tensor, "n runs"], values: Float[Tensor, "n runs width"], examples: slice, parts: int
@@ -311,7 +311,8 @@ class _ChunkedSums:
         last = fresh.cumsum(1) - 1
         first = last - (high - low)
         buffer = self._take(examples, int(last.max()) + 1).zero_()
-        number = at.new_zeros(buffer.shape[:2])
+        unused = -(-self._sketch.n // self._chunk)  # numbers of chunks after the last one, for places of zeros
+        number = (unused + torch.arange(buffer.shape[1], device=at.device)).repeat(len(buffer), 1)
         for part in range(parts):
             number.scatter_(1, (first + part).minimum(last), (low + part).minimum(high))
         place = (first * self._chunk + at % self._chunk)[..., None] + torch.arange(width, device=at.device)
@@ -354,11 +355,7 @@ class _ChunkedSums:
         return self._buffer[: math.prod(shape)].view(shape)
 
     def _gather(self, buffer: Tensor, which: Which, examples: slice) -> None:
-        if isinstance(which, int) and kernels.kernel_in_use(self._sketch, buffer.device) != "torch":
-            rows = kernels.forward(self._sketch, buffer.flatten(1), which * self._chunk)
-            self._total[examples] += rows / self._sketch.scale
-        else:
-            self._sketch.gather(buffer, which, self._spare, self._total[examples])
+        self._total[examples] += kernels.gather(self._sketch, buffer, which, self._spare)
 
 
 class _WholeSums:

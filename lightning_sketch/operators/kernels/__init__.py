@@ -1,30 +1,38 @@
 """Ways to compute a sketch, chosen by device and by what is installed; equal up to rounding.
 
 "torch"     the sketch's own `forward` and `adjoint`, in operations of PyTorch: every kind, device and type
-"triton"    one pass over the vector on a CUDA device: `BlockSRHT` up to dim 2^15 and `CountSketch`, for float32,
-            bfloat16 and float16
+"numba"     one pass over the vector on a CPU, where numba is installed (pip install lightning-sketch[fast]):
+            `BlockSRHT` up to dim 2^21 and `CountSketch`, for float32, bfloat16 and float16
+"triton"    one pass over the vector on a CUDA device: `BlockSRHT` up to dim 2^15 and `CountSketch`, for the same types
 
 The environment variable LIGHTNING_SKETCH_KERNEL forces one of them.
 """
 
 import functools
+import importlib
 import os
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lightning_sketch.operators.sketch import Sketch
+    from lightning_sketch.operators.streaming import StreamingSketch
 
-__all__ = ["adjoint", "forward", "kernel_in_use"]
+__all__ = ["adjoint", "forward", "forward_pieces", "gather", "kernel_in_use"]
 
 _FORCED = "LIGHTNING_SKETCH_KERNEL"
+_KERNELS = "torch", "numba", "triton"
 _TYPES = torch.float32, torch.bfloat16, torch.float16
-_LARGEST = {"block_srht": 1 << 15, "count_sketch": 1 << 22}  # sizes of sketches that the kernels are made for
-_LOWEST_TRITON, _LOWEST_CAPABILITY = (3, 6), (8, 0)
+_LARGEST = {  # sizes of sketches that the kernels are made for
+    "numba": {"block_srht": 1 << 21, "count_sketch": 1 << 30},
+    "triton": {"block_srht": 1 << 15, "count_sketch": 1 << 22},
+}
+_LOWEST_NUMBA, _LOWEST_TRITON, _LOWEST_CAPABILITY = (0, 60), (3, 6), (8, 0)
 
 
 def kernel_in_use(sketch: "Sketch", device: torch.device | str) -> str:
@@ -35,8 +43,9 @@ def kernel_in_use(sketch: "Sketch", device: torch.device | str) -> str:
         device: The device of the vectors. Vectors in float64 are computed by "torch" on every device.
 
     Returns:
-        "triton" on a CUDA device with Triton 3.6 or newer and compute capability 8.0 or higher, for `CountSketch` and
-        for `BlockSRHT` with dim up to 2^15; otherwise "torch".
+        "numba" on a CPU where numba is installed, for `CountSketch` and for `BlockSRHT` with dim up to 2^21; "triton"
+        on a CUDA device with Triton 3.6 or newer and compute capability 8.0 or higher, for `CountSketch` and for
+        `BlockSRHT` with dim up to 2^15; otherwise "torch".
 
     Raises:
         ValueError: If the environment variable LIGHTNING_SKETCH_KERNEL names another one.
@@ -46,59 +55,102 @@ def kernel_in_use(sketch: "Sketch", device: torch.device | str) -> str:
     'torch'
     """
     forced = os.environ.get(_FORCED, "")
-    if forced not in ("", "torch", "triton"):
-        raise ValueError(f"{_FORCED} takes torch or triton, got {forced!r}; unset it to let the device decide.")
+    if forced and forced not in _KERNELS:
+        raise ValueError(f"{_FORCED} takes {', '.join(_KERNELS)}, got {forced!r}; unset it to let the device decide.")
     device = torch.device(device)
     kind = type(sketch)
-    made_for = "kind" in vars(kind) and kind.__module__.startswith("lightning_sketch.")
-    if forced == "torch" or not made_for or sketch.dim > _LARGEST.get(sketch.kind, 0):
+    if forced == "torch" or "kind" not in vars(kind) or not kind.__module__.startswith("lightning_sketch."):
         return "torch"
-    return "triton" if _has_triton(device, forced == "triton") else "torch"
+    for name in [forced] if forced else _KERNELS[1:]:
+        if sketch.dim <= _LARGEST[name].get(sketch.kind, 0) and _can_run(name, device, bool(forced)):
+            return name
+    return "torch"
 
 
 def forward(sketch: "Sketch", x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
     """Return S[:, start : start + size] x for each row, by the kernel in use."""
-    if x.dtype in _TYPES and x.numel() and kernel_in_use(sketch, x.device) == "triton":
-        try:
-            from lightning_sketch.operators.kernels.triton import launches
+    return _by_kernel("forward", sketch, [x], x, start, otherwise=sketch.forward)
 
-            return launches.forward(sketch, x, start)
-        except Exception as error:
-            _give_up(error)
-    return sketch.forward(x, start)
+
+def forward_pieces(sketch: "Sketch", pieces: Sequence[tuple[int, Tensor]]) -> Float[Tensor, " dim"]:
+    """Return S x by the kernel in use, for a vector x given by pieces and where they begin; the rest of it is zero.
+
+    Args:
+        sketch: The sketch S.
+        pieces: The pieces in ascending order, without overlaps, on one device and without a graph.
+    """
+    tensors = [tensor for _, tensor in pieces]
+    return _by_kernel("forward_pieces", sketch, tensors, pieces, otherwise=sketch.forward_pieces)[0]
+
+
+def gather(
+    sketch: "StreamingSketch",
+    chunks: Float[Tensor, "rows group chunk"],
+    which: int | Int[Tensor, "#rows group"],
+    spare: list[Tensor],
+) -> Float[Tensor, "rows dim"]:
+    """Return, for each row, the sum of the sketches of some chunks of a vector, by the kernel in use.
+
+    Args:
+        sketch: The sketch.
+        chunks: The chunks, contiguous; they and `spare` may be overwritten.
+        which: The number of the first of consecutive chunks, or the number of each, which occurs once in a row.
+        spare: Two buffers of the size of `chunks` and `FLIP_SLACK` more.
+    """
+
+    def by_torch(chunks: Tensor, which: int | Tensor) -> Tensor:
+        total = chunks.new_zeros(len(chunks), sketch.dim)
+        sketch.gather(chunks, which, spare, total)
+        return total.mul_(sketch.scale)
+
+    if isinstance(which, int):
+        if kernel_in_use(sketch, chunks.device) == "torch":
+            return by_torch(chunks, which)
+        return forward(sketch, chunks.flatten(1), which * sketch.chunk)
+    return _by_kernel("gather", sketch, [chunks], chunks, which, otherwise=by_torch)
 
 
 def adjoint(sketch: "Sketch", y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
     """Return S[:, start : stop]ᵀ y for each row, by the kernel in use."""
-    if y.dtype in _TYPES and y.numel() and kernel_in_use(sketch, y.device) == "triton":
-        try:
-            from lightning_sketch.operators.kernels.triton import launches
-
-            return launches.adjoint(sketch, y, start, stop)
-        except Exception as error:
-            _give_up(error)
-    return sketch.adjoint(y, start, stop)
+    return _by_kernel("adjoint", sketch, [y], y, start, stop, otherwise=sketch.adjoint)
 
 
-_broken = False
+def _by_kernel(
+    name: str, sketch: "Sketch", tensors: Sequence[Tensor], *arguments: Any, otherwise: Callable[..., Tensor]
+) -> Tensor:
+    """Return the result of a function of the kernel in use, or else of another one with the same arguments."""
+    if all(x.dtype in _TYPES and x.numel() and type(x) in (Tensor, nn.Parameter) for x in tensors):
+        kernel = kernel_in_use(sketch, tensors[0].device)
+        if kernel != "torch":
+            try:
+                launches = importlib.import_module(f"lightning_sketch.operators.kernels.{kernel}.launches")
+                if hasattr(launches, name):
+                    return cast(Tensor, getattr(launches, name)(sketch, *arguments))
+            except Exception as error:
+                _give_up(kernel, error)
+    return otherwise(*arguments)
 
 
-def _give_up(error: Exception) -> None:
+_broken: set[str] = set()  # kernels that failed in this process
+
+
+def _give_up(kernel: str, error: Exception) -> None:
     """Use PyTorch's operations from now on, unless the error is one that they would raise as well."""
-    global _broken
-    if isinstance(error, torch.OutOfMemoryError) or os.environ.get(_FORCED) == "triton":
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or os.environ.get(_FORCED) == kernel:
         raise error
-    _broken = True
+    _broken.add(kernel)
     warnings.warn(
-        f"the kernels in Triton failed ({type(error).__name__}: {error}); sketches are computed by PyTorch's "
-        f"operations from now on, which takes longer. Set {_FORCED}=triton to see where, or =torch to be spared this.",
-        stacklevel=3,
+        f"the kernels in {kernel} failed ({type(error).__name__}: {error}); sketches are computed by PyTorch's "
+        f"operations from now on, which takes longer. Set {_FORCED}={kernel} to see where, or =torch to silence this.",
+        stacklevel=4,
     )
 
 
-def _has_triton(device: torch.device, forced: bool) -> bool:
-    if _broken or not _version():
+def _can_run(kernel: str, device: torch.device, forced: bool) -> bool:
+    if kernel in _broken or not _is_installed(kernel):
         return False
+    if kernel == "numba":
+        return device.type == "cpu"
     if device.type != "cuda":
         return forced and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, for tests
     return _is_capable(torch.cuda.current_device() if device.index is None else device.index)
@@ -110,11 +162,13 @@ def _is_capable(index: int) -> bool:
 
 
 @functools.cache
-def _version() -> bool:
-    """Return whether a Triton is installed that the kernels are written for."""
+def _is_installed(kernel: str) -> bool:
+    """Return whether a version of numba or Triton is installed that the kernels are written for."""
     try:
-        import triton
-        from triton.experimental.gluon import language  # noqa: F401
+        package = importlib.import_module(kernel)
+        if kernel == "triton":
+            importlib.import_module("triton.experimental.gluon.language")
     except ImportError:
         return False
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= _LOWEST_TRITON
+    lowest = _LOWEST_NUMBA if kernel == "numba" else _LOWEST_TRITON
+    return tuple(int(part) for part in package.__version__.split(".")[:2]) >= lowest

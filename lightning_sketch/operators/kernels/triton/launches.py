@@ -1,6 +1,7 @@
 """Launches of the kernels in Triton: BlockSRHT and CountSketch on a CUDA device."""
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +15,8 @@ from lightning_sketch.operators.kernels.triton.plans import Plan, Tiles, constan
 if TYPE_CHECKING:
     from lightning_sketch.operators.sketch import Sketch
 
+# Numbers from which on a piece of a vector gets launches of its own, as its two ends cost a chunk each.
+_JOINED = 1 << 20
 _REGISTERS = 128  # of a thread at most; with 80, and more programs at once, all kernels took longer
 
 
@@ -24,6 +27,23 @@ def forward(sketch: "Sketch", x: Float[Tensor, "rows size"], start: int) -> Floa
         if sketch.kind == "count_sketch":
             return count_sketch_forward(sketch, x, start, tiles_of(sketch.dim, False))
         return block_srht_forward(sketch, x, start, plan_of(sketch.width, x.element_size(), False))
+
+
+def forward_pieces(sketch: "Sketch", pieces: Sequence[tuple[int, Tensor]]) -> Float[Tensor, "1 dim"]:
+    """Return S x, x given by pieces of it and where they begin; small pieces that follow each other are joined."""
+    total = pieces[0][1].new_zeros(1, sketch.dim, dtype=torch.float32)
+    joined: list[Tensor] = []
+    begin = end = 0
+    for start, x in [*pieces, (-1, pieces[0][1][:0])]:
+        if joined and (start != end or x.dtype != joined[0].dtype or end - begin >= _JOINED or len(x) >= _JOINED):
+            whole = joined[0] if len(joined) == 1 else torch.cat(joined)
+            total += forward(sketch, whole[None], begin)
+            joined = []
+        if not joined:
+            begin = end = start
+        joined.append(x)
+        end += len(x)
+    return total
 
 
 def adjoint(sketch: "Sketch", y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:

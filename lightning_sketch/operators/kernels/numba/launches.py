@@ -1,0 +1,183 @@
+"""Calls of the kernels in numba: BlockSRHT and CountSketch on a CPU, by as many threads as PyTorch uses.
+
+The units of a vector are shared out in parts, each with a sum of its own. Which units are in a part does not depend on
+the number of threads, and so neither does the result. A thread takes the next part when it is done with one, so that
+none waits for another that a busy neighbor holds up.
+"""
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_sketch.operators.kernels.numba import block_srht, count_sketch
+
+if TYPE_CHECKING:
+    from lightning_sketch.operators.sketch import Sketch
+
+# Numbers in a part: enough to hide what Python does for it, and few enough that none is waited for long.
+_PART = 1 << 18
+_MOST_PARTS = 64
+_MOST_NUMBERS = 1 << 21  # in the sums of all parts of a row, and of rows that are handled at once
+
+_TYPES = torch.float32, torch.bfloat16  # others are converted first
+
+
+def forward(sketch: "Sketch", x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
+    """Return S[:, start : start + size] x for each row, in float32."""
+    x = _readable(x)
+    pieces = np.empty((len(x), 1, 4), np.int64)
+    pieces[:, 0, 0] = x.data_ptr() + np.arange(len(x)) * (x.stride(0) * x.element_size())
+    pieces[:, 0, 1:] = start, start + x.shape[1], x.element_size()
+    return _sums(sketch, pieces, _parts(sketch, start, start + x.shape[1]))
+
+
+def forward_pieces(sketch: "Sketch", pieces: Sequence[tuple[int, Tensor]]) -> Float[Tensor, "1 dim"]:
+    """Return S x, x given by pieces of it and where they begin, in ascending order, in float32."""
+    kept = [(start, _readable(x)) for start, x in pieces]
+    table = np.array([(x.data_ptr(), start, start + len(x), x.element_size()) for start, x in kept], np.int64)
+    return _sums(sketch, table[None], _parts(sketch, int(table[0, 1]), int(table[-1, 2])))
+
+
+def gather(
+    sketch: "Sketch", chunks: Float[Tensor, "rows group chunk"], which: Int[Tensor, "#rows group"]
+) -> Float[Tensor, "rows dim"]:
+    """Return, for each row, the sum of the sketches of chunks anywhere, given by their numbers, in float32."""
+    chunks = _readable(chunks.contiguous())
+    rows, group, size = chunks.shape
+    number = np.broadcast_to(which.numpy(), (rows, group))
+    order = number.argsort(axis=1)
+    first = np.take_along_axis(number, order, axis=1) * size
+    places = np.arange(rows)[:, None] * group + order
+    table = np.empty((rows, group, 4), np.int64)
+    table[..., 0] = chunks.data_ptr() + places * (size * chunks.element_size())
+    table[..., 1], table[..., 2], table[..., 3] = first, first + size, chunks.element_size()
+    return _sums(sketch, table, [(0, -(-int(table[..., 2].max()) // _unit(sketch)))])
+
+
+def adjoint(sketch: "Sketch", y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
+    """Return S[:, start : stop]ᵀ y for each row, in float32."""
+    rows, unit = len(y), _unit(sketch)
+    out = _new(rows, stop - start)
+    vectors = y.float()
+    if sketch.kind == "block_srht":
+        vectors = vectors * sketch.width**-0.5
+        vectors = torch.cat((vectors, vectors[:, : sketch.width - sketch.dim]), dim=1)
+        vectors = vectors.repeat(1, unit // sketch.width)
+    given = vectors.detach().contiguous().numpy()
+    run, keys = _compiled(sketch, True), _keys(sketch, True)
+    table = np.empty((rows, 1, 4), np.int64)
+    table[:, 0, 0] = out.data_ptr() + np.arange(rows) * (4 * (stop - start))
+    table[:, 0, 1:] = start, stop, 4
+    parts = _parts(sketch, start, stop)
+
+    def map_part(number: int) -> None:
+        row, part = divmod(number, len(parts))
+        run(table[row], *parts[part], given[row], *keys)
+
+    _share(map_part, rows * len(parts))
+    return out
+
+
+def _sums(sketch: "Sketch", pieces: np.ndarray, parts: Sequence[tuple[int, int]]) -> Float[Tensor, "rows dim"]:
+    """Return the sketches of vectors that are given by pieces, (rows, pieces, 4)."""
+    run, keys, unit = _compiled(sketch, False), _keys(sketch, False), _unit(sketch)
+    out = _new(len(pieces), unit)
+    most = max(1, _MOST_NUMBERS // (len(parts) * unit))
+    for first in range(0, len(pieces), most):
+        sums = _new(min(most, len(pieces) - first), len(parts), unit)
+        given = sums.numpy()
+
+        def map_part(number: int, first: int = first, given: np.ndarray = given) -> None:
+            row, part = divmod(number, len(parts))
+            run(pieces[first + row], *parts[part], given[row, part], *keys)
+
+        _share(map_part, len(sums) * len(parts))
+        torch.sum(sums, 1, out=out[first : first + len(sums)])
+    if sketch.kind == "count_sketch":
+        return out
+    total = out.view(len(pieces), -1, sketch.width).sum(1).mul_(sketch.width**-0.5)
+    out = total[:, : sketch.dim].contiguous()
+    out[:, : sketch.width - sketch.dim] += total[:, sketch.dim :]
+    return out
+
+
+def _parts(sketch: "Sketch", start: int, stop: int) -> list[tuple[int, int]]:
+    """Return the parts that a range of numbers is shared out in, each as its first unit and the end of its units."""
+    unit = _unit(sketch)
+    first, last = start // unit, -(-stop // unit)
+    most = max(1, min(_MOST_PARTS, _MOST_NUMBERS // unit))
+    size = max(-(-_PART // unit), -(-(last - first) // most))
+    return [(number, min(number + size, last)) for number in range(first, last, size)]
+
+
+def _unit(sketch: "Sketch") -> int:
+    """Return how many numbers a kernel maps at once."""
+    return sketch.dim if sketch.kind == "count_sketch" else max(block_srht.ROW, sketch.width)
+
+
+def _compiled(sketch: "Sketch", adjoint: bool) -> Callable[..., None]:
+    if sketch.kind == "count_sketch":
+        return count_sketch.compiled(adjoint)
+    return block_srht.compiled(sketch.width, adjoint)
+
+
+@functools.lru_cache(maxsize=64)
+def _keys(sketch: "Sketch", adjoint: bool) -> tuple[np.uint32, ...]:
+    streams = ("signs", "shifts") if sketch.kind == "count_sketch" else ("out", "in") if adjoint else ("in", "out")
+    return tuple(np.uint32(number) for stream in streams for number in sketch.key(stream))
+
+
+def _new(*shape: int) -> Tensor:
+    """Return new memory, whatever the program has set as a default."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Return a tensor of a type that the kernels read, whose last axis is contiguous."""
+    x = x if x.dtype in _TYPES else x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _share(work: Callable[[int], None], count: int) -> None:
+    """Call work(0), work(1), ... work(count - 1), in this thread and in as many others as PyTorch would use."""
+    numbers = iter(range(count))
+
+    def go_on() -> None:
+        for number in numbers:
+            work(number)
+
+    others = [_pool().submit(go_on) for _ in range(min(count, torch.get_num_threads()) - 1)]
+    go_on()
+    for other in others:
+        if not other.cancel():  # one that has not begun has nothing left to do
+            other.result()
+
+
+_lock = threading.Lock()
+_threads: ThreadPoolExecutor | None = None
+
+
+def _pool() -> ThreadPoolExecutor:
+    global _threads
+    with _lock:
+        if _threads is None:
+            _threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="lightning_sketch")
+        return _threads
+
+
+def _forget_threads() -> None:
+    """Start anew in a process that was forked: it has none of the threads."""
+    global _threads, _lock
+    _threads, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_threads)
