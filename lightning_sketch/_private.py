@@ -96,7 +96,13 @@ NAMES: tuple[tuple[str, str, str, str], ...] = (
     ("torch.optim.SGD(fused=True)", "_step_supports_amp_scaling", "_lightning.py", "rows off by the loss scale"),
     # torch: autograd
     ("torch.autograd.forward_ad", "_current_level", "operators/_apply.py", "compiled derivatives are zero"),
-    ("torch._C", "_are_functorch_transforms_active", "operators/_apply.py", "derivatives are zero, vmap fails"),
+    (
+        "torch._C",
+        "_are_functorch_transforms_active",
+        "operators/_apply.py, operators/kernels/__init__.py",
+        "derivatives are zero, vmap fails",
+    ),
+    ("torch._C", "_len_torch_dispatch_stack", "operators/kernels/__init__.py", "linearized sketches are wrong"),
     ("torch.autograd.function", "BackwardCFunction", "autodiff/second_derivatives.py", ""),
     ("custom autograd.Function", "_forward_cls", "autodiff/second_derivatives.py", ""),
     ("AddBackward0", "_saved_alpha", "per_example/autograd_graph.py", ""),

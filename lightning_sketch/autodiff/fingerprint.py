@@ -10,7 +10,6 @@ Integer sums are exact in every order, hence the same on each device. Swapping w
 parameter is not seen; training does no such thing. One pass over the parameters.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +20,7 @@ from lightning_sketch.operators.random import Key, words
 
 _W = 4096
 _M = 0x9E3779B97F4A7C15
+_TOGETHER = 256  # tensors whose sums are computed at once, with at most 64 kB of memory for each
 
 
 # Words of frozen tensors by their ids, each with the version of the tensor that they are of.
@@ -38,30 +38,49 @@ def fingerprint(tensors: Sequence[Tensor], known: Known | None = None) -> int:
     >>> fingerprint([torch.zeros(3)]) == fingerprint([torch.zeros(3)]) != fingerprint([torch.ones(3)])
     True
     """
+    frozen = [known is not None and isinstance(t, nn.Parameter) and not t.requires_grad for t in tensors]
+    sums: dict[int, int] = {}  # by the places of the tensors
+    for place, tensor in enumerate(tensors):
+        if known is not None and frozen[place]:  # a tensor of inference mode has no version
+            version, found = known.get(id(tensor), (-1, 0))
+            if version == tensor._version:
+                sums[place] = found
+    places = [place for place in range(len(tensors)) if place not in sums]
+    for device in {tensors[place].device for place in places}:
+        here = [place for place in places if tensors[place].device == device]
+        for first in range(0, len(here), _TOGETHER):
+            some = here[first : first + _TOGETHER]
+            sums.update(zip(some, _sums([tensors[place] for place in some], device), strict=True))
     total = 0
-    multipliers = functools.lru_cache(lambda device: words(Key(0, "fingerprint"), 0, _W, device) | 1)
-    for tensor in tensors:
-        kept = known is not None and isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-        version, found = (known or {}).get(id(tensor), (-1, 0)) if kept else (-1, 0)
-        if not kept or version != tensor._version:  # a tensor of inference mode has no version
-            found = _sum(tensor, multipliers(tensor.device))
-            if kept and known is not None:
-                known[id(tensor)] = tensor._version, found
-        total = (total * _M + found) % (1 << 64)
+    for place, tensor in enumerate(tensors):
+        if known is not None and frozen[place]:
+            known[id(tensor)] = tensor._version, sums[place]
+        total = (total * _M + sums[place]) % (1 << 64)
     return (total - (1 << 64) if total >= 1 << 63 else total) or 1
 
 
 @torch.no_grad()
-def _sum(tensor: Tensor, multipliers: Tensor) -> int:
-    """Return the weighted sum of the words of a tensor, and its size."""
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    if data.data_ptr() % 8:
-        data = data.clone()
-    whole = len(data) // (8 * _W) * (8 * _W)
-    tail = data.new_zeros(8 * _W)
-    tail[: len(data) - whole] = data[whole:]
-    columns = data[:whole].view(torch.int64).view(-1, _W).sum(0) + tail.view(torch.int64)
-    return int((columns * multipliers).sum()) + tensor.numel()
+def _sums(tensors: Sequence[Tensor], device: torch.device) -> list[int]:
+    """Return the weighted sum of the words of each tensor, and its size; the device is waited for once.
+
+    Whole runs of words are added up; the sums and what is left of a tensor become rows of one matrix.
+    """
+    run = 8 * _W  # bytes
+    zeros = torch.zeros(run, dtype=torch.uint8, device=device)
+    parts, counts = [zeros[:0]], []
+    for tensor in tensors:
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        if data.data_ptr() % 8:
+            data = data.clone()
+        whole = len(data) // run * run
+        if whole:
+            parts.append(data[:whole].view(torch.int64).view(-1, _W).sum(0).view(torch.uint8))
+        if whole < len(data):
+            parts += [data[whole:], zeros[: run - len(data) + whole]]
+        counts.append(bool(whole) + (whole < len(data)))
+    rows = torch.cat(parts).view(torch.int64).view(-1, _W)
+    found = iter((rows * (words(Key(0, "fingerprint"), 0, _W, device) | 1)).sum(1).tolist())
+    return [sum(next(found) for _ in range(count)) + t.numel() for count, t in zip(counts, tensors, strict=True)]
 
 
 def module_fingerprint(module: nn.Module, known: Known | None = None) -> int:

@@ -24,7 +24,7 @@ from lightning_sketch.operators._hadamard import group_size
 from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.operators.random import FLIP_SLACK
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.operators.streaming import StreamingSketch, Which
+from lightning_sketch.operators.streaming import StreamingSketch
 from lightning_sketch.per_example.factors import Factor, LowRank, SparseRows, separate
 from lightning_sketch.per_example.precondition import GradientMap
 
@@ -35,8 +35,9 @@ _BUFFER = 1 << 20
 _SIDE_BY_SIDE = 16
 
 # fill(target, examples, low, high, add, scratch): write the numbers [low, high) of these examples' range to `target`,
-# or add them. `scratch` is flat, has any content, and has room for a quarter more than a buffer.
-_Fill = Callable[[Tensor, slice, int, int, bool, Tensor], None]
+# or add them. `scratch` is flat, has any content, and has room for a quarter more than a buffer. It returns the
+# numbers, which unless they are added may lie elsewhere instead.
+_Fill = Callable[[Tensor, slice, int, int, bool, Tensor], Tensor]
 
 
 class SketchAccumulator:
@@ -189,8 +190,8 @@ def _plain(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _copy(values: Float[Tensor, "examples numbers"]) -> _Fill:
-    def fill(target: Tensor, examples: slice, low: int, high: int, add: bool, scratch: Tensor) -> None:
-        _write(target, values[examples, low:high], add)
+    def fill(target: Tensor, examples: slice, low: int, high: int, add: bool, scratch: Tensor) -> Tensor:
+        return target.add_(values[examples, low:high]) if add else values[examples, low:high]
 
     return fill
 
@@ -202,11 +203,11 @@ def _product(
 ) -> _Fill:
     """Return a function that writes numbers low..high of each example's flattened matrix scale * sum_t left_t right_tᵀ.
 
-    It writes them into a buffer: in place where the range is one of whole rows, else cut out of whole rows.
+    Where the range is one of whole rows, they are written in place; else they are cut out of whole rows.
     """
     columns, transposed = right.shape[2], left.mT
 
-    def fill(target: Tensor, examples: slice, low: int, high: int, add: bool, scratch: Tensor) -> None:
+    def fill(target: Tensor, examples: slice, low: int, high: int, add: bool, scratch: Tensor) -> Tensor:
         first, last = low // columns, -(-high // columns)
         rows = transposed[examples, first:last]
         shape = (len(target), last - first, columns)
@@ -216,8 +217,8 @@ def _product(
             torch.bmm(rows, right[examples], out=whole)
             if scale is not None:
                 whole *= scale[first:last]
-            if not in_place:
-                _write(target, whole.flatten(1)[:, low - first * columns : high - first * columns], add)
+            numbers = whole.flatten(1)[:, low - first * columns : high - first * columns]
+            return target.add_(numbers) if add else numbers
         else:  # two or three rows, long ones
             for row in range(first, last):
                 start, stop = max(low, row * columns), min(high, (row + 1) * columns)
@@ -225,13 +226,11 @@ def _product(
                 part = torch.bmm(transposed[examples, row, None], right[examples, :, within])[:, 0]
                 if scale is not None:
                     part *= scale[row, within]
-                _write(target[:, start - low : stop - low], part, add)
+                own = target[:, start - low : stop - low]
+                own.add_(part) if add else own.copy_(part)
+            return target
 
     return fill
-
-
-def _write(target: Tensor, values: Tensor, add: bool) -> None:
-    target.add_(values) if add else target.copy_(values)
 
 
 class _ChunkedSums:
@@ -269,8 +268,8 @@ class _ChunkedSums:
             for c in range(first, last, group):
                 buffer = self._take(examples, min(group, last - c))
                 low = c * self._chunk - start
-                fill(buffer.flatten(1), examples, low, low + buffer[0].numel(), False, self._spare[0])
-                self._gather(buffer, c, examples)
+                numbers = fill(buffer.flatten(1), examples, low, low + buffer[0].numel(), False, self._spare[0])
+                self._total[examples] += kernels.forward(self._sketch, numbers, c * self._chunk)
         self._keep(last * self._chunk, stop, start, fill)
 
     def write_rows(
@@ -354,7 +353,7 @@ class _ChunkedSums:
         shape = (examples.stop - examples.start, group, self._chunk)
         return self._buffer[: math.prod(shape)].view(shape)
 
-    def _gather(self, buffer: Tensor, which: Which, examples: slice) -> None:
+    def _gather(self, buffer: Tensor, which: Tensor, examples: slice) -> None:
         self._total[examples] += kernels.gather(self._sketch, buffer, which, self._spare)
 
 
@@ -372,8 +371,8 @@ class _WholeSums:
         """Add numbers to the coordinates [start, stop) of every example's vector."""
         if start < stop:
             whole = self.like.new_empty(len(self._total), stop - start)
-            fill(whole, slice(None), 0, stop - start, False, whole[:0])
-            self._total += self._sketch.columns(start, stop).matvec(whole)
+            numbers = fill(whole, slice(None), 0, stop - start, False, whole[:0])
+            self._total += kernels.forward(self._sketch, numbers, start)
 
     def write_rows(
         self, start: int, index: Int[Tensor, "examples tokens"], values: Float[Tensor, "examples tokens columns"]

@@ -29,6 +29,10 @@ from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, UNKNOWN_ID,
 
 Fallback = Literal["loop", "vmap"]  # engines of the second pass
 
+# How the loss weighs examples is checked on this many batches from the first on, and on this share of the later ones:
+# it costs four forward passes of an example, half of the batch's own with eight examples.
+_ALL_CHECKED, _CHECKED_LATER = 32, 0.25
+
 _MAX_SUM_ERROR = 5e-2  # relative distance of the sum of the shares from the gradient
 
 
@@ -63,8 +67,9 @@ class _Both:
 class TrainingExamples:
     """Compute a row per example during the backward passes of training, in the mode and precision of training.
 
-    How the loss weighs the examples is found on each batch, from the losses of two of them alone and together. A batch
-    of which this fails is marked, with all rows after it; `doubt` becomes true, for those before it.
+    How the loss weighs the examples is found from the losses of two of them alone and together, on each of the first
+    batches and on some of the later ones. A batch of which this fails is marked, with all rows after it; `doubt`
+    becomes true, for those before it.
 
     Args:
         trainer: The Trainer that runs the fit.
@@ -227,18 +232,22 @@ class TrainingExamples:
         return self.preconditioner if self.plain is None else _Both(self.preconditioner, self.plain)
 
     def _weighing(self, batch: Any) -> tuple[Weighing, bool]:
-        """Return the way in which the loss weighs the examples of a batch, and whether that is known."""
+        """Return the way in which the loss weighs the examples of a batch, and whether that is known.
+
+        A batch that is not checked is weighed as those before it, unless the ways that fit them differ on this batch.
+        """
         number, ways = self.batches, self.weighings(batch)
         self.batches += 1
         if self.ways is None:
             return ways[0], False
+        before = self.ways.of(ways)
+        if before is not None and not self._apart(ways) and not _is_checked(number):
+            return before, True
         loss_fn, error = on_copies(training_step_loss), tolerance(self.parameters)
         found = weighings_by_losses(self.module, batch, loss_fn, ways, self.structure, number, error)
         way = None if isinstance(found, str) else self.ways.narrow(found)
         if way is not None:
-            left = [own for own in ways if own.name in (self.ways.names or ())]
-            apart = len({own.summed for own in left}) > 1 or bool(disagreement(left).max() > 1 + error)
-            return way, len(ways[0].weights) == 1 or self.weighings.given or not apart
+            return way, len(ways[0].weights) == 1 or self.weighings.given or not self._apart(ways)
         self.ways, self.doubt = None, number > 0
         reason = found if isinstance(found, str) else "it weighs its examples in another way than before"
         warnings.warn(
@@ -247,6 +256,11 @@ class TrainingExamples:
             stacklevel=2,
         )
         return ways[0], False
+
+    def _apart(self, ways: list[Weighing]) -> bool:
+        """Return whether the ways that fit all batches so far differ on a batch."""
+        left = [own for own in ways if self.ways is not None and own.name in (self.ways.names or ())]
+        return len({own.summed for own in left}) > 1 or bool(disagreement(left).max() > 1 + tolerance(self.parameters))
 
     def _check_reasons(self) -> None:
         """Warn of parameters that hooks support on the first batch but not on this one.
@@ -280,6 +294,15 @@ class TrainingExamples:
                 "checkpoints: trainer.validate(model, train_loader)."
             )
         return True
+
+
+def _is_checked(number: int) -> bool:
+    """Return whether the losses of a batch are compared: in each of the first, later in some that are drawn.
+
+    A difference in one of them marks the rows of all batches.
+    """
+    drawn = float(torch.rand((), generator=torch.Generator().manual_seed(number)))
+    return number < _ALL_CHECKED or drawn < _CHECKED_LATER
 
 
 def unsupported_by_hooks(

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lightning_sketch._private import required
+
 if TYPE_CHECKING:
     from lightning_sketch.operators.sketch import Sketch
     from lightning_sketch.operators.streaming import StreamingSketch
@@ -86,7 +88,7 @@ def forward_pieces(sketch: "Sketch", pieces: Sequence[tuple[int, Tensor]]) -> Fl
 def gather(
     sketch: "StreamingSketch",
     chunks: Float[Tensor, "rows group chunk"],
-    which: int | Int[Tensor, "#rows group"],
+    which: Int[Tensor, "#rows group"],
     spare: list[Tensor],
 ) -> Float[Tensor, "rows dim"]:
     """Return, for each row, the sum of the sketches of some chunks of a vector, by the kernel in use.
@@ -94,19 +96,15 @@ def gather(
     Args:
         sketch: The sketch.
         chunks: The chunks, contiguous; they and `spare` may be overwritten.
-        which: The number of the first of consecutive chunks, or the number of each, which occurs once in a row.
+        which: The number of each chunk, which occurs once in a row.
         spare: Two buffers of the size of `chunks` and `FLIP_SLACK` more.
     """
 
-    def by_torch(chunks: Tensor, which: int | Tensor) -> Tensor:
+    def by_torch(chunks: Tensor, which: Tensor) -> Tensor:
         total = chunks.new_zeros(len(chunks), sketch.dim)
         sketch.gather(chunks, which, spare, total)
         return total.mul_(sketch.scale)
 
-    if isinstance(which, int):
-        if kernel_in_use(sketch, chunks.device) == "torch":
-            return by_torch(chunks, which)
-        return forward(sketch, chunks.flatten(1), which * sketch.chunk)
     return _by_kernel("gather", sketch, [chunks], chunks, which, otherwise=by_torch)
 
 
@@ -119,7 +117,7 @@ def _by_kernel(
     name: str, sketch: "Sketch", tensors: Sequence[Tensor], *arguments: Any, otherwise: Callable[..., Tensor]
 ) -> Tensor:
     """Return the result of a function of the kernel in use, or else of another one with the same arguments."""
-    if all(x.dtype in _TYPES and x.numel() and type(x) in (Tensor, nn.Parameter) for x in tensors):
+    if not _is_recorded() and all(map(_is_readable, tensors)):
         kernel = kernel_in_use(sketch, tensors[0].device)
         if kernel != "torch":
             try:
@@ -129,6 +127,24 @@ def _by_kernel(
             except Exception as error:
                 _give_up(kernel, error)
     return otherwise(*arguments)
+
+
+def _is_recorded() -> bool:
+    """Return whether PyTorch's operations are recorded or mapped, as by `torch.func.linearize`: it misses a kernel."""
+    return bool(
+        required(torch._C, "_len_torch_dispatch_stack")() or required(torch._C, "_are_functorch_transforms_active")()
+    )
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Return whether a tensor's numbers lie in memory as they are: neither negated nor zero by a mark alone."""
+    return (
+        x.dtype in _TYPES
+        and type(x) in (Tensor, nn.Parameter)
+        and x.numel() > 0
+        and not x.is_neg()
+        and x.data_ptr() != 0
+    )
 
 
 _broken: set[str] = set()  # kernels that failed in this process
@@ -168,7 +184,7 @@ def _is_installed(kernel: str) -> bool:
         package = importlib.import_module(kernel)
         if kernel == "triton":
             importlib.import_module("triton.experimental.gluon.language")
-    except ImportError:
+    except Exception:  # not only ImportError: numba, for one, cannot be imported beside some versions of `coverage`
         return False
     lowest = _LOWEST_NUMBA if kernel == "numba" else _LOWEST_TRITON
     return tuple(int(part) for part in package.__version__.split(".")[:2]) >= lowest

@@ -9,7 +9,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -147,7 +147,10 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _share(work: Callable[[int], None], count: int) -> None:
-    """Call work(0), work(1), ... work(count - 1), in this thread and in as many others as PyTorch would use."""
+    """Call work(0), work(1), ... work(count - 1), in this thread and in as many others as PyTorch would use.
+
+    However it ends, nobody works any more: the memory that they write to may be gone after it.
+    """
     numbers = iter(range(count))
 
     def go_on() -> None:
@@ -155,10 +158,15 @@ def _share(work: Callable[[int], None], count: int) -> None:
             work(number)
 
     others = [_pool().submit(go_on) for _ in range(min(count, torch.get_num_threads()) - 1)]
-    go_on()
-    for other in others:
-        if not other.cancel():  # one that has not begun has nothing left to do
-            other.result()
+    try:
+        go_on()
+    finally:
+        for _ in numbers:  # after an error, or when Ctrl-C is pressed, no further ones begin
+            pass
+        begun = [other for other in others if not other.cancel()]  # the rest would have nothing left to do
+        wait(begun)
+    for other in begun:
+        other.result()
 
 
 _lock = threading.Lock()

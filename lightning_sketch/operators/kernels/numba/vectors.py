@@ -7,6 +7,7 @@ Signs come as words, a bit of each (see `operators.random`): a sign is applied b
 """
 
 import inspect
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +36,20 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def kept_jit(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function as `jit` does, and keep the result on disk, beside the module or in the user's folder."""
-    plain = inspect.unwrap(function)
     try:
-        return numba.njit(nogil=True, cache=True)(plain)
+        kept = numba.njit(nogil=True, cache=True)(inspect.unwrap(function))
     except RuntimeError:  # no folder that can be written to
-        return numba.njit(nogil=True)(plain)
+        return jit(function)
+
+    def run(*arguments: Any) -> None:
+        nonlocal kept
+        try:
+            kept(*arguments)
+        except (OSError, EOFError, pickle.PickleError):  # a full disk, or a file that was cut off
+            kept = jit(function)
+            kept(*arguments)
+
+    return run
 
 
 @intrinsic(prefer_literal=True)
