@@ -5,9 +5,10 @@
 A sketch is linear, so each factor is formed one buffer at a time, sketched, and forgotten: no gradient is ever whole.
 
 For a sketch that streams, S = scale · (M_1 M_2 ...) over its chunks. Whole chunks are written to a buffer of about 2^20
-numbers (2^24 on a GPU), a few examples side by side, and sketched in place: signs are made once for these examples.
+numbers (2^24 on a GPU), a few examples side by side, and sketched there.
 Numbers that fill a chunk only in part are kept until those around them have come, since a part of a chunk costs as much
-as the chunk. Scratch memory: four buffers, or a few chunks of every example if that is more.
+as the chunk; but not those at the ends of many chunks. Scratch memory: five buffers, or a few chunks of every example
+if that is more.
 """
 
 import functools
@@ -33,6 +34,9 @@ _BUFFER = 1 << 20
 
 # The most examples side by side in a buffer; with more, products with the factors of each would be small and slow.
 _SIDE_BY_SIDE = 16
+
+# Chunks from which on what fills a chunk only in part is sketched as it is.
+_LONG = 8
 
 # fill(target, examples, low, high, add, scratch): write the numbers [low, high) of these examples' range to `target`,
 # or add them. `scratch` is flat, has any content, and has room for a quarter more than a buffer. It returns the
@@ -251,7 +255,7 @@ class _ChunkedSums:
     def start(self, examples: int) -> None:
         """Begin anew with `examples` rows of zeros."""
         self._total = self._buffer.new_zeros(examples, self._sketch.dim)
-        partial = max(1, self._most // (4 * max(1, examples)))
+        partial = max(1, self._most // max(1, examples))
         if len(self._room) < examples * partial * self._chunk:
             self._room = self._room.new_empty(examples * partial * self._chunk)
         self._partial = self._room[: examples * partial * self._chunk].view(examples, partial, self._chunk)
@@ -259,18 +263,24 @@ class _ChunkedSums:
 
     def write(self, start: int, stop: int, fill: _Fill) -> None:
         """Add numbers to the coordinates [start, stop) of every example's vector."""
-        first, last = -(-start // self._chunk), stop // self._chunk
-        if first > last:
+        chunk = self._chunk
+        low, high = -(-start // chunk) * chunk, stop // chunk * chunk
+        if low > high:
             self._keep(start, stop, start, fill)
             return
-        self._keep(start, first * self._chunk, start, fill)
+        if high - low < _LONG * chunk:
+            self._keep(start, low, start, fill)
+            self._keep(high, stop, start, fill)
+        else:
+            low, high = start, stop
         for examples, group in self._groups(1):
-            for c in range(first, last, group):
-                buffer = self._take(examples, min(group, last - c))
-                low = c * self._chunk - start
-                numbers = fill(buffer.flatten(1), examples, low, low + buffer[0].numel(), False, self._spare[0])
-                self._total[examples] += kernels.forward(self._sketch, numbers, c * self._chunk)
-        self._keep(last * self._chunk, stop, start, fill)
+            at = low
+            while at < high:
+                end = min(high, (at // chunk + group) * chunk)
+                target = self._buffer[: (examples.stop - examples.start) * (end - at)].view(-1, end - at)
+                numbers = fill(target, examples, at - start, end - start, False, self._spare[0])
+                self._total[examples] += kernels.forward(self._sketch, numbers, at)
+                at = end
 
     def write_rows(
         self, start: int, index: Int[Tensor, "examples tokens"], values: Float[Tensor, "examples tokens columns"]

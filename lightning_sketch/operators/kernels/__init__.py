@@ -168,7 +168,8 @@ def _can_run(kernel: str, device: torch.device, forced: bool) -> bool:
     if kernel == "numba":
         return device.type == "cpu"
     if device.type != "cuda":
-        return forced and os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter, for tests
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # by Triton's interpreter, for tests
+        return forced and device.type == "cpu" and interpreted
     return _is_capable(torch.cuda.current_device() if device.index is None else device.index)
 
 

@@ -34,9 +34,10 @@ _KEPT = 64  # units in a sum before it is added to the whole one, which keeps ro
 def compiled(chunk: int, adjoint: bool) -> Callable[..., None]:
     """Return a function that maps units of vectors, compiled for a size of chunks.
 
-    It takes pieces of memory (see `memory`), the first unit and the end of the units, a vector of a unit's size, and
-    the keys of the signs before and after H. It writes the sum of the mapped units to the vector; the adjoint maps the
-    vector, and writes the numbers of the units to the pieces.
+    It takes the pieces of each row (see `memory`), parts of their units, each with its first unit and the end of its
+    units, vectors of a unit's size for each row and part (in the adjoint for each row), which rows and parts to work
+    on, as a range of their numbers, and the keys of the signs before and after H. It writes the sum of the mapped units
+    to a vector; the adjoint maps the vector, and writes the numbers of the units to the pieces.
     """
     unit = max(chunk, ROW)
     block = min(unit, BLOCK)
@@ -47,70 +48,74 @@ def compiled(chunk: int, adjoint: bool) -> Callable[..., None]:
     add = not adjoint
 
     @kept_jit
-    def run(pieces, first, last, vector, before0, before1, after0, after1):
+    def run(pieces, parts, vectors, begin, end, before0, before1, after0, after1):
         held, sums = aligned(unit), aligned(unit)
         before, after = aligned(ROW).view(np.uint32), aligned(ROW).view(np.uint32)
-        held_at, sums_at, vector_at = address(held), address(sums), address(vector)
+        held_at, sums_at = address(held), address(sums)
         before_at, after_at = address(before), address(after)
-        hashed, done, piece, number = -1, 0, 0, first
-        if add:
-            vector[:] = 0
-            sums[:] = 0
-        while True:
-            piece = later(pieces, piece, number * unit)
-            if piece == len(pieces):
-                break
-            number = max(number, pieces[piece, 1] // unit)  # what no piece has is zero
-            if number >= last:
-                break
-            start = number * unit
-            there = in_place(pieces, piece, start, start + unit)
-            source, half = vector_at if adjoint else there, False
-            if add and there == 0:
-                fill(held, pieces, piece, start, start + unit)
-                source = held_at
-            elif add:
-                half = pieces[piece, 3] == 2
-
-            for b in range(blocks):
-                index = start + b * block
-                if index // BLOCK != hashed:
-                    hashed = index // BLOCK
-                    write_words(before, hashed, before0, before1)
-                    write_words(after, hashed, after0, after1)
-                bit = np.int32(index // ROW % 32)
-                for at in range(b * near, b * near + row, step):
-                    if half:
-                        mix_rows(rows, 2, source + at // 2, held_at + at, before_at + at % row, bit)
-                    else:
-                        mix_rows(rows, 4, source + at, held_at + at, before_at + at % row, bit)
-
-            if inner > 1:
-                for high in range(outer):
-                    for at in range(high * far, high * far + near, step):
-                        mix_blocks(inner, near, held_at + at)
-            if outer > 1:
-                for at in range(0, far, step):
-                    mix_blocks(outer, far, held_at + at)
-
-            target = there if adjoint and there != 0 else sums_at
-            for b in range(blocks):
-                index = start + b * block
-                if index // BLOCK != hashed:
-                    hashed = index // BLOCK
-                    write_words(before, hashed, before0, before1)
-                    write_words(after, hashed, after0, after1)
-                for r in range(rows):
-                    at = b * near + r * row
-                    mix_row(levels, add, held_at + at, target + at, after_at, np.int32(index // ROW % 32 + r))
-
-            if adjoint and there == 0:
-                copy_out(sums, pieces, piece, start, start + unit)
-            done, number = done + 1, number + 1
-            if add and done % _KEPT == 0:
-                vector += sums
+        hashed = -1
+        for task in range(begin, end):
+            which, part = task // len(parts), task % len(parts)
+            own, vector = pieces[which], vectors[which, 0 if adjoint else part]
+            done, piece, number = 0, 0, parts[part, 0]
+            if add:
+                vector[:] = 0
                 sums[:] = 0
-        if add:
-            vector += sums
+            while True:
+                piece = later(own, piece, number * unit)
+                if piece == len(own):
+                    break
+                number = max(number, own[piece, 1] // unit)  # what no piece has is zero
+                if number >= parts[part, 1]:
+                    break
+                start = number * unit
+                there = in_place(own, piece, start, start + unit)
+                source, half = address(vector) if adjoint else there, False
+                if add and there == 0:
+                    fill(held, own, piece, start, start + unit)
+                    source = held_at
+                elif add:
+                    half = own[piece, 3] == 2
+
+                for b in range(blocks):
+                    index = start + b * block
+                    if index // BLOCK != hashed:
+                        hashed = index // BLOCK
+                        write_words(before, hashed, before0, before1)
+                        write_words(after, hashed, after0, after1)
+                    bit = np.int32(index // ROW % 32)
+                    for at in range(b * near, b * near + row, step):
+                        if half:
+                            mix_rows(rows, 2, source + at // 2, held_at + at, before_at + at % row, bit)
+                        else:
+                            mix_rows(rows, 4, source + at, held_at + at, before_at + at % row, bit)
+
+                if inner > 1:
+                    for high in range(outer):
+                        for at in range(high * far, high * far + near, step):
+                            mix_blocks(inner, near, held_at + at)
+                if outer > 1:
+                    for at in range(0, far, step):
+                        mix_blocks(outer, far, held_at + at)
+
+                target = there if adjoint and there != 0 else sums_at
+                for b in range(blocks):
+                    index = start + b * block
+                    if index // BLOCK != hashed:
+                        hashed = index // BLOCK
+                        write_words(before, hashed, before0, before1)
+                        write_words(after, hashed, after0, after1)
+                    for r in range(rows):
+                        at = b * near + r * row
+                        mix_row(levels, add, held_at + at, target + at, after_at, np.int32(index // ROW % 32 + r))
+
+                if adjoint and there == 0:
+                    copy_out(sums, own, piece, start, start + unit)
+                done, number = done + 1, number + 1
+                if add and done % _KEPT == 0:
+                    vector += sums
+                    sums[:] = 0
+            if add:
+                vector += sums
 
     return run

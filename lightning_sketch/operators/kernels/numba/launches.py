@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -59,7 +59,7 @@ def gather(
     table = np.empty((rows, group, 4), np.int64)
     table[..., 0] = chunks.data_ptr() + places * (size * chunks.element_size())
     table[..., 1], table[..., 2], table[..., 3] = first, first + size, chunks.element_size()
-    return _sums(sketch, table, [(0, -(-int(table[..., 2].max()) // _unit(sketch)))])
+    return _sums(sketch, table, np.array([(0, -(-table[..., 2].max() // _unit(sketch)))]))
 
 
 def adjoint(sketch: "Sketch", y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
@@ -71,51 +71,50 @@ def adjoint(sketch: "Sketch", y: Float[Tensor, "rows dim"], start: int, stop: in
         vectors = vectors * sketch.width**-0.5
         vectors = torch.cat((vectors, vectors[:, : sketch.width - sketch.dim]), dim=1)
         vectors = vectors.repeat(1, unit // sketch.width)
-    given = vectors.detach().contiguous().numpy()
+    given = vectors.detach().contiguous().numpy()[:, None]
     run, keys = _compiled(sketch, True), _keys(sketch, True)
     table = np.empty((rows, 1, 4), np.int64)
     table[:, 0, 0] = out.data_ptr() + np.arange(rows) * (4 * (stop - start))
     table[:, 0, 1:] = start, stop, 4
     parts = _parts(sketch, start, stop)
 
-    def map_part(number: int) -> None:
-        row, part = divmod(number, len(parts))
-        run(table[row], *parts[part], given[row], *keys)
-
-    _share(map_part, rows * len(parts))
+    _share(functools.partial(run, table, parts, given), keys, rows * len(parts), (stop - start) // len(parts))
     return out
 
 
-def _sums(sketch: "Sketch", pieces: np.ndarray, parts: Sequence[tuple[int, int]]) -> Float[Tensor, "rows dim"]:
+def _sums(sketch: "Sketch", pieces: np.ndarray, parts: np.ndarray) -> Float[Tensor, "rows dim"]:
     """Return the sketches of vectors that are given by pieces, (rows, pieces, 4)."""
+    numbers = int((pieces[0, :, 2] - pieces[0, :, 1]).sum()) // len(parts)
     run, keys, unit = _compiled(sketch, False), _keys(sketch, False), _unit(sketch)
     out = _new(len(pieces), unit)
-    most = max(1, _MOST_NUMBERS // (len(parts) * unit))
-    for first in range(0, len(pieces), most):
-        sums = _new(min(most, len(pieces) - first), len(parts), unit)
-        given = sums.numpy()
-
-        def map_part(number: int, first: int = first, given: np.ndarray = given) -> None:
-            row, part = divmod(number, len(parts))
-            run(pieces[first + row], *parts[part], given[row, part], *keys)
-
-        _share(map_part, len(sums) * len(parts))
-        torch.sum(sums, 1, out=out[first : first + len(sums)])
+    if len(parts) == 1:
+        _share(functools.partial(run, pieces, parts, out.numpy()[:, None]), keys, len(pieces), numbers)
+    else:
+        most = max(1, _MOST_NUMBERS // (len(parts) * unit))
+        for first in range(0, len(pieces), most):
+            sums = _new(min(most, len(pieces) - first), len(parts), unit)
+            work = functools.partial(run, pieces[first : first + most], parts, sums.numpy())
+            _share(work, keys, len(sums) * len(parts), numbers)
+            torch.sum(sums, 1, out=out[first : first + len(sums)])
     if sketch.kind == "count_sketch":
         return out
-    total = out.view(len(pieces), -1, sketch.width).sum(1).mul_(sketch.width**-0.5)
-    out = total[:, : sketch.dim].contiguous()
-    out[:, : sketch.width - sketch.dim] += total[:, sketch.dim :]
+    width, dim = sketch.width, sketch.dim
+    if unit > width:
+        out = out.view(len(pieces), -1, width).sum(1)
+    out *= width**-0.5
+    if dim < width:
+        out, rest = out[:, :dim].contiguous(), out[:, dim:]
+        out[:, : width - dim] += rest
     return out
 
 
-def _parts(sketch: "Sketch", start: int, stop: int) -> list[tuple[int, int]]:
-    """Return the parts that a range of numbers is shared out in, each as its first unit and the end of its units."""
+def _parts(sketch: "Sketch", start: int, stop: int) -> np.ndarray:
+    """Return the parts that a range of numbers is shared out in, each with its first unit and the end of its units."""
     unit = _unit(sketch)
     first, last = start // unit, -(-stop // unit)
     most = max(1, min(_MOST_PARTS, _MOST_NUMBERS // unit))
     size = max(-(-_PART // unit), -(-(last - first) // most))
-    return [(number, min(number + size, last)) for number in range(first, last, size)]
+    return np.array([(number, min(number + size, last)) for number in range(first, last, size)])
 
 
 def _unit(sketch: "Sketch") -> int:
@@ -146,22 +145,29 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _share(work: Callable[[int], None], count: int) -> None:
-    """Call work(0), work(1), ... work(count - 1), in this thread and in as many others as PyTorch would use.
+def _share(work: Callable[..., None], keys: Sequence[Any], count: int, numbers: int) -> None:
+    """Call work(begin, end, *keys) for ranges of [0, count), in this thread and in as many others as PyTorch would use.
 
     However it ends, nobody works any more: the memory that they write to may be gone after it.
+
+    Args:
+        work: What to call.
+        keys: The last arguments of the call.
+        count: The end of all ranges.
+        numbers: How many numbers there are in one of them.
     """
-    numbers = iter(range(count))
+    step = max(1, _PART // max(1, numbers))
+    starts = iter(range(0, count, step))
 
     def go_on() -> None:
-        for number in numbers:
-            work(number)
+        for start in starts:
+            work(start, min(start + step, count), *keys)
 
-    others = [_pool().submit(go_on) for _ in range(min(count, torch.get_num_threads()) - 1)]
+    others = [_pool().submit(go_on) for _ in range(min(-(-count // step), torch.get_num_threads()) - 1)]
     try:
         go_on()
     finally:
-        for _ in numbers:  # after an error, or when Ctrl-C is pressed, no further ones begin
+        for _ in starts:  # after an error, or when Ctrl-C is pressed, no further ones begin
             pass
         begun = [other for other in others if not other.cancel()]  # the rest would have nothing left to do
         wait(begun)
