@@ -27,7 +27,7 @@ from lightning_sketch.autodiff.losses import LossFn, training_step_loss
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.per_example.example_sketches import Engine, ExampleSketches
-from lightning_sketch.per_example.verify import one, tolerance
+from lightning_sketch.per_example.verify import tolerance
 from lightning_sketch.per_example.weights import Reduction
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, SketchedGradients, Strings, say_rows
 
@@ -255,7 +255,7 @@ class ExampleRows:
         examples, places, self.in_doubt = self.sketches.structure.count(batch), [], False
         batch = _with_decoder_inputs(self.sketches.module, batch)
         for place in range(examples):
-            example = one(self.sketches.structure, batch, place, examples)
+            example = self.sketches.structure.one(batch, place, examples)
             labels = labels_of(example)
             counted = labels[0] != _IGNORED
             columns: dict[str, Any]

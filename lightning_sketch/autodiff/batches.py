@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -233,6 +234,13 @@ class BatchStructure:
                     "axis is time, or split_fn=lambda batch: [...], which makes batches of one example."
                 )
             yield part, stop - start
+
+    def one(self, batch: Any, place: int, examples: int) -> Any:
+        """Return the example at this place, as a batch of one."""
+        straight = self.split_fn is None and not callable(self.num_examples) and not _is_graphs(batch)
+        if examples > 1 and straight and self._has_length(batch, examples):
+            return self._part(batch, examples, slice(place, place + 1))
+        return next(itertools.islice(self.parts(batch, 1, examples), place, None))[0]
 
     def two(self, batch: Any, first: int, second: int, examples: int) -> Any:
         """Return a batch of the examples at two places, in their order in the batch."""

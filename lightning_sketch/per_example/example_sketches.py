@@ -27,7 +27,6 @@ from lightning_sketch.per_example.verify import (
     disagreement,
     gradients_of,
     hooks_fail,
-    one,
     tolerance,
     weighings_of,
     witnesses,
@@ -261,7 +260,7 @@ class ExampleSketches:
 
     def alone(self, batch: Any, place: int, examples: int) -> tuple[Float[Tensor, " dim"], float]:
         """Return the sketch of the gradient of one example of a batch alone, and its loss."""
-        loss = self.loss_fn(self.module, one(self.structure, batch, place, examples)).sum()
+        loss = self.loss_fn(self.module, self.structure.one(batch, place, examples)).sum()
         return self._sketched(loss), float(loss.detach())
 
     def _sketched(self, loss: Tensor) -> Float[Tensor, " dim"]:

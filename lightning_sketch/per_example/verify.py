@@ -168,7 +168,7 @@ def weighings_by_losses(
         if pair is None or (known and len({way.summed for way in left}) == 1 and disagreement(left).max() <= 1 + error):
             break
         low, high = sorted(pair)
-        batches = one(structure, batch, low, examples), one(structure, batch, high, examples)
+        batches = structure.one(batch, low, examples), structure.one(batch, high, examples)
         both_examples = structure.two(batch, low, high, examples)
         a, b, both = (float(loss_fn(module, part).detach().double().mean()) for part in (*batches, both_examples))
         rounding = error / 500 * max(abs(a), abs(b))
@@ -257,29 +257,34 @@ class _SmallSketches:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], examples: int):
-        self.examples = examples
-        self.rows: dict[str, Tensor] = {}
+        self.examples, self.parameters = examples, dict(parameters)
         self.names = {id(p): name for name, p in parameters.items()}
-        self.sketches = {name: CountSketch(p.numel(), min(p.numel(), _DIM)) for name, p in parameters.items()}
+        layout = Layout(tuple(parameters), tuple(p.shape for p in parameters.values()))
+        starts = itertools.accumulate((shape.numel() for shape in layout.shapes), initial=0)
+        self.starts = dict(zip(parameters, starts, strict=False))
+        self.sketch = CountSketch(layout.n, min(layout.n, _DIM))
+        self.accumulator = SketchAccumulator(self.sketch, layout, parameters=self.parameters)
+        self.rows: dict[str, Tensor] = {}
         for name, p in parameters.items():
             dtype = torch.promote_types(p.dtype, torch.float32)
-            self.rows[name] = torch.zeros(examples, self.sketches[name].dim, dtype=dtype, device=p.device)
+            self.rows[name] = torch.zeros(examples, self.sketch.dim, dtype=dtype, device=p.device)
 
     def add(self, factor: Factor) -> None:
         """Add a factor of the gradients of the examples."""
-        name = self.names[id(factor.parameter)]
-        layout = Layout((name,), (factor.parameter.shape,))
-        accumulator = SketchAccumulator(self.sketches[name], layout, parameters={name: factor.parameter})
-        accumulator.start(self.examples)
-        accumulator.add(factor)
-        self.rows[name] += accumulator.rows()
+        self.accumulator.start(self.examples)  # anew, since all parameters share it
+        self.accumulator.add(factor)
+        self.rows[self.names[id(factor.parameter)]] += self.accumulator.rows()
 
     def of(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Sketch gradients of the parameters, in their order; None is zero."""
         return {
-            name: self.rows[name].new_zeros(sketch.dim) if g is None else sketch.matvec(g.to_dense().reshape(-1))
-            for (name, g), sketch in zip(gradients.items(), self.sketches.values(), strict=True)
+            name: torch.zeros_like(self.rows[name][0]) if g is None else self._sketched(name, g.to_dense().reshape(-1))
+            for name, g in gradients.items()
         }
+
+    def _sketched(self, name: str, gradient: Tensor) -> Tensor:
+        start = self.starts[name]
+        return self.sketch.columns(start, start + len(gradient)).matvec(gradient)
 
 
 def hooks_fail(
@@ -309,6 +314,8 @@ def hooks_fail(
     structure = structure or BatchStructure()
     check_first_axis(structure)
     parameters = {name: p for name, p in parameters.items() if p.numel()}
+    if not parameters:
+        return {}
     examples = structure.count(batch)
     hooks, small = ExampleHooks(module, parameters), _SmallSketches(parameters, examples)
     with hooks.recording(small, examples):
@@ -328,7 +335,7 @@ def hooks_fail(
         return found
     known = ways(batch) if ways is not None else [Weighing("", torch.ones(examples, dtype=torch.float64))]
     for place in witnesses(torch.cat([small.rows[name].double() for name in right], 1), known, 0)[:WITNESSES]:
-        alone = small.of(gradients_of(loss_fn(module, one(structure, batch, place, examples)).sum(), parameters))
+        alone = small.of(gradients_of(loss_fn(module, structure.one(batch, place, examples)).sum(), parameters))
         shares = {name: rows[place] for name, rows in small.rows.items()}
         products = sum(float((shares[name] * alone[name]).double().sum()) for name in right)
         squares = sum(float(shares[name].double().square().sum()) for name in right)
@@ -360,11 +367,6 @@ def check_first_axis(structure: BatchStructure) -> None:
             "hooks split gradients along the first axis of tensors, but batch_dim or split_fn puts the examples "
             "elsewhere; use 'loop' as engine or fallback."
         )
-
-
-def one(structure: BatchStructure, batch: Any, place: int, examples: int) -> Any:
-    """Return the example at this place, as a batch of one."""
-    return next(itertools.islice(structure.parts(batch, 1, examples), place, None))[0]
 
 
 def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:

@@ -231,9 +231,10 @@ def test_on_a_gpu_buffers_are_larger_and_launches_are_fewer(kind, monkeypatch):
     """A matrix of 2^20 numbers for 8 examples: 8 buffers of 2^20 numbers, of which each costs a few operations."""
     module = module_of({"weight": (1024, 1024)}, dtype=torch.float32)
     factor = LowRank(module.weight, random(8, 2, 1024).float(), random(8, 2, 1024, seed=1).float())
+    monkeypatch.setenv("LIGHTNING_SKETCH_KERNEL", "torch")
     rows, launches = [], []
     for numbers in (1 << 18, 1 << 24):
-        monkeypatch.setattr("lightning_sketch.per_example.accumulate.group_size", lambda device: numbers)  # noqa: B023
+        monkeypatch.setattr("lightning_sketch.operators._hadamard.CACHED", numbers)
         accumulator, _ = accumulator_of(kind, 48, module)
         with Launches() as counted:
             rows.append(added(accumulator, [factor], 8))
