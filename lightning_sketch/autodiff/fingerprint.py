@@ -20,7 +20,8 @@ from lightning_sketch.operators.random import Key, words
 
 _W = 4096
 _M = 0x9E3779B97F4A7C15
-_TOGETHER = 256  # tensors whose sums are computed at once, with at most 64 kB of memory for each
+_RUN = 8 * _W  # bytes of a run of words
+_TOGETHER = 1 << 26  # bytes of tensors whose sums are computed at once
 
 
 # Words of frozen tensors by their ids, each with the version of the tensor that they are of.
@@ -48,9 +49,7 @@ def fingerprint(tensors: Sequence[Tensor], known: Known | None = None) -> int:
     places = [place for place in range(len(tensors)) if place not in sums]
     for device in {tensors[place].device for place in places}:
         here = [place for place in places if tensors[place].device == device]
-        for first in range(0, len(here), _TOGETHER):
-            some = here[first : first + _TOGETHER]
-            sums.update(zip(some, _sums([tensors[place] for place in some], device), strict=True))
+        sums.update(zip(here, _sums([tensors[place] for place in here], device), strict=True))
     total = 0
     for place, tensor in enumerate(tensors):
         if known is not None and frozen[place]:
@@ -63,24 +62,43 @@ def fingerprint(tensors: Sequence[Tensor], known: Known | None = None) -> int:
 def _sums(tensors: Sequence[Tensor], device: torch.device) -> list[int]:
     """Return the weighted sum of the words of each tensor, and its size; the device is waited for once.
 
-    Whole runs of words are added up; the sums and what is left of a tensor become rows of one matrix.
+    Runs of words are rows of a matrix. Tensors are copied into it as they are, except large ones: of these the sum of
+    all whole runs is.
     """
-    run = 8 * _W  # bytes
-    zeros = torch.zeros(run, dtype=torch.uint8, device=device)
-    parts, counts = [zeros[:0]], []
+    large = _RUN if device.type == "cpu" else _TOGETHER  # bytes; on a GPU copies are cheaper than many small launches
+    zeros = torch.zeros(_RUN, dtype=torch.uint8, device=device)
+    multipliers = words(Key(0, "fingerprint"), 0, _W, device) | 1
+    found, counts = [zeros.new_zeros(1, dtype=torch.int64)], [0]
+    parts: list[Tensor] = []
+    size = 0
+
+    def add_rows() -> None:
+        rows = torch.cat(parts).view(torch.int64).view(-1, _W)
+        found.append((rows * multipliers).sum(1))
+        parts.clear()
+
     for tensor in tensors:
         data = tensor.detach().contiguous().view(-1).view(torch.uint8)
         if data.data_ptr() % 8:
             data = data.clone()
-        whole = len(data) // run * run
-        if whole:
+        count = 0
+        if len(data) >= large:
+            whole = len(data) // _RUN * _RUN
             parts.append(data[:whole].view(torch.int64).view(-1, _W).sum(0).view(torch.uint8))
-        if whole < len(data):
-            parts += [data[whole:], zeros[: run - len(data) + whole]]
-        counts.append(bool(whole) + (whole < len(data)))
-    rows = torch.cat(parts).view(torch.int64).view(-1, _W)
-    found = iter((rows * (words(Key(0, "fingerprint"), 0, _W, device) | 1)).sum(1).tolist())
-    return [sum(next(found) for _ in range(count)) + t.numel() for count, t in zip(counts, tensors, strict=True)]
+            data, count = data[whole:], 1
+        padding = -len(data) % _RUN
+        parts += [data, zeros[:padding]] if padding else [data]
+        count += (len(data) + padding) // _RUN
+        counts.append(count)
+        size += count * _RUN
+        if size >= _TOGETHER:
+            add_rows()
+            size = 0
+    if size:
+        add_rows()
+    # Sums of all rows so far, modulo 2^64, at the ends of the tensors.
+    ends = torch.cat(found).cumsum(0)[torch.tensor(counts).cumsum(0).to(device)].tolist()
+    return [high - low + t.numel() for low, high, t in zip(ends, ends[1:], tensors, strict=False)]
 
 
 def module_fingerprint(module: nn.Module, known: Known | None = None) -> int:

@@ -319,7 +319,9 @@ class _ChunkedSums:
         fresh[:, 1:] -= (high[:, :-1] - low[:, 1:] + 1).clamp_(min=0)
         last = fresh.cumsum(1) - 1
         first = last - (high - low)
-        buffer = self._take(examples, int(last.max()) + 1).zero_()
+        # The most that there can be, on a device that would have to be waited for.
+        places = int(last.max()) + 1 if at.device.type == "cpu" else at.shape[1] * parts
+        buffer = self._take(examples, places).zero_()
         unused = -(-self._sketch.n // self._chunk)  # numbers of chunks after the last one, for places of zeros
         number = (unused + torch.arange(buffer.shape[1], device=at.device)).repeat(len(buffer), 1)
         for part in range(parts):

@@ -15,8 +15,9 @@ from lightning_sketch.operators.kernels.triton.plans import Plan, Tiles, constan
 if TYPE_CHECKING:
     from lightning_sketch.operators.sketch import Sketch
 
-# Numbers from which on a piece of a vector gets launches of its own, as its two ends cost a chunk each.
-_JOINED = 1 << 20
+# Numbers from which on a piece of a vector is read where it is; smaller ones are joined, since a launch takes the host
+# as long as such a copy takes the device.
+_JOINED = 1 << 24
 _REGISTERS = 128  # of a thread at most; with 80, and more programs at once, all kernels took longer
 
 
