@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from lightning_sketch.operators import BlockSRHT
+from lightning_sketch.operators import BlockSRHT, CountSketch
 
 
 @pytest.fixture
@@ -47,6 +47,17 @@ def test_compiled_half_inputs_are_sketched_in_float32(vectors):
     y.sum().backward()
     assert y.dtype == torch.float32
     torch.testing.assert_close(x.grad, sketch.rmatvec(torch.ones(2, 33)).bfloat16())
+
+
+@pytest.mark.parametrize("kind", [BlockSRHT, CountSketch])
+def test_compiled_products_in_float32_are_the_plain_ones(kind, vectors):
+    """Those that kernels compute."""
+    sketch, x, y = kind(n=9000, dim=100, seed=3), vectors(2, 9000).float(), vectors(2, 100).float()
+    x.requires_grad_()
+    got = compiled(lambda x: sketch.matvec(2 * x))(x)
+    got.backward(y)
+    assert torch.equal(got, sketch.matvec(2 * x))
+    assert torch.equal(x.grad, 2 * sketch.rmatvec(y))
 
 
 def test_a_batch_of_another_size_needs_no_other_graph(vectors):

@@ -12,12 +12,13 @@ import torch
 from lightning_sketch import GradientSketchWriter
 from lightning_sketch.attribution import GradientStore
 from lightning_sketch.autodiff import Layout
-from lightning_sketch.operators import QK, BlockSRHT, Sketch, make_sketch
+from lightning_sketch.operators import QK, BlockSRHT, CountSketch, Sketch, make_sketch
 from lightning_sketch.operators.kinds import KINDS
 from lightning_sketch.operators.random import words
 from lightning_sketch.store import StoreSpec
 from lightning_sketch.testing import SketchTests
 
+KERNELS = [BlockSRHT, CountSketch]  # kinds that have some
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 # Several chunks and zero-padding; QK has a single factor up to n = 1024.
@@ -31,6 +32,20 @@ for _kind, _sizes in ONE_SIZE.items():
     if _kind is not BlockSRHT:
         _name += "AtAllSizes"
         globals()[_name] = pytest.mark.slow(type(_name, (SketchTests,), {"kind": _kind}))
+
+
+class InFloat32(SketchTests):
+    """The kernels take vectors in float32; `assert_close` then holds identities to 1e-6 and 1e-5."""
+
+    sizes = ((1, 1), (1000, 48))
+
+    def vectors(self, *shape):
+        return super().vectors(*shape).float()
+
+
+for _kind in KERNELS:
+    _name = f"Test{_kind.__name__}InFloat32"
+    globals()[_name] = pytest.mark.usefixtures("kernel")(type(_name, (InFloat32,), {"kind": _kind}))
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Each kind is its formula: built here a second time, from dense matrices and the same random numbers.
 
-H is Sylvester's matrix, orthonormal; R keeps the first dim rows; pad fills with zeros. All in float64.
+H is Sylvester's matrix, orthonormal; R keeps the first dim rows; pad fills with zeros. All in float64; kinds that have
+kernels in float32 as well, which kernels take.
 """
 
 import math
@@ -51,8 +52,9 @@ def gram_schmidt(columns):
     return done
 
 
-def agrees(sketch, dense):
-    torch.testing.assert_close(sketch.as_matrix(dtype=torch.float64), dense)
+def agrees(sketch, dense, *more):
+    for dtype in (torch.float64, *more):
+        torch.testing.assert_close(sketch.as_matrix(dtype=dtype), dense.to(dtype))
 
 
 @one_size
@@ -80,7 +82,7 @@ def test_afjl(size):
 
 
 @every_size
-def test_block_srht(size):
+def test_block_srht(size, kernel):
     """S = [M_0 M_1 ...], M_c = fold diag(t_c) H diag(s_c); row r of the fold goes to r mod dim."""
     sketch = BlockSRHT(*size, seed=3)
     b = power_of_two(sketch.dim)
@@ -90,11 +92,11 @@ def test_block_srht(size):
         after, before = diagonal(signs, sketch, "out", start, stop), diagonal(signs, sketch, "in", start, stop)
         return fold @ after @ orthonormal(b) @ before
 
-    agrees(sketch, side_by_side(sketch, b, block))
+    agrees(sketch, side_by_side(sketch, b, block), torch.float32)
 
 
 @one_size
-def test_count_sketch(size):
+def test_count_sketch(size, kernel):
     """S = [M_0 M_1 ...], M_c = roll by r_c, times diag(s_c)."""
     sketch = CountSketch(*size, seed=3)
 
@@ -102,7 +104,7 @@ def test_count_sketch(size):
         (shift,) = integers(sketch.key("shifts"), c, c + 1, below=sketch.dim).tolist()
         return torch.roll(diagonal(signs, sketch, "signs", start, stop), shift, dims=0)
 
-    agrees(sketch, side_by_side(sketch, sketch.dim, block))
+    agrees(sketch, side_by_side(sketch, sketch.dim, block), torch.float32)
 
 
 @one_size

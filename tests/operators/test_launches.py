@@ -9,7 +9,8 @@ from lightning_sketch.operators import BlockSRHT, CountSketch
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """Let the CPU work on the groups of a CUDA device."""
+    """Let the CPU work on the groups of a CUDA device, by PyTorch's operations."""
+    monkeypatch.setenv("LIGHTNING_SKETCH_KERNEL", "torch")
     monkeypatch.setattr("lightning_sketch.operators._hadamard.CACHED", 1 << 24)
 
 

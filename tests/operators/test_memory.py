@@ -44,11 +44,14 @@ print(json.dumps(used))
 """
 
 
-@pytest.fixture(scope="module")
-def used():
+@pytest.fixture(scope="module", params=["torch", "numba"])
+def used(request):
     """Return MB of scratch for (matvec, rmatvec) of each kind; freed memory goes back to the kernel at once."""
+    if request.param != "torch":
+        pytest.importorskip(request.param)
     command = [sys.executable, "-c", MEASURE, json.dumps(SIZES)]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    environment["LIGHTNING_SKETCH_KERNEL"] = request.param
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 

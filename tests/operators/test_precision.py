@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def sketch(make):
+def sketch(make, kernel):
     return make(n=1000, dim=48, seed=3)
 
 

@@ -43,6 +43,13 @@ def test_the_map_is_pinned_forever(cls):
     torch.testing.assert_close(cls(n=12, dim=5, seed=7).matvec(x), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [BlockSRHT, CountSketch])
+def test_every_kernel_computes_the_pinned_map(make, kernel):
+    """In float32, which kernels take."""
+    expected = torch.tensor(PINNED[make], dtype=torch.float32)
+    torch.testing.assert_close(make(n=12, dim=5, seed=7).matvec(torch.arange(1.0, 13)), expected, rtol=1e-6, atol=1e-6)
+
+
 def test_every_kind_is_pinned():
     assert set(PINNED) == set(KINDS.values())
 
