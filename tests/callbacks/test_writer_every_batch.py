@@ -340,6 +340,35 @@ def test_class_weights_are_noticed_wherever_the_classes_are(tmp_path, place):
     assert not rows_of(tmp_path, "fit").scale_known.any()
 
 
+@pytest.mark.slow
+def test_of_many_batches_some_are_checked_and_a_new_weighing_marks_all_rows(tmp_path):
+    """Class weights from batch 40 on, later than all batches are checked; three losses are computed for each check."""
+    torch.manual_seed(0)
+    data = [(x, y, i) for i, (x, y) in enumerate(examples() * 8)]
+    for changes in (False, True):
+
+        class Later(Classes):
+            calls = 0
+
+            def training_step(self, batch, batch_idx):
+                Later.calls += 1
+                weight = WEIGHTS if changes and self.global_step >= 40 else None  # noqa: B023
+                return F.cross_entropy(self.net(batch[0]), batch[1], weight=weight)
+
+        folder = tmp_path / str(changes)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            made = writer(folder, per="example", index_key=2)
+            fit(folder, made, model=Later, data=DataLoader(data, 4), max_epochs=1)
+        assert any("marked as not known" in str(one.message) for one in said) == changes
+        rows = rows_of(folder, "fit")
+        assert len(rows) == len(data) == 4 * 96
+        assert rows.scale_known.tolist() == [not changes] * len(data)
+        if not changes:
+            checked = (Later.calls - 96) / 3  # less than the half: the first 32 batches, and a quarter of the others
+            assert 32 + 64 / 8 < checked < 32 + 64 / 2
+
+
 def test_the_scale_of_a_masked_mean_is_known_in_training(tmp_path):
     class Masked(Classes):
         def training_step(self, batch, batch_idx):
