@@ -10,6 +10,7 @@ a hundred or so here; 1e-6 is far below any mistake.
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators import AFFD, BlockSRHT, CountSketch, _hadamard, kernel_in_use, kernels, random
@@ -69,6 +70,22 @@ def gathered(sketch, chunks, number):
     """Return the sums of sketches of chunks by the kernel in use; what may be overwritten holds NaN, or is a copy."""
     spare = list(chunks.new_full((2, chunks.numel() + FLIP_SLACK), torch.nan))
     return kernels.gather(sketch, chunks.clone(), number, spare)
+
+
+class Doubled(torch.Tensor):
+    """Twice a tensor, which it holds; it has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, held):
+        return torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype, device=held.device)
+
+    def __init__(self, held):
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, lambda x: 2 * x.held, (args, kwargs or {}))
+        return function(*args, **kwargs)
 
 
 class KernelTheorems:
@@ -310,6 +327,10 @@ class KernelTheorems:
             y, back = sketch.matvec(x), sketch.rmatvec(torch.ones(2, 100, device=self.device))
         assert isinstance(y, FakeTensor)
         assert (y.shape, back.shape) == ((2, 100), (2, 9000))
+
+    def test_a_tensor_of_another_type_says_what_its_numbers_are(self, kind, vectors):
+        sketch, x = kind(n=9000, dim=100, seed=3), vectors(2, 9000).float()
+        assert relative(sketch.matvec(Doubled(x)), 2 * sketch.matvec(x.double())) < 1e-6
 
     def test_gradients_of_examples(self, kind, vectors):
         """Whole chunks are sketched where they are formed, and what fills a chunk only in part is gathered."""
