@@ -65,7 +65,7 @@ def test_a_kernel_can_be_forced(numba, monkeypatch):
 
 
 def test_a_kind_of_ones_own_computes_itself(numba, vectors):
-    """Also one that derives from a kind with kernels, and changes what it inherits."""
+    """Also one that derives from a kind with kernels, with its name or another one, and changes what it inherits."""
 
     class Twice(BlockSRHT, register=False):
         def forward(self, x, start):
@@ -75,6 +75,7 @@ def test_a_kind_of_ones_own_computes_itself(numba, vectors):
     class Named(Twice, register=False):
         kind = "twice"
 
+    assert (Twice.kind, Named.kind) == ("block_srht", "twice")
     for kind in (Twice, Named):
         sketch, x = kind(n=100, dim=10, seed=3), vectors(100).float()
         assert kernel_in_use(sketch, "cpu") == "torch"

@@ -60,8 +60,7 @@ def kernel_in_use(sketch: "Sketch", device: torch.device | str) -> str:
     if forced and forced not in _KERNELS:
         raise ValueError(f"{_FORCED} takes {', '.join(_KERNELS)}, got {forced!r}; unset it to let the device decide.")
     device = torch.device(device)
-    kind = type(sketch)
-    if forced == "torch" or "kind" not in vars(kind) or not kind.__module__.startswith("lightning_sketch."):
+    if forced == "torch" or not type(sketch).__module__.startswith("lightning_sketch."):
         return "torch"
     for name in [forced] if forced else _KERNELS[1:]:
         if sketch.dim <= _LARGEST[name].get(sketch.kind, 0) and _can_run(name, device, bool(forced)):
