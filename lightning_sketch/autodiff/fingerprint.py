@@ -85,7 +85,7 @@ def _sums(tensors: Sequence[Tensor], device: torch.device) -> list[int]:
         if len(data) >= large:
             whole = len(data) // _RUN * _RUN
             parts.append(data[:whole].view(torch.int64).view(-1, _W).sum(0).view(torch.uint8))
-            data, count = data[whole:], 1
+            data, count = data[whole:].clone(), 1  # without the rest, which may be a copy
         padding = -len(data) % _RUN
         parts += [data, zeros[:padding]] if padding else [data]
         count += (len(data) + padding) // _RUN

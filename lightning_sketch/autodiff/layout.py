@@ -11,12 +11,16 @@ from jaxtyping import Float
 from torch import Size, Tensor, nn
 
 from lightning_sketch.operators import kernels
+from lightning_sketch.operators._apply import is_followed
 from lightning_sketch.operators._hadamard import group_size
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.operators.streaming import StreamingSketch
 
 # Numbers of the flat vector that are read or written at once on a CPU; on a GPU as many as a sketch handles at once.
 _BUFFER = 1 << 20
+
+# Numbers of tensors that are copied at once, where they do not lie as they are read.
+_COPIED = 1 << 20
 
 # Parameters in a repr.
 _SHOWN = 3
@@ -150,13 +154,14 @@ class Layout:
         if sharded:
             plain = {name: tensor for name, tensor in tensors.items() if name not in sharded}
             return self.sketch(sketch, plain) + self._sketch_sharded(sketch, sharded)
-        parts = self._parts(tensors)
-        if not parts:
+        given = [tensor for tensor in tensors.values() if tensor is not None]
+        if not given:
             return torch.zeros(sketch.dim)
-        if torch.is_grad_enabled() and any(part.requires_grad for _, part in parts):
-            columns = (sketch.columns(start, start + len(part)) for start, part in parts)
-            return cast(Tensor, sum(own.matvec(part) for own, (_, part) in zip(columns, parts, strict=True)))
-        return kernels.forward_pieces(sketch, [(start, part.detach()) for start, part in parts])
+        if is_followed(*given):
+            parts = itertools.chain.from_iterable(self._parts(tensors))
+            return cast(Tensor, sum(sketch.columns(start, start + len(x)).matvec(x) for start, x in parts))
+        groups = self._parts(tensors, _COPIED if sketch.streams else None)
+        return cast(Tensor, sum(kernels.forward_pieces(sketch, group) for group in groups))
 
     def adjoint(self, sketch: Sketch, y: Float[Tensor, " dim"], *, like: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield Sᵀ y, the adjoint of `sketch`, split into tensors of the parameters' shapes, one after the other.
@@ -232,14 +237,32 @@ class Layout:
             if hasattr(tensor, "placements"):
                 _check_sharded(name, tensor, sketch)
 
-    def _parts(self, tensors: Mapping[str, Tensor | None]) -> list[tuple[int, Tensor]]:
-        """Return the tensors that are given, flat and on one device, and where each begins."""
+    def _parts(
+        self, tensors: Mapping[str, Tensor | None], most: int | None = None
+    ) -> Iterator[list[tuple[int, Tensor]]]:
+        """Yield the tensors that are given, flat and on one device, with where each begins, in one list or several.
+
+        Args:
+            tensors: The tensors by name.
+            most: How many numbers of one list may be copies, unless a single tensor has more; None for all.
+        """
         starts = itertools.accumulate(self._sizes, initial=0)
-        given = [(start, _dense(tensors.get(name))) for name, start in zip(self.names, starts, strict=False)]
-        device = next((tensor.device for _, tensor in given if tensor is not None), None)
-        return [
-            (start, tensor.reshape(-1).to(device)) for start, tensor in given if tensor is not None and tensor.numel()
-        ]
+        device, copied = None, 0
+        parts: list[tuple[int, Tensor]] = []
+        for name, start in zip(self.names, starts, strict=False):
+            tensor = _dense(tensors.get(name))
+            if tensor is None or not tensor.numel():
+                continue
+            device = device or tensor.device
+            # A kernel on a CPU copies float16.
+            moved = not tensor.is_contiguous() or tensor.device != device or tensor.dtype == torch.float16
+            if moved and copied and most is not None and copied + tensor.numel() > most:
+                yield parts
+                parts, copied = [], 0
+            copied += tensor.numel() if moved else 0
+            parts.append((start, tensor.reshape(-1).to(device)))
+        if parts:
+            yield parts
 
 
 def _buffer_size(sketch: Sketch, device: torch.device) -> int:

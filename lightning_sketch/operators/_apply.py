@@ -27,15 +27,25 @@ def apply(sketch: "Sketch", start: int, stop: int, adjoint: bool, x: Tensor) -> 
         adjoint: Whether to multiply by the adjoint of these columns instead.
         x: Vectors along the last axis.
     """
-    level = cast(int, required(torch.autograd.forward_ad, "_current_level"))
     if torch.compiler.is_compiling():  # traced as one opaque operation: the loops inside do not unroll
-        if level >= 0:  # the opaque operation has no forward-mode rule: tangents would be zero
+        if _forward_level() >= 0:  # the opaque operation has no forward-mode rule: tangents would be zero
             raise RuntimeError("forward-mode derivatives of a sketch cannot be compiled; use torch.compiler.disable.")
         return _compiled(x, sketch.kind, sketch.n, sketch.dim, sketch.seed, start, stop, adjoint)
-    followed = (x.requires_grad and torch.is_grad_enabled()) or level >= 0
-    if followed or required(torch._C, "_are_functorch_transforms_active")():
+    if is_followed(x):
         return _Apply.apply(x, sketch, start, stop, adjoint)
     return _run(x, sketch, start, stop, adjoint)  # without a Function, which takes the host longer than all else
+
+
+def is_followed(*tensors: Tensor) -> bool:
+    """Return whether PyTorch follows what is done to tensors: compiles, differentiates or transforms it."""
+    followed = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    transformed = required(torch._C, "_are_functorch_transforms_active")
+    return followed or torch.compiler.is_compiling() or _forward_level() >= 0 or transformed()
+
+
+def _forward_level() -> int:
+    """Return the level of forward-mode differentiation; -1 outside of it."""
+    return cast(int, required(torch.autograd.forward_ad, "_current_level"))
 
 
 def _run(x: Tensor, sketch: "Sketch", start: int, stop: int, adjoint: bool) -> Tensor:

@@ -60,15 +60,21 @@ class StreamingSketch(Sketch):
 
     def forward(self, x: Float[Tensor, "rows size"], start: int) -> Float[Tensor, "rows dim"]:
         """Return S[:, start : start + size] x."""
-        return self.forward_pieces([(start, x)])
+        return self._sum([(start, x)])
 
-    def forward_pieces(self, pieces: Sequence[tuple[int, Tensor]]) -> Float[Tensor, "rows dim"]:
-        """Return the sum over pieces x, each with its first coordinate `start`, of S[:, start : start + size] x.
+    def forward_pieces(self, pieces: Sequence[tuple[int, Tensor]]) -> Float[Tensor, "1 dim"]:
+        """Return S x for a vector x given by pieces and where they begin, without a graph; the rest of it is zero."""
+        if not self.is_sum_of_chunks:
+            return super().forward_pieces(pieces)
+        return self._sum([(start, x[None]) for start, x in pieces])
 
-        Args:
-            pieces: The pieces, in the order of their coordinates, without overlaps. They have the same rows, if any.
-        """
-        parts = [(start, x if x.ndim == 2 else x[None]) for start, x in pieces]
+    @property
+    def is_sum_of_chunks(self) -> bool:
+        """Whether the sketch is what `gather` says, which a subclass with a `forward` of its own may not be."""
+        return type(self).forward is StreamingSketch.forward
+
+    def _sum(self, parts: list[tuple[int, Tensor]]) -> Tensor:
+        """Return the sum over parts x, each with its first coordinate `start`, of S[:, start : start + size] x."""
         dtype = functools.reduce(torch.promote_types, (x.dtype for _, x in parts), torch.float32)
         out = parts[0][1].new_zeros(len(parts[0][1]), self.dim, dtype=dtype)
         begin, end = parts[0][0], parts[-1][0] + parts[-1][1].shape[1]

@@ -11,9 +11,8 @@ others, is no witness: of a masked example both gradients are zero, whatever the
 checked parameter by parameter, with small sketches, and the shares must add up to the batch's gradient.
 """
 
-import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -218,17 +217,32 @@ def _expected(way: Weighing, first: int, second: int, a: float, b: float) -> flo
 
 
 def _frequencies(batch: Any, examples: int) -> list[int]:
-    """Return how many examples of a batch have the value of each, in that column of whole numbers where it is rarest.
+    """Return how many examples of a batch have the class of each, in that column of classes where it is rarest.
 
-    A loss with class weights weighs an example of a rare class unlike the others. A column without equal values, such
-    as one of ids, is no class.
+    A loss with class weights weighs an example of a rare class unlike the others.
     """
     found = torch.full((examples,), examples)
-    for _, _, leaf in leaves_of(batch):
-        if isinstance(leaf, Tensor) and leaf.shape == (examples,) and not leaf.is_floating_point():
-            _, place, count = leaf.cpu().unique(return_inverse=True, return_counts=True)
-            found = found.minimum(count[place]) if len(count) < examples else found
+    for _, _, place, count in _columns_of_classes(batch, examples):
+        found = found.minimum(count[place])
     return found.tolist()
+
+
+def classes_of(batch: Any, structure: BatchStructure) -> set[tuple[str, int]]:
+    """Return the classes of the examples of a batch, each with the name of its column."""
+    columns = _columns_of_classes(batch, structure.count(batch))
+    return {(name, value) for name, values, _, _ in columns for value in values.tolist()}
+
+
+def _columns_of_classes(batch: Any, examples: int) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
+    """Yield the columns of whole numbers of which some are equal: name, values, each example's value, and counts.
+
+    A column without equal values, such as one of ids, is none of classes.
+    """
+    for name, _, leaf in leaves_of(batch):
+        if isinstance(leaf, Tensor) and leaf.shape == (examples,) and not leaf.is_floating_point():
+            values, place, count = leaf.cpu().unique(return_inverse=True, return_counts=True)
+            if len(count) < examples:
+                yield name, values, place, count
 
 
 def coupled(rows: Float[Tensor, "examples dim"], whole: Float[Tensor, " dim"], error: float) -> bool:
@@ -257,34 +271,29 @@ class _SmallSketches:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], examples: int):
-        self.examples, self.parameters = examples, dict(parameters)
-        self.names = {id(p): name for name, p in parameters.items()}
-        layout = Layout(tuple(parameters), tuple(p.shape for p in parameters.values()))
-        starts = itertools.accumulate((shape.numel() for shape in layout.shapes), initial=0)
-        self.starts = dict(zip(parameters, starts, strict=False))
-        self.sketch = CountSketch(layout.n, min(layout.n, _DIM))
-        self.accumulator = SketchAccumulator(self.sketch, layout, parameters=self.parameters)
+        self.examples = examples
         self.rows: dict[str, Tensor] = {}
+        self.names = {id(p): name for name, p in parameters.items()}
+        self.sketches = {name: CountSketch(p.numel(), min(p.numel(), _DIM)) for name, p in parameters.items()}
         for name, p in parameters.items():
             dtype = torch.promote_types(p.dtype, torch.float32)
-            self.rows[name] = torch.zeros(examples, self.sketch.dim, dtype=dtype, device=p.device)
+            self.rows[name] = torch.zeros(examples, self.sketches[name].dim, dtype=dtype, device=p.device)
 
     def add(self, factor: Factor) -> None:
         """Add a factor of the gradients of the examples."""
-        self.accumulator.start(self.examples)  # anew, since all parameters share it
-        self.accumulator.add(factor)
-        self.rows[self.names[id(factor.parameter)]] += self.accumulator.rows()
+        name = self.names[id(factor.parameter)]
+        layout = Layout((name,), (factor.parameter.shape,))
+        accumulator = SketchAccumulator(self.sketches[name], layout, parameters={name: factor.parameter})
+        accumulator.start(self.examples)
+        accumulator.add(factor)
+        self.rows[name] += accumulator.rows()
 
     def of(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
         """Sketch gradients of the parameters, in their order; None is zero."""
         return {
-            name: torch.zeros_like(self.rows[name][0]) if g is None else self._sketched(name, g.to_dense().reshape(-1))
-            for name, g in gradients.items()
+            name: self.rows[name].new_zeros(sketch.dim) if g is None else sketch.matvec(g.to_dense().reshape(-1))
+            for (name, g), sketch in zip(gradients.items(), self.sketches.values(), strict=True)
         }
-
-    def _sketched(self, name: str, gradient: Tensor) -> Tensor:
-        start = self.starts[name]
-        return self.sketch.columns(start, start + len(gradient)).matvec(gradient)
 
 
 def hooks_fail(
@@ -314,8 +323,6 @@ def hooks_fail(
     structure = structure or BatchStructure()
     check_first_axis(structure)
     parameters = {name: p for name, p in parameters.items() if p.numel()}
-    if not parameters:
-        return {}
     examples = structure.count(batch)
     hooks, small = ExampleHooks(module, parameters), _SmallSketches(parameters, examples)
     with hooks.recording(small, examples):

@@ -167,6 +167,29 @@ def test_a_sketch_of_tensors_with_a_graph_is_differentiable():
     torch.testing.assert_close(gradient.flatten(), sketch.rmatvec(y)[:12])
 
 
+def test_a_sketch_of_tensors_has_tangents_and_is_mapped():
+    layout = Layout(("a", "b"), (torch.Size([3, 4]), torch.Size([5])))
+    a, b, da = normal(3, 4), normal(5), normal(3, 4, seed=1)
+    sketch = BlockSRHT(layout.n, 6)
+
+    def f(a, b):
+        return layout.sketch(sketch, {"a": a, "b": b})
+
+    expected = sketch.matvec(layout.flatten([da, None], a))
+    torch.testing.assert_close(torch.func.jvp(lambda a: f(a, b), (a,), (da,))[1], expected)
+    rows = torch.func.vmap(f)(torch.stack([a, da]), torch.stack([b, 0 * b]))
+    torch.testing.assert_close(rows, torch.stack([f(a, b), expected]))
+
+
+def test_tensors_that_have_to_be_copied_come_in_several_lists():
+    """Transposed and in float16, more numbers than are copied at once."""
+    layout = Layout(tuple("abcd"), tuple(map(torch.Size, [(900, 1000), (10,), (1100, 1000), (7, 3)])))
+    named = {"a": normal(1000, 900).float().T, "b": normal(10).float(), "c": normal(1100, 1000).half()}
+    sketch = BlockSRHT(layout.n, 8)
+    whole = layout.flatten([*named.values(), None], torch.zeros(1, dtype=torch.float64))
+    torch.testing.assert_close(layout.sketch(sketch, named).double(), sketch.matvec(whole), rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("kind", ["block_srht", "affd"])
 def test_sparse_gradients_are_coalesced(kind):
     module = nn.Embedding(7, 4, sparse=True)

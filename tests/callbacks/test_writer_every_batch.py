@@ -369,6 +369,26 @@ def test_of_many_batches_some_are_checked_and_a_new_weighing_marks_all_rows(tmp_
             assert 32 + 64 / 8 < checked < 32 + 64 / 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [35, 41, 50])
+def test_a_class_that_comes_late_is_checked(tmp_path, late):
+    """The loss has class weights, of which the first batches show nothing: all their examples are of one weight."""
+
+    class Weighted(Classes):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1], weight=WEIGHTS)
+
+    classes = [i // 3 % 2 for i in range(60 * 4)]
+    classes[4 * late : 4 * late + 4] = 2, 1, 1, 1
+    data = [(x, y, i) for i, ((x, _), y) in enumerate(zip(examples(60 * 4), classes, strict=True))]
+    with pytest.warns(UserWarning, match="marked as not known"):
+        fit(
+            tmp_path, writer(tmp_path, per="example", index_key=2), model=Weighted, data=DataLoader(data, 4),
+            max_epochs=1,
+        )  # fmt: skip
+    assert not rows_of(tmp_path, "fit").scale_known.any()
+
+
 def test_the_scale_of_a_masked_mean_is_known_in_training(tmp_path):
     class Masked(Classes):
         def training_step(self, batch, batch_idx):

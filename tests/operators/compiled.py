@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 
+from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators import BlockSRHT, CountSketch
 
 
@@ -47,6 +48,13 @@ def test_compiled_half_inputs_are_sketched_in_float32(vectors):
     y.sum().backward()
     assert y.dtype == torch.float32
     torch.testing.assert_close(x.grad, sketch.rmatvec(torch.ones(2, 33)).bfloat16())
+
+
+def test_a_compiled_sketch_of_tensors_is_the_plain_one(vectors):
+    layout = Layout(("a", "b"), (torch.Size([3, 4]), torch.Size([5])))
+    a, b, sketch = vectors(3, 4), vectors(5), BlockSRHT(n=17, dim=6)
+    got = compiled(lambda a, b: layout.sketch(sketch, {"a": a, "b": b}))(a, b)
+    torch.testing.assert_close(got, layout.sketch(sketch, {"a": a, "b": b}))
 
 
 @pytest.mark.parametrize("kind", [BlockSRHT, CountSketch])

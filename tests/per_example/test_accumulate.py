@@ -11,7 +11,10 @@ from launches import Launches
 from marks import pairs, some
 from torch.overrides import TorchFunctionMode
 
+from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.operators import BlockSRHT
 from lightning_sketch.operators.kinds import KINDS
+from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.factors import Dense, LowRank, SparseRows
 
 STREAMING = [kind for kind in KINDS if KINDS[kind].streams]
@@ -241,6 +244,29 @@ def test_on_a_gpu_buffers_are_larger_and_launches_are_fewer(kind, monkeypatch):
         launches.append(len(counted.names))
     assert_near(rows[1], rows[0].double(), 1e-6)
     assert 3 * launches[1] < launches[0]
+
+
+class Negated(BlockSRHT, register=False):
+    """A kind of one's own that changes what it inherits."""
+
+    def forward(self, x, start):
+        return -super().forward(x, start)
+
+    def adjoint(self, y, start, stop):
+        return -super().adjoint(y, start, stop)
+
+
+def test_a_kind_that_changes_what_it_inherits_is_one_map():
+    """For long factors and short ones, and for tensors."""
+    module = module_of()
+    layout = Layout.of(module)
+    named = dict(zip(layout.names, layout.parameters(module), strict=True))
+    rows = {}
+    for kind in (BlockSRHT, Negated):
+        accumulator = SketchAccumulator(kind(layout.n, 24, seed=3), layout, parameters=named)
+        rows[kind] = added(accumulator, all_factors(module, 3), 3)
+        rows[kind] = torch.cat([rows[kind], layout.sketch(kind(layout.n, 24, seed=3), named)[None].detach()])
+    torch.testing.assert_close(rows[Negated], -rows[BlockSRHT])
 
 
 def test_no_graph_is_kept():

@@ -23,7 +23,14 @@ from lightning_sketch.per_example.accumulate import SketchAccumulator
 from lightning_sketch.per_example.example_sketches import ExampleSketches
 from lightning_sketch.per_example.factors import Factor
 from lightning_sketch.per_example.hooks import Accumulator, ExampleHooks
-from lightning_sketch.per_example.verify import by_reason, disagreement, hooks_fail, tolerance, weighings_by_losses
+from lightning_sketch.per_example.verify import (
+    by_reason,
+    classes_of,
+    disagreement,
+    hooks_fail,
+    tolerance,
+    weighings_by_losses,
+)
 from lightning_sketch.per_example.weights import KnownWays, Weighing, Weighings
 from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, UNKNOWN_ID, Column, SketchedGradients, keys_of
 
@@ -119,6 +126,7 @@ class TrainingExamples:
         self.plain: SketchAccumulator | None = None  # of the first batch, without the preconditioner
         self.batch: _Batch | None = None
         self.batches, self.checked, self.doubt = 0, False, False
+        self.rank, self.seen = trainer.global_rank, set[tuple[Any, Any]]()  # sizes and classes of batches checked
         self.ways: KnownWays | None = KnownWays()  # None once a batch did not fit
         self.reasons: set[str] | None = None
         self.epoch, self.duplicates = -1, DuplicateFinder(None, 0)
@@ -234,15 +242,19 @@ class TrainingExamples:
     def _weighing(self, batch: Any) -> tuple[Weighing, bool]:
         """Return the way in which the loss weighs the examples of a batch, and whether that is known.
 
-        A batch that is not checked is weighed as those before it, unless the ways that fit them differ on this batch.
+        A batch that is not checked is weighed as those before it. One is checked if it is among the first, or drawn; if
+        the ways that fit those before it differ on it; or if it has another size, or a class that none of them had.
         """
         number, ways = self.batches, self.weighings(batch)
         self.batches += 1
         if self.ways is None:
             return ways[0], False
         before = self.ways.of(ways)
-        if before is not None and not self._apart(ways) and not _is_checked(number):
+        new = {(len(before.weights) if before is not None else 0, None), *classes_of(batch, self.structure)} - self.seen
+        drawn = float(torch.rand((), generator=torch.Generator().manual_seed(number * 4099 + self.rank)))
+        if before is not None and number >= _ALL_CHECKED and drawn > _CHECKED_LATER and not (new or self._apart(ways)):
             return before, True
+        self.seen |= new
         loss_fn, error = on_copies(training_step_loss), tolerance(self.parameters)
         found = weighings_by_losses(self.module, batch, loss_fn, ways, self.structure, number, error)
         way = None if isinstance(found, str) else self.ways.narrow(found)
@@ -294,15 +306,6 @@ class TrainingExamples:
                 "checkpoints: trainer.validate(model, train_loader)."
             )
         return True
-
-
-def _is_checked(number: int) -> bool:
-    """Return whether the losses of a batch are compared: in each of the first, later in some that are drawn.
-
-    A difference in one of them marks the rows of all batches.
-    """
-    drawn = float(torch.rand((), generator=torch.Generator().manual_seed(number)))
-    return number < _ALL_CHECKED or drawn < _CHECKED_LATER
 
 
 def unsupported_by_hooks(

@@ -64,9 +64,10 @@ class GradientSketchWriter(CallbackBase):
     loss, in evaluation mode, with the example's id, its weight in a mean over its batch, and the learning rate of the
     last step. `GradientStore.open(writer.dirpath)` reads them.
 
-    How the loss weighs the examples of a batch is found, and checked, see `sketch_gradients`: on every batch, in training
-    on each of the first 32 and on a quarter of the later ones, which are drawn. Where that fails in training, rows have
-    `scale_known` False, those of the fit that were written before too.
+    How the loss weighs the examples of a batch is found, and checked, see `sketch_gradients`: on every batch; in
+    training on each of the first 32, on a quarter of the later ones, which are drawn, and on those with a new size or a
+    class that came in none before. Where that fails in training, rows have `scale_known` False, those of the fit that
+    were written before too.
 
     A thread writes the rows to files that are complete or absent; `kill -9` loses at most the rows of the last minute,
     and none that a checkpoint relies on. `trainer.fit(ckpt_path=...)` resumes in the same store, and each step has

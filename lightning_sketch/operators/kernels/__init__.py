@@ -124,7 +124,11 @@ def _by_kernel(
                 if hasattr(launches, name):
                     return cast(Tensor, getattr(launches, name)(sketch, *arguments))
             except Exception as error:
+                if isinstance(error, torch.OutOfMemoryError | MemoryError) or os.environ.get(_FORCED) == kernel:
+                    raise
+                found = otherwise(*arguments)  # which may raise the same: then the kernel is not to blame
                 _give_up(kernel, error)
+                return found
     return otherwise(*arguments)
 
 
@@ -150,9 +154,7 @@ _broken: set[str] = set()  # kernels that failed in this process
 
 
 def _give_up(kernel: str, error: Exception) -> None:
-    """Use PyTorch's operations from now on, unless the error is one that they would raise as well."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or os.environ.get(_FORCED) == kernel:
-        raise error
+    """Use PyTorch's operations from now on."""
     _broken.add(kernel)
     warnings.warn(
         f"the kernels in {kernel} failed ({type(error).__name__}: {error}); sketches are computed by PyTorch's "

@@ -9,7 +9,7 @@ import functools
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,14 +36,14 @@ def forward(sketch: "Sketch", x: Float[Tensor, "rows size"], start: int) -> Floa
     pieces = np.empty((len(x), 1, 4), np.int64)
     pieces[:, 0, 0] = x.data_ptr() + np.arange(len(x)) * (x.stride(0) * x.element_size())
     pieces[:, 0, 1:] = start, start + x.shape[1], x.element_size()
-    return _sums(sketch, pieces, _parts(sketch, start, start + x.shape[1]))
+    return _sums(sketch, pieces, _parts(sketch, start, start + x.shape[1]), x)
 
 
 def forward_pieces(sketch: "Sketch", pieces: Sequence[tuple[int, Tensor]]) -> Float[Tensor, "1 dim"]:
     """Return S x, x given by pieces of it and where they begin, in ascending order, in float32."""
     kept = [(start, _readable(x)) for start, x in pieces]
     table = np.array([(x.data_ptr(), start, start + len(x), x.element_size()) for start, x in kept], np.int64)
-    return _sums(sketch, table[None], _parts(sketch, int(table[0, 1]), int(table[-1, 2])))
+    return _sums(sketch, table[None], _parts(sketch, int(table[0, 1]), int(table[-1, 2])), kept)
 
 
 def gather(
@@ -59,53 +59,56 @@ def gather(
     table = np.empty((rows, group, 4), np.int64)
     table[..., 0] = chunks.data_ptr() + places * (size * chunks.element_size())
     table[..., 1], table[..., 2], table[..., 3] = first, first + size, chunks.element_size()
-    return _sums(sketch, table, np.array([(0, -(-table[..., 2].max() // _unit(sketch)))]))
+    return _sums(sketch, table, np.array([(0, -(-table[..., 2].max() // _unit(sketch)))]), chunks)
 
 
 def adjoint(sketch: "Sketch", y: Float[Tensor, "rows dim"], start: int, stop: int) -> Float[Tensor, "rows size"]:
     """Return S[:, start : stop]ᵀ y for each row, in float32."""
-    rows, unit = len(y), _unit(sketch)
-    out = _new(rows, stop - start)
-    vectors = y.float()
-    if sketch.kind == "block_srht":
-        vectors = vectors * sketch.width**-0.5
-        vectors = torch.cat((vectors, vectors[:, : sketch.width - sketch.dim]), dim=1)
-        vectors = vectors.repeat(1, unit // sketch.width)
-    given = vectors.detach().contiguous().numpy()[:, None]
-    run, keys = _compiled(sketch, True), _keys(sketch, True)
+    rows, unit, size = len(y), _unit(sketch), stop - start
+    out, parts = _new(rows, size), _parts(sketch, start, stop)
     table = np.empty((rows, 1, 4), np.int64)
-    table[:, 0, 0] = out.data_ptr() + np.arange(rows) * (4 * (stop - start))
+    table[:, 0, 0] = out.data_ptr() + np.arange(rows) * (4 * size)
     table[:, 0, 1:] = start, stop, 4
-    parts = _parts(sketch, start, stop)
-
-    _share(functools.partial(run, table, parts, given), keys, rows * len(parts), (stop - start) // len(parts))
+    most = max(1, _MOST_NUMBERS // unit)
+    for first in range(0, rows, most):
+        some = slice(first, first + most)
+        vectors = y[some].detach().float()
+        if sketch.kind == "block_srht":
+            vectors = vectors * sketch.width**-0.5
+            vectors = torch.cat((vectors, vectors[:, : sketch.width - sketch.dim]), dim=1)
+            vectors = vectors.repeat(1, unit // sketch.width)
+        given = vectors.contiguous().numpy()[:, None]
+        run = functools.partial(_compiled(sketch, True), table[some], parts, given)
+        _share(run, _keys(sketch, True), len(given) * len(parts), size // len(parts), out)
     return out
 
 
-def _sums(sketch: "Sketch", pieces: np.ndarray, parts: np.ndarray) -> Float[Tensor, "rows dim"]:
-    """Return the sketches of vectors that are given by pieces, (rows, pieces, 4)."""
+def _sums(sketch: "Sketch", pieces: np.ndarray, parts: np.ndarray, memory: Any) -> Float[Tensor, "rows dim"]:
+    """Return the sketches of vectors that are given by pieces, (rows, pieces, 4), of some memory."""
     numbers = int((pieces[0, :, 2] - pieces[0, :, 1]).sum()) // len(parts)
-    run, keys, unit = _compiled(sketch, False), _keys(sketch, False), _unit(sketch)
-    out = _new(len(pieces), unit)
-    if len(parts) == 1:
-        _share(functools.partial(run, pieces, parts, out.numpy()[:, None]), keys, len(pieces), numbers)
-    else:
-        most = max(1, _MOST_NUMBERS // (len(parts) * unit))
-        for first in range(0, len(pieces), most):
-            sums = _new(min(most, len(pieces) - first), len(parts), unit)
-            work = functools.partial(run, pieces[first : first + most], parts, sums.numpy())
-            _share(work, keys, len(sums) * len(parts), numbers)
-            torch.sum(sums, 1, out=out[first : first + len(sums)])
+    most = max(1, _MOST_NUMBERS // (len(parts) * _unit(sketch)))
+    found = []
+    for first in range(0, len(pieces), most):
+        some = pieces[first : first + most]
+        sums = _new(len(some), len(parts), _unit(sketch))
+        run = functools.partial(_compiled(sketch, False), some, parts, sums.numpy())
+        _share(run, _keys(sketch, False), len(some) * len(parts), numbers, memory)
+        found.append(_folded(sketch, sums.sum(1) if len(parts) > 1 else sums[:, 0]))
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def _folded(sketch: "Sketch", sums: Float[Tensor, "rows unit"]) -> Float[Tensor, "rows dim"]:
+    """Return the sketches that sums over units make."""
     if sketch.kind == "count_sketch":
-        return out
+        return sums
     width, dim = sketch.width, sketch.dim
-    if unit > width:
-        out = out.view(len(pieces), -1, width).sum(1)
-    out *= width**-0.5
+    if sums.shape[1] > width:
+        sums = sums.view(len(sums), -1, width).sum(1)
+    sums *= width**-0.5
     if dim < width:
-        out, rest = out[:, :dim].contiguous(), out[:, dim:]
-        out[:, : width - dim] += rest
-    return out
+        sums, rest = sums[:, :dim].contiguous(), sums[:, dim:]
+        sums[:, : width - dim] += rest
+    return sums
 
 
 def _parts(sketch: "Sketch", start: int, stop: int) -> np.ndarray:
@@ -145,29 +148,34 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _share(work: Callable[..., None], keys: Sequence[Any], count: int, numbers: int) -> None:
+def _share(work: Callable[..., None], keys: Sequence[Any], count: int, numbers: int, memory: Any) -> None:
     """Call work(begin, end, *keys) for ranges of [0, count), in this thread and in as many others as PyTorch would use.
-
-    However it ends, nobody works any more: the memory that they write to may be gone after it.
 
     Args:
         work: What to call.
         keys: The last arguments of the call.
         count: The end of all ranges.
         numbers: How many numbers there are in one of them.
+        memory: The tensors whose addresses `work` uses. All threads hold them, since when Ctrl-C is pressed this
+            function may end before they do.
     """
     step = max(1, _PART // max(1, numbers))
     starts = iter(range(0, count, step))
 
-    def go_on() -> None:
+    def go_on(memory: Any = memory) -> None:
         for start in starts:
             work(start, min(start + step, count), *keys)
 
-    others = [_pool().submit(go_on) for _ in range(min(-(-count // step), torch.get_num_threads()) - 1)]
+    others: list[Future[None]] = []
+    try:
+        for _ in range(min(-(-count // step), torch.get_num_threads()) - 1):
+            others.append(_pool().submit(go_on))
+    except RuntimeError:  # at the end of the program: this thread works alone
+        pass
     try:
         go_on()
     finally:
-        for _ in starts:  # after an error, or when Ctrl-C is pressed, no further ones begin
+        for _ in starts:  # after an error no further ones begin
             pass
         begun = [other for other in others if not other.cancel()]  # the rest would have nothing left to do
         wait(begun)

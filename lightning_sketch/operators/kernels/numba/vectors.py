@@ -6,9 +6,12 @@ are written in LLVM's own language here: H between rows of numbers, and H inside
 Signs come as words, a bit of each (see `operators.random`): a sign is applied by xor of a number's own sign bit.
 """
 
+import functools
+import hashlib
 import inspect
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -35,9 +38,14 @@ def jit(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def kept_jit(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function as `jit` does, and keep the result on disk, beside the module or in the user's folder."""
+    """Compile a function as `jit` does, and keep the result on disk, beside the module or in the user's folder.
+
+    Numba compiles it again when its module changes. Here its name in the cache also tells the modules that it uses.
+    """
+    plain = inspect.unwrap(function)
+    plain.__qualname__ += f".{_contents()}"
     try:
-        kept = numba.njit(nogil=True, cache=True)(inspect.unwrap(function))
+        kept = numba.njit(nogil=True, cache=True)(plain)
     except RuntimeError:  # no folder that can be written to
         return jit(function)
 
@@ -50,6 +58,13 @@ def kept_jit(function: Callable[..., Any]) -> Callable[..., Any]:
             kept(*arguments)
 
     return run
+
+
+@functools.cache
+def _contents() -> str:
+    """Return a name for the contents of the modules of this package, as far as they can be read."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=8).hexdigest()
 
 
 @intrinsic(prefer_literal=True)
