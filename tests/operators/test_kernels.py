@@ -80,6 +80,7 @@ def test_a_kind_of_ones_own_computes_itself(numba, vectors):
         sketch, x = kind(n=100, dim=10, seed=3), vectors(100).float()
         assert kernel_in_use(sketch, "cpu") == "torch"
         assert torch.equal(sketch.matvec(x), sketch.forward(x[None], 0)[0])
+        assert torch.equal(kernels.forward_pieces(sketch, [(0, x)]), sketch.matvec(x))
 
 
 def test_a_kernel_that_fails_is_given_up_with_one_warning(numba, in_numba_or_torch, monkeypatch):
@@ -102,6 +103,21 @@ def test_a_forced_kernel_that_fails_says_so(numba, in_numba_or_torch, monkeypatc
         broken.setitem(sys.modules, LAUNCHES, None)
         broken.setenv(FORCED, "numba")
         with pytest.raises(ModuleNotFoundError, match="launches"):
+            sketch.matvec(x)
+    assert right(sketch.matvec(x))
+    assert kernel_in_use(sketch, "cpu") == "numba"
+
+
+def test_an_error_of_the_reference_too_is_no_failure_of_the_kernel(numba, in_numba_or_torch, monkeypatch):
+    sketch, x, right = in_numba_or_torch
+
+    def fail(*_):
+        raise ValueError("in the reference")
+
+    with monkeypatch.context() as broken:
+        broken.setitem(sys.modules, LAUNCHES, None)
+        broken.setattr(BlockSRHT, "gather", fail)
+        with pytest.raises(ValueError, match="in the reference"):
             sketch.matvec(x)
     assert right(sketch.matvec(x))
     assert kernel_in_use(sketch, "cpu") == "numba"

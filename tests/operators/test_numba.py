@@ -1,6 +1,11 @@
 """The kernels in numba: the theorems of all kernels; threads change no bit; compiled code is kept where that works."""
 
+import contextlib
+import gc
+import subprocess
+import sys
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -40,7 +45,7 @@ assert launches._threads
 
 def child():
     both = threading.Barrier(2)
-    launches._share(lambda *_: both.wait(3600), (), 2, launches._PART)
+    launches._share(lambda *_: both.wait(3600), (), 2, launches._PART, None)
     assert torch.equal(sketch.matvec(x), plain)
 
 process = multiprocessing.get_context("fork").Process(target=child)
@@ -84,6 +89,16 @@ def launches():
     from lightning_sketch.operators.kernels.numba import launches
 
     return launches
+
+
+@pytest.fixture
+def share(launches):
+    """Return a function that shares out calls among threads."""
+
+    def share(work, count, of_a_part=1, memory=None):
+        launches._share(work, (), count, launches._PART // of_a_part, memory)
+
+    return share
 
 
 @pytest.fixture
@@ -160,20 +175,20 @@ def test_sketches_in_several_threads_are_those_of_one(vectors, threads):
             assert all(map(torch.equal, there, back))
 
 
-def test_work_is_shared(launches, threads):
+def test_work_is_shared(share, threads):
     """Two parts that wait for each other are both done; on one thread there is no other."""
     threads(2)
     both = threading.Barrier(2)
-    launches._share(lambda *_: both.wait(HOUR), (), 2, launches._PART)
+    share(lambda *_: both.wait(HOUR), 2)
     threads(1)
     seen = []
-    launches._share(lambda *range: seen.append((*range, threading.get_ident())), (), 5, launches._PART // 2)
+    share(lambda *range: seen.append((*range, threading.get_ident())), 5, of_a_part=2)
     assert seen == [(start, min(start + 2, 5), threading.get_ident()) for start in (0, 2, 4)]
 
 
 @pytest.mark.parametrize("where", ["here", "there"])
-def test_after_an_error_nobody_works(launches, threads, where):
-    """Not even when Ctrl-C is pressed here: others would write to memory that is gone."""
+def test_after_an_error_nobody_works(share, threads, where):
+    """Not even when Ctrl-C is pressed here: others would write to what the program has for itself again."""
     threads(2)
     both, release, here, begun, ended = threading.Barrier(2), threading.Event(), threading.get_ident(), [], []
 
@@ -189,9 +204,47 @@ def test_after_an_error_nobody_works(launches, threads, where):
         ended.append(start)
 
     with pytest.raises(KeyboardInterrupt):
-        launches._share(work, (), 1000, launches._PART)
+        share(work, 1000)
     assert sorted(begun) == sorted(ended)
     assert len(begun) == (2 if where == "here" else 1000)
+
+
+def test_threads_hold_the_memory_that_they_write_to(launches, share, threads, monkeypatch):
+    """Ctrl-C that is pressed twice does not wait for them."""
+    threads(2)
+    both, release, ended, here, held = threading.Barrier(2), threading.Event(), threading.Event(), [], []
+    memory = torch.ones(1)
+    alive = weakref.ref(memory)
+
+    def press(*_):
+        raise KeyboardInterrupt
+
+    def work(*_):
+        both.wait(HOUR)
+        if threading.get_ident() in here:
+            press()
+        assert release.wait(HOUR)
+        held.append(alive() is not None)
+        ended.set()
+
+    here.append(threading.get_ident())
+    with monkeypatch.context() as impatient, contextlib.suppress(KeyboardInterrupt):
+        impatient.setattr(launches, "wait", press)
+        share(work, 2, memory=memory)
+    del memory
+    gc.collect()
+    release.set()
+    assert ended.wait(HOUR)
+    assert held == [True]
+
+
+@pytest.mark.slow
+def test_a_program_sketches_until_it_ends():
+    """When Python starts no more threads; errors there do not change how a process ends."""
+    at_exit = "import atexit\natexit.register(lambda: (check(BlockSRHT(n=1_000_000, dim=48)), print('done')))"
+    command = [sys.executable, "-c", f"{NOW}torch.set_num_threads(2)\n{CHECKED}{at_exit}"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("done\n", "")
 
 
 @pytest.mark.slow
