@@ -1,4 +1,4 @@
-"""Compare the four main paths on a CPU with what this machine's memory and arithmetic allow (2 minutes).
+"""Compare the four main paths on a CPU with what this machine's memory and arithmetic allow (a few minutes).
 
 python benchmarks/roofline.py [--threads 1 2] [--small]        needs scikit-learn
 

@@ -1,4 +1,4 @@
-"""Measure time and memory of sketches on a CPU, next to a copy of their input, TRAK and dattri (4 minutes).
+"""Measure time and memory of sketches on a CPU, next to a copy of their input, TRAK and dattri (a few minutes).
 
 python benchmarks/sketch_speed.py [--threads 1 2] [--dtype float32 bfloat16] [--kernels numba torch] [--busy COUNT]
                                   [--growth] [--passes 3] [--small]

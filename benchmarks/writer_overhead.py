@@ -1,4 +1,4 @@
-"""Measure the cost of GradientSketchWriter per training step (three minutes).
+"""Measure the cost of GradientSketchWriter per training step (a few minutes).
 
 A transformer of 10M parameters (GPT-2, 5 layers of width 384, vocabulary 2000, AdamW, dropout 0.1) on the source text
 of Python's standard library, 8 rows of 64 tokens a batch, trained by the Trainer: as it is, and with the writer. The
