@@ -29,10 +29,10 @@ def test_runs_are_the_same_alone_or_in_a_row(tmp_path):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_random_numbers_of_a_run_depend_on_its_seed_only(tmp_path):
+def test_random_numbers_of_a_run_depend_on_its_seed_only(tmp_path, untyped):
     """Python's, numpy's and torch's random numbers are seeded, whatever the caller drew before, and restored.
 
-    Python's state is not compared, since the type checker of the tests draws from it.
+    Without the checker of types, which draws from Python's, as a part of it always does: its state is not compared.
     """
     drawn = []
 
