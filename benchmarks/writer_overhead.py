@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lightning_sketch import GradientSketchWriter
-from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import _ALL_CHECKED, _CHECKED_LATER, _is_checked
+from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import _ALL_CHECKED, _CHECKED_LATER, _is_drawn
 
 SECONDS, SKIPPED = 360, 2
 TOKENS, WORDS, BATCH = 64, 2000, 8
@@ -145,8 +145,8 @@ def parts(name, steps):
     if name != EXAMPLES:
         return {name: medians(steps)}
     later = [step for step in steps if step[0] >= _ALL_CHECKED]
-    checked = medians([step for step in later if _is_checked(step[0])])
-    unchecked = medians([step for step in later if not _is_checked(step[0])])
+    checked = medians([step for step in later if _is_drawn(step[0])])
+    unchecked = medians([step for step in later if not _is_drawn(step[0])])
     share = _CHECKED_LATER
     mean = [share * often + (1 - share) * seldom for often, seldom in zip(checked, unchecked, strict=True)]
     first = medians([step for step in steps if step[0] < _ALL_CHECKED])
@@ -161,7 +161,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--small", action="store_true", help="tries the script out; the numbers say nothing")
     asked = parser.parse_args()
-    if not any(_is_checked(_ALL_CHECKED + i) for i in range(asked.steps)):
+    if not any(_is_drawn(_ALL_CHECKED + i) for i in range(asked.steps)):
         parser.error("among so few steps no later batch is checked: ask for more")
     logging.disable(logging.WARNING)
     begin = time.perf_counter()

@@ -38,6 +38,7 @@ import multiprocessing, sys, threading
 from lightning_sketch.operators.kernels.numba import launches
 
 torch.set_num_threads(2)
+launches._SHARED = 0  # small work is shared too
 sketch = BlockSRHT(n=1_000_000, dim=100, seed=3)  # four parts
 x = torch.linspace(-1, 1, sketch.n)
 plain = sketch.matvec(x)
@@ -84,10 +85,12 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def launches():
+@pytest.fixture(autouse=True)
+def launches(monkeypatch):
+    """Return the module of launches, in which small work is shared too."""
     from lightning_sketch.operators.kernels.numba import launches
 
+    monkeypatch.setattr(launches, "_SHARED", 0)
     return launches
 
 
@@ -241,7 +244,7 @@ def test_threads_hold_the_memory_that_they_write_to(launches, share, threads, mo
 @pytest.mark.slow
 def test_a_program_sketches_until_it_ends():
     """When Python starts no more threads; errors there do not change how a process ends."""
-    at_exit = "import atexit\natexit.register(lambda: (check(BlockSRHT(n=1_000_000, dim=48)), print('done')))"
+    at_exit = "import atexit\natexit.register(lambda: (check(BlockSRHT(n=5_000_000, dim=48)), print('done')))"
     command = [sys.executable, "-c", f"{NOW}torch.set_num_threads(2)\n{CHECKED}{at_exit}"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert (ended.stdout, ended.stderr) == ("done\n", "")

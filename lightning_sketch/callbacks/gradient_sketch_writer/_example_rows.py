@@ -251,8 +251,7 @@ class TrainingExamples:
             return ways[0], False
         before = self.ways.of(ways)
         new = {(len(before.weights) if before is not None else 0, None), *classes_of(batch, self.structure)} - self.seen
-        drawn = float(torch.rand((), generator=torch.Generator().manual_seed(number * 4099 + self.rank)))
-        if before is not None and number >= _ALL_CHECKED and drawn > _CHECKED_LATER and not (new or self._apart(ways)):
+        if before is not None and not (_is_drawn(number, self.rank) or new or self._apart(ways)):
             return before, True
         self.seen |= new
         loss_fn, error = on_copies(training_step_loss), tolerance(self.parameters)
@@ -306,6 +305,12 @@ class TrainingExamples:
                 "checkpoints: trainer.validate(model, train_loader)."
             )
         return True
+
+
+def _is_drawn(number: int, rank: int = 0) -> bool:
+    """Return whether a batch of a rank is checked whatever is in it: it is among the first, or one that is drawn."""
+    drawn = torch.rand((), generator=torch.Generator().manual_seed(number * 4099 + rank))
+    return number < _ALL_CHECKED or float(drawn) < _CHECKED_LATER
 
 
 def unsupported_by_hooks(

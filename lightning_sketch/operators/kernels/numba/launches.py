@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # Numbers in a part: enough to hide what Python does for it, and few enough that none is waited for long.
 _PART = 1 << 18
 _MOST_PARTS = 64
+_SHARED = 1 << 22  # numbers that are worth a second thread, which may find PyTorch's own still spinning on its core
 _MOST_NUMBERS = 1 << 21  # in the sums of all parts of a row, and of rows that are handled at once
 
 _TYPES = torch.float32, torch.bfloat16  # others are converted first
@@ -149,7 +150,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _share(work: Callable[..., None], keys: Sequence[Any], count: int, numbers: int, memory: Any) -> None:
-    """Call work(begin, end, *keys) for ranges of [0, count), in this thread and in as many others as PyTorch would use.
+    """Call work(begin, end, *keys) for ranges of [0, count), in this thread; if it is much, by as many as PyTorch uses.
 
     Args:
         work: What to call.
@@ -168,7 +169,7 @@ def _share(work: Callable[..., None], keys: Sequence[Any], count: int, numbers: 
 
     others: list[Future[None]] = []
     try:
-        for _ in range(min(-(-count // step), torch.get_num_threads()) - 1):
+        for _ in range(min(-(-count // step), torch.get_num_threads()) - 1 if count * numbers >= _SHARED else 0):
             others.append(_pool().submit(go_on))
     except RuntimeError:  # at the end of the program: this thread works alone
         pass
