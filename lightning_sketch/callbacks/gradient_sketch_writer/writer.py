@@ -75,7 +75,7 @@ class GradientSketchWriter(CallbackBase):
 
     Training is unaffected: the final weights are the same, bit for bit, with and without the writer. A row takes `dim`
     numbers on the disk, and that of a step the time of a pass over the gradient and of one over the weights; where
-    numba is missing (`pip install lightning-sketch[fast]`), a CPU takes five to nine times as long for the first.
+    numba is missing (`pip install lightning-sketch[fast]`), a CPU takes five to eight times as long for the first.
 
     Args:
         dirpath: The folder of the store. If None it is beside that of ModelCheckpoint, or, when a fit resumes, the one
