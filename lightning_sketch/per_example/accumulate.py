@@ -49,7 +49,7 @@ class SketchAccumulator:
 
     Works on the device of the parameters, in float32 (float64 if a parameter is), whatever autocast says; buffers are
     kept from batch to batch. With a sketch that streams, time is proportional to the size of the gradients, and scratch
-    memory is 13 to 20 MB (16 times that on a GPU), or a few times the size of the rows if that is more. A sketch that
+    memory is 6 to 20 MB (16 times that on a GPU), or a few times the size of the rows if that is more. A sketch that
     does not stream (AFFD, FJL, QK) forms each factor whole and costs a whole sketch for each: correct, and slow.
 
     Args:
