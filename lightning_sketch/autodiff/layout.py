@@ -152,9 +152,10 @@ class Layout:
         self._check(sketch, tensors)
         sharded: dict[str, Any] = {name: t for name, t in tensors.items() if hasattr(t, "placements")}
         if sharded:
-            plain = {name: tensor for name, tensor in tensors.items() if name not in sharded}
-            return self.sketch(sketch, plain) + self._sketch_sharded(sketch, sharded)
-        given = [tensor for tensor in tensors.values() if tensor is not None]
+            plain = {name: t for name, t in tensors.items() if t is not None and name not in sharded}
+            found = self._sketch_sharded(sketch, sharded)
+            return self.sketch(sketch, plain) + found if plain else found
+        given = [tensor for tensor in tensors.values() if tensor is not None and tensor.numel()]
         if not given:
             return torch.zeros(sketch.dim)
         if is_followed(*given):

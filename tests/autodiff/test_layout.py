@@ -181,6 +181,11 @@ def test_a_sketch_of_tensors_has_tangents_and_is_mapped():
     torch.testing.assert_close(rows, torch.stack([f(a, b), expected]))
 
 
+def test_tensors_without_numbers_have_a_sketch_of_zeros():
+    layout = Layout(("a", "b"), (torch.Size([0, 3]), torch.Size([9])))
+    assert torch.equal(layout.sketch(BlockSRHT(9, 4), {"a": torch.ones(0, 3)}), torch.zeros(4))
+
+
 def test_tensors_that_have_to_be_copied_come_in_several_lists():
     """Transposed and in float16, more numbers than are copied at once."""
     layout = Layout(tuple("abcd"), tuple(map(torch.Size, [(900, 1000), (10,), (1100, 1000), (7, 3)])))

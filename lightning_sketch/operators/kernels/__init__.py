@@ -5,7 +5,8 @@
             `BlockSRHT` up to dim 2^21 and `CountSketch`, for float32, bfloat16 and float16
 "triton"    one pass over the vector on a CUDA device: `BlockSRHT` up to dim 2^15 and `CountSketch`, for the same types
 
-The environment variable LIGHTNING_SKETCH_KERNEL forces one of them.
+Under vmap and other function transforms, and while PyTorch's operations are recorded, "torch" computes as well, since a
+kernel is not seen by them. The environment variable LIGHTNING_SKETCH_KERNEL forces one of the three.
 """
 
 import functools

@@ -10,14 +10,16 @@ which are transformed among each other in between.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from lightning_sketch.operators.kernels.numba.memory import address, aligned, copy_out, fill, in_place, later
+from lightning_sketch.operators.kernels.numba.memory import address, aligned, copy_out, fill, in_place, next_unit
 from lightning_sketch.operators.kernels.numba.vectors import (
     BLOCK,
     LANES,
     ROW,
+    jit,
     kept_jit,
     mix_blocks,
     mix_row,
@@ -25,9 +27,19 @@ from lightning_sketch.operators.kernels.numba.vectors import (
     write_words,
 )
 
-LARGEST = 1 << 21  # chunk
 _AT_ONCE = 16  # blocks that are transformed in registers
 _KEPT = 64  # units in a sum before it is added to the whole one, which keeps rounding small
+
+
+@jit
+def _write_both(
+    before: Any, after: Any, block: int, there: int, before0: Any, before1: Any, after0: Any, after1: Any
+) -> int:
+    """Write the words that flip a block before and after H, unless those of it are there; return its number."""
+    if block != there:
+        write_words(before, block, before0, before1)
+        write_words(after, block, after0, after1)
+    return block
 
 
 @functools.cache
@@ -62,11 +74,8 @@ def compiled(chunk: int, adjoint: bool) -> Callable[..., None]:
                 vector[:] = 0
                 sums[:] = 0
             while True:
-                piece = later(own, piece, number * unit)
-                if piece == len(own):
-                    break
-                number = max(number, own[piece, 1] // unit)  # what no piece has is zero
-                if number >= parts[part, 1]:
+                piece, number = next_unit(own, piece, number, unit)
+                if piece == len(own) or number >= parts[part, 1]:
                     break
                 start = number * unit
                 there = in_place(own, piece, start, start + unit)
@@ -79,10 +88,7 @@ def compiled(chunk: int, adjoint: bool) -> Callable[..., None]:
 
                 for b in range(blocks):
                     index = start + b * block
-                    if index // BLOCK != hashed:
-                        hashed = index // BLOCK
-                        write_words(before, hashed, before0, before1)
-                        write_words(after, hashed, after0, after1)
+                    hashed = _write_both(before, after, index // BLOCK, hashed, before0, before1, after0, after1)
                     bit = np.int32(index // ROW % 32)
                     for at in range(b * near, b * near + row, step):
                         if half:
@@ -101,10 +107,7 @@ def compiled(chunk: int, adjoint: bool) -> Callable[..., None]:
                 target = there if adjoint and there != 0 else sums_at
                 for b in range(blocks):
                     index = start + b * block
-                    if index // BLOCK != hashed:
-                        hashed = index // BLOCK
-                        write_words(before, hashed, before0, before1)
-                        write_words(after, hashed, after0, after1)
+                    hashed = _write_both(before, after, index // BLOCK, hashed, before0, before1, after0, after1)
                     for r in range(rows):
                         at = b * near + r * row
                         mix_row(levels, add, held_at + at, target + at, after_at, np.int32(index // ROW % 32 + r))

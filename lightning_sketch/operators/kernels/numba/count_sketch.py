@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from numba import carray
 
-from lightning_sketch.operators.kernels.numba.memory import address, aligned, copy_out, fill, in_place, later
+from lightning_sketch.operators.kernels.numba.memory import address, aligned, copy_out, fill, in_place, next_unit
 from lightning_sketch.operators.kernels.numba.vectors import (
     BLOCK,
     ROW,
@@ -50,11 +50,8 @@ def compiled(adjoint: bool) -> Callable[..., None]:
                 sketch[:] = 0
                 sums[:] = 0
             while True:
-                piece = later(own, piece, number * dim)
-                if piece == len(own):
-                    break
-                number = max(number, own[piece, 1] // dim)  # what no piece has is zero
-                if number >= parts[part, 1]:
+                piece, number = next_unit(own, piece, number, dim)
+                if piece == len(own) or number >= parts[part, 1]:
                     break
                 start = number * dim
                 there = in_place(own, piece, start, start + dim)

@@ -30,11 +30,16 @@ def aligned(count: int) -> Any:
 
 
 @jit
-def later(pieces: Any, piece: int, low: int) -> int:
-    """Return the number of the first piece that does not end before index `low`, from `piece` on."""
-    while piece < len(pieces) and pieces[piece, 2] <= low:
+def next_unit(pieces: Any, piece: int, unit: int, size: int) -> tuple[int, int]:
+    """Return the first piece from `piece` on, and the first unit of `size` numbers from `unit` on, that meet.
+
+    The piece is `len(pieces)` if none is left. Units between pieces are skipped, since they are zero.
+    """
+    while piece < len(pieces) and pieces[piece, 2] <= unit * size:
         piece += 1
-    return piece
+    if piece < len(pieces):
+        unit = max(unit, pieces[piece, 1] // size)
+    return piece, unit
 
 
 @jit
