@@ -4,8 +4,9 @@
 
 tests      the tests marked gpu, but for those of sharded models
 products   S x and Sᵀ y of each kind beside a copy of the vector, with the memory that they take
-gradients  a gradient of a GPT and a product S H Sᵀ y with its Hessian, sketched to 2^12 .. 2^18 numbers
-steps      a training step of that GPT as it is, and with the writer (per step, per example) or the monitor
+tables     tables 11, 8, 9 and 3 of the paper (`paper/`): gradients of transformers of 82 million to 1.5 billion
+           parameters and products with their Hessians, sketched by our operators and by the paper's formulas
+steps      a training step of such a transformer, and with the writer (per step, per example) or the monitor
 noise      the largest eigenvalues of a small Llama in bfloat16, by differences of gradients, against autograd
 peers      TRAK's dense projector, where traker is installed
 
@@ -31,9 +32,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from lightning_sketch.operators import kernel_in_use, make_sketch
+
+sys.path.append(str(Path(__file__).parent / "paper"))
+from costs import GPT, OURS, PUBLISHED, SIZES, Problem, Sketched
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 480  # for all parts; what is left when a part begins limits it as well
@@ -197,50 +200,28 @@ def product(report, kind, dim, xs, copy, on_device):
                 row[f"{name}copies"] = row[f"{name}gpu_ms"] / on_device
 
 
-class GPT(nn.Module):
-    """A transformer of the size of GPT-2, 134 million parameters; on a CPU a tiny one."""
-
-    def __init__(self, cpu):
-        super().__init__()
-        width, layers, self.tokens, self.vocabulary = (16, 1, 8, 50) if cpu else (768, 12, 512, 32000)
-        options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
-        layer = nn.TransformerEncoderLayer(width, max(1, width // 64), 4 * width, **options)
-        self.embed = nn.Embedding(self.vocabulary, width)
-        self.body = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.head = nn.Linear(width, self.vocabulary)
-
-    def forward(self, x):
-        return self.head(self.body(self.embed(x)))
-
-    def loss(self, batch):
-        return nn.functional.cross_entropy(self(batch)[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-
-    def batches(self, count, rows):
-        return torch.randint(0, self.vocabulary, (count * rows, self.tokens)).split(rows)
-
-
-def gradients(report):
-    from lightning_sketch import Hessian
-
-    torch.manual_seed(0)
-    module = GPT(report.cpu).to(report.device)
-    (batch,) = module.batches(1, 4)
-    h = Hessian(lambda module, batch: module.loss(batch), module, [batch.to(report.device)])
-    n, v = h.space.n, torch.randn(h.space.size, device=report.device)
-    plain = {"gradient_ms": report.ms(h.gradient, 3), "product_ms": report.ms(lambda: h.matvec(v), 3)}
-    plain |= {"gradient_mb": report.extra_mb(h.gradient), "product_mb": report.extra_mb(lambda: h.matvec(v))}
-    report.say(parameters=n, batch=list(batch.shape), **plain)
-    for dim in (1 << 6, 1 << 7) if report.cpu else [1 << log for log in range(12, 19)]:
-        for kind in ("block_srht", "count_sketch", "qk", "afjl", "affd"):
-            with report.row(table=11, kind=kind, dim=dim) as row:
-                s = make_sketch(kind, n=n, dim=dim, seed=1)
-                y = torch.randn(dim, device=report.device)
-                for name, call in {
-                    "gradient": lambda: s.matvec(h.gradient()),  # noqa: B023
-                    "product": lambda: s.matvec(h.matvec(s.rmatvec(y))),  # noqa: B023
-                }.items():
-                    row[f"{name}_ms"], row[f"{name}_mb"] = report.ms(call, 2), report.extra_mb(call)
-                    row[f"{name}_ratio"] = row[f"{name}_ms"] / plain[f"{name}_ms"]
+def tables(report):
+    ways = "gradient", "implicit gradient", "product", "implicit product"
+    fast = [Sketched(kind) for kind in ("block_srht", "count_sketch", "qk", "afjl", "affd")]
+    full, half = TYPES
+    for size, dtype, every, logs, names in (
+        ("82M", full, fast, range(12, 19), ways[:1]),  # table 11
+        ("134M", full, OURS + PUBLISHED, (17,), ways),  # tables 8 and 9
+        ("82M", half, [*OURS, Sketched("affd", "fft")], (17,), ways[::2]),  # table 3
+        ("1.5B", full, fast, (17,), ways[::2]),
+        ("1.5B", half, fast, (17,), ways[::2]),
+    ):
+        problem = Problem("tiny" if report.cpu else size, report.device, dtype)
+        about = {"size": size, "dtype": str(dtype)[6:]}
+        for name, cost in problem.plain().items():
+            report.say(**about, plain=name, ms=cost.ms, gb=cost.gb)
+        for sketched in every:
+            for log in (6,) if report.cpu else logs:
+                with report.row(**about, sketch=str(sketched), log_dim=log) as row:
+                    ((_, _, found),) = problem.costs([sketched], [1 << log], names, repeats=2)
+                    for name, cost in found.items():
+                        row |= {f"{name.replace(' ', '_')}_{key}": own for key, own in cost._asdict().items()}
+        del problem
 
 
 def steps(report):
@@ -253,10 +234,10 @@ def steps(report):
     class Net(pl.LightningModule):
         def __init__(self):
             super().__init__()
-            self.gpt, self.times = GPT(report.cpu), []
+            self.gpt, self.times = GPT(SIZES["tiny" if report.cpu else "134M"]), []
 
         def training_step(self, batch):
-            return self.gpt.loss(batch)
+            return self.gpt(batch)
 
         def on_train_batch_end(self, *_):
             report.wait()
@@ -278,7 +259,7 @@ def steps(report):
     for name, made in arms.items():
         torch.manual_seed(0)
         net = Net()
-        data = torch.cat(net.gpt.batches(4 if report.cpu else 56, 8))
+        data = net.gpt.batch(8 * (4 if report.cpu else 56))
         options = {"precision": "32-true", "accelerator": "cpu"} if report.cpu else {"precision": "bf16-mixed"}
         with report.row(step=name, parameters=sum(p.numel() for p in net.parameters())) as row:
             with tempfile.TemporaryDirectory() as folder:
@@ -323,7 +304,7 @@ def peers(report):
             row["block_srht_ms"] = report.ms(lambda: sketch.matvec(x))  # noqa: B023
 
 
-PARTS = {tests: 170, products: 70, gradients: 80, steps: 80, noise: 60, peers: 20}
+PARTS = {tests: 170, products: 30, tables: 130, steps: 80, noise: 60, peers: 20}
 
 
 def over(*_):
