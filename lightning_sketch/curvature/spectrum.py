@@ -70,7 +70,7 @@ def spectrum(
         method: "lanczos", or "projected" for the method of the paper, which takes S A Sᵀ instead of A, S of size
             dim x n. Residuals then say nothing about A: for four networks of 2,400 to 4,900 parameters the ten largest
             eigenvalues were off by 8 to 18 % at dim 512, and by 4 to 7 % at 2048
-            (`benchmarks/projected_vs_lanczos.py`).
+            (`benchmarks/paper/table_7.py`).
         gradient: A vector of size n, whose share in the space of the top eigenvectors is computed as well.
         over_batches: Whether to compute as well how far the largest eigenvalue depends on the batches, and that of each
             batch alone: `data_error`, `data_bias` and `batch_lambda_max` of the result. It takes as many products again
