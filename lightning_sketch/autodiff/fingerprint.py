@@ -10,9 +10,12 @@ Integer sums are exact in every order, hence the same on each device. Swapping w
 parameter is not seen; training does no such thing. One pass over the parameters.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.functional import every_parameter
@@ -24,43 +27,62 @@ _RUN = 8 * _W  # bytes of a run of words
 _TOGETHER = 1 << 26  # bytes of tensors whose sums are computed at once
 
 
-# Words of frozen tensors by their ids, each with the version of the tensor that they are of.
-Known = dict[int, tuple[int, int]]
+# Sums of frozen tensors by their ids, each with the version of the tensor that it is of.
+Known = dict[int, tuple[int, Tensor]]
 
 
-def fingerprint(tensors: Sequence[Tensor], known: Known | None = None) -> int:
+def fingerprint(tensors: Sequence[Tensor]) -> int:
     """Return a 64-bit signed integer that identifies the contents of these tensors, in their order; never 0.
+
+    >>> fingerprint([torch.zeros(3)]) == fingerprint([torch.zeros(3)]) != fingerprint([torch.ones(3)])
+    True
+    """
+    return int(fingerprint_on_device(tensors))
+
+
+def fingerprint_on_device(tensors: Sequence[Tensor], known: Known | None = None) -> Int[Tensor, ""]:
+    """Return the fingerprint as a number on the device of the first tensor, without waiting for that device.
 
     Args:
         tensors: The tensors.
         known: Where the sums of frozen parameters are kept from one call to the next, as long as their versions are the
             same; a change through `.data` is not seen then.
-
-    >>> fingerprint([torch.zeros(3)]) == fingerprint([torch.zeros(3)]) != fingerprint([torch.ones(3)])
-    True
     """
     frozen = [known is not None and isinstance(t, nn.Parameter) and not t.requires_grad for t in tensors]
-    sums: dict[int, int] = {}  # by the places of the tensors
+    sums: dict[int, Tensor] = {}  # by the places of the tensors
     for place, tensor in enumerate(tensors):
         if known is not None and frozen[place]:  # a tensor of inference mode has no version
-            version, found = known.get(id(tensor), (-1, 0))
+            version, found = known.get(id(tensor), (-1, tensor))
             if version == tensor._version:
                 sums[place] = found
     places = [place for place in range(len(tensors)) if place not in sums]
     for device in {tensors[place].device for place in places}:
         here = [place for place in places if tensors[place].device == device]
-        sums.update(zip(here, _sums([tensors[place] for place in here], device), strict=True))
-    total = 0
-    for place, tensor in enumerate(tensors):
-        if known is not None and frozen[place]:
-            known[id(tensor)] = tensor._version, sums[place]
-        total = (total * _M + sums[place]) % (1 << 64)
-    return (total - (1 << 64) if total >= 1 << 63 else total) or 1
+        sums.update(zip(here, _sums([tensors[place] for place in here], device).unbind(), strict=True))
+    if known is not None:
+        known.update((id(t), (t._version, sums[place])) for place, t in enumerate(tensors) if frozen[place])
+    if not tensors:
+        return torch.tensor(1)
+    device = tensors[0].device
+    powers = _numbers(tuple(_signed(pow(_M, i, 1 << 64)) for i in reversed(range(len(tensors)))), device)
+    total = (torch.stack([sums[place].to(device) for place in range(len(tensors))]) * powers).sum()
+    return total + (total == 0)
+
+
+def _signed(number: int) -> int:
+    """Return the signed integer of 64 bits that is the same modulo 2^64."""
+    return number - (1 << 64) if number >= 1 << 63 else number
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(values: tuple[int, ...], device: torch.device) -> Int[Tensor, " values"]:
+    """Return integers on a device; kept, since copies to a device wait for it."""
+    return torch.tensor(values, device=device)
 
 
 @torch.no_grad()
-def _sums(tensors: Sequence[Tensor], device: torch.device) -> list[int]:
-    """Return the weighted sum of the words of each tensor, and its size; the device is waited for once.
+def _sums(tensors: Sequence[Tensor], device: torch.device) -> Int[Tensor, " tensors"]:
+    """Return, for each tensor, the weighted sum of its words plus its size.
 
     Runs of words are rows of a matrix. Tensors are copied into it as they are, except large ones: of these the sum of
     all whole runs is.
@@ -97,19 +119,15 @@ def _sums(tensors: Sequence[Tensor], device: torch.device) -> list[int]:
     if size:
         add_rows()
     # Sums of all rows so far, modulo 2^64, at the ends of the tensors.
-    ends = torch.cat(found).cumsum(0)[torch.tensor(counts).cumsum(0).to(device)].tolist()
-    return [high - low + t.numel() for low, high, t in zip(ends, ends[1:], tensors, strict=False)]
+    ends = torch.cat(found).cumsum(0)[_numbers(tuple(itertools.accumulate(counts)), device)]
+    return ends.diff() + _numbers(tuple(tensor.numel() for tensor in tensors), device)
 
 
-def module_fingerprint(module: nn.Module, known: Known | None = None) -> int:
+def module_fingerprint(module: nn.Module) -> int:
     """Return a fingerprint of all that the loss of a module depends on: parameters, frozen ones too, and buffers.
 
     Counters do not count: buffers of one whole number, such as the number of batches that a batch norm has seen. It is
     0 (unknown) if parameters are sharded, since no process has all of them.
-
-    Args:
-        module: The module.
-        known: As in `fingerprint`.
 
     >>> frozen = nn.Linear(2, 2).requires_grad_(False)
     >>> before = module_fingerprint(frozen)
@@ -117,8 +135,13 @@ def module_fingerprint(module: nn.Module, known: Known | None = None) -> int:
     >>> module_fingerprint(frozen) != before
     True
     """
+    return int(module_fingerprint_on_device(module))
+
+
+def module_fingerprint_on_device(module: nn.Module, known: Known | None = None) -> Int[Tensor, ""]:
+    """Return the fingerprint of a module as a number on its device; `known` is that of `fingerprint_on_device`."""
     parameters = every_parameter(module)
     if any(hasattr(parameter, "placements") for parameter in parameters):
-        return 0
+        return torch.tensor(0)
     buffers = [b for b in module.buffers() if b.ndim or b.is_floating_point() or b.is_complex()]
-    return fingerprint([*parameters, *buffers], known)
+    return fingerprint_on_device([*parameters, *buffers], known)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -183,7 +183,9 @@ class Weights:
         Versions and norms tell which ones may have; these are compared with θ₀ + Dᵀ w.
         """
         now = self._marked()
-        if self._marks is None or self._marks == now:
+        if self._marks is None or now is None:
+            return []
+        if self._marks[0] == now[0] and torch.equal(self._marks[1], now[1]):
             return []
         theta, found = self.parameters(), []
         for i, value in self._values(theta, directions, w, frozen=True):
@@ -228,13 +230,16 @@ class Weights:
     def _scaled(self, tensor: Tensor, index: int, scales: Tensor) -> Tensor:
         return tensor * (1 + scales[self.layers[index]]) if self.layers else tensor
 
-    def _marked(self) -> list[Any] | None:
-        """Return for each parameter what is likely to change if it is written to; None on the meta device."""
+    def _marked(self) -> tuple[list[int], Tensor] | None:
+        """Return for each parameter what is likely to change if it is written to; None on the meta device.
+
+        It stays on the device, which is waited for where it is compared only.
+        """
         theta = [local(parameter).detach() for parameter in self.parameters()]
         if not theta or theta[0].is_meta:
             return None
         versions = [0 if tensor.is_inference() else tensor._version for tensor in theta]
-        return [versions, torch.stack([norm.double() for norm in torch._foreach_norm(theta)]).tolist()]
+        return versions, torch.stack([norm.double() for norm in torch._foreach_norm(theta)])
 
 
 class FrozenWeights:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lightning_sketch._lightning import Trainer, common_lr, loss_scale, muted_loggers, param_groups
 from lightning_sketch.autodiff.batches import differentiable
-from lightning_sketch.autodiff.fingerprint import Known, module_fingerprint
+from lightning_sketch.autodiff.fingerprint import Known, module_fingerprint_on_device
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import on_copies, training_step_loss
 from lightning_sketch.autodiff.preserve_state import preserve_state
+from lightning_sketch.callbacks.gradient_sketch_writer._arriving import ArrivingRows
 from lightning_sketch.callbacks.gradient_sketch_writer._examples import DuplicateFinder
 from lightning_sketch.callbacks.gradient_sketch_writer._preconditioned import StepPreconditioner
 from lightning_sketch.operators.sketch import Sketch
@@ -32,7 +33,7 @@ from lightning_sketch.per_example.verify import (
     weighings_by_losses,
 )
 from lightning_sketch.per_example.weights import KnownWays, Weighing, Weighings
-from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, UNKNOWN_ID, Column, SketchedGradients, keys_of
+from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, UNKNOWN_ID, Column, keys_of
 
 Fallback = Literal["loop", "vmap"]  # engines of the second pass
 
@@ -191,7 +192,7 @@ class TrainingExamples:
         if self.batch is not None:
             self.hooks.before_backward(loss)
 
-    def take_rows(self, trainer: Trainer) -> SketchedGradients | None:
+    def take_rows(self, trainer: Trainer) -> ArrivingRows | None:
         """Return the rows of the batch's examples after its backward pass; None if it is not recorded.
 
         Raises:
@@ -211,9 +212,9 @@ class TrainingExamples:
             if self.preconditioner.batches == trainer.accumulate_grad_batches:
                 self.preconditioner.clip({}, loss_scale(trainer))
             factor = factor * self.preconditioner.clipped
-        rows = (shares * factor[:, None]).float().cpu()
+        rows = (shares * factor[:, None]).float()
         if batch.second is not None:
-            rows += batch.second.float().cpu()
+            rows += batch.second.to(rows)
         count = len(rows)
         lr = common_lr(param_groups(trainer.optimizers))
         columns = {
@@ -221,10 +222,10 @@ class TrainingExamples:
             "step": torch.full((count,), trainer.global_step + 1),
             "epoch": torch.full((count,), trainer.current_epoch),
             "lr": torch.full((count,), lr),
-            "fingerprint": torch.full((count,), module_fingerprint(self.module, self.frozen)),
+            "fingerprint": module_fingerprint_on_device(self.module, self.frozen).expand(count),
             "preconditioner": torch.full((count,), NONE if self.preconditioner is None else OF_STEP),
         }
-        return SketchedGradients(rows, self.sketch, columns)
+        return ArrivingRows(rows, self.sketch, columns)
 
     def stop(self) -> None:
         """Remove all hooks."""

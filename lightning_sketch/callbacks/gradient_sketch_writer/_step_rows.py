@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch._lightning import Trainer, common_lr, gradient_scale, loss_scale, param_groups
-from lightning_sketch.autodiff.fingerprint import Known, module_fingerprint
+from lightning_sketch.autodiff.fingerprint import Known, module_fingerprint_on_device
 from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.callbacks.gradient_sketch_writer._arriving import ArrivingRows
 from lightning_sketch.callbacks.gradient_sketch_writer._preconditioned import StepPreconditioner
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, UNKNOWN_ID, Column, SketchedGradients, keys_of
+from lightning_sketch.store.sketched_gradients import NONE, OF_STEP, UNKNOWN_ID, Column, keys_of
 
 
 class StepRows:
@@ -35,7 +36,7 @@ class StepRows:
         self.own: Mapping[str, Column] = {}
         self.steps_done = self.epoch = -1
         self.frozen: Known = {}
-        self.pending: dict[int, SketchedGradients] = {}
+        self.pending: dict[int, ArrivingRows] = {}
 
     def begin_batch(self, trainer: Trainer, ids: Column, own: Mapping[str, Column]) -> None:
         """Add the ids and the user's columns of the next batch; the first batch after a step begins the next step.
@@ -76,24 +77,24 @@ class StepRows:
             unscaled = {name: None if g is None else g / scale for name, g in gradients.items()}
             gradients, scale = self.preconditioner.divided(self.preconditioner.clip(unscaled, scale)), 1.0
         row = self.layout.sketch(self.sketch, gradients) / scale
-        loss = torch.nan if summed is None else trainer.strategy.reduce(summed, reduce_op="mean")
+        loss: Any = torch.nan if summed is None else trainer.strategy.reduce(summed, reduce_op="mean")
         step = trainer.global_step + 1
         columns: dict[str, Any] = {
             "step": step,
             "epoch": trainer.current_epoch,
             "lr": common_lr(param_groups([optimizer])),
-            "loss": float(loss),
-            "fingerprint": module_fingerprint(self.module, self.frozen),
+            "loss": loss,
+            "fingerprint": module_fingerprint_on_device(self.module, self.frozen),
             "preconditioner": NONE if self.preconditioner is None else OF_STEP,
         }
         # If a closure is called several times, as by LBFGS, the row of its last call remains.
-        self.pending[step] = SketchedGradients(
+        self.pending[step] = ArrivingRows(
             row[None].float(),
             self.sketch,
-            {**{key: torch.tensor([value]) for key, value in columns.items()}, **self.own},
+            {**{key: torch.as_tensor(value).view(1) for key, value in columns.items()}, **self.own},
         )
 
-    def take_rows(self, trainer: Trainer) -> list[SketchedGradients]:
+    def take_rows(self, trainer: Trainer) -> list[ArrivingRows]:
         """Return the rows of the steps that are done, with the ids of their examples if these are known."""
         if not self.pending:
             return []
@@ -102,7 +103,9 @@ class StepRows:
         if (ids == UNKNOWN_ID).all():
             return rows
         ids = _gather_ids(trainer, ids)
-        return [SketchedGradients(r.sketches, r.sketch, {**r.columns, "example_ids": ids[None]}) for r in rows]
+        for row in rows:
+            row.columns["example_ids"] = ids[None]
+        return rows
 
 
 def _gather_ids(trainer: Trainer, ids: Tensor) -> Tensor:

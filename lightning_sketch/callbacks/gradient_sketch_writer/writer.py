@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.fingerprint import module_fingerprint
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import training_step_loss
+from lightning_sketch.callbacks.gradient_sketch_writer._arriving import ArrivingRows
 from lightning_sketch.callbacks.gradient_sketch_writer._checkpoint_rows import CheckpointRows
 from lightning_sketch.callbacks.gradient_sketch_writer._example_rows import (
     Fallback,
@@ -53,6 +55,8 @@ from lightning_sketch.per_example.rules.normalization import couples
 from lightning_sketch.per_example.weights import Reduction, Weighings
 from lightning_sketch.store.sketched_gradients import NONE, UNKNOWN_ID, Stage
 from lightning_sketch.store.spec import DTYPES, Dtype
+
+_MOST_ARRIVING = 64  # batches of rows on their way from a device; of more, the first are waited for
 
 
 class GradientSketchWriter(CallbackBase):
@@ -230,6 +234,7 @@ class GradientSketchWriter(CallbackBase):
         self._optimizer_states: list[Mapping[str, Any]] = []
         self._lr = math.nan  # of the last optimizer step
         self._run: StoreRun | None = None
+        self._arriving: deque[ArrivingRows] = deque()
         self._steps: StepRows | None = None
         self._training: TrainingExamples | None = None
         self._checkpoint: CheckpointRows | None = None
@@ -313,6 +318,7 @@ class GradientSketchWriter(CallbackBase):
         self._training.begin_batch(trainer, batch, ids, own, self._is_recorded(trainer))
         if self._training.doubt and self._run is not None:
             self._training.doubt = False
+            self._put_arrived(wait=True)
             self._run.doubt_scale()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -325,8 +331,9 @@ class GradientSketchWriter(CallbackBase):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Store the rows of the batch's examples."""
         rows = self._training.take_rows(trainer) if self._training is not None else None
-        if rows is not None and self._run is not None:
-            self._run.put(rows)
+        if rows is not None:
+            self._arriving.append(rows)
+        self._put_arrived()
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -340,15 +347,15 @@ class GradientSketchWriter(CallbackBase):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Store the rows of the steps that are done; rank 0 writes them, since all ranks have the same ones."""
-        if self._steps is None or self._run is None:
-            return
-        for row in self._steps.take_rows(trainer):
-            if trainer.is_global_zero:
-                self._run.put(row)
+        if self._steps is not None:
+            rows = self._steps.take_rows(trainer)
+            self._arriving.extend(rows if trainer.is_global_zero else [])
+            self._put_arrived()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the number of rows."""
         if self._run is not None:
+            self._put_arrived(wait=True)
             scalars = {f"{self.name}/rows": float(self._run.rows)}
             log_scalars(trainer, scalars, batches_done(trainer) - 1)
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in scalars.items()})
@@ -356,6 +363,7 @@ class GradientSketchWriter(CallbackBase):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Commit, on every rank, the rows that the checkpoint relies on, before it is written."""
         if self._run is not None:
+            self._put_arrived(wait=True)
             self._run.flush()
             trainer.strategy.barrier()
 
@@ -460,9 +468,20 @@ class GradientSketchWriter(CallbackBase):
         self._example_ids.detach()
         if self._training is not None:
             self._training.stop()
-        run, self._run, self._steps, self._training, self._checkpoint = self._run, None, None, None, None
-        if run is not None:
-            run.close()
+        try:
+            self._put_arrived(wait=True)
+        finally:
+            self._arriving.clear()
+            run, self._run, self._steps, self._training, self._checkpoint = self._run, None, None, None, None
+            if run is not None:
+                run.close()
+
+    def _put_arrived(self, wait: bool = False) -> None:
+        """Store the rows that have arrived from the device, in their order; if `wait`, all of them."""
+        while self._run is not None and self._arriving:
+            if not (wait or self._arriving[0].are_here or len(self._arriving) > _MOST_ARRIVING):
+                return
+            self._run.put(self._arriving.popleft().get())
 
 
 def _check(trainer: Trainer, pl_module: LightningModule, stage: str, per: Granularity, has_loss_fn: bool) -> None:
