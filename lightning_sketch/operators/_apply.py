@@ -101,3 +101,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _compiled.register_autograd(_backward, setup_context=_setup_context)
+
+
+@_compiled.register_vmap
+def _(info: Any, in_dims: tuple, x: Tensor, *fields: Any) -> tuple[Tensor, int]:
+    return _compiled(x.movedim(in_dims[0], 0), *fields), 0

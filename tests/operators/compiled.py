@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from launches import Launches
 
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.operators import BlockSRHT, CountSketch
@@ -93,6 +94,15 @@ def test_the_operation_keeps_the_rules_of_pytorch(sketch, vectors):
         x = vectors(2, size).requires_grad_()
         fields = sketch.kind, sketch.n, sketch.dim, sketch.seed, start, stop, adjoint
         torch.library.opcheck(torch.ops.lightning_sketch.apply, (x, *fields))
+
+
+def test_a_batch_of_the_operation_is_one_call(sketch, vectors):
+    """In place of one for each vector."""
+    x, fields = vectors(100, 3), (sketch.kind, 100, 33, sketch.seed, 0, 100, False)
+    with Launches() as counted:
+        got = torch.vmap(lambda x: torch.ops.lightning_sketch.apply(x, *fields), in_dims=1)(x)
+    torch.testing.assert_close(got, sketch.matvec(x.T))
+    assert [name for name in counted.names if "lightning_sketch" in name] == ["lightning_sketch.apply.default"]
 
 
 def test_jvp_in_compiled_code_is_refused(vectors):
