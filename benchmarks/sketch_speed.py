@@ -1,7 +1,7 @@
 """Measure time and memory of sketches on a CPU, next to a copy of their input, TRAK and dattri (a few minutes).
 
 python benchmarks/sketch_speed.py [--threads 1 2] [--dtype float32 bfloat16] [--kernels numba torch] [--busy COUNT]
-                                  [--growth] [--passes 3] [--small]
+                                  [--passes 3] [--small]
 
 First table: BlockSRHT and CountSketch, by each kernel, of one vector of 2^24 numbers. A cell is the median time in ms
 and, in brackets, the median of its ratio to what PyTorch does right after it, by as many threads.
@@ -19,7 +19,6 @@ matrix, made anew in every call if dim is over 100; our kind `gaussian` does the
 shares the making. Extra MB is the most memory in use at once beyond x, y and the result, in both products (on Linux).
 
 --busy    measures the first table beside so many processes that compute without end, as another user's may do
---growth  measures BlockSRHT at n from 2^20 to 2^28 (as far as memory goes) and at dim from 2^6 to 2^20 instead
 --small   tries the script out, with tiny sizes; the numbers say nothing
 
 Everything is measured three times, each time in new processes, one per kernel, since machines vary; a number is the
@@ -167,13 +166,6 @@ def high_water() -> float:
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
-def available() -> int:
-    """Return the bytes of memory that are left."""
-    if sys.platform == "linux":
-        return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-
-
 def cpu() -> str:
     info = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform == "linux" else []
     return next((line.split(": ")[1] for line in info if line.startswith("model name")), platform.processor())
@@ -277,7 +269,6 @@ def main():
     parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32", "bfloat16"])
     parser.add_argument("--kernels", nargs="+", choices=["numba", "torch"], default=["numba", "torch"])
     parser.add_argument("--busy", type=int, default=0, metavar="COUNT")
-    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--passes", type=int, default=3)
     parser.add_argument("--small", action="store_true")
     asked = parser.parse_args()
@@ -293,15 +284,6 @@ def main():
         spinning.wait()
     print(f"{machine()}, beside {asked.busy} busy processes\n")
 
-    if asked.growth:
-        ns, dims, n, dim = range(20, 29, 2), range(6, 21, 2), 24, 12
-        if asked.small:
-            ns, dims, n, dim = (12, 14, 16), (4, 6, 8), 16, 8
-        sizes = [(own, dim) for own in ns if 16 << own <= available()]  # x, its copy, the result, and one to spare
-        sizes += [(n, own) for own in dims if own != dim]
-        rows = [Row("block_srht", *size, threads) for threads in asked.threads for size in sizes]
-        by_kernel(kernels, rows, passes)
-        return
     n, dims = (16, (6, 8)) if asked.small else (24, (8, 12, 15))
     rows = [
         Row(kind, n, dim, threads, dtype)
