@@ -27,6 +27,7 @@ from lightning_sketch.attribution.indexed_dataset import without_index
 from lightning_sketch.attribution.preconditioner import DAMPING, Preconditioner
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable, on_device
 from lightning_sketch.autodiff.fingerprint import module_fingerprint
+from lightning_sketch.autodiff.gradients import visit_gradients
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import (
     Compare,
@@ -43,7 +44,7 @@ from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.per_example.factors import Factor, LowRank
 from lightning_sketch.per_example.hooks import ExampleHooks
 from lightning_sketch.per_example.precondition import Blocks, numbers
-from lightning_sketch.per_example.verify import by_reason, gradients_of, hooks_fail, tolerance, weighings_by_losses
+from lightning_sketch.per_example.verify import by_reason, hooks_fail, tolerance, weighings_by_losses
 from lightning_sketch.per_example.weights import KnownWays, Reduction, Weighings
 
 FittedKind = Literal["ekfac", "kfac"]
@@ -354,19 +355,17 @@ class _Fit:
                     self._add_finite(own, count, accumulator)
                     return
                 hooks.before_backward(loss)
-                gradients = gradients_of(loss, supported)
-            missed = [name for name, g in gradients.items() if g is not None and name not in hooks.supported]
+                used = visit_gradients(loss, supported, lambda *_: None)
+            missed = [name for name in used if name not in hooks.supported]
             if missed and not self.warned:
                 self.warned = True
                 reasons = by_reason({name: hooks.reasons.get(name, "no hook saw it") for name in missed})
                 warnings.warn(f"the preconditioner lacks a part of {len(missed)} parameters:{reasons}", stacklevel=4)
-            del gradients, loss
+            del loss
         if self.alone:
             for part, _ in structure.parts(own.batch, 1, count):
-                alone = gradients_of(loss_fn(self.module, part).sum(), self.alone)
-                for name, gradient in alone.items():
-                    if gradient is not None:
-                        accumulator.add_gradient(name, gradient.to_dense())
+                loss = loss_fn(self.module, part).sum()
+                visit_gradients(loss, self.alone, lambda name, g: accumulator.add_gradient(name, g.to_dense()))
         accumulator.end()
 
     def _add_finite(self, own: _Pass, count: int, accumulator: _Accumulator) -> None:

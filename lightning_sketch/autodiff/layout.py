@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,6 @@ from lightning_sketch.operators import kernels
 from lightning_sketch.operators._apply import is_followed
 from lightning_sketch.operators._hadamard import group_size
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.operators.streaming import StreamingSketch
 
 # Numbers of the flat vector that are read or written at once on a CPU; on a GPU as many as a sketch handles at once.
 _BUFFER = 1 << 20
@@ -83,7 +83,7 @@ class Layout:
                 raise TypeError(f"parameter {name} is {parameter.dtype}; replace it by two real parameters.")
         return cls(tuple(chosen), tuple(p.shape for p in chosen.values()))
 
-    @property
+    @cached_property
     def n(self) -> int:
         """The number of scalars, the size of the flat vector."""
         return sum(shape.numel() for shape in self.shapes)
@@ -203,7 +203,6 @@ class Layout:
 
     def _sketch_sharded(self, sketch: Sketch, tensors: Mapping[str, Any]) -> Float[Tensor, " dim"]:
         """Return the sum of the sketches of all shards of DTensors, each computed by the rank that has it."""
-        starts = dict(zip(self.names, itertools.accumulate(self._sizes, initial=0), strict=False))
         partial: dict[tuple, Tensor] = {}
         for name, tensor in tensors.items():
             local = tensor.to_local().reshape(-1)
@@ -212,7 +211,7 @@ class Layout:
                 partial[key] = torch.zeros(sketch.dim, dtype=torch.promote_types(local.dtype, torch.float32))
                 partial[key] = partial[key].to(local.device)
             if len(local):
-                start = starts[name] + _first_of_shard(tensor)
+                start = self._places[name][0] + _first_of_shard(tensor)
                 partial[key] += sketch.columns(start, start + len(local)).matvec(local).to(partial[key])
         return cast(Tensor, sum(_summed(part, *key) for key, part in partial.items()))
 
@@ -220,19 +219,25 @@ class Layout:
     def _sizes(self) -> list[int]:
         return [shape.numel() for shape in self.shapes]
 
+    @cached_property
+    def _places(self) -> dict[str, tuple[int, Size]]:
+        """Where each parameter begins, and its shape, by name."""
+        starts = itertools.accumulate(self._sizes, initial=0)
+        return {name: (start, shape) for name, start, shape in zip(self.names, starts, self.shapes, strict=False)}
+
     def _check(self, sketch: Sketch, tensors: Mapping[str, Tensor | None]) -> None:
         if sketch.n != self.n:
             raise ValueError(
                 f"the sketch takes n={sketch.n} numbers, the layout has {self.n}; build it with n={self.n}."
             )
-        shapes = dict(zip(self.names, self.shapes, strict=True))
         for name, tensor in tensors.items():
-            if name not in shapes:
+            if name not in self._places:
                 raise ValueError(f"{name} is not in the layout; it starts with {', '.join(self.names[:10])}.")
             if tensor is None:
                 continue
-            if tensor.shape != shapes[name]:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the layout says {tuple(shapes[name])}.")
+            shape = self._places[name][1]
+            if tensor.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the layout says {tuple(shape)}.")
             if tensor.is_complex():
                 raise TypeError(f"{name} is {tensor.dtype}; sketch its real and imaginary parts apart.")
             if hasattr(tensor, "placements"):
@@ -247,11 +252,10 @@ class Layout:
             tensors: The tensors by name.
             most: How many numbers of one list may be copies, unless a single tensor has more; None for all.
         """
-        starts = itertools.accumulate(self._sizes, initial=0)
         device, copied = None, 0
         parts: list[tuple[int, Tensor]] = []
-        for name, start in zip(self.names, starts, strict=False):
-            tensor = _dense(tensors.get(name))
+        for name in sorted(tensors, key=self._places.__getitem__):
+            tensor = _dense(tensors[name])
             if tensor is None or not tensor.numel():
                 continue
             device = device or tensor.device
@@ -261,14 +265,14 @@ class Layout:
                 yield parts
                 parts, copied = [], 0
             copied += tensor.numel() if moved else 0
-            parts.append((start, tensor.reshape(-1).to(device)))
+            parts.append((self._places[name][0], tensor.reshape(-1).to(device)))
         if parts:
             yield parts
 
 
 def _buffer_size(sketch: Sketch, device: torch.device) -> int:
-    """Return the size of a buffer of whole chunks, for a sketch that streams."""
-    chunk = cast(StreamingSketch, sketch).chunk
+    """Return the size of a buffer of whole chunks, if it has some, for a sketch that streams."""
+    chunk = getattr(sketch, "chunk", 1)
     return max(1, max(_BUFFER, group_size(device)) // chunk) * chunk
 
 

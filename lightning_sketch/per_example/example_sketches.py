@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import BatchStructure
+from lightning_sketch.autodiff.gradients import gradients_of, sketched_gradient, visit_gradients
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn, on_copies
 from lightning_sketch.operators.sketch import Sketch
@@ -25,7 +26,6 @@ from lightning_sketch.per_example.verify import (
     check_first_axis,
     coupled,
     disagreement,
-    gradients_of,
     hooks_fail,
     tolerance,
     weighings_of,
@@ -195,15 +195,14 @@ class ExampleSketches:
             loss = self.loss_fn(self.module, batch)
             total = loss.sum()
             hooks.before_backward(total)
-            gradients = gradients_of(total, self.parameters)
+            used = visit_gradients(total, self.parameters, lambda *_: None)
             shares = accumulator.rows()
-        used = [name for name, gradient in gradients.items() if gradient is not None]
         if self._reasons is None:  # those of the first batch were checked parameter by parameter
             self._reasons = set(hooks.reasons)
         new = [n for n in used if n not in hooks.supported or n in hooks.reasons.keys() - self._reasons]
         if new:
             return self._listed({name: hooks.reasons.get(name, "no hook saw it") for name in new})
-        del gradients, total
+        del total
         each = loss.detach() if loss.shape == (examples,) else None
         if each is not None and self.weighings.weight_fn is None:  # they add up to a sum
             ways = [Weighing("a sum over examples", torch.ones(examples, dtype=torch.float64), summed=True)]
@@ -265,8 +264,9 @@ class ExampleSketches:
 
     def _sketched(self, loss: Tensor) -> Float[Tensor, " dim"]:
         """Return the sketch of the gradient of a loss."""
-        gradients = gradients_of(loss, self.parameters)
-        return self.layout.sketch(self.sketch, gradients if self._map is None else self._map.gradients(gradients))
+        if self._map is None:
+            return sketched_gradient(loss, self.parameters, self.layout, self.sketch)
+        return self.layout.sketch(self.sketch, self._map.gradients(gradients_of(loss, self.parameters)))
 
     def _one_by_one(self, batch: Any, examples: int, number: int) -> ExampleGradients:
         """Return the rows of the loop, or of vmap."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.functional import swap_tensors
+from lightning_sketch.autodiff.gradients import gradients_of, sketched_gradient
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn
 from lightning_sketch.operators.sketch import Sketch
@@ -52,8 +53,7 @@ def loop_sketches(
     rows, losses = _Sketched(layout, sketch, parameters, gradient_map), []
     for example, _ in (structure or BatchStructure()).parts(batch, 1):
         loss = loss_fn(module, example).sum()
-        gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-        rows.add(dict(zip(parameters, gradients, strict=True)))
+        rows.add_gradient(loss)
         losses.append(loss.detach())
     return rows.all(), torch.stack(losses)
 
@@ -81,14 +81,14 @@ def vmap_sketches(
             loss = loss_fn(module, batch_of_one(slices)).sum()
         return loss, loss
 
-    gradients_of = torch.func.vmap(
+    together = torch.func.vmap(
         torch.func.grad(loss_of, has_aux=True), in_dims=(None, *[0] * len(tensors)), randomness="different"
     )
     rows, losses = _Sketched(layout, sketch, parameters, gradient_map), []
     size = max(1, _VMAP_NUMBERS // sum(p.numel() for p in own))
     for parts in zip(*(tensor.split(size) for tensor in tensors), strict=True):
         try:
-            gradients, loss = gradients_of([p.detach() for p in own], *parts)
+            gradients, loss = together([p.detach() for p in own], *parts)
         except RuntimeError as error:
             raise ValueError(
                 f"{type(module).__name__} cannot be vectorized over examples: {str(error).splitlines()[0][:200]} Use "
@@ -118,7 +118,7 @@ class _Sketched:
         parameters: Mapping[str, Tensor],
         gradient_map: GradientMap | None = None,
     ):
-        self.layout, self.sketch, self.map = layout, sketch, gradient_map
+        self.layout, self.sketch, self.parameters, self.map = layout, sketch, parameters, gradient_map
         dtypes = (parameter.dtype for parameter in parameters.values())
         dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
         self.like = torch.empty(0, dtype=dtype, device=next(iter(parameters.values())).device)
@@ -130,16 +130,26 @@ class _Sketched:
         """Add the gradients of one example, by name; None or a missing name is zero."""
         gradients = gradients if self.map is None else self.map.gradients(gradients)
         if self.at_once < 2:
-            self.rows.append(self.layout.sketch(self.sketch, gradients)[None].to(self.like))
+            self._append(self.layout.sketch(self.sketch, gradients))
             return
         self.waiting.append(self.layout.flatten([gradients.get(name) for name in self.layout.names], self.like))
         if len(self.waiting) == self.at_once:
             self._sketch()
 
+    def add_gradient(self, loss: Tensor) -> None:
+        """Add the gradient of the loss of one example; a large one is sketched while it is computed."""
+        if self.at_once < 2 and self.map is None:
+            self._append(sketched_gradient(loss, self.parameters, self.layout, self.sketch))
+        else:
+            self.add(gradients_of(loss, self.parameters))
+
     def all(self) -> Float[Tensor, "examples dim"]:
         """Return the rows of all examples."""
         self._sketch()
         return torch.cat(self.rows)
+
+    def _append(self, row: Float[Tensor, " dim"]) -> None:
+        self.rows.append(row[None].to(self.like))
 
     def _sketch(self) -> None:
         if self.waiting:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import HALF, BatchStructure, leaves_of
+from lightning_sketch.autodiff.gradients import visit_gradients
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn
 from lightning_sketch.operators.count_sketch import CountSketch
@@ -271,7 +272,7 @@ class _SmallSketches:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], examples: int):
-        self.examples = examples
+        self.parameters, self.examples = parameters, examples
         self.rows: dict[str, Tensor] = {}
         self.names = {id(p): name for name, p in parameters.items()}
         self.sketches = {name: CountSketch(p.numel(), min(p.numel(), _DIM)) for name, p in parameters.items()}
@@ -288,12 +289,15 @@ class _SmallSketches:
         accumulator.add(factor)
         self.rows[name] += accumulator.rows()
 
-    def of(self, gradients: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-        """Sketch gradients of the parameters, in their order; None is zero."""
-        return {
-            name: self.rows[name].new_zeros(sketch.dim) if g is None else sketch.matvec(g.to_dense().reshape(-1))
-            for (name, g), sketch in zip(gradients.items(), self.sketches.values(), strict=True)
-        }
+    def of(self, loss: Tensor) -> tuple[dict[str, Tensor], list[str]]:
+        """Sketch the gradients of a loss, in the order of the parameters, and return which ones it depends on."""
+        found = {name: torch.zeros_like(rows[0]) for name, rows in self.rows.items()}
+
+        def add(name: str, gradient: Tensor) -> None:
+            found[name] = self.sketches[name].matvec(gradient.to_dense().reshape(-1))
+
+        used = visit_gradients(loss, self.parameters, add)
+        return found, used
 
 
 def hooks_fail(
@@ -328,12 +332,11 @@ def hooks_fail(
     with hooks.recording(small, examples):
         loss = loss_fn(module, batch).sum()
         hooks.before_backward(loss)
-        whole = gradients_of(loss, parameters)
+        whole, used = small.of(loss)
     supported, reasons = hooks.supported, hooks.reasons  # some are known only once the hooks are off
-    wrong = _differing(small.of(whole), {name: rows.sum(0) for name, rows in small.rows.items()}, parameters)
+    wrong = _differing(whole, {name: rows.sum(0) for name, rows in small.rows.items()}, parameters)
     found: dict[str, str] = {}
-    used = [name for name, gradient in whole.items() if gradient is not None]  # even if it is zero
-    missed = [name for name in used if name not in supported]
+    missed = [name for name in used if name not in supported]  # even if its gradient is zero
     for name in dict.fromkeys([*missed, *wrong]):
         unknown = "no hook saw it" if name not in supported else "its shares do not add up to its gradient"
         found[name] = reasons.get(name, unknown)
@@ -342,7 +345,7 @@ def hooks_fail(
         return found
     known = ways(batch) if ways is not None else [Weighing("", torch.ones(examples, dtype=torch.float64))]
     for place in witnesses(torch.cat([small.rows[name].double() for name in right], 1), known, 0)[:WITNESSES]:
-        alone = small.of(gradients_of(loss_fn(module, structure.one(batch, place, examples)).sum(), parameters))
+        alone, _ = small.of(loss_fn(module, structure.one(batch, place, examples)).sum())
         shares = {name: rows[place] for name, rows in small.rows.items()}
         products = sum(float((shares[name] * alone[name]).double().sum()) for name in right)
         squares = sum(float(shares[name].double().square().sum()) for name in right)
@@ -374,12 +377,6 @@ def check_first_axis(structure: BatchStructure) -> None:
             "hooks split gradients along the first axis of tensors, but batch_dim or split_fn puts the examples "
             "elsewhere; use 'loop' as engine or fallback."
         )
-
-
-def gradients_of(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
-    """Return the gradients of a loss by the names of the parameters; None where it does not depend on one."""
-    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-    return dict(zip(parameters, gradients, strict=True))
 
 
 def _differing(

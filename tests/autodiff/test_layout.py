@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.operators import BlockSRHT, make_sketch
+from lightning_sketch.operators import BlockSRHT, Sketch, make_sketch
 
 KINDS = ["block_srht", "count_sketch", "gaussian", "affd", "afjl", "qk", "ffd", "fjl"]
 
@@ -148,6 +148,27 @@ def test_big_tensors_next_to_small_ones():
     sparse = {name: named[name] for name in ("p1", "p3", "p8")}
     rest = layout.flatten([sparse.get(name) for name in layout.names], flat)
     torch.testing.assert_close(layout.sketch(sketch, sparse), sketch.matvec(rest), rtol=1e-5, atol=1e-5)
+
+
+class Alternating(Sketch, register=False):
+    """A kind of one's own, which streams without chunks: a number goes to the place that is its index modulo dim."""
+
+    kind, streams = "alternating", True
+
+    def forward(self, x, start):
+        return x @ self.adjoint(torch.eye(self.dim, dtype=x.dtype), start, start + x.shape[1]).T
+
+    def adjoint(self, y, start, stop):
+        return y[:, torch.arange(start, stop) % self.dim]
+
+
+def test_a_kind_without_chunks_maps_tensors_too():
+    layout = Layout.of(network())
+    named, flat = tensors(layout)
+    sketch, y = Alternating(layout.n, 5), normal(5)
+    torch.testing.assert_close(layout.sketch(sketch, named), sketch.matvec(flat))
+    back = torch.cat([part.flatten() for part in layout.adjoint(sketch, y, like=list(named.values()))])
+    torch.testing.assert_close(back, sketch.rmatvec(y))
 
 
 def test_the_adjoint_of_large_tensors_comes_in_their_shapes():

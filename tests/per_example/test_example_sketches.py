@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from storages import LargeStorages
 from torch import nn
 
 from lightning_sketch.autodiff.batches import num_labels
@@ -105,3 +106,20 @@ def test_sparse_gradients_of_a_table_are_those_of_a_dense_one(layer, engine):
     with said if engine == "auto" else nullcontext():
         found = rows(True, engine)
     torch.testing.assert_close(found, rows(False, "loop"))
+
+
+def most_gradients(engine, layers, size=2048):
+    """Return the bytes of what exists together while rows are computed, in gradients of one layer."""
+    torch.manual_seed(0)
+    module, x = nn.Sequential(*(nn.Linear(size, size, bias=False) for _ in range(layers))), torch.randn(2, size)
+    with preserve_state(module), LargeStorages() as storages:
+        sketches(module, lambda module, x: module(x).square().mean(), engine)(x)
+    return storages.most_bytes / (4 * size**2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["loop", "hooks"])
+def test_the_scratch_memory_of_large_gradients_is_that_of_one_layer_or_two(engine):
+    """Of layers of 2^22 numbers, with a few MB for the sketches; whole gradients would be those of all layers."""
+    three, six = most_gradients(engine, 3), most_gradients(engine, 6)
+    assert 1 <= three == six < 2.5

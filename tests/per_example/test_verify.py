@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from storages import LargeStorages
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_sketch.autodiff.preserve_state import preserve_state
 from lightning_sketch.per_example.verify import hooks_fail
@@ -32,21 +31,6 @@ def test_only_parameters_that_hooks_see_in_part_are_found(device):
     with preserve_state(module):
         found = hooks_fail(module, x, dict(module.named_parameters()), loss)
     assert list(found) == ["last.weight"]
-
-
-class LargeStorages(TorchDispatchMode):
-    """Counts the storages of more than a megabyte that exist together."""
-
-    def __init__(self):
-        super().__init__()
-        self.all, self.most = [], 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() > 1 << 20:
-            self.all.append(StorageWeakRef(result.untyped_storage()))
-            self.most = max(self.most, len({ref.cdata for ref in self.all if not ref.expired()}))
-        return result
 
 
 def most_storages(layers):
