@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_gradient_sketch_writer import rows_of
 from torch.utils.data import DataLoader
 
-from lightning_sketch import GradientSketchWriter, GradientStore
+from lightning_sketch import GradientSketchWriter, GradientStore, SpectrumMonitor
 from lightning_sketch.attribution import IndexedDataset
 from lightning_sketch.callbacks.gradient_sketch_writer import _arriving
 from lightning_sketch.callbacks.gradient_sketch_writer import writer as writing
@@ -67,6 +67,27 @@ def test_no_number_is_read_while_a_step_is_computed(tmp_path, monkeypatch, slow_
     assert len(watch.waits) == 24
     assert not any(watch.waits[3:])
     assert len(rows_of(tmp_path)) == (8 if per == "step" else 128)
+
+
+def test_a_step_that_is_not_measured_waits_for_nothing(tmp_path):
+    """The first one is: the monitor multiplies its batch by the Hessian."""
+    waits = []
+
+    class Monitor(SpectrumMonitor):
+        def on_train_batch_start(self, *args):
+            with Waits() as mode:
+                super().on_train_batch_start(*args)
+            waits.append(mode.names)
+
+        def on_train_batch_end(self, *args):
+            with Waits() as mode:
+                super().on_train_batch_end(*args)
+            waits.append(mode.names)
+
+    watch = Monitor(num_matvecs=8, top_k=1, bottom_k=1, num_batches=1, every_n_train_steps=8)
+    fit(tmp_path, watch, data=data(), max_epochs=2)
+    assert [step for step, names in enumerate(waits) if names] == [0, 15]
+    assert len(watch.history) == 1
 
 
 def test_waits_are_counted():
