@@ -3,7 +3,7 @@ BIN := .venv/bin
 LOWEST := attribution autodiff callbacks metrics store subspace test_private.py
 PYTEST := -m pytest -n auto --dist worksteal
 
-.PHONY: quickstart test test-all test-lowest lint bench gpu clean
+.PHONY: quickstart test test-all test-lowest lint bench gpu gpu-wheels clean
 
 quickstart: .venv/run  ## install what the main job needs, then run it
 	$(BIN)/python examples/quickstart.py
@@ -30,6 +30,9 @@ bench: .venv/dev  ## the benchmarks that need no peer; minutes
 gpu: .venv/dev  ## tests and benchmarks on a CUDA device; eight minutes at most
 	$(BIN)/python benchmarks/gpu.py
 
+gpu-wheels: .venv/dev  ## .whl/: what `make gpu` needs beside PyTorch for CUDA and pytorch-lightning, to be carried along
+	$(BIN)/pip wheel --no-deps -w .whl beartype traker
+
 %/bin/python:
 	$(PYTHON) -m venv $* || { rm -rf $*; echo "Python's venv module is missing: apt install python3-venv"; exit 1; }
 
@@ -46,4 +49,4 @@ gpu: .venv/dev  ## tests and benchmarks on a CUDA device; eight minutes at most
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest runs
+	rm -rf .venv .venv-lowest .whl runs

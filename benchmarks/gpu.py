@@ -143,7 +143,8 @@ def header(report):
     triton = importlib.util.find_spec("triton") and __import__("triton").__version__
     versions = {"torch": torch.__version__, "triton": triton, "python": sys.version.split()[0]}
     code = subprocess.getoutput(f"git -C {ROOT} describe --always --dirty").strip()[:40]
-    report.say(date=time.strftime("%Y-%m-%d"), device=device, driver=driver, **versions, code=code)
+    kernel = kernel_in_use(make_sketch("block_srht", n=1 << 24, dim=1 << 12), report.device)
+    report.say(date=time.strftime("%Y-%m-%d"), device=device, driver=driver, **versions, kernel=kernel, code=code)
 
 
 def ran(*command):

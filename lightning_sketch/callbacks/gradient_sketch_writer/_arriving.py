@@ -18,7 +18,7 @@ class ArrivingRows:
     """Rows whose numbers are being copied to the host; from a CPU they are there at once.
 
     Args:
-        sketches: The sketches, (rows, dim), which nobody writes to later.
+        sketches: The sketches, (rows, dim).
         sketch: The sketch that made them.
         columns: The columns, each on any device.
     """
@@ -42,8 +42,8 @@ class ArrivingRows:
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    """Return where a tensor is being copied to."""
-    tensor = tensor.detach()
+    """Return where a tensor is being copied to; who owns it may write to it at once."""
+    tensor = tensor.detach().clone()
     if not tensor.is_cuda:
         return tensor if tensor.device.type == "cpu" else tensor.cpu()
     stream = _side_stream(tensor.device)
