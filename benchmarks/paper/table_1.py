@@ -21,7 +21,7 @@ A quarter of an hour of one thread; 4 GB of memory. Needs transformers.
 Source: A. Schioppa, arXiv:2402.03994, tables 1 and 5.
 """
 
-from language_model import HALF, Dots, arguments, prepared, size_of
+from language_model import HALF, Dots, SmallGPT, arguments, prepared, size_of
 from sketch_speed import print_table
 from torch import Tensor
 
@@ -55,6 +55,13 @@ PAPER_BART = {
 }
 
 
+def top_spectrum(module: SmallGPT, examples: Tensor, pattern: str) -> Spectrum:
+    """Return the largest eigenvalues of the Hessian of the parameters whose names match."""
+    batches = list(examples.split(16))
+    h = Hessian(lambda module, batch: module.training_step([batch]), module, batches, parameters=pattern)
+    return spectrum(h, top_k=TOP, bottom_k=0)
+
+
 def rescaled_errors(part: Tensor, whole: Tensor) -> tuple[float, float, float]:
     """Return the mean relative error at the factor of least squares, the least one of all factors, and the former.
 
@@ -84,20 +91,15 @@ def main():
     asked = parser.parse_args()
     size = size_of(asked)
     problem = prepared(size, asked.device)
-    batches = list(problem.examples[: min(asked.examples, HALF)].split(16))
-
-    def found(pattern: str) -> Spectrum:
-        h = Hessian(lambda module, batch: module.training_step([batch]), problem.module, batches, parameters=pattern)
-        return spectrum(h, top_k=TOP, bottom_k=0)
-
-    whole = found("*")
+    examples = problem.examples[: min(asked.examples, HALF)]
+    whole = top_spectrum(problem.module, examples, "*")
     spectra = [["all", f"{problem.layout.n:,}", str(whole.num_products), described(whole)]]
     patterns = {"tok. embedding": "*.wte.*"} | {f"layer {i + 1}": f"*.h.{i}.*" for i in range(size.layers)}
     rows = []
     for name, pattern in patterns.items():
         own = Layout.of(problem.module, pattern)
         dots, cosines = Dots.sum(problem.parts[parameter] for parameter in own.names).fidelity(problem.exact)
-        part = found(pattern)
+        part = top_spectrum(problem.module, examples, pattern)
         spectra.append([name, f"{own.n:,}", str(part.num_products), described(part)])
         error, at_best, factor = rescaled_errors(part.eigenvalues[:TOP], whole.eigenvalues[:TOP])
         theirs = [f"{value:.2f}" for value in PAPER[name]]
