@@ -354,8 +354,7 @@ class _Fit:
                 if not loss.isfinite():
                     self._add_finite(own, count, accumulator)
                     return
-                hooks.before_backward(loss)
-                used = visit_gradients(loss, supported, lambda *_: None)
+                used = hooks.run_backward(loss)
             missed = [name for name in used if name not in hooks.supported]
             if missed and not self.warned:
                 self.warned = True

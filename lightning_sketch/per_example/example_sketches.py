@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lightning_sketch.autodiff.batches import BatchStructure
-from lightning_sketch.autodiff.gradients import gradients_of, sketched_gradient, visit_gradients
+from lightning_sketch.autodiff.gradients import gradients_of, sketched_gradient
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import LossFn, on_copies
 from lightning_sketch.operators.sketch import Sketch
@@ -194,8 +194,7 @@ class ExampleSketches:
         with hooks.recording(accumulator, examples), last_output(self.module, examples) as outputs:
             loss = self.loss_fn(self.module, batch)
             total = loss.sum()
-            hooks.before_backward(total)
-            used = visit_gradients(total, self.parameters, lambda *_: None)
+            used = hooks.run_backward(total)
             shares = accumulator.rows()
         if self._reasons is None:  # those of the first batch were checked parameter by parameter
             self._reasons = set(hooks.reasons)

@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from lightning_sketch._private import required
 from lightning_sketch.autodiff.preserve_state import measurement_depth
@@ -116,6 +117,32 @@ class ExampleHooks:
             shared = [(p, SharedTensor(current.name(p), p.shape, partial(_dense, p))) for p in bare]
             self._hook_uses(current, Graph(loss), [*shared, *self._shared])
         current.armed = True
+
+    def run_backward(self, loss: Tensor) -> list[str]:
+        """Run the backward pass of a loss that nothing else needs, without the gradients of what layers' hooks cover.
+
+        A use of these past their layers, which gives no factors, is not noticed: compare with real gradients before.
+
+        Args:
+            loss: The loss, whose graph is freed.
+
+        Returns:
+            The names of the parameters that have a gradient, in their order.
+
+        Raises:
+            RuntimeError: if no pass was started by `attach`.
+        """
+        self.before_backward(loss)
+        current = cast(_HookPass, self._pass)
+        leads = _leads(loss, {edge.node for edge, _ in current.edges})
+        unused = {name for edge, names in current.edges for name in names if edge.node not in leads}
+        covered = {name for _, names in current.edges for name in names} - unused
+        bare = {n: p for n, p in self._parameters.items() if p.requires_grad and n not in covered}
+        ends = [edge for edge, _ in current.edges if leads.get(edge.node) is False]  # a pass to them meets all others
+        inputs: list[Any] = [*ends, *bare.values()]
+        found = torch.autograd.grad(loss, inputs, allow_unused=True)[len(ends) :]
+        used = current.reached | {name for name, gradient in zip(bare, found, strict=True) if gradient is not None}
+        return [name for name in self._parameters if name in used]
 
     def detach(self) -> None:
         """Remove all hooks and forget the graph; a second call does nothing."""
@@ -227,6 +254,8 @@ class _HookPass:
     Attributes:
         taken: The ids of parameters that the hooks of a layer cover, so that no other way counts them again.
         hooked: The operations of the graph, each with the place of an argument, that have a hook for it.
+        edges: Where in the graph gradients of layers' outputs are seen, with the names of the parameters they cover.
+        reached: The names of those of them that the backward pass has come to.
         hidden: The parameters that the graph does not show, but may hide.
         supported: The names of the parameters that got a factor.
         reasons: By name, why a parameter, or one of its uses, is unsupported.
@@ -243,6 +272,8 @@ class _HookPass:
         self.taken: set[int] = set()
         self.supported: set[str] = set()
         self.reasons: dict[str, str] = {}
+        self.edges: list[tuple[GradientEdge, set[str]]] = []
+        self.reached: set[str] = set()
         self.hidden: list[nn.Parameter] = []
         self.hooked: set[tuple[Any, int]] = set()
         self.handles: list[Any] = []
@@ -278,12 +309,13 @@ class _HookPass:
         self, output: Tensor, wanted: list[nn.Parameter], make: Callable[[Any, Tensor], Sequence[Factor]], input: Any
     ) -> None:
         """Make factors from the gradient of `output`, once it is known, and the input, which is then released."""
-        kept, shape = [input], output.shape
+        kept, shape, names = [input], output.shape, {self.name(parameter) for parameter in wanted}
         version = input._version if isinstance(input, Tensor) else None
 
-        def act(gradient: Tensor) -> None:
-            if not self.armed:
+        def act(gradient: Tensor | None) -> None:
+            if not self.armed or gradient is None:
                 return
+            self.reached |= names
             if not kept:
                 self.explain(wanted, "more than one backward pass went through its layer")
                 return
@@ -298,6 +330,7 @@ class _HookPass:
         if base is not None and base.requires_grad and base.numel() == output.numel():
             output = base if base.is_contiguous() and output.is_contiguous() else output
         self.handles.append(output.register_hook(act))
+        self.edges.append((get_gradient_edge(output), names))
 
     def on_broadcast(
         self, parameter: nn.Parameter, use: BroadcastUse, prefix: str, gradients: tuple[Tensor | None, ...]
@@ -323,6 +356,20 @@ class _HookPass:
                     if self.wanted([own.parameter]):
                         self.supported |= {self.name(p) for p in (both if joint else [own.parameter])}
                         self.accumulator.add(own)
+
+
+def _leads(loss: Tensor, nodes: set[Any]) -> dict[Any, bool]:
+    """Return the nodes of the graph of a loss, each with whether it leads to another one that is among `nodes`."""
+    leads: dict[Any, bool] = {}
+    waiting: list[Any] = [] if loss.grad_fn is None else [loss.grad_fn]
+    while waiting:
+        following = [node for node, _ in waiting[-1].next_functions if node is not None]
+        unknown = [node for node in following if node not in leads]
+        if unknown:
+            waiting += unknown
+        else:
+            leads[waiting.pop()] = any(node in nodes or leads[node] for node in following)
+    return leads
 
 
 def _dense(parameter: nn.Parameter, values: Tensor) -> list[Factor]:

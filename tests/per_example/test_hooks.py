@@ -384,3 +384,93 @@ def test_doubled_hooks_on_one_graph_count_once():
         hooks.before_backward(second)
         second.backward()
     assert sum_error(accumulator.rows, net) < 1e-12
+
+
+class Branched(nn.Module):
+    """Layers in a row and side by side, in place, inside checkpointing, shared, unused; a parameter without a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.places = nn.Embedding(7, 4), nn.Parameter(torch.randn(3, 4))
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 4, 0.0, batch_first=True)
+        self.twice, self.recomputed, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 7)
+        self.beside, self.discarded, self.unused = nn.Linear(3, 7), nn.Linear(4, 4), nn.Linear(2, 2)
+        self.head.weight = self.table.weight
+
+    def forward(self, index):
+        x = self.encoder(self.table(index) + self.places)
+        x = self.twice(self.twice(x).relu_())
+        x = x + checkpoint(self.recomputed, x, use_reentrant=False)
+        self.discarded(x)
+        return self.head(x).sum(1) + self.beside(index.double())
+
+
+def rows_of_a_pass(module, index, run):
+    """Return the rows of each parameter, the hooks, and what `run` returns after the forward pass."""
+    hooks, accumulator = ExampleHooks(module, trained(module)), DenseRows(trained(module), len(index))
+    with hooks.recording(accumulator, len(index)):
+        found = run(hooks, losses_of(module(index)).sum())
+    return accumulator.rows, hooks, found
+
+
+def test_a_pass_for_the_hooks_alone_gives_the_same_rows_without_gradients_of_matrices():
+    """Equal up to rounding, as kernels that give fewer results may sum in another order."""
+
+    def whole(hooks, loss):
+        hooks.before_backward(loss)
+        found = torch.autograd.grad(loss, list(trained(module).values()), allow_unused=True)
+        return [name for name, gradient in zip(trained(module), found, strict=True) if gradient is not None]
+
+    module, index = Branched().double(), torch.randint(0, 7, (B, 3))
+    true, before, used = rows_of_a_pass(module, index, whole)
+    computed = []
+    for name, parameter in trained(module).items():
+        parameter.register_hook(lambda gradient, name=name: computed.append(name))
+    rows, hooks, found = rows_of_a_pass(module, index, lambda hooks, loss: hooks.run_backward(loss))
+    assert computed == ["places"]
+    assert found == used == [name for name in trained(module) if not name.startswith(("discarded", "unused"))]
+    assert (hooks.supported, hooks.reasons) == (before.supported, before.reasons) == (set(used), {})
+    assert error(rows, true) < 1e-12
+
+
+def test_a_use_of_a_parameter_whose_layer_leads_nowhere_is_noticed():
+    """As where a later batch takes another way: the layer's hook gives nothing, but the parameter has a gradient."""
+
+    class Past(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            x = self.first(x)
+            self.last(x)
+            return x @ self.last.weight
+
+    module = Past().double()
+    _, hooks, found = rows_of_a_pass(module, batch(), lambda hooks, loss: hooks.run_backward(loss))
+    assert found == ["first.weight", "first.bias", "last.weight"]
+    assert hooks.supported == {"first.weight", "first.bias"}
+
+
+def test_a_layer_whose_output_gets_no_gradient_gives_no_factor():
+    """PyTorch calls hooks with None where a function's backward returns None."""
+
+    class Stopped(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y):
+            return x + y
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient, None
+
+    net = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2)]).double()
+
+    def run(x):
+        return Stopped.apply(net[0](x), net[1](x))
+
+    x = batch()
+    net.zero_grad()
+    rows, hooks = rows_by_hooks(net, run, x)
+    assert hooks.supported == {"0.weight", "0.bias"}
+    assert error(rows, rows_by_autograd(net, run, x)) < 1e-12
