@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 sys.path.append(str(Path(__file__).parents[1]))
 from intrinsic_dimension_language import BATCH, CONTEXT, GPT, STEPS, VOCABULARY
 
-PACKAGES = ("asyncio", "email", "tkinter")
 STDLIB = Path(sysconfig.get_path("stdlib"))
 HELD_OUT = 1024  # pieces to validate on
 
@@ -42,13 +41,13 @@ class Task(NamedTuple):
 
 
 class FineTuned(LightningModule):
-    """A pretrained GPT with the pieces' classes as its outputs, if there are classes."""
+    """A pretrained GPT; to classify, with a new last layer whose outputs are averaged over the tokens."""
 
-    def __init__(self, pretrained: GPT, classes: int):
+    def __init__(self, pretrained: GPT, task: Task):
         super().__init__()
         self.net = copy.deepcopy(pretrained)
-        if classes:
-            self.net.head = nn.Linear(self.net.head.in_features, classes)
+        if task.monitor == "accuracy":
+            self.net.head = nn.Linear(self.net.head.in_features, int(task.train.tensors[1].max()) + 1)
 
     def training_step(self, batch):
         if len(batch) == 1:
@@ -79,23 +78,44 @@ def pieces(tokenizer: Tokenizer, text: str) -> Tensor:
     return rows[torch.randperm(len(rows))]
 
 
-def tasks(tokenizer: Tokenizer) -> dict[str, Task]:
-    """Return both tasks; of every five files of a package, and of ten topics of the reference, one is held out."""
-    train, val = [], []
-    for package in PACKAGES:
-        files = sorted((STDLIB / package).rglob("*.py"))
-        train.append(pieces(tokenizer, read([file for number, file in enumerate(files) if number % 5])))
-        val.append(pieces(tokenizer, read(files[::5])))
-    sets = []
-    for rows in (train, val):
-        count = min(HELD_OUT // 3 if rows is val else len(max(rows, key=len)), *map(len, rows))
-        labels = torch.arange(len(PACKAGES)).repeat_interleave(count)
-        sets.append(TensorDataset(torch.cat([part[:count] for part in rows]), labels))
-    held = ["\n".join(text for i, text in enumerate(topics.values()) if (i % 10 == 0) == asked) for asked in (0, 1)]
-    reference = [
-        TensorDataset(pieces(tokenizer, text)[:count]) for text, count in zip(held, (None, HELD_OUT), strict=True)
+def of_library(package: str) -> list[str]:
+    """Return the code of a package, but that of every fifth file, and that of these."""
+    files = sorted((STDLIB / package).rglob("*.py"))
+    return [read([file for i, file in enumerate(files) if (i % 5 == 0) == held]) for held in (False, True)]
+
+
+def of_reference() -> list[str]:
+    """Return the language reference, but every tenth topic, and these."""
+    return [
+        "\n".join(text for i, text in enumerate(topics.values()) if (i % 10 == 0) == held) for held in (False, True)
     ]
-    return {"classify": Task(*sets, "accuracy", "max"), "generate": Task(*reference, "loss", "min")}
+
+
+def classification(tokenizer: Tokenizer, texts: list[list[str]]) -> Task:
+    """Return the task to tell texts apart; there are as many pieces of each."""
+    sets = []
+    for parts, most in zip(zip(*texts, strict=True), (1 << 20, HELD_OUT // len(texts)), strict=True):
+        rows = [pieces(tokenizer, part) for part in parts]
+        count = min(most, *map(len, rows))
+        labels = torch.arange(len(texts)).repeat_interleave(count)
+        sets.append(TensorDataset(torch.cat([part[:count] for part in rows]), labels))
+    return Task(*sets, "accuracy", "max")
+
+
+def sources(tokenizer: Tokenizer) -> Task:
+    return classification(tokenizer, [of_library("asyncio"), of_library("encodings"), of_reference()])
+
+
+def packages(tokenizer: Tokenizer) -> Task:
+    return classification(tokenizer, [of_library("asyncio"), of_library("email"), of_library("tkinter")])
+
+
+def generate(tokenizer: Tokenizer) -> Task:
+    train, val = (TensorDataset(pieces(tokenizer, text)) for text in of_reference())
+    return Task(train, TensorDataset(val.tensors[0][:HELD_OUT]), "loss", "min")
+
+
+TASKS = {"sources": sources, "packages": packages, "generate": generate}
 
 
 def trainer(steps: int, every: int, device: str, callbacks: list[Callback]) -> Trainer:

@@ -16,7 +16,7 @@ half of those of a GPT-2 of six layers. BART, an encoder and a decoder, has no c
 
     python benchmarks/paper/table_1.py [--examples 16] [--small | --full] [--device cuda]
 
-A quarter of an hour of one thread; 4 GB of memory. Needs transformers.
+A quarter of an hour of one thread; 6 GB of memory. Needs transformers.
 
 Source: A. Schioppa, arXiv:2402.03994, tables 1 and 5.
 """
