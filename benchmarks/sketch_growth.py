@@ -9,7 +9,8 @@ model   ms = a + b n, from 2^20, 2^22, ... 2^26 by least squares of relative err
 dim     2^6 to 2^20, vectors of 2^24 numbers
 ranks   a vector of 2^26 numbers of which each rank has an equal part and sketches it; the parts are measured one after
         the other, since ranks are machines of their own. Then `dim` numbers are added up over all ranks: measured
-        between two processes of this machine, by gloo. `share` is the time of one rank, over that of one / ranks
+        between two processes of this machine, by gloo. `share` is the time of one rank, the median, over that of one
+        / ranks; small parts lie in the cache, as gradients that were just computed may
 
     python benchmarks/sketch_growth.py                           # four minutes
 """

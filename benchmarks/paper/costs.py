@@ -4,7 +4,7 @@ explicit   S ∇L(θ), and S H Sᵀ v by a product with the Hessian H of L
 implicit   the same as derivatives by w at 0 of L(θ + Sᵀ w)
 
 ms         the least of some calls, from the call to its result: the passes of the model and the sketch
-GB         the most memory in use at once, beyond the model and its batch
+GB         the most memory in use at once, beyond the model and its batch: with what a sketch stores
 """
 
 import argparse
@@ -136,17 +136,19 @@ class Problem:
             gradient, w = self.implicit_gradient(sketch, graph=True)
             return torch.autograd.grad(gradient @ v, w)[0]
 
-    def calls(self, sketched: Sketched, dim: int) -> dict[str, Callable[[], Any]]:
-        """Return what is measured: the gradient and the product, both ways."""
+    def calls(self, sketched: Sketched, dim: int) -> tuple[dict[str, Callable[[], Any]], int]:
+        """Return what is measured, the gradient and the product, both ways, and the bytes that the sketch stores."""
         sketch, v = sketched.made(self.n, dim, self.device), torch.ones(dim, device=self.device)
-        return {
+        calls = {
             "gradient": lambda: self.sketched_gradient(sketch),
             "implicit gradient": lambda: self.implicit_gradient(sketch),
             "product": lambda: self.sketched_product(sketch, v),
             "implicit product": lambda: self.implicit_product(sketch, v),
         }
+        return calls, sketch.nbytes if isinstance(sketch, Published) else 0
 
-    def cost(self, call: Callable[[], Any], repeats: int = 3) -> Cost:
+    def cost(self, call: Callable[[], Any], repeats: int = 3, stored: float = 0.0) -> Cost:
+        """Return what a call costs, with bytes that are stored for it."""
         call()
         times, most = [], 0.0
         for _ in range(repeats):
@@ -157,7 +159,7 @@ class Problem:
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
             most = max(most, (torch.cuda.max_memory_allocated() if self.device == "cuda" else high_water()) - before)
-        return Cost(1e3 * min(times), most / 1e9)
+        return Cost(1e3 * min(times), (most + stored) / 1e9)
 
     def _forget(self) -> int:
         """Begin to note the most memory in use, and return what is in use now."""
@@ -180,8 +182,8 @@ class Problem:
         """Measure sketches to some dims: of each the calls of these names."""
         for sketched in every:
             for dim in dims:
-                calls = self.calls(sketched, dim)
-                yield sketched, dim, {name: self.cost(calls[name], repeats) for name in names}
+                calls, stored = self.calls(sketched, dim)
+                yield sketched, dim, {name: self.cost(calls[name], repeats, stored) for name in names}
 
 
 def arguments(doc: str) -> argparse.Namespace:

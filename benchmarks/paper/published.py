@@ -1,11 +1,13 @@
-"""The paper's AFFD, AFJL and QK as they are printed, in plain PyTorch: a yardstick for ours, not for use.
+"""The paper's AFFD, AFJL and QK as its listings have them, in plain PyTorch: a yardstick for ours, not for use.
 
     AFFD  R sqrt(N/D) T₂ G T₁ B x        AFJL  R sqrt(N/D) G T₁ B x        QK  R sqrt(N/D) T₁ x
 
-B and G, signs and normal numbers, are stored, N numbers each; x is padded with zeros to the next power of two, N; R
-keeps the first D numbers. T is an orthogonal transform, the preconditioner:
+QK takes whole factors and keeps the first D numbers, where the formula takes D_i rows of the i-th factor: that is more
+work, and no sketch of vectors with few large numbers (`lightning_sketch.operators.QK` is as the formula). B and G,
+signs and normal numbers, are stored, N numbers each; x is padded with zeros to the next power of two, N; R keeps the
+first D numbers. T is an orthogonal transform, the preconditioner:
 
-hadamard  a Kronecker product of Hadamard matrices of up to 1024 rows, whose rows are permuted in AFFD and AFJL
+hadamard  a Kronecker product of Hadamard matrices of up to 1024 rows, whose rows are permuted
 haar      a Kronecker product of random orthogonal matrices; then there is no B
 fft       the real and imaginary parts of the Fourier transform, by torch.fft
 """
@@ -103,6 +105,12 @@ class Published:
         signed, normal = kind != "qk" and transform != "haar", kind != "qk"
         self.signs = torch.randint(0, 2, (self.size,), dtype=torch.int8, device=device) * 2 - 1 if signed else None
         self.normals = torch.randn(self.size, device=device) if normal else None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of what is stored."""
+        factors = [factor for of in self.transforms for factor in getattr(of, "factors", [])]
+        return sum(tensor.nbytes for tensor in (self.signs, self.normals, *factors) if tensor is not None)
 
     def matvec(self, x: Tensor) -> Tensor:
         y = F.pad(x, (0, self.size - self.n))

@@ -1,9 +1,9 @@
 """Table 8 of the paper: time and memory of a sketched gradient, explicit and implicit, by preconditioner.
 
 A cell is milliseconds / GB. Explicit is S ∇L(θ); implicit the gradient by w at 0 of L(θ + Sᵀ w). The paper's are of
-GPT-2 in JAX on a V100, dims 2^17 to 2^22; its memory is all that is in use. Ours is another transformer (`costs.py`),
-dim 2^17, memory beyond the model. Preconditioners are a choice of the paper's formula only (`published.py`): ours takes
-the one way of its kernel.
+GPT-2 in JAX on a V100 (it has a TPUv2 too, and FJL and FFD by the Fourier transform), dims 2^17 to 2^22; its memory is
+all that is in use. Ours is another transformer (`costs.py`), dim 2^17, memory beyond the model. Preconditioners are a
+choice of the paper's formula only (`published.py`): ours takes the one way of its kernel.
 
     python benchmarks/paper/table_8.py              # ten million parameters on a CPU, some minutes
     python benchmarks/paper/table_8.py --device cuda

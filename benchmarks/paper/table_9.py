@@ -1,9 +1,9 @@
 """Table 9 of the paper: time and memory of a sketched product with the Hessian, explicit and implicit.
 
 A cell is milliseconds / GB. Explicit is S H Sᵀ v, by a product with the Hessian between the two maps; implicit the
-product with the Hessian by w at 0 of L(θ + Sᵀ w). The paper's are of GPT-2 in JAX on a V100; its memory is all that is
-in use, and with FJL and FFD it ran out of it. Ours is another transformer (`costs.py`), dim 2^17, memory beyond the
-model.
+product with the Hessian by w at 0 of L(θ + Sᵀ w). The paper's are of GPT-2 in JAX on a V100 (it has a TPUv2 too); its
+memory is all that is in use, and with FJL and FFD it ran out of it. Ours is another transformer (`costs.py`), dim 2^17,
+memory beyond the model.
 
     python benchmarks/paper/table_9.py              # ten million parameters on a CPU, some minutes
     python benchmarks/paper/table_9.py --device cuda

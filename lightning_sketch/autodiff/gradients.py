@@ -1,6 +1,6 @@
 """The gradient of a loss by parameters: whole, or of one parameter after the other, as the backward pass reaches them.
 
-Neither touches `.grad`, nor what is done when `.grad` changes, as under DistributedDataParallel.
+Neither writes to `.grad`, nor calls the hooks of what does, by which DistributedDataParallel averages over ranks.
 """
 
 import threading

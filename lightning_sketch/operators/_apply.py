@@ -1,4 +1,4 @@
-"""A sketch as an operation of PyTorch: differentiable to any order, under vmap, jvp and torch.compile.
+"""A sketch as an operation of PyTorch: differentiable to any order, under vmap and jvp; in compiled code by backward().
 
     d(S x) = S dx        the backward of S is Sᵀ, the backward of Sᵀ is S
 

@@ -121,7 +121,7 @@ class ExampleHooks:
     def run_backward(self, loss: Tensor) -> list[str]:
         """Run the backward pass of a loss that nothing else needs, without the gradients of what layers' hooks cover.
 
-        A use of these past their layers, which gives no factors, is not noticed: compare with real gradients before.
+        A use of these past their layers that no hook covers is not noticed: compare with real gradients before.
 
         Args:
             loss: The loss, whose graph is freed.
@@ -136,7 +136,8 @@ class ExampleHooks:
         current = cast(_HookPass, self._pass)
         leads = _leads(loss, {edge.node for edge, _ in current.edges})
         unused = {name for edge, names in current.edges for name in names if edge.node not in leads}
-        covered = {name for _, names in current.edges for name in names} - unused
+        shared = {tensor.name for _, tensor in self._shared}  # hooks of a use for all examples lie beyond the layers
+        covered = {name for _, names in current.edges for name in names} - unused - shared
         bare = {n: p for n, p in self._parameters.items() if p.requires_grad and n not in covered}
         ends = [edge for edge, _ in current.edges if leads.get(edge.node) is False]  # a pass to them meets all others
         inputs: list[Any] = [*ends, *bare.values()]

@@ -123,3 +123,38 @@ def test_the_scratch_memory_of_large_gradients_is_that_of_one_layer_or_two(engin
     """Of layers of 2^22 numbers, with a few MB for the sketches; whole gradients would be those of all layers."""
     three, six = most_gradients(engine, 3), most_gradients(engine, 6)
     assert 1 <= three == six < 2.5
+
+
+class Prompted(nn.Module):
+    """A table is looked up for each example, and once for all: an embedded prompt before the tokens."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.way, self.emb, self.mid, self.head = way, nn.Embedding(7, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x, flags):
+        prompt = self.emb(torch.tensor([0, 1]))
+        if self.way == "flagged":  # one example has it
+            prompt = prompt * flags[:, None, None]
+        elif self.way == "expanded":
+            prompt = prompt.expand(len(x), -1, -1)
+        else:
+            prompt = self.emb(x)[:, :2] + prompt  # as of positions
+        return self.head(self.mid(torch.cat([prompt, self.emb(x)], 1)).tanh().mean(1))
+
+
+@pytest.mark.parametrize("pattern", ["*", "emb.*"])
+@pytest.mark.parametrize("way", ["flagged", "expanded", "added"])
+def test_a_table_that_is_looked_up_for_all_examples_too(way, pattern):
+    """Its hook lies beyond the layers, to whose outputs a pass would go otherwise."""
+    torch.manual_seed(0)
+    module = Prompted(way).double()
+    batch = torch.randint(2, 7, (6, 3)), torch.eye(6).double()[2], torch.randint(0, 3, (6,))
+
+    def loss(module, batch):
+        return F.cross_entropy(module(batch[0], batch[1]), batch[2])
+
+    with preserve_state(module):
+        hooks, loop = (sketches(module, loss, e, Layout.of(module, pattern)) for e in ("hooks", "loop"))
+        for _ in range(3):  # the first batch is checked parameter by parameter
+            torch.testing.assert_close(hooks(batch).rows, loop(batch).rows)

@@ -369,6 +369,7 @@ class GradientSketchWriter(CallbackBase):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Open the store under `trainer.validate`, or prepare to store queries."""
+        self._put_arrived(wait=True)  # before the rows of queries, and a wait for the end of the validation
         if trainer.state.fn == "validate":
             self.on_test_start(trainer, pl_module)
         elif self._run is not None and self.queries and not trainer.sanity_checking:
