@@ -8,6 +8,8 @@ GB         the most memory in use at once, beyond the model and its batch: with 
 """
 
 import argparse
+import ctypes
+import gc
 import re
 import sys
 import time
@@ -150,23 +152,27 @@ class Problem:
     def cost(self, call: Callable[[], Any], repeats: int = 3, stored: float = 0.0) -> Cost:
         """Return what a call costs, with bytes that are stored for it."""
         call()
-        times, most = [], 0.0
+        times = []
         for _ in range(repeats):
-            before = self._forget()
             start = time.perf_counter()
             call()
             if self.device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-            most = max(most, (torch.cuda.max_memory_allocated() if self.device == "cuda" else high_water()) - before)
+        before = self._forget()
+        call()
+        most = (torch.cuda.max_memory_allocated() if self.device == "cuda" else high_water()) - before
         return Cost(1e3 * min(times), (most + stored) / 1e9)
 
     def _forget(self) -> int:
         """Begin to note the most memory in use, and return what is in use now."""
+        gc.collect()
         if self.device == "cuda":
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             return torch.cuda.memory_allocated()
+        if sys.platform == "linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # or what was freed would count as in use
         forget_high_water()
         return 1024 * int(re.search(r"VmRSS:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 

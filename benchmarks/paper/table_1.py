@@ -11,8 +11,8 @@ The Hessian is that of the mean loss of --examples training sequences, without d
 all eigenvalues are converged, with relative residuals of at most 1e-2, or marked "?".
 
 What differs: their models are a pretrained GPT-2 that was fine-tuned on WikiText-103 and a BART on zsRE, ours is a GPT
-a sixteenth of theirs that learned one epoch of sources, byte by byte: its 256 tokens are 1 % of its parameters, and
-half of those of a GPT-2 of six layers. BART, an encoder and a decoder, has no counterpart here.
+of a sixteenth of its parameters that learned one epoch of sources, byte by byte: the embedding of its 256 tokens is 1 %
+of the parameters, where that of a GPT-2 with six layers is half. BART, an encoder and a decoder, has no counterpart.
 
     python benchmarks/paper/table_1.py [--examples 16] [--small | --full] [--device cuda]
 

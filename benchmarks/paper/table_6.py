@@ -7,7 +7,8 @@ by Pearson's r over 2^12 pairs of sequences, see `language_model`; r is the mean
 theirs, ours   the least log2 dim at which r is above .95, .98 and .99, of those measured; "-" where none is
 random mask    dim coordinates, chosen at random
 traker         TRAK's BasicProjector with normal entries, where installed
-s/gradient     to sketch one of 128, at the largest dim of its line; gaussian and traker make one matrix for all
+s/gradient     to sketch one of 128, products and r included, at the largest dim of its line; gaussian and traker make
+               one matrix for all
 
 What differs: their model is a pretrained GPT-2 that was fine-tuned on WikiText-103, ours is a sixteenth of it and
 learned one epoch of sources, byte by byte. r depends on how much the exact dot products vary from pair to pair, so the
