@@ -12,7 +12,7 @@ ranks   a vector of 2^26 numbers of which each rank has an equal part and sketch
         between two processes of this machine, by gloo. `share` is the time of one rank, the median, over that of one
         / ranks; small parts lie in the cache, as gradients that were just computed may
 
-    python benchmarks/sketch_growth.py                           # four minutes
+    python benchmarks/sketch_growth.py                           # two minutes
 """
 
 import argparse

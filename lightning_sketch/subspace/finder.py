@@ -42,8 +42,8 @@ class IntrinsicDimensionFinder(CallbackBase):
     last half of these steps. If it reaches the target, the module keeps this mean. A checkpoint of an earlier
     validation contains w itself, although its metric was measured at the mean.
 
-    The dimension found is an upper bound, typically twice the smallest one, and another one for each seed, by factors of
-    up to eight (`benchmarks/paper/table_10.py`): verify it by a run at half of it, as
+    The dimension found is an upper bound, typically twice the smallest one, and seeds differ by factors of up to eight
+    (`benchmarks/paper/table_10.py`): verify it by a run at half of it, as
     `IntrinsicDimensionTuner(...).find(method="doubling")` does. Use a constant learning rate.
 
     Logged at each validation: `subspace/dim`.
