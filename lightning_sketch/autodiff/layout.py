@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -83,7 +82,7 @@ class Layout:
                 raise TypeError(f"parameter {name} is {parameter.dtype}; replace it by two real parameters.")
         return cls(tuple(chosen), tuple(p.shape for p in chosen.values()))
 
-    @cached_property
+    @property
     def n(self) -> int:
         """The number of scalars, the size of the flat vector."""
         return sum(shape.numel() for shape in self.shapes)
@@ -204,6 +203,7 @@ class Layout:
     def _sketch_sharded(self, sketch: Sketch, tensors: Mapping[str, Any]) -> Float[Tensor, " dim"]:
         """Return the sum of the sketches of all shards of DTensors, each computed by the rank that has it."""
         partial: dict[tuple, Tensor] = {}
+        places = self._places
         for name, tensor in tensors.items():
             local = tensor.to_local().reshape(-1)
             key = tensor.device_mesh, tuple(tensor.placements)
@@ -211,7 +211,7 @@ class Layout:
                 partial[key] = torch.zeros(sketch.dim, dtype=torch.promote_types(local.dtype, torch.float32))
                 partial[key] = partial[key].to(local.device)
             if len(local):
-                start = self._places[name][0] + _first_of_shard(tensor)
+                start = places[name][0] + _first_of_shard(tensor)
                 partial[key] += sketch.columns(start, start + len(local)).matvec(local).to(partial[key])
         return cast(Tensor, sum(_summed(part, *key) for key, part in partial.items()))
 
@@ -219,7 +219,7 @@ class Layout:
     def _sizes(self) -> list[int]:
         return [shape.numel() for shape in self.shapes]
 
-    @cached_property
+    @property  # not cached, since torch.compile cannot trace that
     def _places(self) -> dict[str, tuple[int, Size]]:
         """Where each parameter begins, and its shape, by name."""
         starts = itertools.accumulate(self._sizes, initial=0)
@@ -230,12 +230,13 @@ class Layout:
             raise ValueError(
                 f"the sketch takes n={sketch.n} numbers, the layout has {self.n}; build it with n={self.n}."
             )
+        places = self._places
         for name, tensor in tensors.items():
-            if name not in self._places:
+            if name not in places:
                 raise ValueError(f"{name} is not in the layout; it starts with {', '.join(self.names[:10])}.")
             if tensor is None:
                 continue
-            shape = self._places[name][1]
+            shape = places[name][1]
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, the layout says {tuple(shape)}.")
             if tensor.is_complex():
@@ -252,9 +253,9 @@ class Layout:
             tensors: The tensors by name.
             most: How many numbers of one list may be copies, unless a single tensor has more; None for all.
         """
-        device, copied = None, 0
+        device, copied, places = None, 0, self._places
         parts: list[tuple[int, Tensor]] = []
-        for name in sorted(tensors, key=self._places.__getitem__):
+        for name in sorted(tensors, key=lambda name: places[name][0]):
             tensor = _dense(tensors[name])
             if tensor is None or not tensor.numel():
                 continue
@@ -265,7 +266,7 @@ class Layout:
                 yield parts
                 parts, copied = [], 0
             copied += tensor.numel() if moved else 0
-            parts.append((self._places[name][0], tensor.reshape(-1).to(device)))
+            parts.append((places[name][0], tensor.reshape(-1).to(device)))
         if parts:
             yield parts
 
