@@ -45,6 +45,7 @@ for large-dimensional covariance matrices", doi:10.1016/S0047-259X(03)00096-4, f
 """
 
 import logging
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -206,11 +207,17 @@ class Curvature:
         )
 
 
+_TOGETHER = 2048  # rows whose products are summed in float32
+_BLOCKS = 4  # by which a matrix is cut, since the products below its diagonal are those above
+
+
 class CurvatureSum:
     """Accumulates the rows of examples into a `Curvature`.
 
     Args:
         dim: The dimension of the rows.
+        single: Whether products are summed in float32, of 2048 rows, and these sums in float64. That takes half the
+            time, with errors of 1e-7 of the diagonal.
 
     >>> total = CurvatureSum(2)
     >>> total.add(torch.tensor([[[2.0, 0.0]], [[0.0, 0.0]]]))  # two examples of one row
@@ -218,19 +225,23 @@ class CurvatureSum:
     tensor([[2., 0.], [0., 0.]], dtype=torch.float64)
     """
 
-    def __init__(self, dim: int):
-        self.dim, self.examples = dim, 0
+    def __init__(self, dim: int, single: bool = False):
+        self.dim, self.single, self.examples = dim, single, 0
         self._rows: list[Tensor] = []
         self._matrix: Tensor | None = None
         self._mean_square = self._traces = self._squared_traces = 0.0
 
     def add(self, rows: Float[Tensor, "examples rows dim"]) -> None:
         """Add examples, each with the same number of rows; rows of zeros add nothing to A. O(examples rows dim²)."""
-        rows = rows.detach().double()
-        grams = torch.linalg.matmul(rows, rows.mT)
-        traces = grams.diagonal(dim1=1, dim2=2).sum(1)
+        rows = rows.detach() if self.single else rows.detach().double()
+        if rows.shape[1] == 1:
+            traces = torch.linalg.vector_norm(rows[:, 0], dim=1, dtype=torch.float64).square()
+            squares = traces.square()
+        else:
+            grams = torch.linalg.matmul(rows.double(), rows.double().mT)
+            traces, squares = grams.diagonal(dim1=1, dim2=2).sum(1), grams.square()
         self.examples += len(rows)
-        self._mean_square += float(grams.square().sum())
+        self._mean_square += float(squares.sum())
         self._traces += float(traces.sum())
         self._squared_traces += float(traces.square().sum())
         self._accumulate(rows.flatten(0, 1))
@@ -250,7 +261,10 @@ class CurvatureSum:
                 f"{self._traces / self.examples:.2g} are beyond the range of float64; scale the loss."
             )
         n, matrix = self.examples, self._matrix
-        form = {"root": torch.cat(self._rows) / n**0.5} if matrix is None else {"matrix": matrix / n}
+        if matrix is None:
+            form = {"root": torch.cat(self._rows) / n**0.5}
+        else:
+            form = {"matrix": (matrix.triu() + matrix.triu(1).T) / n}
         effective = self._traces**2 / self._squared_traces
         return Curvature(
             kind=kind,
@@ -263,14 +277,26 @@ class CurvatureSum:
         )
 
     def _accumulate(self, rows: Float[Tensor, "rows dim"]) -> None:
-        """Keep the rows while they are fewer than dim, then add their outer products to the matrix."""
+        """Keep the rows while they are fewer than dim, then add their outer products to the matrix's upper triangle."""
         if self._matrix is None:
-            self._rows.append(rows)
+            self._rows.append(rows.double())
             if sum(map(len, self._rows)) < self.dim:
                 return
             rows, self._rows = torch.cat(self._rows), []
             self._matrix = rows.new_zeros(self.dim, self.dim)
-        self._matrix.addmm_(rows.T, rows)
+        if not self.single:
+            self._add_outer(rows, 1.0)
+            return
+        largest = float(torch.linalg.vector_norm(rows, float("inf"))) or 1.0
+        size = 2.0 ** max(-126, math.floor(math.log2(largest))) if math.isfinite(largest) else 1.0
+        for part in rows.split(_TOGETHER):
+            self._add_outer((part / size).float(), size**2)  # whose squares fit into float32
+
+    def _add_outer(self, rows: Float[Tensor, "rows dim"], scale: float) -> None:
+        step = -(-self.dim // _BLOCKS)
+        for start in range(0, self.dim, step):
+            found = rows[:, start : start + step].T @ rows[:, start:]
+            cast(Tensor, self._matrix)[start : start + step, start:].add_(found, alpha=scale)
 
 
 class Influence:

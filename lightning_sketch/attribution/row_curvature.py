@@ -22,19 +22,23 @@ from lightning_sketch.store.sketched_gradients import RowSource, whole_number
 _CERTAIN = 1 - 1e-6
 
 
-def row_curvature(train: RowSource, kind: RowKind = "margin", *, batch_rows: int = 4096) -> Curvature:
+def row_curvature(
+    train: RowSource, kind: RowKind = "margin", *, batch_rows: int = 4096, single: bool = False
+) -> Curvature:
     """Compute the curvature from the rows, in one pass over them.
 
     Args:
         train: The rows, one per example, all at the same weights.
         kind: "margin", the best of them; "fisher"; or "trak". The module has their formulas.
         batch_rows: Most rows in memory at a time.
+        single: Whether to multiply in float32, in a third of the time, and to sum in float64: enough for the automatic
+            damping, and what `scores` does for it.
 
     Raises:
         ValueError: if the kind is unknown, if weights differ, or if the probability of the true label, which "margin"
             and "trak" need, is unknown for a row.
 
-    Cost: O(rows dim²) operations, in float64.
+    Cost: O(rows dim²) operations.
 
     >>> from lightning_sketch.store.sketched_gradients import SketchedGradients
     >>> from lightning_sketch.operators import BlockSRHT
@@ -52,9 +56,11 @@ def row_curvature(train: RowSource, kind: RowKind = "margin", *, batch_rows: int
     rows = train if keep.all() else train.where(keep)
     fingerprint, preconditioner = one_fingerprint(rows), one_preconditioner(rows)
     _check_probabilities(rows.metadata()["prob_true"], kind)
-    total = CurvatureSum(rows.sketch.dim)
+    total = CurvatureSum(rows.sketch.dim, single)
     for block in rows.blocks(whole_number(batch_rows, "batch_rows")):
-        total.add((block.sketches.double() * _row_weights(block.prob_true, kind)[:, None])[:, None])
+        weights = _row_weights(block.prob_true, kind)[:, None]
+        sketches = block.sketches.to(torch.float32 if single and kind == "fisher" else torch.float64)
+        total.add((sketches if kind == "fisher" else sketches * weights)[:, None])
     return total.curvature(kind, fingerprint, preconditioner)
 
 
