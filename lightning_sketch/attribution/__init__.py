@@ -7,6 +7,7 @@ from lightning_sketch.attribution.ggn import fit_ggn
 from lightning_sketch.attribution.gradient_store import GradientStore
 from lightning_sketch.attribution.indexed_dataset import Indexed, IndexedDataset, batch_ids, indexed
 from lightning_sketch.attribution.preconditioner import Preconditioner
+from lightning_sketch.attribution.ray import ray_scores, ray_top_k
 from lightning_sketch.attribution.row_curvature import row_curvature
 from lightning_sketch.attribution.scores import TopK, reliability, scored_rows, scores, together, top_k
 from lightning_sketch.attribution.self_influence import SelfInfluence, self_influence
@@ -47,6 +48,8 @@ __all__ = [
     "fit_ggn",
     "fit_preconditioner",
     "indexed",
+    "ray_scores",
+    "ray_top_k",
     "read_shard",
     "reliability",
     "row_curvature",

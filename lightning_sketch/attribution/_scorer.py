@@ -17,9 +17,10 @@ have right scores.
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.store.index import equal_rows
+from lightning_sketch.store.row_store import RowStore
 from lightning_sketch.store.sketched_gradients import (
     NONE,
     OF_STEP,
@@ -421,6 +423,7 @@ class Scorer:
         queries: The vectors that rows are multiplied by, for each value of `rows.partners`.
         length: rows, (rows, dim) -> the lengths that their scores are divided by, (*dampings, rows), as for cosine.
         halves: Whether `parts` yields the products over the first and the second half of the numbers.
+        device: Where rows are multiplied; where they are if None.
     """
 
     rows: Selected
@@ -428,6 +431,20 @@ class Scorer:
     queries: Mapping[int, Vectors]
     length: Callable[[Tensor], Tensor] | None = None
     halves: bool = False
+    device: torch.device | None = None
+
+    def only(self, keep: Bool[Tensor, " rows"]) -> "Scorer":
+        """Return the scorer of some of the rows, for which it needs nothing of the others."""
+        rows = self.rows
+        fields = rows.positions[keep], rows.factors[keep], rows.partners[keep]
+        return replace(self, rows=Selected(rows.source.where(keep), *fields))
+
+    def split(self) -> "Iterator[tuple[Scorer, Int[Tensor, ' rows']]]":
+        """Yield the scorer of each file of a store or a dataset, and the ids of its rows; it needs no other file."""
+        parts, ids = cast(Any, self.rows.source).parts, self.ids
+        for number in parts.unique_consecutive():
+            own = self.only(parts == number)
+            yield Scorer(own.rows, own.rows.source, own.queries, own.length, own.halves), ids[parts == number]
 
     @property
     def ids(self) -> Int[Tensor, " rows"]:
@@ -460,21 +477,34 @@ class Scorer:
             UserWarning: at the end, if there were rows of zeros, or rows that are not finite, whose scores are NaN.
         """
         start, seen = 0, Counter[str]()
-        for block in self.rows.source.blocks(batch_rows):
-            place = slice(start, start := start + len(block))
-            yield place, self._scores(block.sketches, place, seen)
+        blocks = _scaled(self.rows.source, batch_rows)
+        for sketches, scale in blocks if self.device is None else _moved(blocks, self.device):
+            place = slice(start, start := start + len(sketches))
+            factors = self.rows.factors[place]
+            if scale is not None and self.length is None:  # lengths have it too
+                factors = factors * scale
+            yield place, self._scores(sketches, factors, self.rows.partners[place], seen).cpu()
         for what, count in seen.items():
             say_rows(count, len(self.rows), f"that were scored are {what}")
 
-    def _scores(self, sketches: Float[Tensor, "rows dim"], place: slice, seen: Counter[str]) -> Tensor:
+    def on(self, device: torch.device | str | None) -> "Scorer":
+        """Return a scorer that multiplies on a device."""
+        if device is None:
+            return self
+        there = torch.device(device)
+        queries = {at: Vectors(v.exact.to(there), v.scale.to(there)) for at, v in self.queries.items()}
+        return replace(self, queries=queries, device=there)
+
+    def _scores(
+        self, sketches: Float[Tensor, "rows dim"], factors: Tensor, partners: Tensor, seen: Counter[str]
+    ) -> Tensor:
         """Return the parts of the scores of a block of rows, converted to float32 some rows at a time.
 
         All of them are converted in the same memory, since memory that was never used before is slow.
         """
         part = max(1, _PART // sketches.shape[1])
         buffer = torch.empty(min(part, len(sketches)), sketches.shape[1], dtype=torch.float32, device=sketches.device)
-        factors, partners = self.rows.factors[place].to(sketches.device), self.rows.partners[place]
-        found = []
+        factors, found = factors.to(sketches.device), []
         with full_precision(sketches.device):
             for rows, factor, steps in zip(
                 sketches.split(part), factors.split(part), partners.split(part), strict=True
@@ -527,6 +557,37 @@ class Scorer:
             return (vectors @ rows.T)[None]
         halves = zip(vectors.tensor_split(2, -1), rows.tensor_split(2, -1), strict=True)
         return torch.stack([half @ own.T for half, own in halves])
+
+
+def _scaled(rows: RowSource, batch_rows: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield the sketches of rows as they are stored, and their scales if they lack these."""
+    if isinstance(rows, RowStore):
+        return rows.scaled_blocks(batch_rows)
+    return ((block.sketches, None) for block in rows.blocks(batch_rows))
+
+
+def _moved(
+    blocks: Iterator[tuple[Tensor, Tensor | None]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Yield sketches on a device, each block read and copied while the one before is multiplied."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def fetch() -> tuple[Tensor, Tensor | None, Any] | None:
+        block, scale = next(blocks, (None, None))
+        if block is None or stream is None:
+            return None if block is None else (block.to(device), scale, None)
+        with torch.cuda.stream(stream):
+            return block.pin_memory().to(device, non_blocking=True), scale, stream.record_event()
+
+    with ThreadPoolExecutor(1, "copy of rows") as pool:
+        following = pool.submit(fetch)
+        while (found := following.result()) is not None:
+            following = pool.submit(fetch)
+            block, scale, copied = found
+            if copied is not None:
+                torch.cuda.current_stream(device).wait_event(copied)
+                block.record_stream(torch.cuda.current_stream(device))
+            yield block, scale
 
 
 def whole(parts: Float[Tensor, "parts *leading rows"]) -> Float[Tensor, "*leading rows"]:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_sketch._files import CorruptFile, check_folder
@@ -286,6 +287,7 @@ class GradientStore(RowStore):
         weighted: bool = False,
         group: Group | None = None,
         batch_rows: int = 4096,
+        device: torch.device | str | None = None,
     ) -> Tensor:
         """Compute the influence of each row on each query, positive if it helps; see `attribution.scores`.
 
@@ -299,6 +301,7 @@ class GradientStore(RowStore):
                 mean over tokens.
             group: "example_id" sums over rows of equal id.
             batch_rows: Most rows in memory at a time.
+            device: Where rows are multiplied, such as "cuda"; on the CPU if None.
 
         Returns:
             (queries, rows that are scored), in their order: those at the weights of the queries, whose positions
@@ -319,6 +322,7 @@ class GradientStore(RowStore):
             weighted=weighted,
             group=group,
             batch_rows=batch_rows,
+            device=device,
         )
 
     def scored_rows(self, queries: Queries) -> Tensor:
@@ -348,6 +352,7 @@ class GradientStore(RowStore):
         weighted: bool = False,
         group: Group | None = "example_id",
         batch_rows: int = 4096,
+        device: torch.device | str | None = None,
     ) -> TopK:
         """Find the examples that help each query most, or with `largest=False` hurt it most; see `attribution.top_k`.
 
@@ -362,6 +367,7 @@ class GradientStore(RowStore):
             weighted: Whether to multiply by the weights of the rows.
             group: "example_id" sums over rows of one example; None ranks single rows.
             batch_rows: Most rows in memory at a time.
+            device: Where rows are multiplied, such as "cuda"; on the CPU if None.
 
         Returns:
             `TopK(scores, example_ids)`, both (queries, k), with `reliability`, (queries,): how near the scores are to
@@ -383,6 +389,7 @@ class GradientStore(RowStore):
             weighted=weighted,
             group=group,
             batch_rows=batch_rows,
+            device=device,
         )
 
     def self_influence(

@@ -63,6 +63,7 @@ Group = Literal["example_id"]  # the column by which scores are summed
 CurvatureLike = Kind | Curvature | Influence
 
 FOLDER = "curvature"  # the folder of a store that has its curvatures
+_LOOKED_FOR = 4  # rows that an index is asked for, for each of the k best: it knows products in part
 _SHOWN = 5  # queries in a repr, and examples of each
 
 
@@ -77,6 +78,7 @@ def scores(
     weighted: bool = False,
     group: Group | None = None,
     batch_rows: int = 4096,
+    device: torch.device | str | None = None,
 ) -> Float[Tensor, "*dampings queries columns"]:
     """Compute the influence of each training row on each query.
 
@@ -100,6 +102,7 @@ def scores(
             over tokens.
         group: "example_id" sums over rows of equal id; the columns are then the ids in rising order, names by letter.
         batch_rows: Most rows in memory at a time.
+        device: Where rows are multiplied, such as "cuda", to which they are copied block by block; their own if None.
 
     Returns:
         (queries, rows), a column for each row of `scored_rows`, in their order; with `group` (queries, ids); with
@@ -123,9 +126,16 @@ def scores(
     >>> scores(query, rows)
     tensor([[ 3., -6.]])
     """
+    check_group(group)  # before a curvature is made
+    batch_rows = whole_number(batch_rows, "batch_rows")
+    members = [s.on(device) for s in scorers(queries, train, method, curvature, damping, normalize, weighted)]
+    return scores_of(members, group, batch_rows)
+
+
+def scores_of(members: list[Scorer], group: Group | None, batch_rows: int) -> Float[Tensor, "*dampings queries rows"]:
+    """Return what `scores` does."""
     check_group(group)
     batch_rows = whole_number(batch_rows, "batch_rows")
-    members = scorers(queries, train, method, curvature, damping, normalize, weighted)
     ids, agreement = [member.ids for member in members], _agreement(members)
     if group is not None:
         parts, unique = _sums(members, torch.cat(ids), batch_rows)
@@ -293,6 +303,8 @@ def top_k(
     weighted: bool = False,
     group: Group | None = "example_id",
     batch_rows: int = 4096,
+    device: torch.device | str | None = None,
+    approximate: bool = False,
 ) -> TopK:
     """Find the training examples that help each query most, or with `largest=False` hurt it most.
 
@@ -308,6 +320,9 @@ def top_k(
         weighted: Whether to multiply by the weights of the rows, as in `scores`.
         group: "example_id" sums over rows of one example (several epochs or checkpoints); None ranks single rows.
         batch_rows: Most rows in memory at a time.
+        device: Where rows are multiplied, such as "cuda", to which they are copied block by block; their own if None.
+        approximate: Whether to score only rows that an index finds, see `store.build_index`: `train` is `LanceRows`,
+            and the method dot or influence, or cosine. Scores are exact; examples may be missing.
 
     Returns:
         `TopK(scores, example_ids)`, both (queries, k), with `reliability`, (queries,): how near the scores are to those
@@ -326,24 +341,61 @@ def top_k(
     TopK of 1 queries, k=2: example (score)
         query 0: 6 (9), 5 (3)
     """
+    check_group(group)  # before a curvature is made
+    k, batch_rows = whole_number(k, "k"), whole_number(batch_rows, "batch_rows")
+    members = [s.on(device) for s in scorers(queries, train, method, curvature, damping, normalize, weighted)]
+    if approximate:
+        members = [_candidates(members, method, normalize, k, largest)]
+    return top_k_of(members, k, largest, group, batch_rows)
+
+
+def ranked(
+    members: list[Scorer], ids: Int[Tensor, " rows"], batch_rows: int, k: int, largest: bool
+) -> "tuple[_Best, SplitHalf]":
+    """Return the best rows of members, one score for each, and how the halves of all scores agree."""
+    best, agreement = _Best(k, largest), _agreement(members)
+    for place, parts in _means(members, batch_rows):
+        agreement.add(parts)
+        best.add(whole(parts), ids[place])
+    return best, agreement
+
+
+def top_k_of(
+    members: list[Scorer], k: int, largest: bool, group: Group | None, batch_rows: int, rank: Any = ranked
+) -> TopK:
+    """Return what `top_k` does, with the best rows by `ranked` or a function like it."""
     check_group(group)
-    batch_rows = whole_number(batch_rows, "batch_rows")
-    members = scorers(queries, train, method, curvature, damping, normalize, weighted)
-    best = _Best(whole_number(k, "k"), largest)
+    batch_rows, k = whole_number(batch_rows, "batch_rows"), whole_number(k, "k")
     if len(members[0].shape) > 2:
         raise ValueError("top_k takes one damping, got several; use scores(...) for these.")
-    ids, agreement = [member.ids for member in members], _agreement(members)
+    ids = [member.ids for member in members]
     same = all(torch.equal(own, ids[0]) for own in ids[1:])
     if group is not None and not (same and len(ids[0].unique()) == len(ids[0])):
+        best, agreement = _Best(k, largest), _agreement(members)
         parts, unique = _sums(members, torch.cat(ids), batch_rows)
         agreement.add(parts)
         best.add(whole(parts), unique)
-        return best.found(members, agreement)
-    _check_order(ids)
-    for place, parts in _means(members, batch_rows):
-        agreement.add(parts)
-        best.add(whole(parts), ids[0][place])
+    else:
+        _check_order(ids)
+        best, agreement = rank(members, ids[0], batch_rows, k, largest)
     return best.found(members, agreement)
+
+
+def _candidates(members: list[Scorer], method: Method, normalize: bool, k: int, largest: bool) -> Scorer:
+    """Return the scorer of the rows that an index finds for the queries."""
+    from lightning_sketch.store import lance, lance_index  # which need not be installed
+
+    train = members[0].train
+    if len(members) > 1 or not isinstance(train, lance.LanceRows):
+        raise ValueError(
+            "approximate=True takes rows in one Lance dataset: store.export('lance', uri), then LanceRows(uri)."
+        )
+    cosine = method == "cosine" or (normalize and method == "dot")
+    if method == "tracin" or (normalize and not cosine):
+        raise ValueError("an index finds the largest products or cosines; leave approximate=True out for this method.")
+    vectors = members[0].queries[0].exact if largest else -members[0].queries[0].exact
+    found = lance_index.nearest(train, "cosine" if cosine else "dot", vectors, _LOOKED_FOR * k)
+    return replace(members[0].only(torch.isin(members[0].rows.positions, found)), halves=False)
 
 
 class _Best:
@@ -353,8 +405,8 @@ class _Best:
         self.k, self.largest = k, largest
         self.best: tuple[Tensor, Tensor] | None = None
 
-    def add(self, scores: Float[Tensor, "queries columns"], ids: Int[Tensor, " columns"]) -> None:
-        """Merge the scores of more columns."""
+    def add(self, scores: Float[Tensor, "queries columns"], ids: Int[Tensor, "*#queries columns"]) -> None:
+        """Merge the scores of more columns; ids may differ from query to query."""
         ids = ids.expand(scores.shape)
         if self.best is not None:
             scores, ids = torch.cat([self.best[0], scores], 1), torch.cat([self.best[1], ids], 1)
@@ -363,6 +415,11 @@ class _Best:
             min(self.k, scores.shape[1]), largest=self.largest
         )[1]
         self.best = scores.gather(1, place), ids.gather(1, place)
+
+    def merge(self, other: "_Best") -> None:
+        """Add the columns of another one."""
+        if other.best is not None:
+            self.add(*other.best)
 
     def found(self, members: list[Scorer], agreement: SplitHalf) -> TopK:
         """Return the best of all columns that were added, which are one at least."""
@@ -469,7 +526,7 @@ def inverse_of(curvature: CurvatureLike, damping: Damping, rows: RowSource, fing
             raise ValueError("damping is passed twice: an Influence has one already; pass its .curvature instead.")
         inverse = curvature
     else:
-        inverse = Influence(curvature_of(curvature, rows, fingerprint), damping)
+        inverse = Influence(curvature_of(curvature, rows, fingerprint, single=damping == "auto"), damping)
     found = inverse.curvature
     if found.dim != rows.sketch.dim:
         raise ValueError(f"the curvature has dim={found.dim}, rows have {rows.sketch.dim}; fit it with their sketch.")
@@ -488,12 +545,12 @@ def inverse_of(curvature: CurvatureLike, damping: Damping, rows: RowSource, fing
     return inverse
 
 
-def curvature_of(curvature: Kind | Curvature, rows: RowSource, fingerprint: int) -> Curvature:
+def curvature_of(curvature: Kind | Curvature, rows: RowSource, fingerprint: int, single: bool = False) -> Curvature:
     """Return the curvature of this kind: made from the rows, or read from the store; errors as in `inverse_of`."""
     if isinstance(curvature, Curvature):
         return curvature
     if curvature != "ggn":
-        return row_curvature(rows, curvature)
+        return row_curvature(rows, curvature, single=single)
     path = getattr(rows, "path", None)
     if not isinstance(path, Path):
         raise ValueError(
@@ -614,4 +671,5 @@ class _Metric:
     inverse: Influence
 
     def __call__(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "*dampings rows"]:
-        return (self.inverse(rows) * rows.double()).sum(-1).sqrt()
+        own = rows.cpu()  # where the inverse is
+        return (self.inverse(own) * own.double()).sum(-1).sqrt().to(rows.device)

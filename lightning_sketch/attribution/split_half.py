@@ -74,6 +74,17 @@ class SplitHalf:
         rows, moments = zip(*found, strict=True)
         self._rows, self._moments = self._rows + torch.cat(rows), self._moments + torch.cat(moments, -1)
 
+    def merge(self, other: "SplitHalf") -> None:
+        """Add the rows of another one, whose sums are about another center."""
+        if not self._center.ndim:
+            self._rows, self._moments, self._center = other._rows, other._moments, other._center
+        elif other._center.ndim:
+            moved = other._center - self._center
+            sums, squares = other._moments
+            squares = squares + 2 * moved * sums + other._rows * moved.square()
+            self._moments = self._moments + torch.stack([sums + other._rows * moved, squares])
+            self._rows = self._rows + other._rows
+
     def reliability(self) -> Float[Tensor, " queries"] | None:
         """Return the reliability of each query's scores, NaN if these do not vary; None if it cannot be estimated."""
         if not self._center.ndim or not (self._rows >= _LEAST).all():

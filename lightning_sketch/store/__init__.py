@@ -2,6 +2,8 @@
 
 from lightning_sketch._files import Busy, CorruptFile
 from lightning_sketch.store.format import CorruptShard, Run
+from lightning_sketch.store.lance import LanceRows
+from lightning_sketch.store.lance_index import build_index
 from lightning_sketch.store.row_store import RowStore, read_shard
 from lightning_sketch.store.sketched_gradients import STAGES, RowSource, SketchedGradients, Strings
 from lightning_sketch.store.spec import StoreSpec
@@ -12,6 +14,7 @@ __all__ = [
     "Busy",
     "CorruptFile",
     "CorruptShard",
+    "LanceRows",
     "RowAppender",
     "RowSource",
     "RowStore",
@@ -19,5 +22,6 @@ __all__ = [
     "SketchedGradients",
     "StoreSpec",
     "Strings",
+    "build_index",
     "read_shard",
 ]

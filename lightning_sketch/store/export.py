@@ -1,14 +1,25 @@
-"""Rows for other tools: pandas, Arrow, NumPy files."""
+"""Rows for other tools: pandas, Arrow, NumPy and Parquet files."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from lightning_sketch.store.sketched_gradients import STAGES, Column, SketchedGradients, Strings
+from lightning_sketch.store.sketched_gradients import (
+    STAGES,
+    UNKNOWN_ID,
+    Column,
+    SketchedGradients,
+    Strings,
+    keys_of,
+    matching,
+)
 
 _INSTALL = "pip install 'lightning-sketch[tables]'"
+SKETCH = "sketch"  # the column of sketches
 
 
 def to_pandas(columns: Mapping[str, Column]) -> Any:
@@ -26,9 +37,10 @@ def to_arrow(rows: SketchedGradients) -> Any:
         import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
     except ImportError as error:
         raise ImportError(f"to_arrow() needs pyarrow: {_INSTALL}, or use numpy.asarray(rows).") from error
-    sketch = pa.FixedSizeListArray.from_arrays(np.asarray(rows).reshape(-1), rows.dim)
-    plain = _plain(rows.columns)
-    return pa.table({**{name: pa.array(values) for name, values in plain.items()}, "sketch": sketch})
+    half = rows.sketches.dtype == torch.float16
+    sketch = rows.sketches.cpu().numpy() if half else np.asarray(rows)
+    plain = {name: pa.array(values) for name, values in _plain(rows.columns).items()}
+    return pa.table({**plain, SKETCH: pa.FixedSizeListArray.from_arrays(sketch.reshape(-1), rows.dim)})
 
 
 def to_npy(blocks: Iterable[SketchedGradients], columns: Mapping[str, Column], dim: int, folder: Path) -> None:
@@ -43,6 +55,61 @@ def to_npy(blocks: Iterable[SketchedGradients], columns: Mapping[str, Column], d
         out[start : start + len(block)] = np.asarray(block)
         start += len(block)
     out.flush()
+
+
+def to_parquet(blocks: Iterable[SketchedGradients], path: Path) -> None:
+    """Write one Parquet file, with the columns of `to_arrow`, and one block in memory at a time."""
+    writer: Any = None
+    try:
+        for block in blocks:
+            table = to_arrow(block)
+            if writer is None:
+                from pyarrow import parquet  # type: ignore[import-untyped,unused-ignore]
+
+                path.parent.mkdir(parents=True, exist_ok=True)
+                writer = parquet.ParquetWriter(path, table.schema)
+            writer.write_table(table)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def column_of(array: Any, name: str) -> Column:
+    """Return a column of Arrow as it was exported."""
+    kind = str(array.type)
+    values = array.to_pylist() if "string" in kind or kind.startswith("list") else array.to_numpy()
+    if name == "stage":
+        return torch.tensor([STAGES.index(value) for value in values], dtype=torch.int64)
+    if kind.startswith("list") and "string" in kind:
+        flat = Strings.of([text for row in values for text in row])
+        return Strings(flat.hashes.view(len(values), -1), flat.tables)
+    if kind.startswith("list"):
+        rows = [torch.tensor(row) for row in values]
+        return pad_sequence(rows, batch_first=True, padding_value=UNKNOWN_ID) if rows else torch.zeros(0, 1).long()
+    return Strings.of(values) if "string" in kind else torch.tensor(values)
+
+
+def sql_of(first: Any, equal: Mapping[str, Any]) -> str | None:
+    """Return in SQL that columns have given values; None where a database would compare otherwise than `matching`.
+
+    Args:
+        first: A table of Arrow with one row.
+        equal: Column names with a value or a list of values.
+
+    Raises:
+        ValueError: as `matching`.
+    """
+    columns, parts = {name: column_of(first[name], name)[:0] for name in first.column_names}, []
+    matching(columns, 0, None, equal)
+    for name, value in equal.items():
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        values = [STAGES[v] if name == "stage" and isinstance(v, int) else v for v in values]
+        plain = all(isinstance(v, str | bool | int) for v in values) and keys_of(columns[name]).ndim == 1
+        if not values or not plain or keys_of(columns[name]).is_floating_point():
+            return None
+        text = ["'" + v.replace("'", "''") + "'" if isinstance(v, str) else str(v).lower() for v in values]
+        parts.append(f"`{name}` IN ({', '.join(text)})")
+    return " AND ".join(parts)
 
 
 def _plain(columns: Mapping[str, Column]) -> dict[str, Any]:

@@ -502,10 +502,15 @@ class Shard(TensorFile):
 
     def sketches(self, places: slice | Tensor) -> Tensor:
         """Read the sketches at these positions: of a slice without a copy, or in float16 as float32 times the scale."""
+        found, scale = self.scaled(places)
+        return found if scale is None else found.float().mul_(scale[:, None])
+
+    def scaled(self, places: slice | Tensor) -> tuple[Tensor, Tensor | None]:
+        """Read the sketches as they are stored, of a slice without a copy, and in float16 the scales of the rows."""
         found = [self.tensor(key) for key in (_SKETCHES, _SCALE) if key in self.shapes]
         # index_select copies whole rows, indexing copies number by number
         found = [x[places] if isinstance(places, slice) else x.index_select(0, places) for x in found]
-        return found[0] if len(found) == 1 else found[0].float().mul_(found[1][:, None])
+        return found[0], found[1] if len(found) > 1 else None
 
 
 def run_path(path: Path, number: int) -> Path:

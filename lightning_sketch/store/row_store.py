@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lightning_sketch._files import CorruptFile
+from lightning_sketch._files import CorruptFile, locked
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.store import export, maintenance
 from lightning_sketch.store.format import (
@@ -210,6 +210,11 @@ class RowStore:
         return self.spec.operator
 
     @property
+    def parts(self) -> Int[Tensor, " rows"]:
+        """The number of the part, here a file, that each visible row is in."""
+        return self.rows.file
+
+    @property
     def optimizers(self) -> frozenset[str]:
         """The classes of the optimizers that trained the weights of the visible rows, as far as they are known."""
         runs = {run.number: run for run in read_runs(self.snapshot)}
@@ -262,6 +267,17 @@ class RowStore:
             CorruptFile: if a file is not what was written; it is compared with its checksum before its first block.
             RuntimeError: if the store was compacted since it was opened.
         """
+        for part, shard, places in self._read(batch_rows):
+            columns = {key: column[part] for key, column in self.rows.columns.items()}
+            yield SketchedGradients(shard.sketches(places), self.sketch, columns)
+
+    def scaled_blocks(self, batch_rows: int = 4096) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yield the sketches as they are stored, and the scales that they lack in float16; errors as `blocks`."""
+        for _, shard, places in self._read(batch_rows):
+            yield shard.scaled(places)
+
+    def _read(self, batch_rows: int) -> Iterator[tuple[slice, Shard, slice | Tensor]]:
+        """Yield where in the store and in a file rows are, at most `batch_rows` at a time."""
         batch_rows = whole_number(batch_rows, "batch_rows")
         parts = list(self.rows.by_file())
         with ThreadPoolExecutor(1, "check of a shard") as pool:  # the next file, while the last is worked on
@@ -271,8 +287,7 @@ class RowStore:
                 following = [pool.submit(self._open_shard, name) for name, _ in parts[i + 1 : i + 2]]
                 for start in range(rows.start, rows.stop, batch_rows):
                     part = slice(start, min(start + batch_rows, rows.stop))
-                    columns = {key: column[part] for key, column in self.rows.columns.items()}
-                    yield SketchedGradients(shard.sketches(_span(self.rows.place[part])), self.sketch, columns)
+                    yield part, shard, _span(self.rows.place[part])
 
     def _open_shard(self, name: ShardName) -> Shard:
         """Open a file, and compare it with its checksum when it is first read."""
@@ -367,19 +382,46 @@ class RowStore:
                 found[name] = torch.cat([found.get(name, rows.place[:0]), rows.place[part]]).sort()[0]
         return dict(sorted(found.items()))
 
-    def export(self, kind: Literal["npy"], folder: str | Path) -> None:
-        """Export the rows to files of another format.
+    def export(
+        self,
+        kind: Literal["npy", "parquet", "lance"],
+        path: str | Path,
+        *,
+        append: bool = False,
+        dtype: Literal["float16", "float32"] | None = None,
+        storage_options: Mapping[str, str] | None = None,
+    ) -> None:
+        """Export the rows to another format, with one block of them in memory at a time.
 
         Args:
-            kind: "npy" writes `sketches.npy`, (rows, dim) in float32, and one file per column.
-            folder: Where to write them.
+            kind: "npy" writes `sketches.npy`, (rows, dim) in float32, and one file per column; "parquet" one file of
+                all columns and `sketch`, for DuckDB, Polars and viewers; "lance" a Lance dataset, for `LanceRows`.
+            path: The folder, the file or the dataset, which may be an address in an object store.
+            append: Whether the Lance dataset may be there: rows that it lacks are added, and those that are not visible
+                in the store any more are removed. Every row is there once, whenever an export was killed.
+            dtype: Type of the sketches of a new Lance dataset: "float16", with a scale per row, if the store has that,
+                else "float32", which is exact.
+            storage_options: Keys of the object store, as Lance takes them.
 
         Raises:
-            ValueError: if the kind is unknown.
+            ValueError: if the kind is unknown, an option is of another kind, there are no rows, or the Lance dataset is
+                there without `append`, or of another sketch.
+            ImportError: if pyarrow or pylance is missing.
+            Busy: if another process exports the store to Lance.
         """
-        if kind != "npy":
-            raise ValueError(f"export({kind!r}) is not known; use 'npy'.")
-        export.to_npy(self.blocks(), self.rows.columns, self.sketch.dim, Path(folder))
+        if kind not in ("npy", "parquet", "lance"):
+            raise ValueError(f"export({kind!r}) is not known; use 'npy', 'parquet' or 'lance'.")
+        if kind != "lance" and (append or dtype is not None or storage_options is not None):
+            raise ValueError(f"append, dtype and storage_options are of 'lance'; leave them out for {kind!r}.")
+        if kind == "npy":
+            export.to_npy(self.blocks(), self.rows.columns, self.sketch.dim, Path(path))
+        elif kind == "parquet":
+            export.to_parquet(self.blocks(), Path(path))
+        else:
+            from lightning_sketch.store import lance_export  # which few need
+
+            with locked(self.path / "export.lock", f"{self.path} is being exported by another process; try again."):
+                lance_export.to_lance(self, str(path), append=append, dtype=dtype, storage_options=storage_options)
 
     def shards(self) -> list[str]:
         """Return one string per file of visible rows, which `read_shard` reads in any process that sees the file."""

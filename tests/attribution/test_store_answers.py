@@ -107,7 +107,7 @@ FORWARDED = {
     "sketch_gradients": (sketch_gradients, {"sketch", "parameters"}),
     "fit_curvature": (fit_ggn, {"sketch", "layout"}),
     "scores": (scores, {"train"}),
-    "top_k": (top_k, {"train"}),
+    "top_k": (top_k, {"train", "approximate"}),
     "self_influence": (self_influence, {"train"}),
 }
 

@@ -242,8 +242,8 @@ def test_export_for_numpy(tmp_path, untyped):
     store.export("npy", tmp_path / "out")
     assert np.array_equal(np.load(tmp_path / "out/sketches.npy"), store.read().sketches.float().numpy())
     assert np.load(tmp_path / "out/step.npy").tolist() == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(ValueError, match="use 'npy'"):
-        store.export("parquet", tmp_path)
+    with pytest.raises(ValueError, match="use 'npy', 'parquet' or 'lance'"):
+        store.export("csv", tmp_path)
 
 
 def test_files_are_written_by_bytes_by_age_and_at_the_end(tmp_path):

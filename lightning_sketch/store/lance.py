@@ -1,0 +1,150 @@
+"""Rows in a Lance dataset, as `RowStore.export("lance", uri)` writes them, on a disk or in an object store."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from lightning_sketch.operators.sketch import Sketch
+from lightning_sketch.store.export import SKETCH, column_of, sql_of
+from lightning_sketch.store.lance_export import COMPLETE, PLACE, SCALE, SPEC, import_lance
+from lightning_sketch.store.sketched_gradients import Column, SketchedGradients, described, matching
+from lightning_sketch.store.spec import StoreSpec
+
+_FEW = 10_000  # rows that are fetched by their ids; for more the dataset is read through
+
+
+@dataclass(frozen=True, eq=False)
+class LanceRows:
+    """Sketched gradients in a Lance dataset: a source of rows for `scores`, `top_k` and all that take a store.
+
+    It has the rows that the last complete export left, in their order. Sketches are read block by block.
+
+    Args:
+        uri: The dataset: a folder, or an address in an object store.
+        version: Its version; that of the last complete export if None.
+        storage_options: Keys of the object store, as Lance takes them.
+
+    Attributes:
+        condition: What Lance selects rows by, in SQL, if it does.
+
+    Raises:
+        ImportError: if pylance is missing.
+        ValueError: if there is no dataset, or it is of another program.
+
+    Example::
+
+        store.export("lance", "s3://bucket/rows.lance", append=True)
+        rows = LanceRows("s3://bucket/rows.lance")
+        top_k(queries, rows.where(stage="validate", source="wiki"))
+    """
+
+    uri: str | Path
+    version: int | None = None
+    storage_options: Mapping[str, str] | None = field(default=None, repr=False)
+    condition: str | None = field(default=None, init=False)
+    _chosen: tuple[Mapping[str, Column], Int[Tensor, " rows"]] | None = field(default=None, init=False)  # by a mask
+
+    def __post_init__(self):
+        if self.version is None:
+            tags = import_lance().dataset(str(self.uri), storage_options=self.storage_options).tags.list()
+            if COMPLETE not in tags:
+                raise ValueError(
+                    f"{self.uri} has no rows that an export has completed; see store.export('lance', uri)."
+                )
+            object.__setattr__(self, "version", tags[COMPLETE]["version"])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "dataset"}  # opened again where it lands
+
+    @cached_property
+    def dataset(self) -> Any:
+        """The dataset, for what Lance itself can do with it."""
+        return import_lance().dataset(str(self.uri), self.version, storage_options=self.storage_options)
+
+    @cached_property
+    def spec(self) -> StoreSpec:
+        """The sketch and the parameters of the rows, as in the store."""
+        return StoreSpec(**json.loads(self.dataset.schema.metadata[SPEC.encode()])["spec"])
+
+    @property
+    def sketch(self) -> Sketch:
+        """The sketch that made the rows."""
+        return self.spec.operator
+
+    @property
+    def optimizers(self) -> frozenset[str]:
+        """The classes of the optimizers that trained the weights, as far as they are known."""
+        return frozenset(json.loads(self.dataset.schema.metadata[SPEC.encode()])["optimizers"])
+
+    @cached_property
+    def rows(self) -> tuple[Mapping[str, Column], Int[Tensor, " rows"]]:
+        """The columns, and Lance's ids of the rows."""
+        if self._chosen is not None:
+            return self._chosen
+        table = self._table(filter=self.condition, with_row_id=True)
+        ids = torch.from_numpy(table["_rowid"].to_numpy().astype(np.int64))
+        return {name: column_of(table[name], name) for name in table.column_names if name != "_rowid"}, ids
+
+    @property
+    def parts(self) -> Int[Tensor, " rows"]:
+        """The number of the part, here a fragment of the dataset, that each row is in."""
+        return self.rows[1] >> 32
+
+    def __len__(self) -> int:
+        return len(self.rows[1])
+
+    def __repr__(self) -> str:
+        dtype = torch.float16 if SCALE in self.dataset.schema.names else torch.float32
+        return f"LanceRows in {self.uri}: {described(self.rows[0], dtype, self.sketch)}"
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the columns by name, tensors or `Strings`; no sketch is read."""
+        return dict(self.rows[0])
+
+    def where(self, mask: Any = None, **equal: Any) -> "LanceRows":
+        """Select the rows where a mask is true and columns have given values; arguments and errors as `RowStore.where`.
+
+        Before columns were read, Lance selects by whole numbers, booleans and strings, and reads no other rows.
+        """
+        found, unread = replace(self), mask is None and equal and "rows" not in vars(self) and self._chosen is None
+        condition = sql_of(self._table(limit=1), equal) if unread else None
+        if condition is not None:
+            chosen, condition = None, f"({self.condition}) AND {condition}" if self.condition else condition
+        else:
+            keep, condition = matching(self.rows[0], len(self), mask, equal), self.condition
+            chosen = {name: column[keep] for name, column in self.rows[0].items()}, self.rows[1][keep]
+        vars(found).update(condition=condition, _chosen=chosen)  # a frozen dataclass has no other way
+        return found
+
+    def _table(self, **options: Any) -> Any:
+        names = [name for name in self.dataset.schema.names if name not in (SKETCH, SCALE, *PLACE)]
+        return self.dataset.to_table(columns=names, **options)
+
+    def blocks(self, batch_rows: int = 4096) -> Iterator[SketchedGradients]:
+        """Yield the rows in order, at most `batch_rows` at a time."""
+        (columns, ids), names = self.rows, [n for n in (SKETCH, SCALE) if n in self.dataset.schema.names]
+        few = self._chosen is not None and len(ids) <= _FEW
+        chosen = f"_rowid IN ({', '.join(map(str, ids.tolist()))})" if few else self.condition
+        options = {"columns": names, "filter": chosen, "batch_size": batch_rows, "with_row_id": True}
+        start = 0
+        for batch in self.dataset.to_batches(**options, scan_in_order=True) if len(ids) else ():
+            kept = np.isin(batch["_rowid"].to_numpy().astype(np.int64), ids.numpy())
+            if kept.any():
+                sketches = torch.from_numpy(batch[SKETCH].flatten().to_numpy().reshape(-1, self.sketch.dim)[kept])
+                if SCALE in names:
+                    sketches = sketches.float() * torch.from_numpy(batch[SCALE].to_numpy()[kept])[:, None]
+                part = slice(start, start := start + len(sketches))
+                yield SketchedGradients(sketches, self.sketch, {name: c[part] for name, c in columns.items()})
+
+    def read(self) -> SketchedGradients:
+        """Read all rows into memory."""
+        found = list(self.blocks()) or [SketchedGradients(torch.zeros(0, self.sketch.dim), self.sketch)]
+        return SketchedGradients.cat(found)

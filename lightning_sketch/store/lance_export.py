@@ -1,0 +1,136 @@
+"""Rows of a store in a Lance dataset: each visible row exactly once, whenever an export is killed and repeated."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_sketch.store.export import to_arrow
+from lightning_sketch.store.format import narrowed
+from lightning_sketch.store.spec import StoreSpec
+
+# Columns beside those of the rows: the scale of a sketch in float16, and where the row is in its store.
+SCALE, PLACE = "scale", ("file", "place")
+
+SPEC, COMPLETE = "lightning_sketch", "complete"  # a key of the metadata, and the tag of the last complete export
+
+
+def import_lance() -> Any:
+    """Return the module `lance`, or say what to install."""
+    try:
+        import lance  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise ImportError("Lance datasets need pylance: pip install 'lightning-sketch[lance]'.") from error
+    return lance
+
+
+def to_lance(
+    store: Any, uri: str, *, append: bool = False, dtype: Literal["float16", "float32"] | None = None, **options: Any
+) -> tuple[int, int]:
+    """Write the visible rows of a store to a Lance dataset, each exactly once; return how many were added and removed.
+
+    A row is known by its store, file and place, so that only new ones are added; those that are not visible any more
+    are removed. Whoever reads `COMPLETE` sees the rows as before until all of that is done, whenever it is killed.
+
+    Args:
+        store: The `RowStore`.
+        uri: Where the dataset is, or will be.
+        append: Whether it may be there.
+        dtype: The type of the sketches; that of the store if that is "float16" and the dataset is new, else "float32".
+        **options: `storage_options` of Lance.
+
+    Raises:
+        ImportError: if pylance is missing.
+        ValueError: if there is a dataset and `append` is False, or it is of another sketch or program.
+    """
+    lance = import_lance()
+    dataset = _existing(lance, uri, options)
+    if dataset is not None and not append:
+        raise ValueError(f"{uri} is there; pass append=True to add what is new, or another uri.")
+    half = (dtype or store.spec.dtype) == "float16" if dataset is None else SCALE in dataset.schema.names
+    if dataset is not None:
+        _check_same(store, dataset, uri, dtype, half)
+    if not len(store):
+        raise ValueError("the store has no rows to export.")
+    mask, stale = _changes(store, dataset)
+    added = int(mask.sum())
+    if added:
+        batches, schema = _batches(store, mask, half, dataset)
+        mode: Any = "create" if dataset is None else "append"
+        dataset = lance.write_dataset(batches, uri, schema=schema, mode=mode, **options)
+    for start in range(0, len(stale), 10_000):
+        dataset.delete(f"_rowid IN ({', '.join(map(str, stale[start : start + 10_000]))})")
+    tags = dataset.tags.list()
+    (dataset.tags.update if COMPLETE in tags else dataset.tags.create)(COMPLETE, dataset.version)
+    logging.getLogger("lightning_sketch").info(f"{added} rows added to {uri}, {len(stale)} removed.")
+    return added, len(stale)
+
+
+def _existing(lance: Any, uri: str, options: Mapping[str, Any]) -> Any:
+    try:
+        return lance.dataset(uri, **options)
+    except ValueError as error:
+        if "not found" in str(error):
+            return None
+        raise
+
+
+def _check_same(store: Any, dataset: Any, uri: str, dtype: str | None, half: bool) -> None:
+    """Refuse a dataset of other rows, or of another type than is asked for."""
+    about = (dataset.schema.metadata or {}).get(SPEC.encode())
+    if about is None:
+        raise ValueError(f"{uri} is a dataset of another program; export to another uri.")
+    other = StoreSpec(**json.loads(about)["spec"])
+    if other.id != store.spec.id:
+        raise ValueError(f"{uri} has rows of {other},\nthe store has {store.spec}; export to another uri.")
+    if dtype is not None and (dtype == "float16") != half:
+        raise ValueError(f"{uri} has {'float16' if half else 'float32'}, dtype={dtype!r} was asked for; leave it out.")
+
+
+def _changes(store: Any, dataset: Any) -> tuple[Tensor, list[int]]:
+    """Return which rows of a store are to be added to a dataset, as a mask, and the ids of those to be removed."""
+    rows, own = store.rows, f"{store.snapshot.store}/"
+    if dataset is None:
+        return torch.ones(len(rows), dtype=torch.bool), []
+    table = dataset.to_table(columns=list(PLACE), filter=f"starts_with(file, '{own}')", with_row_id=True)
+    numbers = {_key(store, name): i for i, name in enumerate(rows.files)}
+    files = torch.tensor([numbers.get(file, -1) for file in table["file"].to_pylist()], dtype=torch.int64)
+    there, wanted = (files << 32) + torch.tensor(table["place"].to_numpy()), (rows.file << 32) + rows.place
+    stale = ~torch.isin(there, wanted)
+    return ~torch.isin(wanted, there), table["_rowid"].to_numpy()[stale.numpy()].tolist()
+
+
+def _key(store: Any, name: Any) -> str:
+    """Return the name of a file of rows, which no other file ever has."""
+    return f"{store.snapshot.store}/{store.snapshot.folder.name}/{name.path}"
+
+
+def _batches(store: Any, mask: Tensor, half: bool, dataset: Any) -> tuple[Iterator[Any], Any]:
+    """Return rows as batches of Arrow, and their schema."""
+    import pyarrow as pa  # type: ignore[import-untyped,unused-ignore]
+
+    chosen = store.where(mask)
+
+    def tables() -> Iterator[Any]:
+        start = 0
+        for block in chosen.blocks():
+            table = to_arrow(narrowed(block, "float16") if half else block)
+            place = chosen.rows.place[start : start + len(block)]
+            file = _key(store, chosen.rows.files[int(chosen.rows.file[start])])
+            start += len(block)
+            for name, values in zip(PLACE, (pa.array([file] * len(block)), pa.array(place.numpy())), strict=True):
+                table = table.append_column(name, values)
+            yield table
+
+    first = next(tables())
+    about = json.dumps({"spec": asdict(store.spec), "optimizers": sorted(store.optimizers)})
+    schema = first.schema.with_metadata({SPEC: about}) if dataset is None else dataset.schema
+    if set(first.column_names) != set(schema.names):
+        differ = ", ".join(sorted(set(first.column_names) ^ set(schema.names)))
+        raise ValueError(f"the dataset and the store differ in columns ({differ}); export to another uri.")
+    aligned = (table.select(schema.names).cast(schema) for table in tables())
+    return (batch for table in aligned for batch in table.to_batches()), schema

@@ -1,0 +1,132 @@
+"""An index over the sketches of a Lance dataset (IVF), which finds the largest products without all of them.
+
+Sketches of gradients hardly form clusters, which such an index lives on: what share of the true neighbors it finds is
+measured when it is built. Without it products are exact.
+"""
+
+import time
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lightning_sketch.store.export import SKETCH
+from lightning_sketch.store.lance import LanceRows
+from lightning_sketch.store.lance_export import COMPLETE, SCALE, import_lance
+from lightning_sketch.store.sketched_gradients import SketchedGradients
+
+Metric = Literal["dot", "cosine"]
+Index = Literal["IVF_FLAT", "IVF_PQ", "IVF_RQ"]
+
+_DRAWN, _GOOD = 64, 0.9  # queries of a measurement, and the recall from which on an index is worth its errors
+
+
+def build_index(
+    rows: LanceRows,
+    *,
+    metric: Metric = "dot",
+    index: Index = "IVF_PQ",
+    partitions: int | None = None,
+    queries: SketchedGradients | None = None,
+    k: int = 10,
+) -> tuple[LanceRows, float]:
+    """Build an index, and print what share of the k best rows it finds, and how fast.
+
+    Args:
+        rows: All rows of a dataset.
+        metric: "dot", for the methods dot and influence, or "cosine".
+        index: The kind of Lance's index: whole sketches, product quantization, or one bit a number.
+        partitions: The number of cells, of which a query visits a part; the root of the number of rows if None.
+        queries: What the index is tried with, best queries that you will ask; 64 of the rows if None.
+        k: How many of the best rows are looked for.
+
+    Returns:
+        The rows with the index, which `top_k(..., approximate=True)` uses, and the recall, from 0 to 1.
+
+    Raises:
+        ValueError: if these are some of the rows of a dataset, an export has not been completed, or the sketches are
+            in float16, whose scales a product would miss.
+    """
+    if rows.condition is not None or len(rows) < rows.dataset.count_rows():
+        raise ValueError("an index is of all rows of a dataset; build it of LanceRows(uri), without where().")
+    names = rows.dataset.schema.names
+    if SCALE in names and metric == "dot":
+        raise ValueError("products need the scale of rows in float16; export with dtype='float32', or metric='cosine'.")
+    dataset = import_lance().dataset(str(rows.uri), storage_options=rows.storage_options)
+    if dataset.version != rows.version:
+        raise ValueError(f"{rows.uri} has changed since its last complete export; export again, then build the index.")
+    cells, dim = partitions or max(1, round(len(rows) ** 0.5)), rows.sketch.dim
+    options: dict[str, Any] = {} if index != "IVF_PQ" else {"num_sub_vectors": max(1, dim // 8)}
+    start = time.perf_counter()
+    dataset.create_index(
+        SKETCH, index, name=_name(metric), metric=metric, num_partitions=cells, replace=True, **options
+    )
+    built = time.perf_counter() - start
+    dataset.tags.update(COMPLETE, dataset.version)
+    indexed = LanceRows(rows.uri, storage_options=rows.storage_options)
+    found, exact, times = _tried(indexed, metric, _vectors(indexed, queries), k, own=queries is None)
+    recall = float(np.mean([len(set(a) & set(b)) / max(1, len(b)) for a, b in zip(found, exact, strict=True)]))
+    advice = "" if recall >= _GOOD else "; exact products are better, leave approximate=True out"
+    print(
+        f"{index} of {len(rows):,} rows, {cells} cells, built in {built:.0f} s: finds {recall:.0%} of the {k} best, in "
+        f"{times[0]:.1f} ms a query in place of {times[1]:.1f} ms{advice}"
+    )
+    return indexed, recall
+
+
+def nearest(
+    rows: LanceRows, metric: Metric, vectors: Float[Tensor, "queries dim"], k: int
+) -> Int[Tensor, " candidates"]:
+    """Return the positions of rows that an index finds for some vector, in rising order.
+
+    Args:
+        rows: The rows, of which only those are found that Lance selects.
+        metric: The metric of the index.
+        vectors: The vectors, on the scale of 1.
+        k: How many rows to look for, for each vector.
+
+    Raises:
+        ValueError: if there is no such index.
+    """
+    if _name(metric) not in {found.name for found in rows.dataset.describe_indices()}:
+        raise ValueError(f"{rows.uri} has no index for {metric!r}; build one: build_index(rows, metric={metric!r}).")
+    ids = rows.rows[1].numpy()
+    found = np.concatenate([_ids(rows, vector, k, metric) for vector in vectors.float().numpy()])
+    return torch.from_numpy(np.flatnonzero(np.isin(ids, found)))
+
+
+def _ids(rows: LanceRows, vector: np.ndarray, k: int, metric: Metric, exact: bool = False) -> np.ndarray:
+    """Return Lance's ids of the k rows with the largest products with a vector."""
+    asked: dict[str, Any] = {"column": SKETCH, "q": vector, "k": k, "metric": metric, "use_index": not exact}
+    table = rows.dataset.to_table(
+        columns=["_distance"], filter=rows.condition, nearest=asked, prefilter=True, with_row_id=True
+    )
+    return table["_rowid"].to_numpy().astype(np.int64)
+
+
+def _vectors(rows: LanceRows, queries: SketchedGradients | None) -> Float[Tensor, "queries dim"]:
+    if queries is None:
+        keep = torch.zeros(len(rows), dtype=torch.bool)
+        keep[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:_DRAWN]] = True
+        queries = rows.where(keep).read()
+    return queries.sketches.float().cpu()
+
+
+def _tried(
+    rows: LanceRows, metric: Metric, vectors: Float[Tensor, "queries dim"], k: int, own: bool
+) -> tuple[list[np.ndarray], list[np.ndarray], list[float]]:
+    """Return what the index finds, what is right, and the milliseconds of a query; rows do not find themselves."""
+    answers, times = [], []
+    for exact in (False, True):
+        start = time.perf_counter()
+        answers.append([_ids(rows, vector, k + own, metric, exact) for vector in vectors.numpy()])
+        times.append(1e3 * (time.perf_counter() - start) / len(vectors))
+    if own:  # a row is the best of itself, by any index
+        answers = [[ids[1:] for ids in each] for each in answers]
+    return answers[0], answers[1], times
+
+
+def _name(metric: Metric) -> str:
+    return f"{SKETCH}_{metric}"
