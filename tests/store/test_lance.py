@@ -237,6 +237,17 @@ def test_an_index_finds_examples_with_exact_scores(tmp_path, uri, capsys, kind, 
     assert len(exported(store, uri, append=True)) == 400
 
 
+def test_the_last_index_is_the_only_one(tmp_path, uri):
+    """Of several, Lance would take the first, and for another metric none."""
+    store = a_store(tmp_path / "store")
+    rows, _ = build_index(exported(store, uri), partitions=2)
+    rows, _ = build_index(rows, metric="cosine", index="IVF_FLAT", partitions=2)
+    found = top_k(QUERIES, rows, 5, method="cosine", approximate=True)
+    assert torch.equal(found.example_ids, top_k(QUERIES, store, 5, method="cosine").example_ids)
+    with pytest.raises(ValueError, match="no index for 'dot'"):
+        top_k(QUERIES, rows, 5, approximate=True)
+
+
 def test_influence_by_an_index(tmp_path, uri):
     """The curvature is in the query, whose largest products the index finds."""
     store = a_store(tmp_path / "store")
