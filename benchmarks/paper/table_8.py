@@ -32,12 +32,12 @@ def compared(problem, dim, ways, theirs, plain):
         yield [sketched, *theirs.get(sketched, ("", "")), *found.values()]
 
 
-def main():
-    asked = arguments(__doc__)
+def print_compared(doc, ways, theirs, plain):
+    asked = arguments(doc)
     problem = problem_of(asked)
     header = ["sketch", "theirs, explicit", "theirs, implicit", "here, explicit", "here, implicit"]
-    show(header, compared(problem, 1 << (6 if asked.small else 17), WAYS, THEIRS, "gradient"))
+    show(header, compared(problem, 1 << (6 if asked.small else 17), ways, theirs, plain))
 
 
 if __name__ == "__main__":
-    main()
+    print_compared(__doc__, WAYS, THEIRS, "gradient")

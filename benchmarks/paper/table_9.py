@@ -9,8 +9,8 @@ memory beyond the model.
     python benchmarks/paper/table_9.py --device cuda
 """
 
-from costs import Sketched, arguments, problem_of, show
-from table_8 import compared
+from costs import Sketched
+from table_8 import print_compared
 
 WAYS = "product", "implicit product"
 THEIRS = {  # V100: explicit, implicit
@@ -24,12 +24,5 @@ THEIRS = {  # V100: explicit, implicit
 }
 
 
-def main():
-    asked = arguments(__doc__)
-    problem = problem_of(asked)
-    header = ["sketch", "theirs, explicit", "theirs, implicit", "here, explicit", "here, implicit"]
-    show(header, compared(problem, 1 << (6 if asked.small else 17), WAYS, THEIRS, "product"))
-
-
 if __name__ == "__main__":
-    main()
+    print_compared(__doc__, WAYS, THEIRS, "product")

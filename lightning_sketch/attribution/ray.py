@@ -135,6 +135,7 @@ def _by_workers(scorer: Scorer, work: Callable[..., Any], *arguments: Any) -> It
         import ray.data  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise ImportError("ray_top_k and ray_scores need Ray: pip install 'lightning-sketch[ray]'.") from error
+    # Ray pickles all that it sends, but would try to make Arrow of it first.
     items = [{"number": number, "task": pickle.dumps(task)} for number, task in enumerate(scorer.split())]
     data = ray.data.from_items(items, override_num_blocks=len(items))
     early, following = dict[int, Any](), 0  # results come in any order

@@ -97,10 +97,18 @@ def _changes(store: Any, dataset: Any) -> tuple[Tensor, list[int]]:
     if dataset is None:
         return torch.ones(len(rows), dtype=torch.bool), []
     table = dataset.to_table(columns=list(PLACE), filter=f"starts_with(file, '{own}')", with_row_id=True)
-    numbers = {_key(store, name): i for i, name in enumerate(rows.files)}
-    files = torch.tensor([numbers.get(file, -1) for file in table["file"].to_pylist()], dtype=torch.int64)
+    now, numbers = store.visible_places(), {name: i for i, name in enumerate(rows.files)}
+    for name in now:  # of runs that began since the store was opened
+        numbers.setdefault(name, len(numbers))
+    by_key = {_key(store, name): number for name, number in numbers.items()}
+    files = torch.tensor([by_key.get(file, -1) for file in table["file"].to_pylist()], dtype=torch.int64)
     there, wanted = (files << 32) + torch.tensor(table["place"].to_numpy()), (rows.file << 32) + rows.place
-    stale = ~torch.isin(there, wanted)
+    visible = torch.cat([(numbers[name] << 32) + places for name, places in now.items()])
+    if not torch.isin(wanted, visible).all():
+        raise ValueError(
+            "these rows are not those of the latest lineage now; open the store again, or export to a new uri."
+        )
+    stale = ~torch.isin(there, visible)  # and what `where` has left out stays
     return ~torch.isin(wanted, there), table["_rowid"].to_numpy()[stale.numpy()].tolist()
 
 

@@ -368,10 +368,10 @@ class RowStore:
             Busy: if another process compacts the store or writes to it.
             CorruptFile: if a file is missing or has changed since it was written.
         """
-        maintenance.compact(self.path, self._visible_places, shard_bytes, accept_loss)
+        maintenance.compact(self.path, self.visible_places, shard_bytes, accept_loss)
         return self.open(self.path)
 
-    def _visible_places(self) -> dict[ShardName, Tensor]:
+    def visible_places(self) -> dict[ShardName, Tensor]:
         """Return the positions of the rows of each file that are visible now, those of queries too."""
         with warnings.catch_warnings():  # what is missing is said, or was accepted
             warnings.simplefilter("ignore")
@@ -398,7 +398,8 @@ class RowStore:
                 all columns and `sketch`, for DuckDB, Polars and viewers; "lance" a Lance dataset, for `LanceRows`.
             path: The folder, the file or the dataset, which may be an address in an object store.
             append: Whether the Lance dataset may be there: rows that it lacks are added, and those that are not visible
-                in the store any more are removed. Every row is there once, whenever an export was killed.
+                in the store any more are removed; those that `where` has left out stay. Every row is there once,
+                whenever an export was killed.
             dtype: Type of the sketches of a new Lance dataset: "float16", with a scale per row, if the store has that,
                 else "float32", which is exact.
             storage_options: Keys of the object store, as Lance takes them.

@@ -178,6 +178,22 @@ def test_an_export_that_is_killed_is_not_seen_and_can_be_repeated(tmp_path, uri,
     assert torch.equal(scores(QUERIES, found, group="example_id"), scores(QUERIES, again, group="example_id"))
 
 
+def test_a_selection_is_added_and_removes_nothing(tmp_path, uri):
+    store = a_store(tmp_path / "store")
+    exported(store.where(even=True), uri)
+    assert len(exported(store.where(source="wiki"), uri, append=True)) == len(store.where(even=True)) + 67
+    assert len(exported(store, uri, append=True)) == 400
+    assert len(exported(store.where(even=True), uri, append=True)) == 400
+
+
+def test_rows_that_were_replaced_meanwhile_are_refused(tmp_path, uri):
+    store = a_store(tmp_path / "store")
+    exported(store, uri)
+    put(tmp_path / "store", examples(range(100, 150), seed=1))
+    with pytest.raises(ValueError, match="open the store again"):
+        store.export("lance", uri, append=True)
+
+
 def test_rows_of_several_stores(tmp_path, uri):
     """Those of one are not removed by an export of another."""
     exported(a_store(tmp_path / "one"), uri)
