@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_sketch._files import CorruptFile, check_folder
-from lightning_sketch.attribution._scorer import Queries
+from lightning_sketch.attribution._selected import Queries
 from lightning_sketch.attribution.curvature import Curvature, Damping
 from lightning_sketch.attribution.ggn import fit_ggn
 from lightning_sketch.attribution.preconditioner import FOLDER as PRECONDITIONERS

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.attribution._scorer import Queries, Scorer
+from lightning_sketch.attribution._scorer import Scorer
+from lightning_sketch.attribution._selected import Queries
 from lightning_sketch.attribution.curvature import Damping
 from lightning_sketch.attribution.gradient_store import GradientStore
 from lightning_sketch.attribution.scores import CurvatureLike, Group, Method, TopK, ranked, scorers, scores_of, top_k_of
@@ -130,12 +131,11 @@ def _ranked_by_workers(members: list[Scorer], ids: Tensor, *arguments: Any) -> A
 
 
 def _by_workers(scorer: Scorer, work: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-    """Yield work(part of the scorer, its ids, *arguments) for each of its parts, in their order."""
+    """Yield work(part of the scorer, its ids, *arguments) for each part, in order; all is pickled, as Ray itself does."""
     try:
         import ray.data  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise ImportError("ray_top_k and ray_scores need Ray: pip install 'lightning-sketch[ray]'.") from error
-    # Ray pickles all that it sends, but would try to make Arrow of it first.
     items = [{"number": number, "task": pickle.dumps(task)} for number, task in enumerate(scorer.split())]
     data = ray.data.from_items(items, override_num_blocks=len(items))
     early, following = dict[int, Any](), 0  # results come in any order

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.attribution._scorer import one_fingerprint, one_preconditioner, scorable
+from lightning_sketch.attribution._selected import one_fingerprint, one_preconditioner, scorable
 from lightning_sketch.attribution.curvature import Curvature, CurvatureSum, RowKind
 from lightning_sketch.store.sketched_gradients import RowSource, whole_number
 

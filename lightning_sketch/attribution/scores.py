@@ -41,18 +41,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from lightning_sketch.attribution._scorer import (
-    Queries,
-    Scorer,
-    Unit,
-    Vectors,
-    check_scale,
-    narrowed,
-    one_preconditioner,
-    select,
-    split,
-    whole,
-)
+from lightning_sketch.attribution._scorer import Scorer, Vectors, narrowed, split, whole
+from lightning_sketch.attribution._selected import Queries, Unit, check_scale, one_preconditioner, select
 from lightning_sketch.attribution.curvature import Curvature, Damping, Influence, Kind
 from lightning_sketch.attribution.row_curvature import row_curvature
 from lightning_sketch.attribution.split_half import HALVES, SplitHalf

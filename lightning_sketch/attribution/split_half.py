@@ -37,7 +37,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lightning_sketch.attribution._scorer import scorable, split
+from lightning_sketch.attribution._scorer import split
+from lightning_sketch.attribution._selected import scorable
 from lightning_sketch.attribution.curvature import log_once
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.store.sketched_gradients import STAGES, RowSource

@@ -5,7 +5,7 @@ import torch
 from rows import random_rows
 
 from lightning_sketch.attribution import scores, self_influence
-from lightning_sketch.attribution._scorer import select
+from lightning_sketch.attribution._selected import select
 from lightning_sketch.store.sketched_gradients import SketchedGradients
 
 
