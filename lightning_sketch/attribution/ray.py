@@ -131,7 +131,7 @@ def _ranked_by_workers(members: list[Scorer], ids: Tensor, *arguments: Any) -> A
 
 
 def _by_workers(scorer: Scorer, work: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-    """Yield work(part of the scorer, its ids, *arguments) for each part, in order; all is pickled, as Ray itself does."""
+    """Yield work(part of the scorer, its ids, *arguments) for each part, in order; pickled, as Ray itself would."""
     try:
         import ray.data  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
