@@ -142,7 +142,7 @@ def test_the_readme(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    first, last = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    first, _, last = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     own = {"model": Digits(), "data": DigitsData()}
     exec(first.replace("max_epochs=10", 'max_epochs=1, accelerator="cpu"'), own)
     own["trainer"].logger.experiment.finish()

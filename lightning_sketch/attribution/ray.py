@@ -6,7 +6,7 @@ each part. The columns of all rows are held where `ray_top_k` is called, no sket
 
 import pickle
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def _scorer(queries: Queries, train: Rows, *options: Any) -> _RayScorer:
     if isinstance(train, str | Path):
         train = GradientStore.open(train) if (Path(train) / "spec.json").exists() else LanceRows(train)
     (found,) = scorers(queries, train, *options)
-    return _RayScorer(**{field.name: getattr(found, field.name) for field in fields(found)})
+    return _RayScorer(**vars(found))
 
 
 def _parts(member: Scorer, ids: Tensor, batch_rows: int) -> Tensor:
@@ -139,7 +139,7 @@ def _by_workers(scorer: Scorer, work: Callable[..., Any], *arguments: Any) -> It
     items = [{"number": number, "task": pickle.dumps(task)} for number, task in enumerate(scorer.split())]
     data = ray.data.from_items(items, override_num_blocks=len(items))
     early, following = dict[int, Any](), 0  # results come in any order
-    for row in data.map(_worked, fn_args=(work, arguments)).iter_rows():
+    for row in data.map(partial(_worked, work=work, arguments=arguments)).iter_rows():
         early[row["number"]] = row["found"]
         while following in early:
             yield pickle.loads(early.pop(following))

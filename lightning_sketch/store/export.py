@@ -1,5 +1,6 @@
 """Rows for other tools: pandas, Arrow, NumPy and Parquet files."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,30 @@ def to_arrow(rows: SketchedGradients) -> Any:
     sketch = rows.sketches.cpu().numpy() if half else np.asarray(rows)
     plain = {name: pa.array(values) for name, values in _plain(rows.columns).items()}
     return pa.table({**plain, SKETCH: pa.FixedSizeListArray.from_arrays(sketch.reshape(-1), rows.dim)})
+
+
+class ReadFromDisk(ABC):
+    """Rows outside memory, as arrays and tables of other libraries."""
+
+    @abstractmethod
+    def read(self) -> SketchedGradients:
+        """Read all rows into memory."""
+
+    @abstractmethod
+    def metadata(self) -> dict[str, Any]:
+        """Return the columns by name; no sketch is read."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Return the sketches as an array, (rows, dim); bfloat16 and float16 are widened to float32."""
+        return self.read().__array__(dtype)
+
+    def to_pandas(self) -> Any:
+        """Return the columns as a pandas DataFrame, with the stages in words; no sketch is read."""
+        return to_pandas(self.metadata())
+
+    def to_arrow(self) -> Any:
+        """Return the columns and the sketches of all rows as a pyarrow Table, see `SketchedGradients.to_arrow`."""
+        return self.read().to_arrow()
 
 
 def to_npy(blocks: Iterable[SketchedGradients], columns: Mapping[str, Column], dim: int, folder: Path) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from lightning_sketch.operators.sketch import Sketch
-from lightning_sketch.store.export import SKETCH, column_of, sql_of
+from lightning_sketch.store.export import SKETCH, ReadFromDisk, column_of, sql_of
 from lightning_sketch.store.lance_export import COMPLETE, PLACE, SCALE, SPEC, import_lance
 from lightning_sketch.store.sketched_gradients import Column, SketchedGradients, described, matching
 from lightning_sketch.store.spec import StoreSpec
@@ -22,7 +22,7 @@ _FEW = 10_000  # rows that are fetched by their ids; for more the dataset is rea
 
 
 @dataclass(frozen=True, eq=False)
-class LanceRows:
+class LanceRows(ReadFromDisk):
     """Sketched gradients in a Lance dataset: a source of rows for `scores`, `top_k` and all that take a store.
 
     It has the rows that the last complete export left, in their order. Sketches are read block by block.

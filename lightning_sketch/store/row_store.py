@@ -8,7 +8,6 @@ from operator import index
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -82,7 +81,7 @@ class StoredRows:
 
 
 @dataclass(frozen=True, eq=False)
-class RowStore:
+class RowStore(export.ReadFromDisk):
     """Sketched gradients on disk, one row per optimizer step or per example, as `GradientSketchWriter` writes them.
 
     `len`, `metadata`, `where` and `blocks` see the visible rows: those of the latest fit and of the runs that it
@@ -230,21 +229,9 @@ class RowStore:
         queries = f"\n    {len(self.query_rows)} rows of stored queries" if len(self.query_rows) else ""
         return f"{type(self).__name__} in {self.path}: {rows}{queries}"
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Return the sketches as an array; bfloat16 and float16 are widened to float32."""
-        return self.read().__array__(dtype)
-
     def metadata(self) -> dict[str, Any]:
         """Return the columns of the visible rows by name, tensors or `Strings`; no sketch is read."""
         return dict(self.rows.columns)
-
-    def to_pandas(self) -> Any:
-        """Return the columns of the visible rows as a pandas DataFrame, with the stages in words; no sketch is read."""
-        return export.to_pandas(self.rows.columns)
-
-    def to_arrow(self) -> Any:
-        """Return all rows as a pyarrow Table, see `SketchedGradients.to_arrow`."""
-        return self.read().to_arrow()
 
     def where(self: Store, mask: Any = None, **equal: Any) -> Store:
         """Select the rows where a mask is true and columns have given values; no sketch is read.

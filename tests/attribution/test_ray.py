@@ -1,6 +1,8 @@
 """Ray's workers give the answers of one process, from a store and from a Lance dataset."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from engines import QUERIES, a_store, examples, put
 
 from lightning_sketch.attribution import ray_scores, ray_top_k, scores, top_k
 from lightning_sketch.store import LanceRows
+
+README = Path(__file__).parents[2] / "README.md"
 
 pytestmark = [
     pytest.mark.slow,
@@ -93,3 +97,15 @@ def test_errors_are_those_of_one_process(tmp_path):
         ray_top_k(QUERIES, store, 0)
     with pytest.raises(ValueError, match="was not found"):
         ray_top_k(QUERIES, tmp_path / "nothing")
+
+
+def test_the_readme(tmp_path):
+    """What it says of more rows than one process reads."""
+    (block,) = re.findall(
+        r"```python\n(from lightning_sketch.attribution import ray_.*?)```", README.read_text(), re.DOTALL
+    )
+    store = a_store(tmp_path / "store")
+    own = {"store": store, "queries": QUERIES}
+    exec(block.replace("s3://bucket", str(tmp_path)).replace("best = ray_", "all_best = ray_"), own)
+    assert torch.equal(own["best"].example_ids, top_k(QUERIES, store.where(source="wiki"), k=10).example_ids)
+    assert torch.equal(own["all_best"].example_ids, top_k(QUERIES, store, k=10).example_ids)

@@ -299,3 +299,16 @@ def test_parquet(tmp_path):
     sketches = np.stack(table["sketch"].to_numpy())
     assert np.array_equal(sketches, store.read().sketches.float().numpy())
     assert table["stage"].unique().to_pylist() == ["validate"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_rows_leave_for_numpy_arrow_and_pandas(uri, tmp_path, dtype):
+    store = a_store(tmp_path / "store", dtype)
+    store.export("lance", uri)
+    rows, kept = LanceRows(uri), store.where(source="wiki")
+    assert np.asarray(rows).dtype == np.float32
+    assert (np.asarray(rows) == np.asarray(store)).all()
+    assert rows.to_pandas().equals(store.to_pandas())
+    found, expected = rows.where(source="wiki").to_arrow(), kept.to_arrow()
+    assert found.schema == expected.schema
+    assert str(found.to_pydict()) == str(expected.to_pydict())  # as text, in which NaN is equal to NaN
