@@ -2,7 +2,9 @@
 
 100,000 rows of dim 4096 in a `GradientStore`, and 100 queries; random numbers, for speed does not depend on them. The
 store's files are in the page cache, which a first pass over them sees to. All lines of a table take turns, in one
-process; a number is the median.
+process; a number is the median. A last table has influence by a curvature that is made from the rows, 200,000 of dim
+1024, relative to `dot`; at equal speed of the processor it would be (dim / 2 + queries) / queries = 6 times, since the
+curvature takes rows dim² operations and `dot` 2 rows dim queries.
 
 product   torch.matmul(queries, rows.T), all rows in memory as one tensor, with the same float32 arithmetic; of
           float32 rows, and of rows in the stored type, which is another and less exact product if that is bfloat16
@@ -24,13 +26,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_sketch.attribution import GradientStore
+from lightning_sketch.attribution import GradientStore, Influence, row_curvature
 from lightning_sketch.autodiff.layout import Layout
-from lightning_sketch.operators import BlockSRHT
+from lightning_sketch.operators import BlockSRHT, Sketch
 from lightning_sketch.store.sketched_gradients import SketchedGradients
 from lightning_sketch.store.spec import StoreSpec
 
 ROWS, DIM, QUERIES, PART = 100_000, 4096, 100, 2048
+INFLUENCE_ROWS, INFLUENCE_DIM = 200_000, 1024
 ROUNDS = 5
 ASKED = 0.8
 
@@ -40,20 +43,28 @@ def main():
     print(f"{cpu()}, torch {torch.__version__}; {count:,} rows of dim {DIM}, {QUERIES} queries")
     for dtype in ("bfloat16", "float16", "float32"):
         with tempfile.TemporaryDirectory() as folder:
-            layout = Layout.of(nn.Linear(DIM, 8))
-            sketch = BlockSRHT(layout.n, DIM)
-            store = GradientStore.create(folder, StoreSpec.of(sketch, layout, dtype=dtype))
-            with store.appender(store.begin_run("predict")) as appender:
-                for start in range(0, count, PART):
-                    appender.put(random_rows(sketch, start, min(PART, count - start)))
-            store = GradientStore.open(folder)
-            queries = random_rows(sketch, -1, QUERIES)
+            store = random_store(folder, dtype, count, DIM)
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                table(dtype, store, queries)
+                table(dtype, store, random_rows(store.sketch, -1, QUERIES))
+    with tempfile.TemporaryDirectory() as folder:
+        store = random_store(folder, "bfloat16", INFLUENCE_ROWS, INFLUENCE_DIM)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            influence(store, random_rows(store.sketch, -1, QUERIES))
 
 
-def random_rows(sketch: BlockSRHT, seed: int, count: int) -> SketchedGradients:
+def random_store(folder: str, dtype: str, count: int, dim: int) -> GradientStore:
+    layout = Layout.of(nn.Linear(dim, 8))
+    sketch = BlockSRHT(layout.n, dim)
+    store = GradientStore.create(folder, StoreSpec.of(sketch, layout, dtype=dtype))
+    with store.appender(store.begin_run("predict")) as appender:
+        for start in range(0, count, PART):
+            appender.put(random_rows(sketch, start, min(PART, count - start)))
+    return GradientStore.open(folder)
+
+
+def random_rows(sketch: Sketch, seed: int, count: int) -> SketchedGradients:
     generator = torch.Generator().manual_seed(seed + 1)
     return SketchedGradients(torch.randn(count, sketch.dim, generator=generator), sketch)
 
@@ -94,6 +105,26 @@ def table(dtype: str, store: GradientStore, queries: SketchedGradients) -> None:
         speed, speed_busy = bases[0] / seconds, bases[1] / used
         verdict = f"asked {ASKED}: {'met' if speed >= ASKED else 'NOT MET'}" if name == "scores, dot" else ""
         print(f"{name:24} {seconds:7.3f} {speed:6.2f} {used:6.3f} {speed_busy:6.2f}    {verdict}".rstrip(), flush=True)
+
+
+def influence(store: GradientStore, queries: SketchedGradients) -> None:
+    """Print the times of influence relative to `dot`, with a curvature that is made for it, and made before."""
+    made = Influence(row_curvature(store, "fisher", single=True))
+    lines = {
+        "scores, dot": lambda: store.scores(queries),
+        "influence, fisher": lambda: store.scores(queries, method="influence", curvature="fisher"),
+        "the same, made before": lambda: store.scores(queries, method="influence", curvature=made),
+    }
+    times: dict[str, list[float]] = {name: [] for name in lines}
+    for _ in range(ROUNDS):
+        for name, call in lines.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    print(f"\n{len(store):,} rows of dim {store.sketch.dim}, {torch.get_num_threads()} threads    seconds  times dot")
+    for name, seconds in medians.items():
+        print(f"{name:40} {seconds:7.3f} {seconds / medians['scores, dot']:10.1f}", flush=True)
 
 
 def product(queries: Tensor, rows: Tensor) -> Tensor:

@@ -208,7 +208,7 @@ class Curvature:
 
 
 _TOGETHER = 2048  # rows whose products are summed in float32
-_BLOCKS = 4  # by which a matrix is cut, since the products below its diagonal are those above
+_BLOCKS = 8  # by which a matrix is cut, since the products below its diagonal are those above
 
 
 class CurvatureSum:
@@ -233,18 +233,18 @@ class CurvatureSum:
 
     def add(self, rows: Float[Tensor, "examples rows dim"]) -> None:
         """Add examples, each with the same number of rows; rows of zeros add nothing to A. O(examples rows dim²)."""
-        rows = rows.detach() if self.single else rows.detach().double()
+        rows, size = _sized(rows.detach()) if self.single else (rows.detach().double(), 1.0)
         if rows.shape[1] == 1:
-            traces = torch.linalg.vector_norm(rows[:, 0], dim=1, dtype=torch.float64).square()
+            traces = torch.linalg.vector_norm(rows[:, 0], dim=1).double().square() * size**2
             squares = traces.square()
         else:
-            grams = torch.linalg.matmul(rows.double(), rows.double().mT)
+            grams = torch.linalg.matmul(rows.double(), rows.double().mT) * size**2
             traces, squares = grams.diagonal(dim1=1, dim2=2).sum(1), grams.square()
         self.examples += len(rows)
         self._mean_square += float(squares.sum())
         self._traces += float(traces.sum())
         self._squared_traces += float(traces.square().sum())
-        self._accumulate(rows.flatten(0, 1))
+        self._accumulate(rows.flatten(0, 1), size)
 
     def curvature(self, kind: Kind, fingerprint: int = 0, preconditioner: int = 0) -> Curvature:
         """Return the curvature of the examples that were added.
@@ -276,27 +276,30 @@ class CurvatureSum:
             **form,
         )
 
-    def _accumulate(self, rows: Float[Tensor, "rows dim"]) -> None:
+    def _accumulate(self, rows: Float[Tensor, "rows dim"], size: float) -> None:
         """Keep the rows while they are fewer than dim, then add their outer products to the matrix's upper triangle."""
         if self._matrix is None:
-            self._rows.append(rows.double())
+            self._rows.append(rows.double() * size)
             if sum(map(len, self._rows)) < self.dim:
                 return
             rows, self._rows = torch.cat(self._rows), []
             self._matrix = rows.new_zeros(self.dim, self.dim)
-        if not self.single:
-            self._add_outer(rows, 1.0)
-            return
-        largest = float(torch.linalg.vector_norm(rows, float("inf"))) or 1.0
-        size = 2.0 ** max(-126, math.floor(math.log2(largest))) if math.isfinite(largest) else 1.0
+            rows, size = _sized(rows) if self.single else (rows, 1.0)
         for part in rows.split(_TOGETHER):
-            self._add_outer((part / size).float(), size**2)  # whose squares fit into float32
+            self._add_outer(part, size**2)
 
     def _add_outer(self, rows: Float[Tensor, "rows dim"], scale: float) -> None:
         step = -(-self.dim // _BLOCKS)
         for start in range(0, self.dim, step):
             found = rows[:, start : start + step].T @ rows[:, start:]
             cast(Tensor, self._matrix)[start : start + step, start:].add_(found, alpha=scale)
+
+
+def _sized(rows: Float[Tensor, "*rows dim"]) -> tuple[Float[Tensor, "*rows dim"], float]:
+    """Return rows in float32 whose largest number is in [1, 2), so that float32 holds squares, and their size."""
+    largest = float(torch.stack(rows.aminmax()).abs().max()) or 1.0
+    size = 2.0 ** max(-126, math.floor(math.log2(largest))) if math.isfinite(largest) else 1.0
+    return (rows / size).float(), size
 
 
 class Influence:
