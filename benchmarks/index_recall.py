@@ -5,7 +5,8 @@ the gradients of sequences of those files by BlockSRHT, queries those of 64 sequ
 numbers, which have no neighbors at all. The rows go through a store into a Lance dataset.
 
 recall     of the 10 largest products (or cosines) of a query, the share that the index finds; mean of 64 queries
-index, ms  a query by the index; `exact, ms` by Lance without it. `top_k` without an index takes all queries at once
+index, ms  a query by the index; `exact, ms` by Lance without it
+top_k, ms  a query by `top_k`, exact, of all 64 queries at once, and by the index with `approximate=True`
 built, s   the making of the index
 
     python benchmarks/index_recall.py [rows] [dim]               # needs transformers and lightning-sketch[lance]
@@ -17,6 +18,7 @@ import re
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -26,6 +28,7 @@ from language_model import HALF, SMALL, pieces, trained
 from sketch_speed import machine, print_table
 
 from lightning_sketch import GradientStore, make_sketch, sketch_gradients
+from lightning_sketch.attribution import top_k
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.store import LanceRows, SketchedGradients, StoreSpec, build_index
 
@@ -65,7 +68,12 @@ def measure(name: str, rows: SketchedGradients, queries: SketchedGradients, layo
                     )
                 said = re.search(r"in (\d+) s.*in ([\d.]+) ms.*of ([\d.]+) ms", printed.getvalue())
                 built, by_index, exact = said.groups()
-                lines.append([name, metric, kind, f"{recall:.0%}", by_index, exact, built])
+                times = []
+                for approximate in (False, True):
+                    start = time.perf_counter()
+                    top_k(queries, LanceRows(f"{folder}/rows.lance"), method=metric, approximate=approximate)
+                    times.append(f"{1e3 * (time.perf_counter() - start) / len(queries):.1f}")
+                lines.append([name, metric, kind, f"{recall:.0%}", by_index, exact, " / ".join(times), built])
                 print(*lines[-1], file=sys.stderr, flush=True)
     return lines
 
@@ -79,7 +87,7 @@ def main():
     lines = measure("GPT", rows, queries, layout)
     normal = [SketchedGradients(torch.randn(n, dim), rows.sketch) for n in (len(rows), len(queries))]
     lines += measure("normal", *normal, layout)
-    print_table(["gradients", "metric", "index", "recall", "index, ms", "exact, ms", "built, s"], lines)
+    print_table(["gradients", "metric", "index", "recall", "index, ms", "exact, ms", "top_k, ms", "built, s"], lines)
 
 
 if __name__ == "__main__":

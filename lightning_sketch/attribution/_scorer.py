@@ -91,12 +91,17 @@ class Scorer:
         fields = rows.positions[keep], rows.factors[keep], rows.partners[keep]
         return replace(self, rows=Selected(rows.source.where(keep), *fields))
 
-    def split(self) -> "Iterator[tuple[Scorer, Int[Tensor, ' rows']]]":
-        """Yield the scorer of each file of a store or a dataset, and the ids of its rows; it needs no other file."""
-        parts, ids = cast(Any, self.rows.source).parts, self.ids
-        for number in parts.unique_consecutive():
-            own = self.only(parts == number)
-            yield Scorer(own.rows, own.rows.source, own.queries, own.length, own.halves), ids[parts == number]
+    def split(self, most: int) -> Iterator[tuple[Selected, Int[Tensor, " rows"]]]:
+        """Yield the rows of some parts of a store or a dataset, at most so many or of one part, and their ids."""
+        rows, ids, source = self.rows, self.ids, cast(Any, self.rows.source)
+        start = stop = 0
+        for end in [*source.parts.unique_consecutive(return_counts=True)[1].cumsum(0).tolist(), None]:
+            if stop > start and (end is None or end - start > most):
+                own, start = slice(start, stop), stop
+                fields = (x[own].clone() for x in (rows.positions, rows.factors, rows.partners, ids))
+                positions, factors, partners, own_ids = fields
+                yield Selected(source.part(own), positions, factors, partners), own_ids
+            stop = end
 
     @property
     def ids(self) -> Int[Tensor, " rows"]:

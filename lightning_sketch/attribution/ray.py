@@ -7,6 +7,7 @@ each part. The columns of all rows are held where `ray_top_k` is called, no sket
 import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lightning_sketch.attribution.scores import CurvatureLike, Group, Method, To
 from lightning_sketch.store.lance import LanceRows
 from lightning_sketch.store.row_store import RowStore
 
+_TOGETHER, _AT_ONCE = 1 << 13, 1024  # rows of a part, unless one file has more; parts in flight
 Rows = str | Path | RowStore | LanceRows
 
 
@@ -113,16 +115,12 @@ def _scorer(queries: Queries, train: Rows, *options: Any) -> _RayScorer:
     return _RayScorer(**vars(found))
 
 
-def _parts(member: Scorer, ids: Tensor, batch_rows: int) -> Tensor:
-    return torch.cat([found for _, found in member.parts(batch_rows)], -1)
-
-
-def _ranked(member: Scorer, *arguments: Any) -> Any:
-    return ranked([member], *arguments)
+def _parts(members: list[Scorer], ids: Tensor, batch_rows: int) -> Tensor:
+    return torch.cat([found for _, found in members[0].parts(batch_rows)], -1)
 
 
 def _ranked_by_workers(members: list[Scorer], ids: Tensor, *arguments: Any) -> Any:
-    found = _by_workers(members[0], _ranked, *arguments)
+    found = _by_workers(members[0], ranked, *arguments)
     best, agreement = next(found)
     for own, halves in found:
         best.merge(own)
@@ -131,20 +129,21 @@ def _ranked_by_workers(members: list[Scorer], ids: Tensor, *arguments: Any) -> A
 
 
 def _by_workers(scorer: Scorer, work: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-    """Yield work(part of the scorer, its ids, *arguments) for each part, in order; pickled, as Ray itself would."""
+    """Yield work([scorer of a part], its ids, *arguments) for each part, in order; pickled, as Ray itself would."""
     try:
         import ray.data  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise ImportError("ray_top_k and ray_scores need Ray: pip install 'lightning-sketch[ray]'.") from error
-    items = [{"number": number, "task": pickle.dumps(task)} for number, task in enumerate(scorer.split())]
-    data = ray.data.from_items(items, override_num_blocks=len(items))
-    early, following = dict[int, Any](), 0  # results come in any order
-    for row in data.map(partial(_worked, work=work, arguments=arguments)).iter_rows():
-        early[row["number"]] = row["found"]
-        while following in early:
-            yield pickle.loads(early.pop(following))
-            following += 1
+    done = partial(_worked, work=work, queries=(scorer.queries, scorer.length, scorer.halves), arguments=arguments)
+    parts = enumerate(scorer.split(_TOGETHER))
+    while items := [{"number": number, "part": pickle.dumps(part)} for number, part in islice(parts, _AT_ONCE)]:
+        data = ray.data.from_items(items, override_num_blocks=len(items))
+        data.context.op_resource_reservation_enabled = False  # half of all CPUs would wait for a second operation
+        for row in sorted(data.map(done).take_all(), key=lambda row: row["number"]):
+            yield pickle.loads(row["found"])
 
 
-def _worked(item: dict[str, Any], work: Callable[..., Any], arguments: tuple[Any, ...]) -> dict[str, Any]:
-    return {"number": item["number"], "found": pickle.dumps(work(*pickle.loads(item["task"]), *arguments))}
+def _worked(item: dict[str, Any], work: Any, queries: Any, arguments: Any) -> dict[str, Any]:
+    rows, ids = pickle.loads(item["part"])
+    found = work([Scorer(rows, rows.source, *queries)], ids, *arguments)
+    return {"number": item["number"], "found": pickle.dumps(found)}

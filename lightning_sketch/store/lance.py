@@ -14,11 +14,11 @@ from torch import Tensor
 
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.store.export import SKETCH, ReadFromDisk, column_of, sql_of
-from lightning_sketch.store.lance_export import COMPLETE, PLACE, SCALE, SPEC, import_lance
+from lightning_sketch.store.lance_format import PLACE, SCALE, SPEC, complete_version, import_lance, sketches_of
 from lightning_sketch.store.sketched_gradients import Column, SketchedGradients, described, matching
 from lightning_sketch.store.spec import StoreSpec
 
-_FEW = 10_000  # rows that are fetched by their ids; for more the dataset is read through
+_FEW = 10_000  # rows that are fetched by their ids; for more their fragments are read through
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +31,6 @@ class LanceRows(ReadFromDisk):
         uri: The dataset: a folder, or an address in an object store.
         version: Its version; that of the last complete export if None.
         storage_options: Keys of the object store, as Lance takes them.
-
-    Attributes:
-        condition: What Lance selects rows by, in SQL, if it does.
 
     Raises:
         ImportError: if pylance is missing.
@@ -49,17 +46,12 @@ class LanceRows(ReadFromDisk):
     uri: str | Path
     version: int | None = None
     storage_options: Mapping[str, str] | None = field(default=None, repr=False)
-    condition: str | None = field(default=None, init=False)
+    condition: str | None = field(default=None, init=False)  # what Lance itself selects rows by, in SQL
     _chosen: tuple[Mapping[str, Column], Int[Tensor, " rows"]] | None = field(default=None, init=False)  # by a mask
 
     def __post_init__(self):
         if self.version is None:
-            tags = import_lance().dataset(str(self.uri), storage_options=self.storage_options).tags.list()
-            if COMPLETE not in tags:
-                raise ValueError(
-                    f"{self.uri} has no rows that an export has completed; see store.export('lance', uri)."
-                )
-            object.__setattr__(self, "version", tags[COMPLETE]["version"])
+            object.__setattr__(self, "version", complete_version(str(self.uri), self.storage_options))
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "dataset"}  # opened again where it lands
@@ -95,8 +87,8 @@ class LanceRows(ReadFromDisk):
 
     @property
     def parts(self) -> Int[Tensor, " rows"]:
-        """The number of the part, here a fragment of the dataset, that each row is in."""
-        return self.rows[1] >> 32
+        """The number of the part, here some thousands of rows of a fragment, that each row is in."""
+        return self.rows[1] >> 13
 
     def __len__(self) -> int:
         return len(self.rows[1])
@@ -114,13 +106,21 @@ class LanceRows(ReadFromDisk):
 
         Before columns were read, Lance selects by whole numbers, booleans and strings, and reads no other rows.
         """
-        found, unread = replace(self), mask is None and equal and "rows" not in vars(self) and self._chosen is None
+        unread = mask is None and equal and "rows" not in vars(self) and self._chosen is None
         condition = sql_of(self._table(limit=1), equal) if unread else None
         if condition is not None:
             chosen, condition = None, f"({self.condition}) AND {condition}" if self.condition else condition
         else:
             keep, condition = matching(self.rows[0], len(self), mask, equal), self.condition
             chosen = {name: column[keep] for name, column in self.rows[0].items()}, self.rows[1][keep]
+        return self._with(condition, chosen)
+
+    def part(self, rows: slice) -> "LanceRows":
+        """Return adjacent rows without their columns, to be sent to another process."""
+        return self._with(self.condition, ({}, self.rows[1][rows].clone()))
+
+    def _with(self, condition: str | None, chosen: Any) -> "LanceRows":
+        found = replace(self)
         vars(found).update(condition=condition, _chosen=chosen)  # a frozen dataclass has no other way
         return found
 
@@ -130,21 +130,20 @@ class LanceRows(ReadFromDisk):
 
     def blocks(self, batch_rows: int = 4096) -> Iterator[SketchedGradients]:
         """Yield the rows in order, at most `batch_rows` at a time."""
-        (columns, ids), names = self.rows, [n for n in (SKETCH, SCALE) if n in self.dataset.schema.names]
+        (columns, ids), start = self.rows, 0
         few = self._chosen is not None and len(ids) <= _FEW
-        chosen = f"_rowid IN ({', '.join(map(str, ids.tolist()))})" if few else self.condition
-        options = {"columns": names, "filter": chosen, "batch_size": batch_rows, "with_row_id": True}
-        start = 0
-        for batch in self.dataset.to_batches(**options, scan_in_order=True) if len(ids) else ():
+        fragments = [self.dataset.get_fragment(number) for number in (ids >> 32).unique().tolist()]
+        options: dict[str, Any] = {"fragments": fragments, "batch_size": batch_rows, "scan_in_order": True}
+        options["columns"] = [name for name in (SKETCH, SCALE) if name in self.dataset.schema.names]
+        options["filter"] = f"_rowid IN ({', '.join(map(str, ids.tolist()))})" if few else self.condition
+        for batch in self.dataset.scanner(**options, with_row_id=True).to_batches() if fragments else ():
             kept = np.isin(batch["_rowid"].to_numpy().astype(np.int64), ids.numpy())
             if kept.any():
-                sketches = torch.from_numpy(batch[SKETCH].flatten().to_numpy().reshape(-1, self.sketch.dim)[kept])
-                if SCALE in names:
-                    sketches = sketches.float() * torch.from_numpy(batch[SCALE].to_numpy()[kept])[:, None]
-                part = slice(start, start := start + len(sketches))
-                yield SketchedGradients(sketches, self.sketch, {name: c[part] for name, c in columns.items()})
+                part = slice(start, start := start + int(kept.sum()))
+                own = {name: column[part] for name, column in columns.items()}
+                yield SketchedGradients(sketches_of(batch, kept, self.sketch.dim), self.sketch, own)
 
     def read(self) -> SketchedGradients:
         """Read all rows into memory."""
-        found = list(self.blocks()) or [SketchedGradients(torch.zeros(0, self.sketch.dim), self.sketch)]
-        return SketchedGradients.cat(found)
+        none = SketchedGradients(torch.zeros(0, self.sketch.dim), self.sketch)
+        return SketchedGradients.cat(list(self.blocks()) or [none])

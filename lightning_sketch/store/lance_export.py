@@ -11,21 +11,10 @@ from torch import Tensor
 
 from lightning_sketch.store.export import to_arrow
 from lightning_sketch.store.format import narrowed
+from lightning_sketch.store.lance_format import COMPLETE, PLACE, SCALE, SPEC, import_lance
 from lightning_sketch.store.spec import StoreSpec
 
-# Columns beside those of the rows: the scale of a sketch in float16, and where the row is in its store.
-SCALE, PLACE = "scale", ("file", "place")
-
-SPEC, COMPLETE = "lightning_sketch", "complete"  # a key of the metadata, and the tag of the last complete export
-
-
-def import_lance() -> Any:
-    """Return the module `lance`, or say what to install."""
-    try:
-        import lance  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise ImportError("Lance datasets need pylance: pip install 'lightning-sketch[lance]'.") from error
-    return lance
+_ROWS_PER_FRAGMENT = 1 << 18  # which a worker of Ray reads: gigabytes
 
 
 def to_lance(
@@ -61,7 +50,9 @@ def to_lance(
     if added:
         batches, schema = _batches(store, mask, half, dataset)
         mode: Any = "create" if dataset is None else "append"
-        dataset = lance.write_dataset(batches, uri, schema=schema, mode=mode, **options)
+        dataset = lance.write_dataset(
+            batches, uri, schema=schema, mode=mode, max_rows_per_file=_ROWS_PER_FRAGMENT, **options
+        )
     for start in range(0, len(stale), 10_000):
         dataset.delete(f"_rowid IN ({', '.join(map(str, stale[start : start + 10_000]))})")
     tags = dataset.tags.list()

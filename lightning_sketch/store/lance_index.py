@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_sketch.store.export import SKETCH
 from lightning_sketch.store.lance import LanceRows
-from lightning_sketch.store.lance_export import COMPLETE, SCALE, import_lance
+from lightning_sketch.store.lance_format import COMPLETE, SCALE, import_lance
 from lightning_sketch.store.sketched_gradients import SketchedGradients
 
 Metric = Literal["dot", "cosine"]

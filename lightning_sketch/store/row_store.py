@@ -66,8 +66,8 @@ class StoredRows:
         files = len(self.file.unique())
         return f"StoredRows: {len(self)} rows in {files} file{'s' if files != 1 else ''}{contents(self.columns)}"
 
-    def where(self, mask: Tensor) -> "StoredRows":
-        """Select the rows where a mask, (rows,), is true."""
+    def where(self, mask: Tensor | slice) -> "StoredRows":
+        """Select the rows where a mask, (rows,), is true, or adjacent ones."""
         columns = {name: column[mask] for name, column in self.columns.items()}
         return StoredRows(columns, self.files, self.file[mask], self.place[mask])
 
@@ -232,6 +232,15 @@ class RowStore(export.ReadFromDisk):
     def metadata(self) -> dict[str, Any]:
         """Return the columns of the visible rows by name, tensors or `Strings`; no sketch is read."""
         return dict(self.rows.columns)
+
+    def part(self: Store, rows: slice) -> Store:
+        """Return adjacent rows without their columns, to be sent to another process."""
+        file = self.rows.file[rows]
+        numbers, file = file.unique(return_inverse=True)
+        names = [self.rows.files[i] for i in numbers.tolist()]
+        none = self.query_rows.where(slice(0, 0))
+        bare = StoredRows({}, names, file, self.rows.place[rows].clone())
+        return replace(self, rows=bare, query_rows=replace(none, columns={}, files=[]), _checked=set())
 
     def where(self: Store, mask: Any = None, **equal: Any) -> Store:
         """Select the rows where a mask is true and columns have given values; no sketch is read.

@@ -1,6 +1,7 @@
 """Ray's workers give the answers of one process, from a store and from a Lance dataset."""
 
 import importlib.util
+import pickle
 import re
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from engines import QUERIES, a_store, examples, put
 
 from lightning_sketch.attribution import ray_scores, ray_top_k, scores, top_k
+from lightning_sketch.attribution.scores import scorers
 from lightning_sketch.store import LanceRows
 
 README = Path(__file__).parents[2] / "README.md"
@@ -97,6 +99,20 @@ def test_errors_are_those_of_one_process(tmp_path):
         ray_top_k(QUERIES, store, 0)
     with pytest.raises(ValueError, match="was not found"):
         ray_top_k(QUERIES, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("files", [1, 40])
+def test_what_is_sent_to_a_worker_grows_with_its_rows_alone(tmp_path, files):
+    """48 bytes a row: where it is, its id and factors; no sketches, columns, queries, or names of other files."""
+    rows = 12_000
+    parts = [examples(range(start, start + rows // files)) for start in range(0, rows, rows // files)]
+    store = put(tmp_path / "store", *parts)
+    store.export("lance", tmp_path / "rows.lance")
+    for source in (store, LanceRows(tmp_path / "rows.lance")):
+        (scorer,) = scorers(QUERIES, source, "dot", "ggn")
+        sent = [(len(part), len(pickle.dumps((part, ids)))) for part, ids in scorer.split(1000)]
+        assert sum(count for count, _ in sent) == rows
+        assert max(size - 48 * count for count, size in sent) < 8192
 
 
 def test_the_readme(tmp_path):
