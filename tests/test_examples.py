@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import Digits, DigitsData
+import torch.nn.functional as F
+from models import DigitsData, dataset, loader
+from pytorch_lightning import LightningModule
+from torch import nn
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,18 +140,79 @@ def influence_knows_who_taught_an_answer(printed):
     assert all(abs(a - b) <= 3 for a, b in zip(by_influence, by_loss, strict=True))
 
 
-def test_the_readme(tmp_path, monkeypatch):
-    """With a model and data of one's own, the first block trains; the last block's numbers agree as it says."""
+README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+class Own(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+
+    def forward(self, images):
+        return self.net(images)
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self(batch[0]).argmax(1) == batch[1]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=3e-3)
+
+
+class WithValidation(DigitsData):
+    def val_dataloader(self):
+        return loader(shuffle=False)
+
+
+def a_users_own():
+    """What the README's blocks take from their reader: a module, data, and rows of earlier."""
+    images = dataset()
+    batch = [tensor[:8] for tensor in images.tensors]
+    return {"model": Own(), "data": WithValidation(), "train_data": images, "test_batch": batch, "batch": batch}
+
+
+@pytest.mark.filterwarnings("ignore:Your `val_dataloader`'s sampler has shuffling enabled")
+@pytest.mark.parametrize(
+    ("imported", "names"),
+    [
+        ("SpectrumMonitor", ["monitor"]),
+        ("GradientSketchWriter", ["helped", "suspect"]),
+        ("SubspaceModule", ["plain"]),
+        pytest.param("IntrinsicDimensionTuner", ["result", "bound"], marks=pytest.mark.slow),
+        ("BlockSRHT", ["sketch"]),
+        ("spectrum", ["found"]),
+    ],
+)
+def test_the_readme(imported, names, tmp_path, monkeypatch):
+    """Each block runs by itself, with a model and data of one's own: it has all imports that it needs."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
-    first, _, last = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    own = {"model": Digits(), "data": DigitsData()}
-    exec(first.replace("max_epochs=10", 'max_epochs=1, accelerator="cpu"'), own)
-    own["trainer"].logger.experiment.finish()
-    assert (tmp_path / "spectrum.png").exists()
-
     torch.manual_seed(0)
-    exec(last, own)
-    x, y, sketch = own["x"], own["y"], own["sketch"]
-    assert abs(sketch.matvec(x) @ sketch.matvec(y) / (x @ y) - 1) < 5 * (2 / sketch.dim) ** 0.5
+    (block,) = (block for block in README if re.search(rf"lightning_sketch import .*\b{imported}\b", block))
+    own = a_users_own()
+    if imported == "IntrinsicDimensionTuner":
+        own |= {"train_loader": own["data"].train_dataloader()}
+    exec(
+        block.replace("max_epochs=10", 'max_epochs=1, accelerator="cpu"').replace(
+            '": 10', '": 1, "accelerator": "cpu"'
+        ),
+        own,
+    )
+    assert all(own[name] is not None for name in names)
+    if imported == "SpectrumMonitor":
+        own["trainer"].logger.experiment.finish()
+        assert (tmp_path / "spectrum.png").exists()
+    if imported == "GradientSketchWriter":
+        assert own["helped"].example_ids.shape == (8, 5)
+        assert len(own["store"]) == len(own["train_data"])
+    if imported == "BlockSRHT":
+        x, y, sketch = own["x"], own["y"], own["sketch"]
+        assert abs(sketch.matvec(x) @ sketch.matvec(y) / (x @ y) - 1) < 5 * (2 / sketch.dim) ** 0.5
+
+
+def test_all_blocks_of_the_readme_are_run():
+    """Those above, and the one on engines, which `attribution/test_ray.py` runs."""
+    assert len(README) == 7
