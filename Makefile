@@ -3,7 +3,7 @@ BIN := .venv/bin
 LOWEST := attribution autodiff callbacks metrics store subspace test_private.py
 PYTEST := -m pytest -n auto --dist worksteal
 
-.PHONY: quickstart test test-all test-lowest lint bench gpu gpu-wheels clean
+.PHONY: quickstart test test-all test-lowest lint docs bench gpu gpu-wheels clean
 
 quickstart: .venv/run  ## install what the main job needs, then run it
 	$(BIN)/python examples/quickstart.py
@@ -23,6 +23,9 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: .venv/dev  ## the documentation, in site/; every warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/dev  ## the benchmarks that need no peer; minutes
 	$(BIN)/python benchmarks/sketch_speed.py
@@ -49,4 +52,4 @@ gpu-wheels: .venv/dev  ## .whl/: what `make gpu` needs beside PyTorch for CUDA a
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .whl runs
+	rm -rf .venv .venv-lowest .whl runs site
