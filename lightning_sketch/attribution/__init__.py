@@ -8,6 +8,7 @@ from lightning_sketch.attribution.gradient_store import GradientStore
 from lightning_sketch.attribution.indexed_dataset import Indexed, IndexedDataset, batch_ids, indexed
 from lightning_sketch.attribution.preconditioner import Preconditioner
 from lightning_sketch.attribution.ray import ray_scores, ray_top_k
+from lightning_sketch.attribution.report import report
 from lightning_sketch.attribution.row_curvature import row_curvature
 from lightning_sketch.attribution.scores import TopK, reliability, scored_rows, scores, together, top_k
 from lightning_sketch.attribution.self_influence import SelfInfluence, self_influence
@@ -52,6 +53,7 @@ __all__ = [
     "ray_top_k",
     "read_shard",
     "reliability",
+    "report",
     "row_curvature",
     "scored_rows",
     "scores",

@@ -1,18 +1,21 @@
 """A store of sketched gradients with the functions of `attribution` as methods."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch._arguments import check_data
 from lightning_sketch._files import CorruptFile, check_folder
 from lightning_sketch.attribution._selected import Queries
 from lightning_sketch.attribution.curvature import Curvature, Damping
 from lightning_sketch.attribution.ggn import fit_ggn
 from lightning_sketch.attribution.preconditioner import FOLDER as PRECONDITIONERS
 from lightning_sketch.attribution.preconditioner import Preconditioner
+from lightning_sketch.attribution.report import report
 from lightning_sketch.attribution.row_arguments import inherited
 from lightning_sketch.attribution.scores import (
     FOLDER,
@@ -26,7 +29,7 @@ from lightning_sketch.attribution.scores import (
 )
 from lightning_sketch.attribution.self_influence import SelfInfluence, SelfMethod, self_influence
 from lightning_sketch.attribution.sketch_gradients import RowFn, sketch_gradients
-from lightning_sketch.autodiff.fingerprint import module_fingerprint
+from lightning_sketch.autodiff.fingerprint import module_fingerprint, short
 from lightning_sketch.autodiff.losses import LossFn, OutputLoss, OutputLossName
 from lightning_sketch.per_example.example_sketches import Engine
 from lightning_sketch.per_example.weights import Reduction
@@ -139,8 +142,10 @@ class GradientStore(RowStore):
             The rows, (examples, dim), in the order of the examples.
 
         Raises:
+            TypeError: If the module or the batches are none.
             ValueError: If there are no batches, or no engine can split the gradients.
         """
+        check_data(module, batches, "sketch_gradients")
         given = {
             "loss_fn": loss_fn,
             "row_fn": row_fn,
@@ -216,6 +221,7 @@ class GradientStore(RowStore):
         """
         if curvature != "ggn":
             raise ValueError(f"curvature={curvature!r} is made from the rows and need not be fitted; fit 'ggn'.")
+        check_data(module, batches, "fit_curvature")
         self._warn_if_no_rows_at(module_fingerprint(module))
         given = {"loss_fn": loss_fn, "num_examples": num_examples, "batch_dim": batch_dim, "split_fn": split_fn}
         found = fit_ggn(
@@ -241,8 +247,8 @@ class GradientStore(RowStore):
         if fingerprint == 0 or fingerprint in found:
             return
         warnings.warn(
-            f"fit_curvature is called at weights {fingerprint}, at which the store has no rows (theirs: "
-            f"{', '.join(map(str, found[:3]))}{', ...' if len(found) > 3 else ''}), so that no score can use what it "
+            f"fit_curvature is called at weights {short(fingerprint)}, at which the store has no rows (theirs: "
+            f"{', '.join(map(short, found[:3]))}{', ...' if len(found) > 3 else ''}), so that no score can use what it "
             "computes; load the checkpoint that the rows were taken at, or take rows at these weights by "
             "trainer.validate(module, train_loader).",
             stacklevel=3,
@@ -390,6 +396,55 @@ class GradientStore(RowStore):
             group=group,
             batch_rows=batch_rows,
             device=device,
+        )
+
+    def report(
+        self,
+        path: str | Path,
+        queries: SketchedGradients,
+        *,
+        train: Sequence[Any] | Mapping[Any, Any] | None = None,
+        queries_of: Sequence[Any] | None = None,
+        k: int = 10,
+        method: Method = "dot",
+        curvature: CurvatureLike = "ggn",
+        damping: Damping = "auto",
+        normalize: bool = True,
+        weighted: bool = False,
+        title: str = "Which examples taught what",
+    ) -> Path:
+        """Write one HTML file with the best and the worst examples of each query; see `attribution.report`.
+
+        Args:
+            path: The file, which is replaced.
+            queries: The rows of the queries.
+            train: The training examples by their ids: texts, images, or anything else, whose `str` is shown.
+            queries_of: The same of the queries; for queries by token the tokens of each text, as strings.
+            k: The number of examples on each side.
+            method: As in `top_k`, as are `curvature`, `damping` and `weighted`.
+            curvature: The curvature for influence.
+            damping: The damping for influence.
+            normalize: Whether scores are relative influence, since without it outliers are in all lists.
+            weighted: Whether to multiply by the weights of the rows.
+            title: The title of the page.
+
+        Raises:
+            ValueError: as `top_k`; if `queries_of` has another length than there are queries.
+            KeyError: if `train` lacks an example.
+        """
+        return report(
+            path,
+            queries,
+            self,
+            train=train,
+            queries_of=queries_of,
+            k=k,
+            method=method,
+            curvature=curvature,
+            damping=damping,
+            normalize=normalize,
+            weighted=weighted,
+            title=title,
         )
 
     def self_influence(
