@@ -355,7 +355,9 @@ class TensorFile:
         except (SafetensorError, OSError, RuntimeError) as reason:  # the last from torch, which opens the file again
             if not path.exists():  # a compaction has deleted it in the meantime
                 raise FileNotFoundError(f"{path} was deleted while it was opened.") from reason
-            raise error(f"{path} cannot be read ({str(reason)[:200]}); it may be truncated.") from reason
+            raise error(
+                f"{path} cannot be read ({str(reason)[:200]}); it may be truncated, or no safetensors file."
+            ) from reason
         self._whole = all(0 not in shape for shape in self.shapes.values())  # else older safetensors cannot read it so
         self.sealed = sealed or any(name in self.header for name in _CHECKSUMS)
         plain = {key: value for key, value in self.header.items() if key not in _CHECKSUMS}

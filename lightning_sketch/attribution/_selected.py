@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lightning_sketch.autodiff.fingerprint import short
 from lightning_sketch.store.index import equal_rows
 from lightning_sketch.store.sketched_gradients import (
     NONE,
@@ -136,8 +137,8 @@ def one_preconditioner(rows: RowSource) -> int:
     found = rows.metadata()["preconditioner"].unique().tolist()
     if len(found) != 1:
         raise ValueError(
-            f"the rows went through {len(found)} different preconditioners ({_few(torch.tensor(found))}, 0 is none); "
-            "choose with .where(preconditioner=...)."
+            f"the rows went through {len(found)} different preconditioners ({', '.join(map(str, found[:5]))}, 0 is "
+            "none); choose with .where(preconditioner=...)."
         )
     return int(found[0])
 
@@ -208,14 +209,15 @@ def _at_weights(fingerprint: int, columns: Mapping[str, Any], there: Bool[Tensor
         if not (at_checkpoint & equal).any():
             found = columns["fingerprint"][at_checkpoint].unique()
             raise ValueError(
-                f"the queries were taken at weights {fingerprint}, the rows at {_few(found)}; load the checkpoint that "
-                "the rows were taken at, or write rows at these weights with trainer.validate(model, train_loader)."
+                f"the queries were taken at weights {short(fingerprint)}, the rows at {_few(found)}; load the "
+                "checkpoint that the rows were taken at, or write rows at these weights with "
+                "trainer.validate(model, train_loader)."
             )
         return at_checkpoint & equal
     if not equal[there].all():
         found = columns["fingerprint"][there & ~equal].unique()
         raise ValueError(
-            f"the queries were taken at weights {fingerprint}, the rows of training steps each at their own "
+            f"the queries were taken at weights {short(fingerprint)}, the rows of training steps each at their own "
             f"({_few(found)}): use method='tracin' with queries at checkpoints, or write rows at one checkpoint with "
             "trainer.validate(model, train_loader)."
         )
@@ -260,8 +262,8 @@ def _check_same_weights(queries: SketchedGradients, found: Tensor, step: int) ->
     other = found[(found != queries.fingerprint) & (found != 0)].unique()
     if queries.fingerprint and len(other):
         raise ValueError(
-            f"at step {step} the queries were taken at weights {queries.fingerprint}, rows at {_few(other)}; use rows "
-            "and queries of one run."
+            f"at step {step} the queries were taken at weights {short(queries.fingerprint)}, rows at {_few(other)}; "
+            "use rows and queries of one run."
         )
 
 
@@ -343,8 +345,8 @@ def _selected(
 
 
 def _few(values: Tensor) -> str:
-    """Return the first five values as text."""
-    listed = ", ".join(map(str, values[:5].tolist()))
+    """Return the first five numbers or fingerprints as text."""
+    listed = ", ".join(map(short, values[:5].tolist()))
     return listed + (f" and {len(values) - 5} more" if len(values) > 5 else "")
 
 

@@ -16,10 +16,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch._arguments import whole_number
 from lightning_sketch.attribution._selected import select
 from lightning_sketch.attribution.curvature import Curvature, Influence, Kind, automatic
 from lightning_sketch.attribution.scores import curvature_of, scorers
-from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients, whole_number
+from lightning_sketch.store.sketched_gradients import RowSource, SketchedGradients
 
 _FACTORS = tuple(10 ** (quarter / 4) for quarter in range(-4, 5))
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
 
+from lightning_sketch._arguments import kind_of
 from lightning_sketch.autodiff.batches import BatchStructure, has_labels, labels_of
 from lightning_sketch.autodiff.content_hash import content_hash
 from lightning_sketch.store.sketched_gradients import UNKNOWN_ID, Column, Strings
@@ -59,8 +60,13 @@ class IndexedDataset(Dataset):
     def __init__(self, dataset: Any):
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise TypeError(
-                f"IndexedDataset takes a data set with a length, and a {type(dataset).__name__} has none, so that its "
+                f"IndexedDataset takes a data set with a length, got {kind_of(dataset)}, which has none, so that its "
                 "items have no index; use index_key=... for ids that its batches contain, or index_key='hash'."
+            )
+        if not hasattr(dataset, "__getitem__"):
+            raise TypeError(
+                f"IndexedDataset takes a data set, got {kind_of(dataset)}, whose items have no index; for a data "
+                "loader wrap what it reads: DataLoader(IndexedDataset(dataset), batch_size=...)."
             )
         self.dataset = dataset
 
@@ -178,8 +184,12 @@ def batch_ids(batch: Any, index_key: str | int | None, *, structure: BatchStruct
     try:
         found = batch[index_key]
     except (KeyError, IndexError, TypeError) as error:
-        keys = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
-        raise ValueError(f"index_key={index_key!r} is not in the batch, which has {keys}.") from error
+        keys = f"has {', '.join(map(str, batch))}" if isinstance(batch, Mapping) else f"is {kind_of(batch)}"
+        keys += f" of {len(batch)} items" if isinstance(batch, list | tuple) else ""
+        raise ValueError(
+            f"index_key={index_key!r} is not in the batch, which {keys}; name the key or the position of the ids, or "
+            "use IndexedDataset(data)."
+        ) from error
     found = found.tolist() if isinstance(found, np.ndarray) and found.dtype.kind in "OUS" else found
     if isinstance(found, list | tuple) and any(isinstance(name, str | None) for name in found):
         if not all(isinstance(name, str) for name in found):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from lightning_sketch._files import CorruptFile, TensorFile, check_folder, make_folder, read_document, write_document
 from lightning_sketch._files import write_tensors as write_file
-from lightning_sketch.autodiff.fingerprint import fingerprint, module_fingerprint
+from lightning_sketch.autodiff.fingerprint import fingerprint, module_fingerprint, short
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.optimizer_state import divisors
 from lightning_sketch.per_example.precondition import Block, Blocks, GradientMap, JointBias, Preconditioned
@@ -177,8 +177,8 @@ class Preconditioner:
         """
         if self.fingerprint and weights and self.fingerprint != weights:
             raise ValueError(
-                f"the preconditioner was taken at weights {self.fingerprint}, the module has {weights}: queries and "
-                "rows need one, taken at their weights; load that checkpoint, or fit it again."
+                f"the preconditioner was taken at weights {short(self.fingerprint)}, the module has {short(weights)}: "
+                "queries and rows need one, taken at their weights; load that checkpoint, or fit it again."
             )
         self.check(dict(zip(layout.names, layout.shapes, strict=True)))
         return partial(Preconditioned, self.blocks, self.damping)

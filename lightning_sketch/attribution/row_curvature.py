@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch._arguments import whole_number
 from lightning_sketch.attribution._selected import one_fingerprint, one_preconditioner, scorable
 from lightning_sketch.attribution.curvature import Curvature, CurvatureSum, RowKind
-from lightning_sketch.store.sketched_gradients import RowSource, whole_number
+from lightning_sketch.store.sketched_gradients import RowSource
 
 _CERTAIN = 1 - 1e-6
 
@@ -59,7 +60,8 @@ def row_curvature(
     total = CurvatureSum(rows.sketch.dim, single)
     for block in rows.blocks(whole_number(batch_rows, "batch_rows")):
         weights = _row_weights(block.prob_true, kind)[:, None]
-        sketches = block.sketches.to(torch.float32 if single and kind == "fisher" else torch.float64)
+        narrow = single and kind == "fisher" and block.sketches.dtype.itemsize < 8
+        sketches = block.sketches.to(torch.float32 if narrow else torch.float64)
         total.add((sketches if kind == "fisher" else sketches * weights)[:, None])
     return total.curvature(kind, fingerprint, preconditioner)
 

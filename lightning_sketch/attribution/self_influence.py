@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch._arguments import whole_number
 from lightning_sketch.attribution._scorer import narrowed, split
 from lightning_sketch.attribution._selected import Unit, check_scale, identify, one_fingerprint, select_all
 from lightning_sketch.attribution.curvature import Damping
 from lightning_sketch.attribution.scores import CurvatureLike, as_given, check_train, inverse_of, sum_by_id
-from lightning_sketch.store.sketched_gradients import RowSource, whole_number
+from lightning_sketch.store.sketched_gradients import RowSource
 
 SelfMethod = Literal["dot", "tracin", "influence"]
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch._arguments import check_data, check_loss_fn, kind_of
 from lightning_sketch.attribution.fit_preconditioner import fit_preconditioner
 from lightning_sketch.attribution.indexed_dataset import batch_ids, indexed, without_index
 from lightning_sketch.attribution.preconditioner import Kind as PreconditionerKind
@@ -110,6 +111,14 @@ def sketch_gradients(
     >>> rows.sketches.shape
     torch.Size([8, 4])
     """
+    check_data(module, batches, "sketch_gradients")
+    if not isinstance(sketch, Sketch):
+        raise TypeError(
+            f"sketch_gradients takes a sketch, got {kind_of(sketch)}; pass BlockSRHT(n, dim) with n the number of "
+            "parameters, or store.sketch for the one of a store."
+        )
+    if loss_fn is not None:
+        check_loss_fn(loss_fn)
     layout = Layout.of(module, parameters)
     if sketch.n != layout.n:
         raise ValueError(

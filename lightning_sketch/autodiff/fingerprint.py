@@ -40,6 +40,15 @@ def fingerprint(tensors: Sequence[Tensor]) -> int:
     return int(fingerprint_on_device(tensors))
 
 
+def short(fingerprint: int) -> str:
+    """Return a fingerprint as messages show it: its first eight hexadecimal digits, or a small number as it is.
+
+    >>> short(-7401121462729042896), short(0)
+    ('9949ef3e', '0')
+    """
+    return str(fingerprint) if abs(fingerprint) < 1 << 32 else f"{fingerprint % (1 << 64):016x}"[:8]
+
+
 def fingerprint_on_device(tensors: Sequence[Tensor], known: Known | None = None) -> Int[Tensor, ""]:
     """Return the fingerprint as a number on the device of the first tensor, without waiting for that device.
 

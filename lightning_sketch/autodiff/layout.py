@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Size, Tensor, nn
 
+from lightning_sketch._arguments import check_patterns
 from lightning_sketch.operators import kernels
 from lightning_sketch.operators._apply import is_followed
 from lightning_sketch.operators._hadamard import group_size
@@ -65,6 +66,7 @@ class Layout:
             ValueError: if no parameter is trainable, or no trainable one matches.
             TypeError: if one of the parameters is complex.
         """
+        check_patterns(pattern)
         found = _trainable(module)
         patterns = [pattern] if isinstance(pattern, str) else list(pattern)
         chosen = {

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch._arguments import check_loss_fn
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.autodiff.second_derivatives import Jacobian
@@ -86,6 +87,7 @@ class EmpiricalFisher(CurvatureOperator):
             noise_samples=noise_samples,
             noise_seed=noise_seed,
         )
+        check_loss_fn(loss_fn)
         self.loss_fn = loss_fn
 
     def linearize(self, batch: Any, keep: bool) -> Product:
@@ -104,7 +106,9 @@ class EmpiricalFisher(CurvatureOperator):
         if not isinstance(loss, Tensor) or (loss.ndim and loss.shape != (self.batches.structure.count(batch),)):
             examples = self.batches.structure.count(batch)
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(f"loss_fn returns the losses of {examples} examples, or their mean; got {got}.")
+            raise ValueError(
+                f"loss_fn returns the losses of {examples} examples, or their mean; got {got}; return the loss alone."
+            )
         return loss
 
     def _losses(self, batch: Any) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch._arguments import check_loss_fn, not_scalar
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable
 from lightning_sketch.autodiff.functional import HeldTargets, swap_tensors
 from lightning_sketch.autodiff.losses import LossFn, OutputLossName, OutputModel
@@ -109,6 +110,13 @@ class GGN(CurvatureOperator):
             noise_samples=noise_samples,
             noise_seed=noise_seed,
         )
+        for name, function, arguments in (
+            ("model_fn", model_fn, ("module", "batch")),
+            ("output_loss_fn", output_loss_fn, ("output", "batch")),
+            ("loss_fn", loss_fn, ("module", "batch")),
+        ):
+            if function is not None and not isinstance(function, str):
+                check_loss_fn(function, name, arguments)
         self.model = OutputModel(module, model_fn, output_loss_fn, loss_fn)
         self._compared: set[int] = set()  # batches whose derivatives were compared with differences
 
@@ -256,6 +264,5 @@ def _loss_hessian(
 def _scalar(loss: Any) -> Tensor:
     """Return the mean loss of a batch, or refuse what is none."""
     if not isinstance(loss, Tensor) or loss.ndim:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ValueError(f"output_loss_fn returns the mean loss of a batch, a scalar tensor; got {got}; use .mean().")
+        raise ValueError(not_scalar("output_loss_fn", loss))
     return loss

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lightning_sketch._arguments import check_loss_fn, not_scalar
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable
 from lightning_sketch.autodiff.functional import HeldTargets, in_precision
 from lightning_sketch.autodiff.memory import is_out_of_memory
@@ -134,6 +135,7 @@ class Hessian(CurvatureOperator):
             noise_samples=noise_samples,
             noise_seed=noise_seed,
         )
+        check_loss_fn(loss_fn)
         check_hvp(hvp)
         if step is not None and not step > 0:
             raise ValueError(f"need step > 0, got {step}.")
@@ -200,8 +202,7 @@ class Hessian(CurvatureOperator):
         """Return the mean loss of the batch, L_b(θ)."""
         loss = self.evaluate(self.loss_fn, self.module, batch)
         if not isinstance(loss, Tensor) or loss.ndim:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(f"loss_fn returns the mean loss of a batch, a scalar tensor; got {got}; use .mean().")
+            raise ValueError(not_scalar("loss_fn", loss))
         return loss
 
     def _differentiable_loss(self, batch: Any) -> Tensor:
@@ -369,4 +370,4 @@ def check_hvp(hvp: str) -> None:
         ValueError: If `hvp` is none of `HVP`.
     """
     if hvp not in get_args(HVP):
-        raise ValueError(f"hvp is one of {', '.join(get_args(HVP))}, got {hvp!r}.")
+        raise ValueError(f"hvp is one of {', '.join(get_args(HVP))}, got {hvp!r}; leave it out for 'auto'.")

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lightning_sketch import plots
+from lightning_sketch._arguments import kind_of
 from lightning_sketch.autodiff.functional import swap_tensors
 from lightning_sketch.autodiff.shards import Shards
 from lightning_sketch.curvature.operator import CurvatureOperator
@@ -100,12 +101,17 @@ def loss_slice(
     >>> loss_slice(h, directions=1, points=3, distance=2.0).losses.shape
     torch.Size([3])
     """
+    if not isinstance(operator, CurvatureOperator):
+        raise TypeError(
+            f"loss_slice takes an operator, got {kind_of(operator)}; pass Hessian(loss_fn, module, batches)."
+        )
     count = directions if isinstance(directions, int) else len(directions)
     if count not in (1, 2):
-        raise ValueError(f"a slice has 1 or 2 directions, got {count}.")
+        raise ValueError(f"a slice has 1 or 2 directions, got {count}; leave directions out for two random ones.")
     if not isinstance(directions, int) and directions.shape[1] != operator.layout.n:
         raise ValueError(
-            f"directions are vectors of size {operator.layout.n} as rows, got shape {tuple(directions.shape)}."
+            f"directions are vectors of size {operator.layout.n} as rows, got shape {tuple(directions.shape)}; pass "
+            "sp.eigenvectors(operator, 2).vectors."
         )
     if points < 2 or not distance > 0:
         raise ValueError(f"need points >= 2 and distance > 0, got {points} and {distance}; 21 and 1 are usual.")

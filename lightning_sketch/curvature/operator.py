@@ -7,6 +7,7 @@ A_b    the matrix of that batch, linear in v, which a subclass defines
 """
 
 import copy
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_sketch._arguments import kind_of
 from lightning_sketch.autodiff.batches import HALF, BatchStructure
 from lightning_sketch.autodiff.functional import HeldTargets, following, in_precision
 from lightning_sketch.autodiff.layout import Layout
@@ -85,8 +87,12 @@ class CurvatureOperator(LinearOperator):
         noise_seed: int = 0,
     ):
         if not isinstance(module, nn.Module):
-            kind = type(self).__name__
-            raise TypeError(f"{kind} takes a module, got a {type(module).__name__}; see the order of help({kind}).")
+            kind, order = type(self).__name__, list(inspect.signature(self.__init__).parameters)
+            order = order[: order.index("batches") + 1]
+            raise TypeError(
+                f"{kind} takes a module, got {kind_of(module)}; its arguments come in the order "
+                f"{kind}({', '.join(order)})."
+            )
         if noise_samples < 1:
             raise ValueError(f"need noise_samples >= 1, got {noise_samples}.")
         _check_initialized(module)
@@ -405,7 +411,7 @@ class CurvatureOperator(LinearOperator):
         if not output.requires_grad:
             raise ValueError(
                 f"the loss does not depend on the parameters {', '.join(self.layout.names[:5])}, ...; "
-                "it may have been computed under no_grad or from detached tensors."
+                "it may have been computed under no_grad or from detached tensors: return it with its graph."
             )
         replaced = [old for old, new in zip(self._originals, self.parameters, strict=True) if old is not new]
         if replaced:

@@ -84,7 +84,13 @@ def load_spectrum(path: str | os.PathLike) -> Spectrum:
     ...     load_spectrum(f"{folder}/spectrum.safetensors").top(2)
     tensor([8.0000, 8.0000], dtype=torch.float64)
     """
-    file = TensorFile(Path(path), sealed=False)  # the first version wrote no checksum
+    try:
+        file = TensorFile(Path(path), sealed=False)  # the first version wrote no checksum
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} does not exist; save_spectrum writes such files, and SpectrumMonitor those in hessian_spectra/ "
+            "beside a CSV log."
+        ) from error
     if "spectrum" not in file.header:
         raise ValueError(
             f"{path} contains no spectrum; such files are written by save_spectrum, and by SpectrumMonitor beside a "

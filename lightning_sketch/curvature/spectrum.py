@@ -8,12 +8,13 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, SupportsIndex, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch._arguments import kind_of, whole_number
 from lightning_sketch.curvature.data_error import check_batches, data_error, origin_of
 from lightning_sketch.curvature.result import Method, Spectrum
 from lightning_sketch.linalg.alignment import better_of, shares, shares_by_dots
@@ -90,9 +91,11 @@ def spectrum(
     >>> sp.top(2)
     tensor([16.0000, 16.0000], dtype=torch.float64)
     """
+    if not isinstance(operator, LinearOperator):
+        raise TypeError(f"spectrum takes an operator, got {kind_of(operator)}; pass Hessian(loss_fn, module, batches).")
     m, n = operator.shape
     if m != n:
-        raise ValueError(f"a spectrum needs a square operator, got shape {operator.shape}.")
+        raise ValueError(f"a spectrum needs a square operator, got shape {operator.shape}; use S.T @ S of a sketch S.")
     size = operator.space.size
     if gradient is not None and gradient.shape != (size,):
         raise ValueError(f"gradient is a vector of size {size}, got shape {tuple(gradient.shape)}.")
@@ -333,9 +336,15 @@ def check_arguments(
         ValueError: If one is; the message says what to pass instead.
     """
     if method not in get_args(Method):
-        raise ValueError(f"method is 'lanczos' or 'projected', got {method!r}.")
+        raise ValueError(f"method is 'lanczos' or 'projected', got {method!r}; leave it out for 'lanczos'.")
+    numbers = {"num_matvecs": (num_matvecs, 96), "dim": (dim, 1024), "top_k": (top_k, 10), "bottom_k": (bottom_k, 3)}
+    for name, (value, usual) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+            whole_number(value, name, 0, usual)
     if min(top_k, bottom_k) < 0 or top_k + bottom_k == 0:
-        raise ValueError(f"need top_k, bottom_k >= 0 and one above 0, got top_k={top_k}, bottom_k={bottom_k}.")
+        raise ValueError(
+            f"need top_k, bottom_k >= 0 and one above 0, got top_k={top_k}, bottom_k={bottom_k}; 10 and 3 are usual."
+        )
     if num_matvecs < top_k + bottom_k:
         raise ValueError(
             f"num_matvecs={num_matvecs} products show at most {num_matvecs} eigenvalues, asked for top_k={top_k} and "
@@ -350,7 +359,7 @@ def check_arguments(
     if method == "lanczos" and dim < min(n or dim + 1, 2 * vectors):
         raise ValueError(
             f"need dim >= {2 * vectors}, twice num_matvecs + density_probes density_matvecs, to distinguish the "
-            f"Lanczos vectors, got dim={dim}."
+            f"Lanczos vectors, got dim={dim}; leave dim out, or lower num_matvecs."
         )
     if not 0 <= tol < 1:
         raise ValueError(f"need 0 <= tol < 1, got tol={tol}; 1e-2 is usual.")

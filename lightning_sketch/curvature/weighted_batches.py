@@ -11,6 +11,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from lightning_sketch._arguments import check_batches
 from lightning_sketch.autodiff.batches import BatchStructure, differentiable, shapes_of
 from lightning_sketch.autodiff.memory import is_out_of_memory
 from lightning_sketch.autodiff.preserve_state import raise_interrupt
@@ -56,8 +57,7 @@ class WeightedBatches:
         dtype: torch.dtype | None,
         device: torch.device,
     ):
-        if isinstance(batches, Tensor):
-            raise TypeError("batches is a list of batches, got one tensor; pass [batch].")
+        check_batches(batches)
         if isinstance(batches, Iterator):
             raise TypeError(
                 f"batches is read again for every product, got a {type(batches).__name__} that can be read only "

@@ -2,7 +2,7 @@
 
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -383,7 +383,10 @@ def check_vectors(x: Tensor, size: int, what: str) -> None:
         ValueError: If its last axis has another size.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{what} takes a torch tensor, got {type(x).__name__}; use torch.as_tensor.")
+        way_out = "use torch.as_tensor"
+        if isinstance(x, Iterable) and not hasattr(x, "__array__"):
+            way_out += ", or torch.nn.utils.parameters_to_vector for several tensors"
+        raise TypeError(f"{what} takes a torch tensor, got {type(x).__name__}; {way_out}.")
     if not x.is_floating_point():
         way_out = "sketch real and imaginary parts apart" if x.is_complex() else "convert it with .float()"
         raise TypeError(f"{what} takes real floating-point numbers, got {x.dtype}; {way_out}.")

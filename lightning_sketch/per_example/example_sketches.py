@@ -360,6 +360,11 @@ def _loss_in(returned: Any) -> Tensor:
             f"the loss function returned a {type(returned).__name__}; return the loss as a tensor, or a mapping with "
             "the entry 'loss'."
         )
+    if not found.requires_grad and torch.is_grad_enabled() and not torch.is_inference(found):
+        raise ValueError(
+            "the loss does not depend on the parameters; it may have been computed under no_grad or from detached "
+            "tensors: return it without .detach()."
+        )
     return found
 
 

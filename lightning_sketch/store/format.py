@@ -97,7 +97,14 @@ class Snapshot:
         try:
             found = read_document(file, {"format": int}, sealed=False)["format"]
         except (FileNotFoundError, NotADirectoryError) as error:
-            what = "it lost its spec.json; restore that" if generation.exists() else "it has no spec.json"
+            if generation.exists():
+                what = "it lost its spec.json; restore that"
+            elif path.is_file():
+                what = "it is a file, and a store is a folder"
+            elif path.exists():
+                what = "it has no spec.json"
+            else:
+                what = "there is no such folder (that of fast_dev_run is deleted at the end of its process)"
             raise FileNotFoundError(f"{path} has no store, since {what}; pass the writer's dirpath.") from error
         if found not in (1, _FORMAT):
             raise ValueError(
@@ -507,7 +514,8 @@ class Shard(TensorFile):
 
     def scaled(self, places: slice | Tensor) -> tuple[Tensor, Tensor | None]:
         """Read the sketches as they are stored, of a slice without a copy, and in float16 the scales of the rows."""
-        found = [self.tensor(key) for key in (_SKETCHES, _SCALE) if key in self.shapes]
+        scaled = self.snapshot.spec.dtype == "float16"  # else a column of that name is a user's
+        found = [self.tensor(key) for key in ((_SKETCHES, _SCALE) if scaled else (_SKETCHES,))]
         # index_select copies whole rows, indexing copies number by number
         found = [x[places] if isinstance(places, slice) else x.index_select(0, places) for x in found]
         return found[0], found[1] if len(found) > 1 else None

@@ -223,7 +223,7 @@ def lineage_of(
     by_number = {run.number: run for run in runs}
     fits = [run.number for run in runs if run.stage == "fit" and kept.get(run.number, 0) >= 0]
     if last is not None and last not in fits:
-        raise ValueError(f"lineage={last} is no fit of the store; its fits are {fits}.")
+        raise ValueError(f"lineage={last} is no fit of the store; its fits are {fits}; leave it out for the latest.")
     current = last if last is not None else max(fits, default=None)
     lineage, until = {}, FOREVER
     while current is not None:  # ends, since a parent has a smaller number

@@ -1,6 +1,6 @@
 """What a Lance dataset of rows has beside their columns, for those who write and read it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,19 @@ def complete_version(uri: str, storage_options: Mapping[str, str] | None) -> int
     """Return the version that the last complete export has left.
 
     Raises:
-        ValueError: if there is none.
+        FileNotFoundError: if there is no dataset.
+        ValueError: if no export has been completed.
     """
-    tags = import_lance().dataset(uri, storage_options=storage_options).tags.list()
+    lance = import_lance()
+    try:
+        tags = lance.dataset(uri, storage_options=storage_options).tags.list()
+    except (ValueError, OSError) as error:
+        if "not found" not in str(error).lower():
+            raise
+        raise FileNotFoundError(
+            f"{uri} has no Lance dataset; write one by store.export('lance', uri), or open a store by "
+            "GradientStore.open(path)."
+        ) from error
     if COMPLETE not in tags:
         raise ValueError(f"{uri} has no rows that an export has completed; see store.export('lance', uri).")
     return int(tags[COMPLETE]["version"])
@@ -42,3 +52,22 @@ def sketches_of(batch: Any, kept: np.ndarray, dim: int) -> Tensor:
     if SCALE not in batch.schema.names:
         return found
     return found.float() * torch.from_numpy(batch[SCALE].to_numpy()[kept])[:, None]
+
+
+def kept_of(batch: Any, ids: np.ndarray) -> np.ndarray:
+    """Return which rows of a batch have one of the ids; both are in rising order."""
+    own = batch["_rowid"].to_numpy().astype(np.int64)
+    if not len(own):
+        return np.zeros(0, dtype=bool)
+    first, last = np.searchsorted(ids, own[0]), np.searchsorted(ids, own[-1], side="right")
+    return np.isin(own, ids[first:last], kind="sort")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse columns that Lance, or this format, has another use for."""
+    reserved = [n for n in names if n in (SKETCH, SCALE, *PLACE) or n.startswith("_") or set(n) & set("./`")]
+    if reserved:
+        raise ValueError(
+            f"a Lance dataset cannot have the columns {', '.join(reserved)}: names with '.', '/' or '`', those that begin "
+            f"with '_', and {', '.join((SKETCH, SCALE, *PLACE))} are taken; rename them."
+        )

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lightning_sketch._arguments import whole_number
 from lightning_sketch._files import CorruptFile, locked
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.store import export, maintenance
@@ -35,7 +36,6 @@ from lightning_sketch.store.sketched_gradients import (
     described,
     keys_of,
     matching,
-    whole_number,
 )
 from lightning_sketch.store.spec import DTYPES, StoreSpec
 from lightning_sketch.store.writer import RowAppender

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from operator import index
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
@@ -18,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_sketch._arguments import whole_number
 from lightning_sketch.autodiff.content_hash import content_hash
 from lightning_sketch.operators.sketch import Sketch
 
@@ -167,20 +167,6 @@ class _Names:
 Column = Tensor | Strings
 
 
-def whole_number(value: Any, name: str) -> int:
-    """Return a whole number of at least one as an int.
-
-    Raises:
-        ValueError: if it is none; a boolean or a float is none.
-    """
-    try:
-        if not isinstance(value, bool) and index(value) >= 1:
-            return index(value)
-    except TypeError:
-        pass
-    raise ValueError(f"need {name} >= 1, got {value!r}; pass a whole number.")
-
-
 def keys_of(column: Column) -> Tensor:
     """Return the numbers of a column, or the hashes of its strings."""
     return column.hashes if isinstance(column, Strings) else column
@@ -247,8 +233,13 @@ class SketchedGradients:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return the sketches as an array; bfloat16 and float16 are widened to float32."""
-        wide = self.sketches.float() if self.sketches.dtype.itemsize < 4 else self.sketches
-        return wide.detach().cpu().numpy().astype(dtype or wide.cpu().numpy().dtype, copy=False)
+        own = self.sketches.detach().cpu()
+        wide = (own.float() if own.dtype.itemsize < 4 else own).numpy()
+        found = wide.astype(dtype or wide.dtype, copy=False)
+        shared = found is wide and own.data_ptr() == self.sketches.data_ptr() and own.dtype.itemsize >= 4
+        if copy is False and not shared:
+            raise ValueError(f"the sketches in {self.sketches.dtype} need a copy; leave copy=False out.")
+        return found.copy() if copy and shared else found
 
     def __getattr__(self, name: str) -> Any:
         columns = self.__dict__.get("columns", {})
@@ -458,10 +449,10 @@ def matching(columns: Mapping[str, Column], count: int, mask: Any, equal: Mappin
     keep = torch.ones(count, dtype=torch.bool)
     if mask is not None:
         given = f"a {type(mask).__name__}"
-        if not isinstance(mask, str | Mapping):
+        if not isinstance(mask, str | Mapping) and not callable(mask):
             mask = mask if isinstance(mask, Tensor) else torch.as_tensor(np.array(mask))
             given = f"{mask.dtype} of shape {tuple(mask.shape)}"
-        if isinstance(mask, str | Mapping) or mask.dtype != torch.bool or mask.shape != keep.shape:
+        if isinstance(mask, str | Mapping) or callable(mask) or mask.dtype != torch.bool or mask.shape != keep.shape:
             raise ValueError(
                 f"where() takes a mask of {count} booleans, one per row, got {given}; name a column to select by its "
                 "values, such as where(stage='fit') or where(example_id=[3, 7])."

@@ -8,6 +8,7 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_sketch._arguments import kind_of
 from lightning_sketch._lightning import LightningModule, Trainer, unwrapped
 from lightning_sketch._private import required
 from lightning_sketch.autodiff.fingerprint import fingerprint
@@ -30,6 +31,11 @@ class Replicas:
     def __init__(self, model: LightningModule | Callable[[], LightningModule]):
         if hasattr(model, "_orig_mod") or (isinstance(model, LightningModule) and required(model, "_compiler_ctx")):
             raise TypeError("a compiled module cannot be copied; pass a function: lambda: torch.compile(Module()).")
+        if isinstance(model, nn.Module) and not isinstance(model, LightningModule):
+            raise TypeError(
+                f"model must be a LightningModule or a function that makes one, got {kind_of(model)}; put it into a "
+                "LightningModule, whose training_step the runs take."
+            )
         self._model = model
         self.first = _with_parameters(model) if isinstance(model, LightningModule) else _made_by(model)
         self.fingerprint = fingerprint(list(self.first.parameters()))
@@ -72,7 +78,10 @@ def refuse_different_starts(trainer: Trainer, mine: int) -> None:
 def _made_by(make: Callable[[], LightningModule]) -> LightningModule:
     module = unwrapped(make())
     if not isinstance(module, LightningModule):
-        raise TypeError(f"model must be a LightningModule or a function that makes one, it gave {type(module)}.")
+        raise TypeError(
+            f"model must be a LightningModule or a function that makes one, it gave {kind_of(module)}; return "
+            "the LightningModule."
+        )
     return _with_parameters(module)
 
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_sketch.autodiff.fingerprint import short
+
 if TYPE_CHECKING:
     from lightning_sketch.subspace.subspace_model import Subspace
 
@@ -63,9 +65,9 @@ def complete_state(sub: "Subspace", state: dict[str, Any], prefix: str) -> None:
         )
     if not theta0 and there["theta0"] != here["theta0"]:
         raise ValueError(
-            f"the checkpoint was trained from other initial weights:\n  checkpoint: fingerprint {there['theta0']}\n"
-            f"  module:     fingerprint {here['theta0']}\nmake the module with the same seed (seed_everything) or the "
-            "same pretrained weights, or train with save_theta0=True."
+            f"the checkpoint was trained from other initial weights:\n  checkpoint: fingerprint "
+            f"{short(there['theta0'])}\n  module:     fingerprint {short(here['theta0'])}\nmake the module with the "
+            "same seed (seed_everything) or the same pretrained weights, or train with save_theta0=True."
         )
     absent = [name for name in sub.frozen.start if f"{prefix}module.{name}" not in state]
     if absent and not sub.frozen.unchanged().issuperset(absent):

@@ -89,8 +89,8 @@ class IntrinsicDimensionFinder(CallbackBase):
         super().__init__()
         if mode not in get_args(Mode):
             raise ValueError(f"mode={mode!r} is not known; use 'max' or 'min'.")
-        if not math.isfinite(target):
-            raise ValueError(f"need a finite target, got {target}.")
+        if not isinstance(target, float | int) or not math.isfinite(target):
+            raise ValueError(f"need a finite target, got {target!r}; pass a number in units of {monitor}, such as 0.9.")
         if delta < 0 or every_n_train_steps < 1 or (max_steps is not None and max_steps < 1):
             raise ValueError(
                 f"need delta >= 0, every_n_train_steps >= 1 and max_steps >= 1, got {delta}, {every_n_train_steps} and "

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_sketch._arguments import kind_of
 from lightning_sketch.autodiff.fingerprint import fingerprint
 from lightning_sketch.autodiff.functional import swap_tensors
 from lightning_sketch.subspace._doubling import block_sizes
@@ -68,8 +69,8 @@ class Subspace(nn.Module):
             raise ValueError(f"structure={structure!r} is not known; use 'layers' or None.")
         if structure is not None and max_dim is not None:
             raise ValueError("structure='layers' has no directions that can be doubled; leave max_dim out.")
-        if scale is not None and not 0 < scale < math.inf:
-            raise ValueError(f"need a scale > 0, got {scale}.")
+        if scale is not None and not (isinstance(scale, float | int) and 0 < scale < math.inf):
+            raise ValueError(f"need a scale > 0, got {scale!r}; 0.3, 1 and 3 are usual.")
         self.others, self.save_theta0 = others, save_theta0
         largest = None if max_dim is None else whole(max_dim, "max_dim")
         self._asked_scale = None if scale is None else float(scale)  # None if the optimizer will decide
@@ -406,6 +407,8 @@ class SubspaceModel(Subspace):
         save_theta0: bool = False,
     ):
         super().__init__()
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"SubspaceModel wraps a module, got {kind_of(module)}; pass an nn.Module.")
         self.module = module
         self._configure(dim, sketch, seed, parameters, max_dim, others, head, structure, scale, save_theta0)
         self._initialize()
@@ -470,7 +473,7 @@ def whole(value: Any, name: str) -> int:
     try:
         return index(value)
     except TypeError:
-        raise ValueError(f"{name} is a whole number, got {value!r} ({type(value).__name__}).") from None
+        raise ValueError(f"{name} is a whole number, got {value!r} ({type(value).__name__}); pass an int.") from None
 
 
 def _move_weights(subspace: Subspace, _: Any) -> None:

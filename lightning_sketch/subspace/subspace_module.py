@@ -10,6 +10,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_sketch._arguments import kind_of
 from lightning_sketch._lightning import (
     LightningModule,
     accumulates,
@@ -145,7 +146,7 @@ class SubspaceModule(Subspace, Wrapper):  # type: ignore[misc]  # two namespaces
         module = unwrapped(module)
         if not isinstance(module, LightningModule) or isinstance(module, SubspaceModule):
             raise TypeError(
-                f"SubspaceModule wraps a LightningModule, got {type(module).__name__}; wrap another module by "
+                f"SubspaceModule wraps a LightningModule, got {kind_of(module)}; wrap another module by "
                 "SubspaceModel, and materialize() one that is in a subspace."
             )
         if not module.automatic_optimization:

@@ -8,6 +8,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_sketch._arguments import kind_of, whole_number
 from lightning_sketch._lightning import LightningModule, close_run, name_run, said_once
 from lightning_sketch.subspace._ledger import Run
 from lightning_sketch.subspace._rates import Rates
@@ -82,6 +83,11 @@ class IntrinsicDimensionTuner:
     ):
         if rates is not None and lr_scale is not None:
             raise ValueError("rates and lr_scale are given, which are the same but for SGD; leave out lr_scale.")
+        if not (isinstance(trainer_fn, Mapping) or callable(trainer_fn)):
+            raise TypeError(
+                "IntrinsicDimensionTuner makes a Trainer for each run, so it takes a function or the Trainer's "
+                f"arguments, got {kind_of(trainer_fn)}; pass lambda dim: Trainer(...), or a dict."
+            )
         quiet = {"enable_progress_bar": False, "enable_model_summary": False}
         self.trainer_fn = {**quiet, **trainer_fn} if isinstance(trainer_fn, Mapping) else trainer_fn
         given = [] if rates is None else rates if isinstance(rates, Iterable) else [rates]
@@ -164,8 +170,7 @@ class IntrinsicDimensionTuner:
                 raise ValueError(f"{name}={given!r} is not known; use {', '.join(map(repr, get_args(known)))}.")
         if not 0 < threshold <= 1:
             raise ValueError(f"need a threshold in (0, 1], got {threshold}; 0.9 is usual.")
-        if seeds < 1:
-            raise ValueError(f"need seeds >= 1, got {seeds}.")
+        whole_number(seeds, "seeds", usual=3)
         data = train_dataloaders, val_dataloaders, datamodule
         runner = Runner(self.trainer_fn, self.options, model, data, monitor, mode)
         ladder = _ladder(dims, runner.num_layers, runner.n, method)
@@ -267,6 +272,8 @@ def _ladder(dims: Iterable[int] | None, num_layers: int, n: int, method: Method)
         raise ValueError("structure='layers' has no directions that can be doubled; use method='bisect'.")
     if dims is None:
         return [*(1 << k for k in range(n.bit_length()) if num_layers < 1 << k < n), n]
+    if not isinstance(dims, Iterable):
+        raise TypeError(f"dims are the dimensions to try, got {kind_of(dims)}; pass a list, dims=[{dims}].")
     asked = sorted({whole(dim, "a dimension") for dim in dims})
     wrong = [dim for dim in asked if not num_layers < dim <= n]
     if wrong or not asked:

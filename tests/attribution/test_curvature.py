@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_sketch.attribution import Curvature, fit_ggn, row_curvature, sketch_gradients
 from lightning_sketch.attribution.curvature import CurvatureSum
+from lightning_sketch.autodiff.fingerprint import short
 from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import OUTPUT_LOSSES, CrossEntropy
 from lightning_sketch.autodiff.output_roots import Draws
@@ -191,7 +192,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path, count):
     for name in ("kind", "fingerprint", "examples", "mean_square", "effective_samples", "trace", "trace_of_square"):
         assert getattr(loaded, name) == getattr(curvature, name), name
     for kind, fingerprint in (("margin", 3), ("ggn", -(1 << 63))):
-        with pytest.raises(FileNotFoundError, match=f"no curvature '{kind}' at weights {fingerprint}"):
+        with pytest.raises(FileNotFoundError, match=f"no curvature '{kind}' at weights {short(fingerprint)}"):
             Curvature.load(tmp_path / "curvature", kind, fingerprint=fingerprint)
 
 

@@ -56,7 +56,7 @@ def test_a_data_set_that_streams_and_parts_with_equal_indices_are_refused():
         def __iter__(self):
             yield from range(3)
 
-    with pytest.raises(TypeError, match=r"a Stream has none.*index_key"):
+    with pytest.raises(TypeError, match=r"got a Stream, which has none.*index_key"):
         IndexedDataset(Stream())
     parts = ConcatDataset([IndexedDataset(DATA), IndexedDataset(DATA)])
     with pytest.raises(ValueError, match=r"use IndexedDataset\(ConcatDataset"):
@@ -101,7 +101,7 @@ def test_without_any_way_ids_are_unknown():
     ("batch", "key", "words"),
     [
         ({"x": torch.zeros(2, 3)}, "idx", "'idx' is not in the batch, which has x"),
-        ((torch.zeros(2, 3),), 4, "4 is not in the batch, which has a tuple"),
+        ((torch.zeros(2, 3),), 4, "4 is not in the batch, which is a tuple of 1 items"),
         ({"x": torch.zeros(2, 3), "idx": torch.zeros(2)}, "idx", "float32 and shape"),
         ({"x": torch.zeros(2, 3), "idx": torch.tensor([1])}, "idx", "2 examples, each needs one whole number"),
         ({"x": torch.zeros(1, 3), "idx": torch.tensor([2**63], dtype=torch.uint64)}, "idx", "int64 cannot hold"),

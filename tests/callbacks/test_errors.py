@@ -18,7 +18,7 @@ from lightning_sketch.autodiff.losses import training_step_loss
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"curvature": "kfac"}, "curvature='kfac' is not known; use 'hessian' or 'ggn' or 'fisher'"),
+        ({"curvature": "kfac"}, "curvature='kfac' is not known; use 'hessian', 'ggn', 'fisher'"),
         ({"method": "power"}, "method is 'lanczos' or 'projected', got 'power'"),
         ({"density_probes": -1}, "need density_probes >= 0 .* got -1 and 32"),
         ({"density_probes": 30}, "need dim >= 2112, .* got dim=1024"),

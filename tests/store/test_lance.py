@@ -203,7 +203,7 @@ def test_rows_of_several_stores(tmp_path, uri):
 
 def test_what_does_not_fit_is_refused(tmp_path, uri):
     store = a_store(tmp_path / "store")
-    with pytest.raises(ValueError, match="was not found"):
+    with pytest.raises(FileNotFoundError, match="has no Lance dataset"):
         LanceRows(uri)
     exported(store, uri)
     with pytest.raises(ValueError, match="append=True"):

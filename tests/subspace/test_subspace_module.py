@@ -277,8 +277,8 @@ class MayMakeLayers(Classifier):
         ({"seed": 0.5}, ValueError, r"seed is a whole number, got 0.5"),
         ({"max_dim": 8}, ValueError, "max_dim=8"),
         ({"module": ByHand}, MisconfigurationException, "manual optimization"),
-        ({"module": lambda: nn.Linear(2, 2)}, TypeError, "wraps a LightningModule, got Linear"),
-        ({"module": lambda: SubspaceModule(Classifier(), 4)}, TypeError, "got SubspaceModule; .*materialize"),
+        ({"module": lambda: nn.Linear(2, 2)}, TypeError, "wraps a LightningModule, got a Linear"),
+        ({"module": lambda: SubspaceModule(Classifier(), 4)}, TypeError, "got a SubspaceModule; .*materialize"),
         ({"module": lambda: SubspaceModule(Classifier(), 4).module}, ValueError, "in a SubspaceModule .*deepcopy"),
         (
             {"module": lambda: SubspaceModule(MayMakeLayers(), 4).module},

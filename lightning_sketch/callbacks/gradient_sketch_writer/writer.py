@@ -12,11 +12,13 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from lightning_sketch._arguments import check_loss_fn, check_patterns, whole_number
 from lightning_sketch._lightning import (
     CallbackBase,
     LightningModule,
     Trainer,
     batches_done,
+    callbacks_of,
     common_lr,
     log_scalars,
     muted_loggers,
@@ -198,8 +200,11 @@ class GradientSketchWriter(CallbackBase):
             raise ValueError("fallback takes its passes before the step, whose preconditioner they lack; leave it out.")
         if columns_fn is not None and not callable(columns_fn):
             raise ValueError(f"columns_fn={columns_fn!r} is no function; pass lambda batch: {{'source': ...}}.")
-        if dim < 1 or every_n_train_steps < 1:
-            raise ValueError(f"need dim and every_n_train_steps >= 1, got {dim} and {every_n_train_steps}.")
+        whole_number(dim, "dim", usual=4096)
+        whole_number(every_n_train_steps, "every_n_train_steps", usual=1)
+        check_patterns(parameters)
+        if loss_fn is not None:
+            check_loss_fn(loss_fn)
         self.per, self.every_n_train_steps, self.parameters = per, every_n_train_steps, parameters
         self.loss_fn, self.row_fn, self.weight_fn, self.reduction = loss_fn, row_fn, weight_fn, reduction
         self.engine, self.fallback, self.queries, self.name = engine, fallback, queries, name or "sketches"
@@ -277,6 +282,7 @@ class GradientSketchWriter(CallbackBase):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check the Trainer and the module, and start to remove the ids from the batches of an `IndexedDataset`."""
         _check(trainer, pl_module, stage, self.per, self.loss_fn is not None)
+        _check_alone(trainer, self)
         if stage == "fit" and trainer.global_step == 0:  # the checkpoint is loaded after this hook
             self._session.resumed, self._lr = None, math.nan
         self._position, self._session.measured, self._optimizer_states = {}, self._session.resumed, []
@@ -483,6 +489,20 @@ class GradientSketchWriter(CallbackBase):
             if not (wait or self._arriving[0].are_here or len(self._arriving) > _MOST_ARRIVING):
                 return
             self._run.put(self._arriving.popleft().get())
+
+
+def _check_alone(trainer: Trainer, writer: GradientSketchWriter) -> None:
+    """Refuse two writers of one folder, whose fits would replace each other there.
+
+    Raises:
+        MisconfigurationException: If there are two.
+    """
+    writers = [other for other in callbacks_of(trainer) if isinstance(other, GradientSketchWriter)]
+    if writer.dirpath is not None and sum(other.dirpath == writer.dirpath for other in writers) > 1:
+        raise MisconfigurationException(
+            f"two GradientSketchWriters write to {writer.dirpath}, where only the rows of one would be found; pass "
+            "each its own dirpath."
+        )
 
 
 def _check(trainer: Trainer, pl_module: LightningModule, stage: str, per: Granularity, has_loss_fn: bool) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_sketch._arguments import check_loss_fn, check_patterns, shown, whole_number
 from lightning_sketch._lightning import precision_of_training
 from lightning_sketch.autodiff.batches import BatchStructure
 from lightning_sketch.autodiff.layout import Layout
@@ -68,7 +69,7 @@ class SpectrumEstimator:
 
     def __post_init__(self):
         if self.curvature not in _KINDS:
-            raise ValueError(f"curvature={self.curvature!r} is not known; use {' or '.join(map(repr, _KINDS))}.")
+            raise ValueError(f"curvature={shown(self.curvature)} is not known; use {', '.join(map(repr, _KINDS))}.")
         if self.curvature != "ggn" and (self.model_fn or self.output_loss_fn):
             raise ValueError(
                 f"model_fn and output_loss_fn define a Gauss-Newton matrix, got curvature={self.curvature!r}; use "
@@ -77,11 +78,14 @@ class SpectrumEstimator:
         if self.over_batches and self.method == "projected":
             raise ValueError("over_batches=True needs eigenvectors, which method='projected' has not; use 'lanczos'.")
         if self.mode not in get_args(Mode):
-            raise ValueError(f"mode is 'eval' or 'train', got {self.mode!r}.")
-        for name in ("top_k", "micro_batch_size", "noise_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"need {name} >= 1, got {value}.")
+            raise ValueError(f"mode is 'eval' or 'train', got {self.mode!r}; leave it out for 'eval'.")
+        whole_number(self.top_k, "top_k", usual=10)
+        whole_number(self.noise_samples, "noise_samples", usual=1)
+        if self.micro_batch_size is not None:
+            whole_number(self.micro_batch_size, "micro_batch_size", usual=8)
+        check_patterns(self.parameters)
+        if self.loss_fn is not None:
+            check_loss_fn(self.loss_fn)
         check_hvp(self.hvp)
         if self.curvature != "hessian" and self.hvp != "auto":
             raise ValueError(

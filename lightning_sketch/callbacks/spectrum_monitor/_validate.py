@@ -6,6 +6,7 @@ from typing import Any, get_args
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.model_helpers import is_overridden
 
+from lightning_sketch._arguments import whole_number
 from lightning_sketch._lightning import LightningModule, Trainer, callbacks_of
 from lightning_sketch.callbacks.spectrum_monitor._estimator import SpectrumEstimator
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Stage
@@ -27,6 +28,7 @@ def check_arguments(
     Raises:
         ValueError: If one is out of its range.
     """
+    whole_number(num_batches, "num_batches", usual=4)
     if over_batches and num_batches < 2:
         raise ValueError(
             f"over_batches=True leaves out one batch after the other, got num_batches={num_batches}; use 4 or more."
@@ -47,10 +49,9 @@ def check_arguments(
             f"set every_n_epochs or every_n_train_steps, got both ({every_n_epochs} and {every_n_train_steps}); "
             "use two monitors with two names to have both."
         )
-    counts = {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps, "num_batches": num_batches}
-    for argument, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"need {argument} >= 1, got {value}.")
+    for argument, value in {"every_n_epochs": every_n_epochs, "every_n_train_steps": every_n_train_steps}.items():
+        if value is not None:
+            whole_number(value, argument)
 
 
 def check_preconditioned(preconditioner: str | None, stages: Sequence[Stage], at_start: bool) -> None:
