@@ -78,7 +78,9 @@ class Layout:
             raise ValueError(f"{type(module).__name__} has no trainable parameter; set requires_grad=True on some.")
         if not chosen:
             known = ", ".join(names[0] for _, names in itertools.islice(found.values(), 10))
-            raise ValueError(f"no trainable parameter matches {pattern!r}; the names start with {known}.")
+            of_parts = [p for p in patterns if any(names[0].startswith(f"{p}.") for _, names in found.values())]
+            whole = f" For all parameters of a module write '{of_parts[0]}.*'." if of_parts else ""
+            raise ValueError(f"no trainable parameter matches {pattern!r}; the names start with {known}.{whole}")
         for name, parameter in chosen.items():
             if parameter.is_complex():
                 raise TypeError(f"parameter {name} is {parameter.dtype}; replace it by two real parameters.")

@@ -329,14 +329,16 @@ def call_model(module: nn.Module, batch: Any) -> Any:
 
     That is `module(**batch)` for a mapping, without the keys that `forward` does not take, or `module(batch)` where
     `forward` takes the batch itself; else `module(x)` with x the first item of the batch. For a LightningModule without
-    `forward`, its only child that has parameters is called.
+    `forward`, its only child that has parameters is called; of a subspace, the module inside.
 
     Raises:
         ValueError: if the module cannot be called so; the message names `model_fn`.
     """
-    callee = module if _has_forward(module) else _only_child(module)
+    part: Any = module.module if hasattr(type(module), "following") else module  # a subspace takes any arguments
+    callee = part if _has_forward(part) else _only_child(part)
     try:
-        return _call(callee, batch)
+        with following(module):
+            return _call(callee, batch)
     except TypeError as error:
         keys = (
             ", ".join(map(str, batch)) if isinstance(batch, Mapping) else f"the first item of a {type(batch).__name__}"

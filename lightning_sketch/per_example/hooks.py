@@ -293,8 +293,8 @@ class _HookPass:
         """Return whether a forward pass of this submodule, now, belongs to the batch and not to a measurement."""
         return measurement_depth(part) == self._depths.get(id(part), 0)
 
-    def wanted(self, parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:
-        """Return those of the parameters that are trainable and asked for."""
+    def wanted(self, parameters: Iterable[Any]) -> list[nn.Parameter]:
+        """Return those of the parameters that are trainable and asked for, among tensors that a call puts in place."""
         return [p for p in parameters if p is not None and p.requires_grad and id(p) in self._names]
 
     def name(self, parameter: nn.Parameter) -> str:

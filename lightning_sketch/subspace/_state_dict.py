@@ -4,7 +4,7 @@
     _extra_state: spec and scale of the directions, the number in use, a fingerprint of θ₀, what was frozen and when
 
 It contains neither D nor a second copy of the weights. With `save_theta0` it also contains θ₀ and all frozen
-parameters.
+parameters. A checkpoint of Lightning has a note in it too.
 """
 
 import json
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lightning_sketch.subspace.subspace_model import Subspace
 
 _THETA0 = "theta0."
+# An entry of Lightning's checkpoints, since a plain module that loads one lists the entries that it does not know.
+_NOTE = "of a SubspaceModule: call load_from_checkpoint(path, module=YourModule()) of that class, and materialize()"
 
 
 def encoded(state: dict[str, Any]) -> Tensor:
@@ -45,12 +47,18 @@ def trim_state(sub: "Subspace", state: dict[str, Any], prefix: str) -> None:
         state.update({f"{prefix}{_THETA0}{name}": tensor for name, tensor in sub.theta0().items()})
 
 
+def note_kind(state: dict[str, Any]) -> None:
+    """Add an entry to a state dict by which the error of a plain module says how to load it."""
+    state[_NOTE] = torch.empty(0)
+
+
 def complete_state(sub: "Subspace", state: dict[str, Any], prefix: str) -> None:
     """Add to a state dict the entries that `trim_state` removed, and restore θ₀ if it was saved.
 
     Raises:
         ValueError: If the state dict is not of a `SubspaceModule`, or is of other directions or other initial weights.
     """
+    state.pop(f"{prefix}{_NOTE}", None)
     start = f"{prefix}{_THETA0}"
     theta0 = {name[len(start) :]: state.pop(name) for name in list(state) if name.startswith(start)}
     there, here = decoded(state.get(f"{prefix}_extra_state")), decoded(sub.get_extra_state())

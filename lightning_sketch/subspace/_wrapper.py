@@ -8,6 +8,7 @@ from pytorch_lightning.utilities.parsing import AttributeDict
 
 from lightning_sketch._lightning import LightningModule, ModuleBase, changed_hooks, does_itself, like_namespace_of
 from lightning_sketch.autodiff.losses import call_step
+from lightning_sketch.subspace._state_dict import note_kind
 
 _STEPS = ("validation_step", "test_step", "predict_step")
 _LOGGING = ("log", "log_dict")
@@ -65,6 +66,7 @@ class Wrapper(ModuleBase):
         """Save the wrapper's hyper-parameters, the arguments of `load_from_checkpoint`; then run the module's hook."""
         own = super().hparams.items()  # without what tells how LightningCLI made it
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {k: v for k, v in own if not k.startswith("_")}
+        note_kind(checkpoint["state_dict"])
         self.module.on_save_checkpoint(checkpoint)
 
     def ready(self) -> None:

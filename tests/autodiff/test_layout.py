@@ -293,6 +293,8 @@ def test_nothing_to_list_is_refused():
         Layout.of(network().requires_grad_(False))
     with pytest.raises(ValueError, match=r"no trainable parameter matches 'head\.\*'; the names start with 0.weight"):
         Layout.of(network(), "head.*")
+    with pytest.raises(ValueError, match=r"names start with 0.weight.*For all parameters of a module write '2\.\*'"):
+        Layout.of(network(), ["2"])
 
 
 def test_another_module_is_refused():

@@ -113,3 +113,27 @@ def test_the_edge_of_stability_is_that_of_the_modules_own_rate():
     found = monitor.history[-1]
     assert found.lr == pytest.approx(3e-3)
     assert found.stable_below == pytest.approx(2 / 3e-3)
+
+
+class WithoutForward(pl.LightningModule):
+    """A module of one network, which its step calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Small().net
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    configure_optimizers = Small.configure_optimizers
+
+
+def test_a_module_without_forward_has_the_output_of_its_network_in_a_subspace_too():
+    """The Gauss-Newton matrix by default is that of this output; the monitor measures it, and training is the same."""
+    monitor = SpectrumMonitor("ggn", num_batches=1, every_n_train_steps=6, tol=1e-5, num_matvecs=20, top_k=5)
+    sub, batch = fitted(monitor, kind=WithoutForward), next(iter(loader(shuffle=False)))
+    assert torch.equal(sub.w, fitted(kind=WithoutForward).w)
+    ggn = dense(sub, batch)[1]
+    assert torch.allclose(GGN(sub, [batch]).as_matrix().double(), ggn, atol=1e-4 * float(ggn.norm()))
+    top = torch.linalg.eigvalsh(ggn).flip(0)[:5]
+    assert torch.allclose(monitor.history[-1].top(5).double(), top, rtol=1e-3)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from models import Digits, dataset, fit, loader, trainer
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from test_gradient_sketch_writer import Every, writer
 from torch.utils.data import DataLoader, Dataset
 
@@ -117,6 +118,19 @@ def test_a_store_without_rows_does_not_hold_up_the_corrected_fit(tmp_path):
     with pytest.raises(ValueError, match=r"another spec(.|\n)*overwrite=True"):
         fit(tmp_path, writer(tmp_path), max_epochs=1)
     assert len(GradientStore.open(tmp_path / "store")) == 8
+
+
+def test_two_writers_of_a_trainer_have_two_folders(tmp_path):
+    """By default each has one of its own name; neither deletes the other's where they are given the same."""
+    both = [GradientSketchWriter(dim=64), GradientSketchWriter(dim=64, name="b")]
+    fit(tmp_path, *both, max_epochs=1)
+    assert [len(GradientStore.open(tmp_path / name)) for name in ("sketches", "b")] == [8, 8]
+    both = [writer(tmp_path, overwrite=True), writer(tmp_path, overwrite=True, name="b")]
+    with pytest.raises(
+        MisconfigurationException, match=r"two GradientSketchWriters write to .*pass each its own dirpath"
+    ):
+        fit(tmp_path, *both, max_epochs=1)
+    assert not (tmp_path / "store").exists()
 
 
 def test_overwrite_does_not_delete_what_a_fit_resumes(tmp_path):

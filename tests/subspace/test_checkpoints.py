@@ -29,7 +29,9 @@ def test_what_is_in_it(tmp_path):
     sub = wrapped(dim=32)
     path = saved(sub, tmp_path)
     checkpoint = torch.load(path, weights_only=True)
-    assert checkpoint["state_dict"].keys() == {
+    (note,) = (name for name in checkpoint["state_dict"] if " " in name)
+    assert checkpoint["state_dict"][note].numel() == 0
+    assert checkpoint["state_dict"].keys() - {note} == {
         "w",
         "_extra_state",
         "module.net.2.running_mean",
@@ -46,6 +48,22 @@ def test_what_is_in_it(tmp_path):
     }
     largest = max(t.numel() for s in checkpoint["optimizer_states"] for g in s["state"].values() for t in g.values())
     assert largest == 32
+
+
+def test_a_plain_module_says_how_to_load_it(tmp_path):
+    """By `load_from_checkpoint` and by a resumed fit; what the message says to type gives the trained module."""
+    sub = wrapped(dim=32)
+    path = saved(sub, tmp_path)
+    words = (
+        r"of a SubspaceModule: call load_from_checkpoint\(path, module=YourModule\(\)\) of that class, and materialize"
+    )
+    with pytest.raises(RuntimeError, match=words):
+        Convolutional.load_from_checkpoint(path)
+    with pytest.raises(RuntimeError, match=words):
+        trainer(max_steps=16).fit(Convolutional(), train_loader(), ckpt_path=path)
+    pl.seed_everything(0, verbose=False)
+    plain = SubspaceModule.load_from_checkpoint(path, module=Convolutional()).materialize()
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), sub.materialize().parameters(), strict=True))
 
 
 def test_a_checkpoint_holds_no_function(tmp_path):

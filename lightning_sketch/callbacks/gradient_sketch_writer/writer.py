@@ -104,6 +104,7 @@ class GradientSketchWriter(CallbackBase):
         loss_fn: (module, batch) -> mean loss, or one loss per example, for rows of examples at a checkpoint; the
             module's own `training_step` if None, without its logging.
         name: The name of the folder, the prefix of the log keys and a part of the checkpoint key; "sketches" if None.
+            Two writers in one Trainer need two names.
         seed: The seed of the sketch.
         row_fn: (module, batch) -> (losses, probabilities of the true labels), each (examples,), stored at a checkpoint,
             where they are not known without it, see `sketch_gradients`.

@@ -106,7 +106,8 @@ class SpectrumMonitor(CallbackBase):
             `trainer.test`, the training loss on the first batches of their data loader, e.g. the spectrum of a
             checkpoint. These measurements are appended to the history too, with their `stage`; `plot()` leaves them out
             if there are any of training.
-        name: The prefix of the log keys and a part of the checkpoint key; the curvature if None.
+        name: The prefix of the log keys and a part of the checkpoint key; the curvature if None. Two monitors of the
+            same curvature in one Trainer need two names.
         on_error: What to do if a measurement fails after the sanity check on the first batch: "warn" logs NaN and
             continues training, "raise" stops it.
         seed: The seed of the start vectors and the sketches.

@@ -44,7 +44,7 @@ class Recorder(Protocol):
     def acts(self, part: nn.Module) -> bool:
         """Return whether a forward pass of this submodule, now, belongs to the batch."""
 
-    def wanted(self, parameters: Iterable[nn.Parameter | None]) -> list[nn.Parameter]:
+    def wanted(self, parameters: Iterable[Any]) -> list[nn.Parameter]:
         """Return those of the parameters that are trainable and asked for."""
 
     def explain(self, parameters: Iterable[nn.Parameter], reason: str) -> None:
