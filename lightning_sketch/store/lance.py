@@ -12,21 +12,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lightning_sketch._arguments import whole_number
 from lightning_sketch.operators.sketch import Sketch
 from lightning_sketch.store.export import SKETCH, ReadFromDisk, column_of, sql_of
-from lightning_sketch.store.lance_format import PLACE, SCALE, SPEC, complete_version, import_lance, kept_of, sketches_of
+from lightning_sketch.store.lance_format import PLACE, SCALE, SPEC, complete_version, import_lance, sketches_of
 from lightning_sketch.store.sketched_gradients import Column, SketchedGradients, described, matching
 from lightning_sketch.store.spec import StoreSpec
 
-_FEW, _MOST = 10_000, 1 << 20  # rows that are fetched by their ids; for more their fragments are read through
+_FEW = 10_000  # rows that are fetched by their ids; for more their fragments are read through
 
 
 @dataclass(frozen=True, eq=False)
 class LanceRows(ReadFromDisk):
     """Sketched gradients in a Lance dataset: a source of rows for `scores`, `top_k` and all that take a store.
 
-    It has the rows that the last complete export left, in the order of exports. Sketches are read block by block.
+    It has the rows that the last complete export left, in their order. Sketches are read block by block.
 
     Args:
         uri: The dataset: a folder, or an address in an object store.
@@ -107,7 +106,6 @@ class LanceRows(ReadFromDisk):
 
         Before columns were read, Lance selects by whole numbers, booleans and strings, and reads no other rows.
         """
-        equal = {name: list(value) if isinstance(value, Iterator) else value for name, value in equal.items()}
         unread = mask is None and equal and "rows" not in vars(self) and self._chosen is None
         condition = sql_of(self._table(limit=1), equal) if unread else None
         if condition is not None:
@@ -135,12 +133,11 @@ class LanceRows(ReadFromDisk):
         (columns, ids), start = self.rows, 0
         few = self._chosen is not None and len(ids) <= _FEW
         fragments = [self.dataset.get_fragment(number) for number in (ids >> 32).unique().tolist()]
-        options: dict[str, Any] = {"fragments": fragments, "scan_in_order": True}
-        options["batch_size"] = min(whole_number(batch_rows, "batch_rows"), _MOST)
+        options: dict[str, Any] = {"fragments": fragments, "batch_size": batch_rows, "scan_in_order": True}
         options["columns"] = [name for name in (SKETCH, SCALE) if name in self.dataset.schema.names]
         options["filter"] = f"_rowid IN ({', '.join(map(str, ids.tolist()))})" if few else self.condition
         for batch in self.dataset.scanner(**options, with_row_id=True).to_batches() if fragments else ():
-            kept = kept_of(batch, ids.numpy())
+            kept = np.isin(batch["_rowid"].to_numpy().astype(np.int64), ids.numpy())
             if kept.any():
                 part = slice(start, start := start + int(kept.sum()))
                 own = {name: column[part] for name, column in columns.items()}
@@ -148,5 +145,5 @@ class LanceRows(ReadFromDisk):
 
     def read(self) -> SketchedGradients:
         """Read all rows into memory."""
-        none = SketchedGradients(torch.zeros(0, self.sketch.dim), self.sketch, self.metadata())
+        none = SketchedGradients(torch.zeros(0, self.sketch.dim), self.sketch)
         return SketchedGradients.cat(list(self.blocks()) or [none])

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_sketch.store.export import SKETCH, to_arrow
+from lightning_sketch.store.export import to_arrow
 from lightning_sketch.store.format import narrowed
-from lightning_sketch.store.lance_format import COMPLETE, PLACE, SCALE, SPEC, check_names, import_lance
+from lightning_sketch.store.lance_format import COMPLETE, PLACE, SCALE, SPEC, import_lance
 from lightning_sketch.store.spec import StoreSpec
 
 _ROWS_PER_FRAGMENT = 1 << 18  # which a worker of Ray reads: gigabytes
@@ -37,9 +37,6 @@ def to_lance(
         ValueError: if there is a dataset and `append` is False, or it is of another sketch or program.
     """
     lance = import_lance()
-    if dtype not in (None, "float16", "float32"):
-        raise ValueError(f"dtype={dtype!r} is not known; use 'float16' or 'float32', or leave it out.")
-    check_names(store.rows.columns)
     dataset = _existing(lance, uri, options)
     if dataset is not None and not append:
         raise ValueError(f"{uri} is there; pass append=True to add what is new, or another uri.")
@@ -58,22 +55,10 @@ def to_lance(
         )
     for start in range(0, len(stale), 10_000):
         dataset.delete(f"_rowid IN ({', '.join(map(str, stale[start : start + 10_000]))})")
-    _tell_optimizers(store, dataset)
-    tag = dataset.tags.list().get(COMPLETE)
-    if tag is None:
-        dataset.tags.create(COMPLETE, dataset.version)
-    elif tag["version"] < dataset.version:  # another export may have been faster, whose version has these rows too
-        dataset.tags.update(COMPLETE, dataset.version)
+    tags = dataset.tags.list()
+    (dataset.tags.update if COMPLETE in tags else dataset.tags.create)(COMPLETE, dataset.version)
     logging.getLogger("lightning_sketch").info(f"{added} rows added to {uri}, {len(stale)} removed.")
     return added, len(stale)
-
-
-def _tell_optimizers(store: Any, dataset: Any) -> None:
-    """Add the optimizers of a store's rows to what a dataset says of its own."""
-    about = json.loads(dataset.schema.metadata[SPEC.encode()])
-    if extra := store.optimizers - set(about["optimizers"]):
-        about["optimizers"] = sorted({*about["optimizers"], *extra})
-        dataset.update_schema_metadata({SPEC: json.dumps(about)})
 
 
 def _existing(lance: Any, uri: str, options: Mapping[str, Any]) -> Any:
@@ -143,8 +128,8 @@ def _batches(store: Any, mask: Tensor, half: bool, dataset: Any) -> tuple[Iterat
     first = next(tables())
     about = json.dumps({"spec": asdict(store.spec), "optimizers": sorted(store.optimizers)})
     schema = first.schema.with_metadata({SPEC: about}) if dataset is None else dataset.schema
-    own, there = ({f.name: str(f.type) for f in s if f.name != SKETCH} for s in (first.schema, schema))
-    if differ := [f"{n}: {there.get(n, 'none')}, {own.get(n, 'none')}" for n in sorted({*own, *there}) if own.get(n) != there.get(n)]:
-        raise ValueError(f"the dataset and the store differ in columns ({'; '.join(differ)}); export to another uri.")
+    if set(first.column_names) != set(schema.names):
+        differ = ", ".join(sorted(set(first.column_names) ^ set(schema.names)))
+        raise ValueError(f"the dataset and the store differ in columns ({differ}); export to another uri.")
     aligned = (table.select(schema.names).cast(schema) for table in tables())
     return (batch for table in aligned for batch in table.to_batches()), schema

@@ -1,6 +1,6 @@
 """What a Lance dataset of rows has beside their columns, for those who write and read it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -52,22 +52,3 @@ def sketches_of(batch: Any, kept: np.ndarray, dim: int) -> Tensor:
     if SCALE not in batch.schema.names:
         return found
     return found.float() * torch.from_numpy(batch[SCALE].to_numpy()[kept])[:, None]
-
-
-def kept_of(batch: Any, ids: np.ndarray) -> np.ndarray:
-    """Return which rows of a batch have one of the ids; both are in rising order."""
-    own = batch["_rowid"].to_numpy().astype(np.int64)
-    if not len(own):
-        return np.zeros(0, dtype=bool)
-    first, last = np.searchsorted(ids, own[0]), np.searchsorted(ids, own[-1], side="right")
-    return np.isin(own, ids[first:last], kind="sort")
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Refuse columns that Lance, or this format, has another use for."""
-    reserved = [n for n in names if n in (SKETCH, SCALE, *PLACE) or n.startswith("_") or set(n) & set("./`")]
-    if reserved:
-        raise ValueError(
-            f"a Lance dataset cannot have the columns {', '.join(reserved)}: names with '.', '/' or '`', those that begin "
-            f"with '_', and {', '.join((SKETCH, SCALE, *PLACE))} are taken; rename them."
-        )
