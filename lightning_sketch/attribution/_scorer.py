@@ -148,7 +148,11 @@ class Scorer:
         """Return a scorer that multiplies on a device."""
         if device is None:
             return self
-        there = torch.device(device)
+        try:
+            there = torch.device(device)
+            torch.empty(0, device=there).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(f"device={device!r} cannot be used here: {error}; leave it out for the CPU.") from error
         queries = {at: Vectors(v.exact.to(there), v.scale.to(there)) for at, v in self.queries.items()}
         return replace(self, queries=queries, device=there)
 

@@ -59,6 +59,7 @@ from torch import Tensor
 
 from lightning_sketch._files import CorruptFile, TensorFile, check_folder, check_place, write_tensors
 from lightning_sketch.autodiff.fingerprint import short
+from lightning_sketch.operators._precision import full_precision
 from lightning_sketch.store.format import store_id
 
 # Curvatures that are made from the rows alone, and all.
@@ -234,12 +235,16 @@ class CurvatureSum:
 
     def add(self, rows: Float[Tensor, "examples rows dim"]) -> None:
         """Add examples, each with the same number of rows; rows of zeros add nothing to A. O(examples rows dim²)."""
-        rows, size = _sized(rows.detach()) if self.single else (rows.detach().double(), 1.0)
+        with full_precision(rows.device):
+            self._add(rows.detach())
+
+    def _add(self, rows: Float[Tensor, "examples rows dim"]) -> None:
+        rows, size = _sized(rows) if self.single else (rows.double(), 1.0)
         if rows.shape[1] == 1:
-            traces = torch.linalg.vector_norm(rows[:, 0], dim=1).double().square() * size**2
+            traces = torch.linalg.vector_norm(rows[:, 0], dim=1).double().square() * (size * size)
             squares = traces.square()
         else:
-            grams = torch.linalg.matmul(rows.double(), rows.double().mT) * size**2
+            grams = torch.linalg.matmul(rows.double(), rows.double().mT) * (size * size)
             traces, squares = grams.diagonal(dim1=1, dim2=2).sum(1), grams.square()
         self.examples += len(rows)
         self._mean_square += float(squares.sum())
@@ -289,7 +294,7 @@ class CurvatureSum:
             self._matrix = rows.new_zeros(self.dim, self.dim)
             rows, size = _sized(rows) if self.single else (rows, 1.0)
         for part in rows.split(_TOGETHER):
-            self._add_outer(part, size**2)
+            self._add_outer(part, size * size)
 
     def _add_outer(self, rows: Float[Tensor, "rows dim"], scale: float) -> None:
         step = -(-self.dim // _BLOCKS)
@@ -300,8 +305,9 @@ class CurvatureSum:
 
 def _sized(rows: Float[Tensor, "*rows dim"]) -> tuple[Float[Tensor, "*rows dim"], float]:
     """Return rows in float32 whose largest number is in [1, 2), so that float32 holds squares, and their size."""
-    largest = float(torch.stack(rows.aminmax()).abs().max()) or 1.0
-    size = 2.0 ** max(-126, math.floor(math.log2(largest))) if math.isfinite(largest) else 1.0
+    largest = float(torch.stack(rows.aminmax()).abs().max()) if rows.numel() else 0.0
+    known = 0 < largest < math.inf
+    size = 2.0 ** max(-1022 if rows.dtype == torch.float64 else -126, math.floor(math.log2(largest))) if known else 1.0
     return (rows / size).float(), size
 
 

@@ -4,10 +4,7 @@ Queries are made ready once, with a curvature folded in, and sent to all; what c
 each part. The columns of all rows are held where `ray_top_k` is called, no sketches. Workers must see the files.
 """
 
-import pickle
-from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lightning_sketch.attribution._ray_parts import by_workers
 from lightning_sketch.attribution._scorer import Scorer
 from lightning_sketch.attribution._selected import Queries
 from lightning_sketch.attribution.curvature import Damping
@@ -23,7 +21,6 @@ from lightning_sketch.attribution.scores import CurvatureLike, Group, Method, To
 from lightning_sketch.store.lance import LanceRows
 from lightning_sketch.store.row_store import RowStore
 
-_TOGETHER, _AT_ONCE = 1 << 13, 1024  # rows of a part, unless one file has more; parts in flight
 Rows = str | Path | RowStore | LanceRows
 
 
@@ -104,13 +101,15 @@ class _RayScorer(Scorer):
 
     def parts(self, batch_rows: int = 4096) -> Iterator[tuple[slice, Tensor]]:
         start = 0
-        for found in _by_workers(self, _parts, batch_rows):
+        for found in by_workers(self, _parts, batch_rows):
             yield slice(start, start := start + found.shape[-1]), found
 
 
 def _scorer(queries: Queries, train: Rows, *options: Any) -> _RayScorer:
     if isinstance(train, str | Path):
         train = GradientStore.open(train) if (Path(train) / "spec.json").exists() else LanceRows(train)
+    if not isinstance(train, RowStore | LanceRows):
+        raise ValueError(f"workers read files: pass a store, LanceRows or its path, got a {type(train).__name__}.")
     (found,) = scorers(queries, train, *options)
     return _RayScorer(**vars(found))
 
@@ -120,30 +119,9 @@ def _parts(members: list[Scorer], ids: Tensor, batch_rows: int) -> Tensor:
 
 
 def _ranked_by_workers(members: list[Scorer], ids: Tensor, *arguments: Any) -> Any:
-    found = _by_workers(members[0], ranked, *arguments)
+    found = by_workers(members[0], ranked, *arguments)
     best, agreement = next(found)
     for own, halves in found:
         best.merge(own)
         agreement.merge(halves)
     return best, agreement
-
-
-def _by_workers(scorer: Scorer, work: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
-    """Yield work([scorer of a part], its ids, *arguments) for each part, in order; pickled, as Ray itself would."""
-    try:
-        import ray.data  # type: ignore[import-not-found,unused-ignore]
-    except ImportError as error:
-        raise ImportError("ray_top_k and ray_scores need Ray: pip install 'lightning-sketch[ray]'.") from error
-    done = partial(_worked, work=work, queries=(scorer.queries, scorer.length, scorer.halves), arguments=arguments)
-    parts = enumerate(scorer.split(_TOGETHER))
-    while items := [{"number": number, "part": pickle.dumps(part)} for number, part in islice(parts, _AT_ONCE)]:
-        data = ray.data.from_items(items, override_num_blocks=len(items))
-        data.context.op_resource_reservation_enabled = False  # half of all CPUs would wait for a second operation
-        for row in sorted(data.map(done).take_all(), key=lambda row: row["number"]):
-            yield pickle.loads(row["found"])
-
-
-def _worked(item: dict[str, Any], work: Any, queries: Any, arguments: Any) -> dict[str, Any]:
-    rows, ids = pickle.loads(item["part"])
-    found = work([Scorer(rows, rows.source, *queries)], ids, *arguments)
-    return {"number": item["number"], "found": pickle.dumps(found)}

@@ -60,7 +60,8 @@ def row_curvature(
     total = CurvatureSum(rows.sketch.dim, single)
     for block in rows.blocks(whole_number(batch_rows, "batch_rows")):
         weights = _row_weights(block.prob_true, kind)[:, None]
-        sketches = block.sketches.to(torch.float32 if single and kind == "fisher" else torch.float64)
+        narrow = single and kind == "fisher" and block.sketches.dtype.itemsize < 8
+        sketches = block.sketches.to(torch.float32 if narrow else torch.float64)
         total.add((sketches if kind == "fisher" else sketches * weights)[:, None])
     return total.curvature(kind, fingerprint, preconditioner)
 

@@ -337,7 +337,9 @@ def top_k(
     k, batch_rows = whole_number(k, "k"), whole_number(batch_rows, "batch_rows")
     members = [s.on(device) for s in scorers(queries, train, method, curvature, damping, normalize, weighted)]
     if approximate:
-        members = [_candidates(members, method, normalize, k, largest)]
+        if weighted:
+            raise ValueError("an index knows no weights of rows; leave approximate=True out with weighted=True.")
+        members = [_candidates(members, method, normalize, whole_number(k, "k"), largest, group)]
     return top_k_of(members, k, largest, group, batch_rows)
 
 
@@ -373,8 +375,10 @@ def top_k_of(
     return best.found(members, agreement)
 
 
-def _candidates(members: list[Scorer], method: Method, normalize: bool, k: int, largest: bool) -> Scorer:
-    """Return the scorer of the rows that an index finds for the queries."""
+def _candidates(
+    members: list[Scorer], method: Method, normalize: bool, k: int, largest: bool, group: Group | None
+) -> Scorer:
+    """Return the scorer of the rows that an index finds for the queries, and of all others of their examples."""
     from lightning_sketch.store import lance, lance_index  # which need not be installed
 
     train = members[0].train
@@ -386,8 +390,13 @@ def _candidates(members: list[Scorer], method: Method, normalize: bool, k: int, 
     if method == "tracin" or (normalize and not cosine):
         raise ValueError("an index finds the largest products or cosines; leave approximate=True out for this method.")
     vectors = members[0].queries[0].exact if largest else -members[0].queries[0].exact
-    found = lance_index.nearest(train, "cosine" if cosine else "dot", vectors, _LOOKED_FOR * k)
-    return replace(members[0].only(torch.isin(members[0].rows.positions, found)), halves=False)
+    own = cast(lance.LanceRows, members[0].rows.source)  # those at the weights of the queries
+    found = lance_index.nearest(own, "cosine" if cosine else "dot", vectors, _LOOKED_FOR * k)
+    keep = torch.zeros(len(own), dtype=torch.bool)
+    keep[found] = True
+    if group is not None:
+        keep |= torch.isin(members[0].ids, members[0].ids[keep])
+    return replace(members[0].only(keep), halves=False)
 
 
 class _Best:

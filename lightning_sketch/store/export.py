@@ -1,5 +1,6 @@
 """Rows for other tools: pandas, Arrow, NumPy and Parquet files."""
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -40,6 +41,8 @@ def to_arrow(rows: SketchedGradients) -> Any:
         raise ImportError(f"to_arrow() needs pyarrow: {_INSTALL}, or use numpy.asarray(rows).") from error
     half = rows.sketches.dtype == torch.float16
     sketch = rows.sketches.cpu().numpy() if half else np.asarray(rows)
+    if SKETCH in rows.columns:
+        raise ValueError(f"a column has the name {SKETCH!r}, which the sketches have in a table; rename it.")
     plain = {name: pa.array(values) for name, values in _plain(rows.columns).items()}
     return pa.table({**plain, SKETCH: pa.FixedSizeListArray.from_arrays(sketch.reshape(-1), rows.dim)})
 
@@ -57,6 +60,8 @@ class ReadFromDisk(ABC):
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return the sketches as an array, (rows, dim); bfloat16 and float16 are widened to float32."""
+        if copy is False:
+            raise ValueError("rows on a disk are read into memory; leave copy=False out.")
         return self.read().__array__(dtype)
 
     def to_pandas(self) -> Any:
@@ -69,34 +74,49 @@ class ReadFromDisk(ABC):
 
 
 def to_npy(blocks: Iterable[SketchedGradients], columns: Mapping[str, Column], dim: int, folder: Path) -> None:
-    """Write `sketches.npy`, (rows, dim) in float32, and a file per column, with one block in memory at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
-    count = len(columns["step"])
-    for name, column in columns.items():
-        np.save(folder / f"{name}.npy", np.array(column.tolist()) if isinstance(column, Strings) else column.numpy())
-    out = np.lib.format.open_memmap(folder / "sketches.npy", mode="w+", dtype=np.float32, shape=(count, dim))
-    start = 0
-    for block in blocks:
-        out[start : start + len(block)] = np.asarray(block)
-        start += len(block)
-    out.flush()
+    """Write `sketches.npy`, (rows, dim) in float32, and a file per column, with one block in memory at a time.
+
+    They are written beside and renamed when all are whole; those that were there before are removed then.
+    """
+    if wrong := [name for name in columns if name == "sketches" or "/" in name]:
+        raise ValueError(f"columns are files by their names, which {', '.join(wrong)} cannot be; rename them.")
+    with tempfile.TemporaryDirectory(dir=_made(folder), prefix=".part-") as part:
+        count, start = len(columns["step"]), 0
+        for name, column in columns.items():
+            array = np.array(column.tolist()) if isinstance(column, Strings) else column.numpy()
+            np.save(Path(part) / f"{name}.npy", array)
+        path = Path(part) / "sketches.npy"
+        out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=(count, dim))
+        for block in blocks:
+            out[start : start + len(block)] = np.asarray(block)
+            start += len(block)
+        out.flush()
+        for old in folder.glob("*.npy"):
+            old.unlink()
+        for new in Path(part).iterdir():
+            new.replace(folder / new.name)
 
 
 def to_parquet(blocks: Iterable[SketchedGradients], path: Path) -> None:
-    """Write one Parquet file, with the columns of `to_arrow`, and one block in memory at a time."""
+    """Write one Parquet file, with the columns of `to_arrow`, and one block in memory at a time; whole or not there."""
     writer: Any = None
-    try:
+    with tempfile.TemporaryDirectory(dir=_made(path.parent), prefix=".part-") as part:
         for block in blocks:
             table = to_arrow(block)
             if writer is None:
                 from pyarrow import parquet  # type: ignore[import-untyped,unused-ignore]
 
-                path.parent.mkdir(parents=True, exist_ok=True)
-                writer = parquet.ParquetWriter(path, table.schema)
+                writer = parquet.ParquetWriter(Path(part) / path.name, table.schema)
             writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
+        if writer is None:
+            raise ValueError("there are no rows to export.")
+        writer.close()
+        (Path(part) / path.name).replace(path)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def column_of(array: Any, name: str) -> Column:

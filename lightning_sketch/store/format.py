@@ -452,6 +452,8 @@ def narrowed(rows: SketchedGradients, dtype: Dtype) -> SketchedGradients:
         sketches = sketches.where(finite[:, None], 0)
         columns["finite"] = rows.finite.cpu() & finite
     if dtype == "float16":
+        if _SCALE in columns:
+            raise ValueError("a column has the name 'scale', which float16 has for its own; rename it.")
         largest = sketches.abs().amax(1).float()
         scale = largest.where(largest > 0, 1.0)
         columns[_SCALE], sketches = scale, sketches / scale[:, None]
@@ -492,10 +494,11 @@ class Shard(TensorFile):
         if "columns_crc32" in self.header and self.header["columns_crc32"] != checksum(own):
             raise CorruptShard(f"{self.path}: its columns do not match their checksum; restore it from a copy.")
         found: dict[str, Column] = {}
+        scaled = self.spec.dtype == "float16"  # else a column of that name is a user's
         for key, column in own.items():
             if key + _KEYS in own:
                 found[key] = Strings(column, [(own[key + _KEYS], own[key + _TEXTS])])
-            elif key != _SCALE and not key.endswith((_KEYS, _TEXTS)):
+            elif (key != _SCALE or not scaled) and not key.endswith((_KEYS, _TEXTS)):
                 found[key] = column
         manifest = self._manifest or self.snapshot.manifest(self.name.rank, self.name.run)
         if self.name.sequence < manifest.doubted:
@@ -514,8 +517,8 @@ class Shard(TensorFile):
 
     def scaled(self, places: slice | Tensor) -> tuple[Tensor, Tensor | None]:
         """Read the sketches as they are stored, of a slice without a copy, and in float16 the scales of the rows."""
-        scaled = self.snapshot.spec.dtype == "float16"  # else a column of that name is a user's
-        found = [self.tensor(key) for key in ((_SKETCHES, _SCALE) if scaled else (_SKETCHES,))]
+        keys = (_SKETCHES, _SCALE) if self.spec.dtype == "float16" else (_SKETCHES,)
+        found = [self.tensor(key) for key in keys]
         # index_select copies whole rows, indexing copies number by number
         found = [x[places] if isinstance(places, slice) else x.index_select(0, places) for x in found]
         return found[0], found[1] if len(found) > 1 else None

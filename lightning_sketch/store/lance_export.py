@@ -11,7 +11,16 @@ from torch import Tensor
 
 from lightning_sketch.store.export import to_arrow
 from lightning_sketch.store.format import narrowed
-from lightning_sketch.store.lance_format import COMPLETE, PLACE, SCALE, SPEC, import_lance
+from lightning_sketch.store.lance_format import (
+    COMPLETE,
+    PLACE,
+    SCALE,
+    SPEC,
+    check_names,
+    check_types,
+    import_lance,
+    tell_optimizers,
+)
 from lightning_sketch.store.spec import StoreSpec
 
 _ROWS_PER_FRAGMENT = 1 << 18  # which a worker of Ray reads: gigabytes
@@ -37,6 +46,9 @@ def to_lance(
         ValueError: if there is a dataset and `append` is False, or it is of another sketch or program.
     """
     lance = import_lance()
+    if dtype not in (None, "float16", "float32"):
+        raise ValueError(f"dtype={dtype!r} is not known; use 'float16' or 'float32', or leave it out.")
+    check_names(store.rows.columns)
     dataset = _existing(lance, uri, options)
     if dataset is not None and not append:
         raise ValueError(f"{uri} is there; pass append=True to add what is new, or another uri.")
@@ -55,8 +67,12 @@ def to_lance(
         )
     for start in range(0, len(stale), 10_000):
         dataset.delete(f"_rowid IN ({', '.join(map(str, stale[start : start + 10_000]))})")
-    tags = dataset.tags.list()
-    (dataset.tags.update if COMPLETE in tags else dataset.tags.create)(COMPLETE, dataset.version)
+    tell_optimizers(store, dataset)
+    tag = dataset.tags.list().get(COMPLETE)
+    if tag is None:
+        dataset.tags.create(COMPLETE, dataset.version)
+    elif tag["version"] < dataset.version:  # another export may have been faster, whose version has these rows too
+        dataset.tags.update(COMPLETE, dataset.version)
     logging.getLogger("lightning_sketch").info(f"{added} rows added to {uri}, {len(stale)} removed.")
     return added, len(stale)
 
@@ -128,8 +144,6 @@ def _batches(store: Any, mask: Tensor, half: bool, dataset: Any) -> tuple[Iterat
     first = next(tables())
     about = json.dumps({"spec": asdict(store.spec), "optimizers": sorted(store.optimizers)})
     schema = first.schema.with_metadata({SPEC: about}) if dataset is None else dataset.schema
-    if set(first.column_names) != set(schema.names):
-        differ = ", ".join(sorted(set(first.column_names) ^ set(schema.names)))
-        raise ValueError(f"the dataset and the store differ in columns ({differ}); export to another uri.")
+    check_types(first.schema, schema)
     aligned = (table.select(schema.names).cast(schema) for table in tables())
     return (batch for table in aligned for batch in table.to_batches()), schema

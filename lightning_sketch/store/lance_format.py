@@ -1,16 +1,20 @@
 """What a Lance dataset of rows has beside their columns, for those who write and read it."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_sketch._arguments import whole_number
 from lightning_sketch.store.export import SKETCH
 
 # Columns beside those of the rows: the scale of a sketch in float16, and where the row is in its store.
 SCALE, PLACE = "scale", ("file", "place")
+
+_MOST = 1 << 20  # rows of a batch
 
 SPEC, COMPLETE = "lightning_sketch", "complete"  # a key of the metadata, and the tag of the last complete export
 
@@ -46,9 +50,62 @@ def complete_version(uri: str, storage_options: Mapping[str, str] | None) -> int
     return int(tags[COMPLETE]["version"])
 
 
+def columns_of(dataset: Any, **options: Any) -> Any:
+    """Read the columns of the rows as a table of Arrow."""
+    names = [name for name in dataset.schema.names if name not in (SKETCH, SCALE, *PLACE)]
+    return dataset.to_table(columns=names, **options)
+
+
 def sketches_of(batch: Any, kept: np.ndarray, dim: int) -> Tensor:
     """Return some sketches of a batch of Arrow, (rows, dim), in float32."""
     found = torch.from_numpy(batch[SKETCH].flatten().to_numpy().reshape(-1, dim)[kept])
     if SCALE not in batch.schema.names:
         return found
     return found.float() * torch.from_numpy(batch[SCALE].to_numpy()[kept])[:, None]
+
+
+def batches_of(
+    dataset: Any, ids: np.ndarray, condition: str | None, batch_rows: int
+) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield batches of Arrow with sketches, and which of their rows have one of the ids, which are in rising order."""
+    numbers = np.unique(ids >> 32).tolist()
+    options = {
+        "columns": [name for name in (SKETCH, SCALE) if name in dataset.schema.names],
+        "fragments": [dataset.get_fragment(number) for number in numbers],
+        "batch_size": min(whole_number(batch_rows, "batch_rows"), _MOST),
+        "filter": condition,
+    }
+    for batch in dataset.scanner(**options, scan_in_order=True, with_row_id=True).to_batches() if numbers else ():
+        own = batch["_rowid"].to_numpy().astype(np.int64)
+        if len(own):
+            first, last = np.searchsorted(ids, own[0]), np.searchsorted(ids, own[-1], side="right")
+            kept = np.isin(own, ids[first:last], kind="sort")
+            if kept.any():
+                yield batch, kept
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse columns that Lance, or this format, has another use for."""
+    reserved = [n for n in names if n in (SKETCH, SCALE, *PLACE) or n.startswith("_") or set(n) & set("./`")]
+    if reserved:
+        raise ValueError(
+            f"a Lance dataset cannot have the columns {', '.join(reserved)}: names with '.', '/' or '`', those that "
+            f"begin with '_', and {', '.join((SKETCH, SCALE, *PLACE))} are taken; rename them."
+        )
+
+
+def check_types(own: Any, there: Any) -> None:
+    """Refuse columns that a dataset does not have, or has with other types, to which Lance would convert them."""
+    mine, its = ({field.name: str(field.type) for field in schema if field.name != SKETCH} for schema in (own, there))
+    differ = [name for name in sorted({*mine, *its}) if mine.get(name) != its.get(name)]
+    if differ:
+        named = "; ".join(f"{name}: {its.get(name, 'none')}, {mine.get(name, 'none')}" for name in differ)
+        raise ValueError(f"the dataset and the store differ in columns ({named}); export to another uri.")
+
+
+def tell_optimizers(store: Any, dataset: Any) -> None:
+    """Add the optimizers of a store's rows to what a dataset says of its own."""
+    about = json.loads(dataset.schema.metadata[SPEC.encode()])
+    if extra := store.optimizers - set(about["optimizers"]):
+        about["optimizers"] = sorted({*about["optimizers"], *extra})
+        dataset.update_schema_metadata({SPEC: json.dumps(about)})

@@ -233,8 +233,13 @@ class SketchedGradients:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Return the sketches as an array; bfloat16 and float16 are widened to float32."""
-        wide = self.sketches.float() if self.sketches.dtype.itemsize < 4 else self.sketches
-        return wide.detach().cpu().numpy().astype(dtype or wide.cpu().numpy().dtype, copy=False)
+        own = self.sketches.detach().cpu()
+        wide = (own.float() if own.dtype.itemsize < 4 else own).numpy()
+        found = wide.astype(dtype or wide.dtype, copy=False)
+        shared = found is wide and own.data_ptr() == self.sketches.data_ptr() and own.dtype.itemsize >= 4
+        if copy is False and not shared:
+            raise ValueError(f"the sketches in {self.sketches.dtype} need a copy; leave copy=False out.")
+        return found.copy() if copy and shared else found
 
     def __getattr__(self, name: str) -> Any:
         columns = self.__dict__.get("columns", {})

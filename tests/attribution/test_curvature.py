@@ -13,6 +13,7 @@ from lightning_sketch.autodiff.layout import Layout
 from lightning_sketch.autodiff.losses import OUTPUT_LOSSES, CrossEntropy
 from lightning_sketch.autodiff.output_roots import Draws
 from lightning_sketch.operators import BlockSRHT
+from lightning_sketch.store import SketchedGradients
 
 LOSSES = {
     "cross_entropy": lambda z, y: F.cross_entropy(z, y.long()),
@@ -303,3 +304,27 @@ def test_one_place_says_which_tokens_count(last):
     )
     for other in others:
         assert torch.equal(other, expected)
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-20, 1e40])
+def test_a_curvature_in_float32_is_right_for_rows_of_any_size(size):
+    """Rows in float64 are divided by their size before they are narrowed: errors of 1e-6, those of float32 sums."""
+    draw = torch.Generator().manual_seed(0)
+    table = SketchedGradients(torch.randn(100, 16, generator=draw, dtype=torch.float64) * size, BlockSRHT(99, 16))
+    single, double = row_curvature(table, "fisher", single=True), row_curvature(table, "fisher")
+    torch.testing.assert_close(single.dense() / size**2, double.dense() / size**2, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_does_not_change_a_curvature():
+    draw = torch.Generator().manual_seed(0)
+    table = SketchedGradients(torch.randn(100, 16, generator=draw), BlockSRHT(99, 16))
+    expected = row_curvature(table, "fisher", single=True).dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(row_curvature(table, "fisher", single=True).dense(), expected)
+
+
+def test_no_examples_add_nothing():
+    total = CurvatureSum(4, single=True)
+    total.add(torch.zeros(0, 1, 4))
+    total.add(torch.eye(4)[:, None])
+    torch.testing.assert_close(total.curvature("fisher").dense(), torch.eye(4).double() / 4)

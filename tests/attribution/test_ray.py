@@ -97,7 +97,9 @@ def test_errors_are_those_of_one_process(tmp_path):
         ray_scores(QUERIES, store, method="dots")
     with pytest.raises(ValueError, match="k >= 1"):
         ray_top_k(QUERIES, store, 0)
-    with pytest.raises(ValueError, match="was not found"):
+    with pytest.raises(ValueError, match="workers read files"):
+        ray_top_k(QUERIES, examples(range(5)))
+    with pytest.raises(FileNotFoundError, match="has no Lance dataset"):
         ray_top_k(QUERIES, tmp_path / "nothing")
 
 
@@ -125,3 +127,11 @@ def test_the_readme(tmp_path):
     exec(block.replace("s3://bucket", str(tmp_path)).replace("best = ray_", "all_best = ray_"), own)
     assert torch.equal(own["best"].example_ids, top_k(QUERIES, store.where(source="wiki"), k=10).example_ids)
     assert torch.equal(own["all_best"].example_ids, top_k(QUERIES, store, k=10).example_ids)
+
+
+def test_workers_warn_of_odd_rows(tmp_path):
+    rows = examples(range(60))
+    rows.sketches[::3] = 0
+    store = put(tmp_path / "store", rows)
+    with pytest.warns(UserWarning, match="20 of 60 rows that were scored are zero"):
+        ray_top_k(QUERIES, store)

@@ -219,7 +219,7 @@ def test_what_does_not_fit_is_refused(tmp_path, uri):
     with pytest.raises(ValueError, match="export to another uri"):
         GradientStore.open(tmp_path / "other").export("lance", uri, append=True)
     more = put(tmp_path / "store", examples([999], seed=1, another=torch.tensor([1])))
-    with pytest.raises(ValueError, match="differ in columns \\(another\\)"):
+    with pytest.raises(ValueError, match="differ in columns \\(another: none, int64\\)"):
         more.export("lance", uri, append=True)
     import pyarrow as pa
 
@@ -312,3 +312,147 @@ def test_rows_leave_for_numpy_arrow_and_pandas(uri, tmp_path, dtype):
     found, expected = rows.where(source="wiki").to_arrow(), kept.to_arrow()
     assert found.schema == expected.schema
     assert str(found.to_pydict()) == str(expected.to_pydict())  # as text, in which NaN is equal to NaN
+
+
+def test_many_fragments_of_many_rows_are_read_in_linear_time(uri, tmp_path, monkeypatch):
+    """A batch is compared with the ids around it alone, not with all ids."""
+    monkeypatch.setattr("lightning_sketch.store.lance_export._ROWS_PER_FRAGMENT", 100)
+    store = a_store(tmp_path / "store")
+    store.export("lance", uri)
+    compared, isin = [], np.isin
+
+    def counted(own, ids, **options):
+        compared.append(len(ids))
+        return isin(own, ids, **options)
+
+    monkeypatch.setattr(np, "isin", counted)
+    rows = LanceRows(uri)
+    assert len(rows.dataset.get_fragments()) == 4
+    torch.testing.assert_close(scores(QUERIES, rows), scores(QUERIES, store))
+    assert sum(compared) == len(store)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-6])
+def test_the_recall_that_is_printed_is_that_of_the_answers(uri, tmp_path, size, capsys):
+    """Also of rows so small that Lance's own distances, which are differences from 1, are all alike."""
+    rows = examples(range(2000))
+    small = SketchedGradients(rows.sketches * size, SKETCH, rows.columns)
+    put(tmp_path / "store", small, dtype="float32").export("lance", uri)
+    queries = SketchedGradients(QUERIES.sketches * size, SKETCH, QUERIES.columns)
+    indexed, recall = build_index(LanceRows(uri), partitions=1, queries=queries)
+    vectors = queries.sketches.double() @ small.sketches.double().T
+    best = vectors.topk(10).indices
+    direct = [
+        table["example_id"].to_pylist()
+        for query in queries.sketches.numpy()
+        for table in [
+            indexed.dataset.to_table(["example_id"], nearest={"column": "sketch", "q": query, "k": 10, "metric": "dot"})
+        ]
+    ]
+    shares = [len(set(a) & set(b)) / 10 for a, b in zip(direct, best.tolist(), strict=True)]
+    assert recall == pytest.approx(np.mean(shares))
+    assert ("IVF_FLAT" in capsys.readouterr().out.split(";", 1)[1]) == (recall < 0.9)
+
+
+def test_an_index_answers_for_whole_examples_and_refuses_weights(uri, tmp_path):
+    parts = examples([i // 2 for i in range(400)], part=torch.arange(400) % 2)
+    store = put(tmp_path / "store", parts)
+    store.export("lance", uri)
+    rows, _ = build_index(LanceRows(uri), index="IVF_FLAT", partitions=1)
+    exact = scores(QUERIES, store, group="example_id")
+    found = top_k(QUERIES, rows, 3, approximate=True)
+    torch.testing.assert_close(found.scores, exact.gather(1, found.example_ids))
+    with pytest.raises(ValueError, match="knows no weights"):
+        top_k(QUERIES, rows, 3, approximate=True, weighted=True)
+    assert top_k(QUERIES, rows, 10**9, approximate=True, group=None).scores.shape == (4, 400)
+
+
+def test_an_index_finds_the_best_of_what_was_selected(uri, tmp_path):
+    """Rows of other weights, or that a mask leaves out, do not take the places."""
+    large = examples(range(200), seed=1, fingerprint=8)
+    large = SketchedGradients(100 * large.sketches, SKETCH, large.columns)
+    store = put(tmp_path / "store", examples(range(400)), large, dtype="float32")
+    store.export("lance", uri)
+    rows, _ = build_index(LanceRows(uri), index="IVF_FLAT", partitions=1)
+    few = torch.zeros(600, dtype=torch.bool)
+    few[5:400:20] = True
+    for chosen, same in ((rows, store), (rows.where(few), store.where(few))):
+        found, best = top_k(QUERIES, chosen, 5, approximate=True), top_k(QUERIES, same, 5)
+        assert torch.equal(found.example_ids, best.example_ids)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"index": "IVF_PQ"}, "256 rows or more"),
+        ({"index": "HNSW"}, "use one of"),
+        ({"metric": "l2"}, "use one of"),
+        ({"partitions": 0}, "partitions >= 1"),
+        ({"k": 0}, "k >= 1"),
+    ],
+    ids=str,
+)
+def test_an_index_that_cannot_be_built_leaves_the_one_there_is(uri, tmp_path, options, words, untyped):
+    put(tmp_path / "store", examples(range(100))).export("lance", uri)
+    rows, _ = build_index(LanceRows(uri), index="IVF_FLAT", partitions=1)
+    with pytest.raises(ValueError, match=words):
+        build_index(rows, **options)
+    assert len(top_k(QUERIES, LanceRows(uri), 3, approximate=True).example_ids) == 4
+
+
+def test_columns_of_other_types_are_refused(uri, tmp_path):
+    """Where Lance would convert, "7" and "007" became one example, and rows without an id an example "-1"."""
+    put(tmp_path / "numbers", examples(range(5))).export("lance", uri)
+    named = examples(range(3))
+    named = SketchedGradients(named.sketches, SKETCH, {**named.columns, "example_id": ["7", "8", "007"]})
+    with pytest.raises(ValueError, match="example_id: int64, string"):
+        put(tmp_path / "names", named).export("lance", uri, append=True)
+    assert LanceRows(uri).metadata()["example_id"].tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("name", ["sketch", "scale", "file", "place", "a.b", "_rowid", "a`b"])
+def test_columns_that_have_another_use_are_refused(uri, tmp_path, name):
+    store = put(tmp_path / "store", examples(range(5), **{name: torch.arange(5)}))
+    with pytest.raises(ValueError, match="cannot have the columns"):
+        store.export("lance", uri)
+
+
+def test_a_column_of_ones_own_with_the_name_scale_scales_nothing(tmp_path):
+    rows = examples(range(40), scale=torch.full((40,), 3.0))
+    store = put(tmp_path / "store", rows, dtype="float32")
+    assert torch.equal(store.read().sketches, rows.sketches)
+
+
+def test_an_export_never_hides_what_another_has_completed(uri, tmp_path, monkeypatch):
+    """B begins and ends between A's writing and A's tag: the later version has the rows of both."""
+    one, two = put(tmp_path / "a", examples(range(10))), put(tmp_path / "b", examples(range(100, 110), seed=1))
+    one.export("lance", uri)
+    one = put(tmp_path / "a", examples(range(10, 20), seed=2))
+    write = lance.write_dataset
+
+    def between(*arguments, **options):
+        monkeypatch.setattr(lance, "write_dataset", write)
+        written = write(*arguments, **options)
+        two.export("lance", uri, append=True)
+        return written
+
+    monkeypatch.setattr(lance, "write_dataset", between)
+    one.export("lance", uri, append=True)
+    assert sorted(LanceRows(uri).metadata()["example_id"].tolist()) == [*range(20), *range(100, 110)]
+
+
+def test_the_optimizers_are_those_of_all_exports(uri, tmp_path):
+    put(tmp_path / "a", examples(range(3), stage="fit"), stage="fit", optimizer="SGD").export("lance", uri)
+    put(tmp_path / "b", examples(range(3), stage="fit"), stage="fit", optimizer="AdamW").export(
+        "lance", uri, append=True
+    )
+    assert LanceRows(uri).optimizers == {"SGD", "AdamW"}
+
+
+def test_an_iterator_selects_before_columns_were_read(uri, tmp_path):
+    put(tmp_path / "store", examples(range(40))).export("lance", uri)
+    assert len(LanceRows(uri).where(example_id=(i for i in (3, 5)))) == 2
+    empty = LanceRows(uri).where(source="nowhere")
+    assert empty.read().columns.keys() == LanceRows(uri).read().columns.keys()
+    with pytest.raises(ValueError, match="batch_rows >= 1"):
+        next(LanceRows(uri).blocks(0))

@@ -803,3 +803,31 @@ def test_a_file_in_place_of_the_folder_is_named(tmp_path, untyped):
         GradientStore.open(tmp_path / "last.ckpt")
     with pytest.raises(ValueError, match=r"takes the folder of a store, such as writer\.dirpath, got a int"):
         GradientStore.open(3)
+
+
+def test_arrays_are_copies_where_numpy_asks_for_them(tmp_path):
+    held = rows([1, 2])
+    copied = np.array(held)
+    copied[:] = 0
+    assert (held.sketches != 0).any()
+    assert np.shares_memory(np.asarray(held), held.sketches.numpy())
+    store = written(tmp_path / "store", held)
+    with pytest.raises(ValueError, match="copy"):
+        store.__array__(copy=False)
+    with pytest.raises(ValueError, match="copy"):
+        SketchedGradients(held.sketches.bfloat16(), SKETCH).__array__(copy=False)
+
+
+@pytest.mark.parametrize("kind", ["npy", "parquet"])
+def test_an_export_that_fails_leaves_what_was_there(tmp_path, kind):
+    store = written(tmp_path / "store", rows([1]))
+    store = written(tmp_path / "store", rows([2]), stage="test")
+    path = tmp_path / ("out" if kind == "npy" else "out.parquet")
+    store.export(kind, path)
+    before = {file: file.read_bytes() for file in ([path] if path.is_file() else sorted(path.iterdir()))}
+    last = sorted((tmp_path / "store").rglob("*.safetensors"))[-1]
+    last.write_bytes(bytes([*last.read_bytes()[:-3], 255, 0, 255]))
+    with pytest.raises(CorruptFile):
+        GradientStore.open(tmp_path / "store").export(kind, path)
+    assert {file: file.read_bytes() for file in before} == before
+    assert not list(tmp_path.rglob(".part-*"))
