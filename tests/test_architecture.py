@@ -20,6 +20,7 @@ FLOORS = [
     {"curvature", "attribution", "subspace", "metrics"},
     {"callbacks"},
     {"cli", "testing"},
+    {"__main__"},
 ]
 HEIGHT = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LIGHTNING = {"pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities"}
