@@ -267,8 +267,8 @@ class SketchedGradients:
         found = self.columns["fingerprint"].unique().tolist()
         if len(found) > 1:
             raise ValueError(
-                f"the rows were taken at {len(found)} different weights; choose with .where(stage=...) "
-                "or .where(fingerprint=...)."
+                f"the rows were taken at {len(found)} different weights; choose with .where(stage=...), "
+                ".where(step=...) or .where(fingerprint=...)."
             )
         return found[0] if found else 0
 
