@@ -1,7 +1,7 @@
 """A store of sketched gradients with the functions of `attribution` as methods."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -403,7 +403,7 @@ class GradientStore(RowStore):
         path: str | Path,
         queries: SketchedGradients,
         *,
-        train: Sequence[Any] | Mapping[Any, Any] | None = None,
+        train: Any = None,
         queries_of: Sequence[Any] | None = None,
         k: int = 10,
         method: Method = "dot",
@@ -418,7 +418,8 @@ class GradientStore(RowStore):
         Args:
             path: The file, which is replaced.
             queries: The rows of the queries.
-            train: The training examples by their ids: texts, images, or anything else, whose `str` is shown.
+            train: The training examples by their ids, as a list, a dict or a data set: texts, images, or anything else,
+                whose `str` is shown.
             queries_of: The same of the queries; for queries by token the tokens of each text, as strings.
             k: The number of examples on each side.
             method: As in `top_k`, as are `curvature`, `damping` and `weighted`.

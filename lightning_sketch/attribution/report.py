@@ -25,7 +25,7 @@ def report(
     queries: SketchedGradients,
     store: RowSource,
     *,
-    train: Sequence[Any] | Mapping[Any, Any] | None = None,
+    train: Any = None,
     queries_of: Sequence[Any] | None = None,
     k: int = 10,
     method: Method = "dot",
@@ -44,9 +44,9 @@ def report(
         path: The file, which is replaced.
         queries: The rows of the queries.
         store: The rows of the training examples.
-        train: The training examples by their ids: texts, images (arrays or tensors of (height, width) or with 1, 3 or
-            4 channels first or last, whole numbers from 0 to 255 or others from 0 to 1, or PIL's), or anything else,
-            whose `str` is shown. Only ids are shown if None.
+        train: The training examples by their ids, as a list, a dict or a data set: texts, images (arrays or tensors of
+            (height, width), or with 1, 3 or 4 channels first or last, whole numbers from 0 to 255 or others from 0 to
+            1, or PIL's), or anything else, whose `str` is shown. Only ids are shown if None.
         queries_of: The same of the queries, in their order; for queries by token the tokens of each text, as strings.
         k: The number of examples on each side.
         method: As in `top_k`, as are `curvature`, `damping` and `weighted`.
