@@ -178,7 +178,7 @@ def a_users_own():
     ("imported", "names"),
     [
         ("SpectrumMonitor", ["monitor"]),
-        ("GradientSketchWriter", ["helped", "suspect"]),
+        ("GradientSketchWriter", ["helped"]),
         ("SubspaceModule", ["plain"]),
         pytest.param("IntrinsicDimensionTuner", ["result", "bound"], marks=pytest.mark.slow),
         ("BlockSRHT", ["sketch"]),

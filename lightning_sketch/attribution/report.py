@@ -57,7 +57,8 @@ def report(
         title: The title of the page.
 
     Raises:
-        ValueError: as `top_k`; if `queries_of` has another length than there are queries.
+        ValueError: as `top_k`; if `queries_of` has another length than there are queries; if rows have no ids, and
+            `train` is given.
         KeyError: if `train` lacks an example.
 
     Cost: twice that of `top_k`; the file has the shown examples once each.
@@ -69,7 +70,7 @@ def report(
     options: dict[str, Any] = {"method": method, "curvature": curvature, "damping": damping}
     options |= {"normalize": normalize, "weighted": weighted}
     data = answers(queries, store, k, train, queries_of, options)
-    how = f"{method}{', relative' if normalize else ''}"
+    how = f"{method}{', relative (divided by lengths)' if normalize else ''}"
     about = f"{len(store):,} rows, {how}. A positive score: without the example the loss of the query would rise."
     text = json.dumps({"title": title, "about": about, **data}, allow_nan=False).replace("<", "\\u003c")
     found = Path(path)
@@ -92,6 +93,10 @@ def answers(
     if queries_of is not None and len(queries_of) != len(groups):
         raise ValueError(f"queries_of has {len(queries_of)} entries for {len(groups)} queries; pass one for each.")
     found = [_query(n, rows, columns, (helped, hurt), queries_of, by_token) for n, rows in enumerate(groups.values())]
+    if train is not None and helped.unit != "example":
+        raise ValueError(
+            "the rows have no example ids, so that train cannot be shown; load the data as IndexedDataset."
+        )
     ids = {str(id): id for both in (helped, hurt) for row in _lists(both.example_ids) for id in row}
     return {"unit": helped.unit, "queries": found, "examples": _examples(ids, store, train, helped.unit)}
 

@@ -73,7 +73,7 @@ def stability_edge(
     >>> round(stability_edge(torch.optim.Adam(module.parameters(), lr=0.1)).edge, 6)
     380.0
     >>> stability_edge(torch.optim.Adam(module.parameters(), lr=0.1), preconditioned=False).reason
-    "that of Adam is one of P^-1/2 H P^-1/2 (preconditioner='optimizer')"
+    "Adam divides its steps by a diagonal; pass preconditioner='optimizer'"
     """
     pairs = with_optimizers(optimizers, groups)
     name = " and ".join(dict.fromkeys(type(one).__name__ for one, _ in pairs))
@@ -151,7 +151,7 @@ def _check_plain(optimizers: Sequence[torch.optim.Optimizer], rates: set[float])
     """Raise if an edge is none of H itself."""
     adaptive = next((one for one in optimizers if type(one) in (*_PLAIN, *_MEANS, torch.optim.NAdam)[1:]), None)
     if adaptive is not None:
-        raise _Unknown(f"that of {type(adaptive).__name__} is one of P^-1/2 H P^-1/2 (preconditioner='optimizer')")
+        raise _Unknown(f"{type(adaptive).__name__} divides its steps by a diagonal; pass preconditioner='optimizer'")
     if len(rates) > 1:
         raise _Unknown("param groups have different learning rates (preconditioner='optimizer' has them in P)")
 

@@ -40,7 +40,7 @@ def train_w(
     if weight_decay is None and any(group.get("weight_decay") for group in chosen):
         INFO_CACHE.info(
             "weight decay on w would pull the weights back to their initial values, so it is off; pass "
-            "weight_decay=... to switch it on."
+            "weight_decay=... to the wrapper to switch it on."
         )
     decay = 0.0 if weight_decay is None else weight_decay
     taken = {id(tensor) for tensor in [*weights.values(), *w]}

@@ -367,9 +367,11 @@ def _besides_numbers(sub: Any, choices: int, others: Others) -> dict[str, float]
     refused = {"refuse": [*outside, *buffers], "fixed": outside, "price": []}[others]
     if refused:
         names = ", ".join(name.removeprefix("module.") for name in refused[:_SHOWN])
+        counts = {"parameters outside of the subspace": len(outside), "buffers": len(buffers)}
+        what = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
         raise ValueError(
-            f"{len(outside)} parameters outside of the subspace and {len(buffers)} buffers may depend on the data, and "
-            f"w does not describe them: {names}{', ...' if len(refused) > _SHOWN else ''}. Use a module without them "
+            f"{what} may depend on the data, and w does not describe them: {names}"
+            f"{', ...' if len(refused) > _SHOWN else ''}. Use a module without them "
             "(GroupNorm in place of BatchNorm, no head trained in full), add their bits by others='price', or, for "
             "buffers that were fixed before the data were seen, say others='fixed'."
         )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor, nn
 
 from lightning_sketch import plots
 from lightning_sketch._files import read_document, write_document
@@ -206,6 +207,8 @@ class IntrinsicDimensionResult:
         delta: float = 0.05,
         *,
         levels: Sequence[int] = (9, 15, 25),
+        predict_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
         others: Literal["refuse", "price", "fixed"] = "refuse",
         model: LightningModule | None = None,
     ) -> GeneralizationBound:
@@ -217,13 +220,17 @@ class IntrinsicDimensionResult:
             data: The examples that were trained on, as in `generalization_bound`, whose conditions and cost apply.
             delta: The probability that the bound fails.
             levels: The numbers of values to round w to.
+            predict_fn: Returns from the module and a batch whether each example is right, (examples,), where batches
+                are not (input, label), as those of Hugging Face.
+            loss_fn: Returns from the module and a batch the loss, for such batches.
             others: What to do with buffers and parameters outside of the subspace.
             model: As in `best`.
 
         Raises:
             ValueError: If there is no best run, or a condition is seen to fail.
         """
-        return generalization_bound(self.best(model), data, levels=levels, delta=delta, others=others)
+        options: dict[str, Any] = {"levels": levels, "delta": delta, "others": others}
+        return generalization_bound(self.best(model), data, predict_fn=predict_fn, loss_fn=loss_fn, **options)
 
     def save(self, path: str | Path) -> None:
         """Write the result to a JSON file, whole or not at all."""

@@ -257,7 +257,8 @@ def _target(full: float, start: float, monitor: str, mode: Mode, threshold: floa
     if reaches(start, aim, mode) or not reaches(full, aim, mode):
         raise MisconfigurationException(
             f"{monitor} is {start:.4g} before training and {full:.4g} after full training, so nothing has to be "
-            f"learned with mode={mode!r} and threshold={threshold}; is it the other mode?"
+            f"learned with mode={mode!r} and threshold={threshold}; is it the other mode? Pass "
+            f"mode={'min' if mode == 'max' else 'max'!r}."
         )
     return aim
 

@@ -127,8 +127,8 @@ def test_of_adam_without_preconditioner_the_edge_is_missing_and_said():
     assert metrics["hessian/sharpness_lr"].isnan()
     assert watch.history[-1].critical.factor > 0
     assert (
-        "no edge is known (Adam, different learning rates), since that of Adam is one of P^-1/2 H P^-1/2"
-        in watch.history[-1].verdict
+        "no edge is known (Adam, different learning rates), since Adam divides its steps by a diagonal; "
+        "pass preconditioner='optimizer'" in watch.history[-1].verdict
     )
 
 

@@ -74,8 +74,9 @@ class SpectrumMonitor(CallbackBase):
     with `auto_insert_metric_name=False`, or the slash in the inserted name makes a folder.
 
     Training is unaffected: the final weights are the same, bit for bit, with and without the monitor.
-    A measurement costs at most 1.25 `num_matvecs` + 32 `density_probes` + 3 products over `num_batches` batches, each
-    about three gradients, and memory for about six vectors of the parameters' size. Its actual cost is printed.
+    A measurement costs at most `num_matvecs` products over `num_batches` batches, a quarter as many (at least 8) to
+    search for copies of eigenvalues, 3 as a check, and 32 for each of `density_probes`, each about three gradients; and
+    memory for about six vectors of the parameters' size. Its actual cost is printed.
 
     Under DDP each rank has its own batches, and products are averaged over the ranks. Under ModelParallelStrategy
     (FSDP2, tensor parallel) vectors stay sharded as the parameters are, and products are differences of gradients in
