@@ -67,21 +67,26 @@ def sketches_of(batch: Any, kept: np.ndarray, dim: int) -> Tensor:
 def batches_of(
     dataset: Any, ids: np.ndarray, condition: str | None, batch_rows: int
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield batches of Arrow with sketches, and which of their rows have one of the ids, which are in rising order."""
-    numbers = np.unique(ids >> 32).tolist()
+    """Yield batches of Arrow with sketches, and which of their rows have one of the ids, in the order of these.
+
+    Ids rise within a fragment, and fragments have any order once Lance has compacted them.
+    """
     options = {
         "columns": [name for name in (SKETCH, SCALE) if name in dataset.schema.names],
-        "fragments": [dataset.get_fragment(number) for number in numbers],
         "batch_size": min(whole_number(batch_rows, "batch_rows"), _MOST),
         "filter": condition,
     }
-    for batch in dataset.scanner(**options, scan_in_order=True, with_row_id=True).to_batches() if numbers else ():
-        own = batch["_rowid"].to_numpy().astype(np.int64)
-        if len(own):
-            first, last = np.searchsorted(ids, own[0]), np.searchsorted(ids, own[-1], side="right")
-            kept = np.isin(own, ids[first:last], kind="sort")
-            if kept.any():
-                yield batch, kept
+    (jumps,) = np.nonzero(np.diff(ids >> 32))
+    for part in np.split(ids, jumps + 1) if len(ids) else ():
+        fragment = dataset.get_fragment(int(part[0]) >> 32)
+        scanner = dataset.scanner(**options, fragments=[fragment], scan_in_order=True, with_row_id=True)
+        for batch in scanner.to_batches():
+            own = batch["_rowid"].to_numpy().astype(np.int64)
+            if len(own):
+                first, last = np.searchsorted(part, own[0]), np.searchsorted(part, own[-1], side="right")
+                kept = np.isin(own, part[first:last], kind="sort")
+                if kept.any():
+                    yield batch, kept
 
 
 def check_names(names: Iterable[str]) -> None:

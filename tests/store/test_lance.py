@@ -456,3 +456,15 @@ def test_an_iterator_selects_before_columns_were_read(uri, tmp_path):
     assert empty.read().columns.keys() == LanceRows(uri).read().columns.keys()
     with pytest.raises(ValueError, match="batch_rows >= 1"):
         next(LanceRows(uri).blocks(0))
+
+
+def test_fragments_that_lance_has_compacted_keep_each_sketch_with_its_columns(uri, tmp_path):
+    for run in range(4):
+        store = put(tmp_path / "store", examples(range(run * 50, run * 50 + 50), seed=run))
+        store.export("lance", uri, append=run > 0)
+        if run == 2:
+            lance.dataset(uri).optimize.compact_files(target_rows_per_fragment=100)
+    found, expected = LanceRows(uri).read(), store.read()
+    order = found.example_id.argsort()
+    assert torch.equal(found.example_id[order], expected.example_id)
+    assert torch.equal(found.sketches[order], expected.sketches.float())
