@@ -9,6 +9,7 @@ from lightning_sketch.attribution.indexed_dataset import Indexed, IndexedDataset
 from lightning_sketch.attribution.preconditioner import Preconditioner
 from lightning_sketch.attribution.ray import ray_scores, ray_top_k
 from lightning_sketch.attribution.report import report
+from lightning_sketch.attribution.report_table import report_table
 from lightning_sketch.attribution.row_curvature import row_curvature
 from lightning_sketch.attribution.scores import TopK, reliability, scored_rows, scores, together, top_k
 from lightning_sketch.attribution.self_influence import SelfInfluence, self_influence
@@ -54,6 +55,7 @@ __all__ = [
     "read_shard",
     "reliability",
     "report",
+    "report_table",
     "row_curvature",
     "scored_rows",
     "scores",

@@ -2,12 +2,14 @@
 
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_sketch.store.sketched_gradients import (
@@ -22,6 +24,8 @@ from lightning_sketch.store.sketched_gradients import (
 
 _INSTALL = "pip install 'lightning-sketch[tables]'"
 SKETCH = "sketch"  # the column of sketches
+NEIGHBORS = "neighbors"  # the column of the nearest rows
+Blocks = Callable[[], Iterable[SketchedGradients]]  # reads all rows anew, block by block
 
 
 def to_pandas(columns: Mapping[str, Column]) -> Any:
@@ -97,12 +101,21 @@ def to_npy(blocks: Iterable[SketchedGradients], columns: Mapping[str, Column], d
             new.replace(folder / new.name)
 
 
-def to_parquet(blocks: Iterable[SketchedGradients], path: Path) -> None:
-    """Write one Parquet file, with the columns of `to_arrow`, and one block in memory at a time; whole or not there."""
+def to_parquet(blocks: Blocks, path: Path, neighbors: int | None = None) -> None:
+    """Write one Parquet file, with the columns of `to_arrow`, and one block in memory at a time; whole or not there.
+
+    With `neighbors` each row names that many nearest rows too, and two blocks are in memory at a time.
+    """
     writer: Any = None
     with tempfile.TemporaryDirectory(dir=_made(path.parent), prefix=".part-") as part:
-        for block in blocks:
+        start = 0
+        for block in blocks():
             table = to_arrow(block)
+            if neighbors is not None:
+                if NEIGHBORS in table.column_names:
+                    raise ValueError(f"a column has the name {NEIGHBORS!r}, which neighbors= writes; rename it.")
+                table = table.append_column(NEIGHBORS, _nearest(block, start, blocks, neighbors))
+                start += len(block)
             if writer is None:
                 from pyarrow import parquet  # type: ignore[import-untyped,unused-ignore]
 
@@ -112,6 +125,39 @@ def to_parquet(blocks: Iterable[SketchedGradients], path: Path) -> None:
             raise ValueError("there are no rows to export.")
         writer.close()
         (Path(part) / path.name).replace(path)
+
+
+def _nearest(own: SketchedGradients, start: int, blocks: Blocks, k: int) -> Any:
+    """Return for each row the k rows of the largest cosines, itself first, in the form of embedding-atlas.
+
+    This is a dictionary of ids, which count rows from zero, and of distances, 1 - cosine; a row of zeros or NaN has
+    the distance 1 to all others.
+    """
+    import pyarrow as pa
+
+    directions, first = _directions(own), 0
+    places = torch.arange(len(own))
+    cosines, ids = torch.zeros(len(own), 0), torch.zeros(len(own), 0, dtype=torch.int64)
+    for block in blocks():
+        found = directions @ _directions(block).T
+        itself = start + places - first
+        inside = (itself >= 0) & (itself < len(block))
+        found[places[inside], itself[inside]] = torch.inf
+        cosines = torch.cat([cosines, found], 1)
+        ids = torch.cat([ids, torch.arange(first, first + len(block)).expand(len(own), -1)], 1)
+        cosines, best = cosines.topk(min(k, cosines.shape[1]), 1)
+        ids, first = ids.gather(1, best), first + len(block)
+    distances = (1 - cosines).clamp(min=0)
+    columns = {"ids": ids, "distances": distances}
+    lists = [pa.FixedSizeListArray.from_arrays(c.flatten().numpy(), c.shape[1]) for c in columns.values()]
+    return pa.StructArray.from_arrays(lists, list(columns))
+
+
+def _directions(rows: SketchedGradients) -> Tensor:
+    """Return rows of length one, whatever their sizes, and zeros for those of zeros or NaN."""
+    sketches = torch.from_numpy(np.asarray(rows))
+    largest = sketches.abs().amax(1, keepdim=True)
+    return normalize(torch.where(largest.isfinite() & (largest > 0), sketches / largest, 0.0), dim=1)
 
 
 def _made(folder: Path) -> Path:

@@ -384,6 +384,7 @@ class RowStore(export.ReadFromDisk):
         path: str | Path,
         *,
         append: bool = False,
+        neighbors: int | None = None,
         dtype: Literal["float16", "float32"] | None = None,
         storage_options: Mapping[str, str] | None = None,
     ) -> None:
@@ -396,6 +397,9 @@ class RowStore(export.ReadFromDisk):
             append: Whether the Lance dataset may be there: rows that it lacks are added, and those that are not visible
                 in the store any more are removed; those that `where` has left out stay. Every row is there once,
                 whenever an export was killed.
+            neighbors: How many rows of the largest cosines each row of a Parquet file names in a column `neighbors`, as
+                `embedding-atlas rows.parquet --vector sketch --neighbors neighbors` reads them: `ids`, which count rows
+                from zero, its own first, and `distances`, 1 - cosine. Costs a product of all rows with all rows.
             dtype: Type of the sketches of a new Lance dataset: "float16", with a scale per row, if the store has that,
                 else "float32", which is exact.
             storage_options: Keys of the object store, as Lance takes them.
@@ -408,12 +412,16 @@ class RowStore(export.ReadFromDisk):
         """
         if kind not in ("npy", "parquet", "lance"):
             raise ValueError(f"export({kind!r}) is not known; use 'npy', 'parquet' or 'lance'.")
+        if neighbors is not None:
+            neighbors = whole_number(neighbors, "neighbors", usual=15)
+            if kind != "parquet":
+                raise ValueError(f"neighbors is of 'parquet', got {kind!r}; leave it out, or export('parquet', path).")
         if kind != "lance" and (append or dtype is not None or storage_options is not None):
             raise ValueError(f"append, dtype and storage_options are of 'lance'; leave them out for {kind!r}.")
         if kind == "npy":
             export.to_npy(self.blocks(), self.rows.columns, self.sketch.dim, Path(path))
         elif kind == "parquet":
-            export.to_parquet(self.blocks(), Path(path))
+            export.to_parquet(self.blocks, Path(path), neighbors)
         else:
             from lightning_sketch.store import lance_export  # which few need
 

@@ -301,6 +301,60 @@ def test_parquet(tmp_path):
     assert table["stage"].unique().to_pylist() == ["validate"]
 
 
+def test_rows_of_parquet_name_their_neighbors(tmp_path):
+    """Those of the largest cosines, from dense algebra, in the form that embedding-atlas documents."""
+    from pyarrow import parquet
+
+    wide = examples(range(60))
+    wide.sketches[7] = 0  # has no direction
+    wide.sketches[9] = torch.nan
+    wide.sketches[3] *= 1e30  # whose square is not finite
+    store = put(tmp_path / "store", wide, examples(range(60, 100), seed=1), dtype="float32")
+    store.export("parquet", tmp_path / "rows.parquet", neighbors=5)
+    found = parquet.read_table(tmp_path / "rows.parquet")["neighbors"].to_pylist()
+    exact = store.read().sketches.double()
+    known = [i for i in range(100) if i not in (7, 9)]
+    directions = torch.zeros_like(exact)
+    directions[known] = exact[known] / exact[known].norm(dim=1, keepdim=True)
+    distances = 1 - directions @ directions.T
+    for row, own in enumerate(found):
+        ids, said = own["ids"], torch.tensor(own["distances"]).double()
+        assert (ids[0], said[0]) == (row, 0)
+        assert len(set(ids)) == 5
+        assert torch.allclose(said[1:], distances[row, ids[1:]], rtol=0, atol=1e-6)  # float32 of 64 products
+        others = torch.cat([distances[row, :row], distances[row, row + 1 :]])
+        assert torch.allclose(said[1:], others.sort().values[:4], rtol=0, atol=1e-6)
+
+
+def test_neighbors_across_blocks_and_of_few_rows(tmp_path, monkeypatch):
+    """A store of more than one block has those of one; of three rows each has three, itself among them."""
+    from pyarrow import parquet
+
+    store = a_store(tmp_path / "store", "float32")
+    store.export("parquet", tmp_path / "whole.parquet", neighbors=7)
+    plain = type(store).blocks
+    monkeypatch.setattr(type(store), "blocks", lambda self: plain(self, 33))
+    store.export("parquet", tmp_path / "parts.parquet", neighbors=7)
+    whole, parts = (
+        parquet.read_table(tmp_path / f"{name}.parquet")["neighbors"].to_pylist() for name in ("whole", "parts")
+    )
+    assert [row["ids"] for row in whole] == [row["ids"] for row in parts]
+    few = put(tmp_path / "few", examples(range(3)), dtype="float32")
+    few.export("parquet", tmp_path / "few.parquet", neighbors=7)
+    assert [len(row["ids"]) for row in parquet.read_table(tmp_path / "few.parquet")["neighbors"].to_pylist()] == [3] * 3
+
+
+def test_wrong_uses_of_neighbors(tmp_path):
+    store = put(tmp_path / "store", examples(range(3), neighbors=torch.arange(3)))
+    with pytest.raises(ValueError, match="rename it"):
+        store.export("parquet", tmp_path / "rows.parquet", neighbors=2)
+    with pytest.raises(ValueError, match="need neighbors >= 1, got 0"):
+        store.export("parquet", tmp_path / "rows.parquet", neighbors=0)
+    with pytest.raises(ValueError, match="neighbors is of 'parquet', got 'npy'"):
+        store.export("npy", tmp_path / "rows", neighbors=2)
+    assert not (tmp_path / "rows.parquet").exists()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_rows_leave_for_numpy_arrow_and_pandas(uri, tmp_path, dtype):
     store = a_store(tmp_path / "store", dtype)
