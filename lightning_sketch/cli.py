@@ -1,20 +1,33 @@
 """The command `lightning-sketch`: what is done to a store after a run, and what a bug report needs."""
 
+import contextlib
 import json
+import math
 import platform
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 _PACKAGES = ["torch", "pytorch-lightning", "lightning", "torchmetrics", "safetensors", "numpy", "numba", "triton"]
 _PACKAGES += ["transformers", "wandb", "pandas", "pyarrow", "pylance", "ray"]
+_PATIENCE = 2.0  # seconds until a terminal sees progress
+
+Stage = Literal["fit", "validate", "test", "predict"]
+Method = Literal["dot", "cosine", "influence"]
+Curvature = Literal["ggn", "margin", "fisher", "trak"]
 
 
-def info() -> dict[str, Any]:
-    """Print versions, devices and the kernels in use, for a bug report."""
+def info(store: Path | None = None) -> dict[str, Any]:
+    """Print versions, devices and the kernels in use, for a bug report; or what a store has.
+
+    Args:
+        store: The folder of a store, whose rows, stages and columns are printed.
+    """
+    if store is not None:
+        return _described(store)
     import torch
 
     from lightning_sketch.operators import BlockSRHT, CountSketch, kernel_in_use
@@ -41,7 +54,9 @@ def verify(store: Path) -> dict[str, Any]:
     Args:
         store: The folder of the store, the writer's `dirpath`.
     """
-    return {"rows": _open(store).verify()}
+    opened = _open(store)
+    with _progress("verify", _files(store)) as file_done:
+        return {"rows": opened.verify(file_done)}
 
 
 def compact(store: Path, accept_loss: bool = False) -> dict[str, Any]:
@@ -51,11 +66,18 @@ def compact(store: Path, accept_loss: bool = False) -> dict[str, Any]:
         store: The folder of the store.
         accept_loss: Go on although files are missing, whose rows are lost then.
     """
-    before = _open(store)
-    return {"rows": len(before.compact(accept_loss=accept_loss))}
+    with _reading("compact", store) as opened:
+        return {"rows": len(opened.compact(accept_loss=accept_loss))}
 
 
-def export(store: Path, kind: Literal["npy", "parquet", "lance"], path: str, append: bool = False) -> dict[str, Any]:
+def export(
+    store: Path,
+    kind: Literal["npy", "parquet", "lance"],
+    path: str,
+    append: bool = False,
+    neighbors: int | None = None,
+    stage: Stage | None = None,
+) -> dict[str, Any]:
     """Export the rows of a store for other tools.
 
     Args:
@@ -63,19 +85,22 @@ def export(store: Path, kind: Literal["npy", "parquet", "lance"], path: str, app
         kind: npy, a folder of arrays; parquet, one file; or lance, a dataset, which may be in an object store.
         path: The folder, file or dataset.
         append: Add what a Lance dataset lacks.
+        neighbors: Of a Parquet file, how many rows each row names as its nearest, for embedding-atlas.
+        stage: Use rows of this stage only.
     """
-    opened = _open(store)
-    opened.export(kind, path, append=append)
-    return {"rows": len(opened), "path": path}
+    with _reading("export", store) as opened:
+        rows = _of_stage(opened, stage)
+        rows.export(kind, path, append=append, neighbors=neighbors)
+        return {"rows": len(rows), "path": path}
 
 
 def top_k(
     store: Path,
     query_ids: str,
     k: int = 10,
-    method: Literal["dot", "cosine", "influence"] = "cosine",
-    curvature: Literal["ggn", "margin", "fisher", "trak"] = "ggn",
-    stage: Literal["fit", "validate", "test", "predict"] | None = None,
+    method: Method = "cosine",
+    curvature: Curvature = "ggn",
+    stage: Stage | None = None,
     largest: bool = True,
 ) -> dict[str, Any]:
     """Find the examples of a store that help or hurt examples of the same store most.
@@ -89,22 +114,100 @@ def top_k(
         stage: Use rows of this stage only.
         largest: False for those that hurt most.
     """
-    import torch
-
-    opened = _open(store)
-    rows = opened if stage is None else opened.where(stage=stage)
-    ids = rows.metadata()["example_id"]
-    asked: list[Any] = query_ids.split(",")
-    if isinstance(ids, torch.Tensor):
-        asked = [int(id) for id in asked]
-    if not len(rows.where(example_id=asked)):
-        raise ValueError(f"the store has no rows of the examples {query_ids}; info on its ids: store.metadata().")
-    found = rows.top_k(rows.where(example_id=asked).read(), k, method=method, curvature=curvature, largest=largest)
+    with _reading("top-k", store) as opened:
+        rows = _of_stage(opened, stage)
+        asked = _asked(rows, query_ids)
+        found = rows.top_k(asked.read(), k, method=method, curvature=curvature, largest=largest)
     examples = found.example_ids.tolist() if hasattr(found.example_ids, "tolist") else found.example_ids
-    names = rows.where(example_id=asked).metadata()["example_id"].tolist()
+    names = asked.metadata()["example_id"].tolist()
     return {
         str(name): [[str(id), score] for id, score in zip(each, scores, strict=True)]
         for name, each, scores in zip(names, examples, found.scores.tolist(), strict=True)
+    }
+
+
+def report(
+    store: Path,
+    path: Path,
+    query_ids: str,
+    train: Path | None = None,
+    k: int = 10,
+    method: Method = "dot",
+    curvature: Curvature = "ggn",
+    stage: Stage | None = None,
+    title: str = "Which examples taught what",
+) -> dict[str, Any]:
+    """Write a page to browse, with the examples that helped and that hurt examples of the same store.
+
+    Args:
+        store: The folder of the store.
+        path: The HTML file.
+        query_ids: The ids of the examples that are asked about, separated by commas.
+        train: The training examples in the order of their ids: a .txt file with a text on each line, a .jsonl file with
+            a text or an object with a `text` on each line, a .json file with a list, or with an object by ids, or a
+            .npy file of images. Only ids are shown if it is left out.
+        k: How many examples to show on each side.
+        method: How rows are compared; scores are divided by the lengths of rows.
+        curvature: The curvature for influence.
+        stage: Use rows of this stage only.
+        title: The title of the page.
+    """
+    with _reading("report", store) as opened:
+        rows = _of_stage(opened, stage)
+        asked = _asked(rows, query_ids)
+        ids = asked.metadata()["example_id"].tolist()
+        examples = None if train is None else _examples(train, type(ids[0]))
+        shown = None if examples is None else [_of(examples, id, train) for id in ids]
+        rows.report(
+            path, asked.read(), train=examples, queries_of=shown, k=k, method=method, curvature=curvature, title=title
+        )
+    return {"path": str(path), "queries": len(ids), "rows": len(rows)}
+
+
+def spectrum(
+    config: Path,
+    ckpt: str | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    curvature: Literal["hessian", "ggn", "fisher"] = "hessian",
+    top_k: int = 10,
+    bottom_k: int = 3,
+    num_matvecs: int = 96,
+    num_batches: int = 4,
+    save: Path | None = None,
+) -> dict[str, Any]:
+    """Compute the largest and smallest eigenvalues of the curvature of a checkpoint, on batches of its training data.
+
+    Args:
+        config: The YAML file of LightningCLI that made the run, such as the config.yaml beside its checkpoints.
+        ckpt: The checkpoint; the initial weights if it is left out.
+        model: The class of the model, package.module.Class, if the file does not say it.
+        data: The class of the data module, if there is one and the file does not say it.
+        curvature: The Hessian, the Gauss-Newton matrix, or the empirical Fisher matrix.
+        top_k: How many of the largest eigenvalues to compute.
+        bottom_k: How many of the smallest.
+        num_matvecs: The maximal number of products.
+        num_batches: How many batches of the training data to use.
+        save: Save the spectrum to this file, which `lightning_sketch.load_spectrum` reads.
+    """
+    from lightning_sketch.callbacks.spectrum_monitor.spectrum_of_run import spectrum_of_run
+    from lightning_sketch.curvature import save_spectrum
+
+    options: dict[str, Any] = {"curvature": curvature, "top_k": top_k, "bottom_k": bottom_k}
+    found = spectrum_of_run(config, ckpt, model, data, num_matvecs=num_matvecs, num_batches=num_batches, **options)
+    if save is not None:
+        save_spectrum(found, save)
+    return {
+        "eigenvalues": found.eigenvalues.tolist(),
+        "residuals": found.residuals.tolist(),
+        "converged": found.converged.tolist(),
+        "trace": found.trace,
+        "trace_sem": found.trace_sem,
+        "loss": found.loss,
+        "parameters": found.n,
+        "products": found.num_products,
+        "seconds": found.seconds,
+        **({} if save is None else {"path": str(save)}),
     }
 
 
@@ -114,6 +217,8 @@ COMMANDS: dict[str, Callable[..., dict[str, Any]]] = {
     "compact": compact,
     "export": export,
     "top-k": top_k,
+    "report": report,
+    "spectrum": spectrum,
 }
 
 
@@ -127,28 +232,136 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subcommands(required=True)
     for name, function in COMMANDS.items():
         own = ArgumentParser(description=(function.__doc__ or "").partition("\n")[0])
-        own.add_function_arguments(function, as_positional=True)
+        own.add_function_arguments(function, as_positional=name != "spectrum")
         own.add_argument("--json", action="store_true", help="Print JSON, for other programs.")
         commands.add_subcommand(name, own, help=(function.__doc__ or "").partition("\n")[0])
     chosen = parser.instantiate_classes(parser.parse_args(arguments))
     options = vars(chosen[chosen.subcommand]).copy()
     as_json = options.pop("json")
     try:
-        with warnings.catch_warnings(record=True) as said:
+        # what others print meanwhile is not of the answer
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always", UserWarning)
             found = COMMANDS[chosen.subcommand](**options)
-    except (ValueError, OSError, RuntimeError, ImportError, KeyError) as error:
-        print(f"lightning-sketch {chosen.subcommand}: {error}", file=sys.stderr)
+    except Exception as error:
+        expected = isinstance(error, ValueError | OSError | RuntimeError | ImportError | KeyError)
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        kind = "" if expected and text else f"{type(error).__name__}: "
+        print(f"lightning-sketch {chosen.subcommand}: {kind}{text}", file=sys.stderr)
         sys.exit(1)
-    for warning in said:
-        print(f"warning: {warning.message}", file=sys.stderr)
-    print(json.dumps(found, indent=2) if as_json else _plain(found))
+    for text in dict.fromkeys(str(warning.message) for warning in said):
+        print(f"warning: {text}", file=sys.stderr)
+    print(json.dumps(_finite(found), indent=2, allow_nan=False) if as_json else _plain(found))
 
 
 def _open(store: Path) -> Any:
     from lightning_sketch.attribution import GradientStore
 
     return GradientStore.open(store)
+
+
+def _files(store: Path) -> int:
+    """Return about how many files of rows a store has."""
+    return sum(1 for _ in store.glob("rows*/r*/a*/*.safetensors"))
+
+
+@contextlib.contextmanager
+def _progress(verb: str, files: int) -> Iterator[Callable[[], object]]:
+    """Yield what is called after each file; a bar is shown in a terminal after some seconds, and goes at the end."""
+    from tqdm import tqdm
+
+    shown = sys.stderr.isatty()
+    with tqdm(
+        desc=verb, total=files, unit=" files", delay=_PATIENCE, leave=False, disable=not shown, file=sys.stderr
+    ) as bar:
+        yield bar.update
+
+
+@contextlib.contextmanager
+def _reading(verb: str, store: Path) -> Iterator[Any]:
+    """Yield an opened store that shows how many of its files were read."""
+    from lightning_sketch.attribution import GradientStore
+
+    with _progress(verb, _files(store)) as file_done:
+
+        class Watched(GradientStore):
+            def _open_shard(self, name: Any) -> Any:
+                shard = super()._open_shard(name)
+                file_done()
+                return shard
+
+        yield Watched.open(store)
+
+
+def _of_stage(store: Any, stage: Stage | None) -> Any:
+    return store if stage is None else store.where(stage=stage)
+
+
+def _asked(rows: Any, query_ids: str) -> Any:
+    """Return the rows of the examples that are asked about."""
+    import torch
+
+    asked: list[Any] = query_ids.split(",")
+    if isinstance(rows.metadata()["example_id"], torch.Tensor):
+        wrong = [id for id in asked if not id.strip().lstrip("-").isdigit()]
+        if wrong:
+            raise ValueError(f"the ids of this store are numbers, got {wrong[0]!r}; write 3,17 for two of them.")
+        asked = [int(id) for id in asked]
+    found = rows.where(example_id=asked)
+    if not len(found):
+        raise ValueError(f"the store has no rows of the examples {query_ids}; `info --store STORE` says which it has.")
+    return found
+
+
+def _described(store: Path) -> dict[str, Any]:
+    """Return what a store has, without a read of its sketches."""
+    from lightning_sketch.store import STAGES
+
+    opened = _open(store)
+    columns, spec = opened.metadata(), opened.spec
+    ids = columns["example_id"].tolist()
+    shown = sorted({str(id) for id in ids if id != -1}, key=lambda id: (len(id), id))
+    return {
+        "rows": len(opened),
+        "sketch": spec.sketch,
+        "dtype": str(spec.dtype),
+        "parameters": f"{len(spec.parameters.names)} tensors, {spec.parameters.n:,} numbers",
+        "stages": {name: count for i, name in enumerate(STAGES) if (count := columns["stage"].tolist().count(i))},
+        "examples": f"{len(shown):,}: {', '.join(shown[:5])}{', ...' if len(shown) > 5 else ''}" if shown else "no ids",
+        "columns": sorted(columns),
+        "files": _files(store),
+    }
+
+
+def _examples(path: Path, id_type: type) -> Any:
+    """Read training examples from a file; the keys of JSON are strings, also where ids are numbers."""
+    if path.suffix == ".npy":
+        import numpy as np
+
+        return np.load(path, mmap_mode="r")
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".txt":
+        return text.splitlines()
+    if path.suffix == ".jsonl":
+        return [_text(json.loads(line)) for line in text.splitlines() if line.strip()]
+    if path.suffix == ".json":
+        found = json.loads(text)
+        if isinstance(found, list):
+            return [_text(value) for value in found]
+        return {id_type(key): _text(value) for key, value in found.items()}
+    raise ValueError(f"training examples are read from .txt, .jsonl, .json or .npy, got {path}; use one of these.")
+
+
+def _text(value: Any) -> Any:
+    return value.get("text", value) if isinstance(value, dict) else value
+
+
+def _of(examples: Any, id: Any, path: Any) -> Any:
+    """Return the example of an id."""
+    try:
+        return examples[id]
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"{path} has no example {id!r}, which the store has; pass the data in their order.") from error
 
 
 def _version(package: str) -> str | None:
@@ -158,6 +371,15 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _finite(value: Any) -> Any:
+    """Return an answer with None in place of NaN and infinity, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _plain(found: dict[str, Any]) -> str:
     lines = []
     for name, value in found.items():
@@ -165,6 +387,12 @@ def _plain(found: dict[str, Any]) -> str:
             lines += [f"{name}:", *(f"    {key}: {each}" for key, each in value.items())]
         elif isinstance(value, list) and value and isinstance(value[0], list):
             lines += [f"{name}:", *(f"    {score:12.5g}  {id}" for id, score in value)]
+        elif isinstance(value, list):
+            lines.append(f"{name}: {', '.join(map(_short, value))}")
         else:
-            lines.append(f"{name}: {', '.join(map(str, value)) if isinstance(value, list) else value}")
+            lines.append(f"{name}: {_short(value)}")
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

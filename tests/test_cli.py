@@ -1,15 +1,18 @@
 """The command does in a process of its own what the library does, says what failed, and its exit code tells."""
 
+import io
 import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from engines import a_store, examples, put
 
-from lightning_sketch import GradientStore
+from lightning_sketch import GradientStore, cli
 from lightning_sketch.attribution import top_k
+from lightning_sketch.cli import main
 from lightning_sketch.store import LanceRows
 
 pytest.importorskip("jsonargparse")
@@ -65,6 +68,94 @@ def test_top_k_of_examples_of_the_store(tmp_path):
     assert "3:" in run("top-k", tmp_path / "store", "3,7", "--k", 4).stdout
 
 
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "json", "npy"])
+def test_a_report_reads_examples_from_a_file(tmp_path, kind):
+    """That of the library with the same examples in memory."""
+    store, texts = a_store(tmp_path / "store"), [f"document {i}" for i in range(400)]
+    file, images = tmp_path / f"train.{kind}", np.arange(400 * 9, dtype=np.uint8).reshape(400, 3, 3)
+    if kind == "npy":
+        np.save(file, images)
+    elif kind == "txt":
+        file.write_text("\n".join(texts) + "\n")
+    elif kind == "jsonl":
+        file.write_text("".join(json.dumps({"text": text} if i % 2 else text) + "\n" for i, text in enumerate(texts)))
+    else:
+        file.write_text(json.dumps(dict(enumerate(texts))))
+    main(["report", str(tmp_path / "store"), str(tmp_path / "page.html"), "3,7", "--train", str(file), "--k", "4"])
+    train = images if kind == "npy" else texts
+    store.report(
+        tmp_path / "same.html",
+        store.where(example_id=[3, 7]).read(),
+        train=train,
+        queries_of=[train[3], train[7]],
+        k=4,
+    )
+    assert (tmp_path / "page.html").read_text() == (tmp_path / "same.html").read_text()
+
+
+def test_what_a_store_has(tmp_path, capsys):
+    store = a_store(tmp_path / "store")
+    main(["info", "--store", str(tmp_path / "store"), "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["rows"] == len(store)
+    assert found["stages"] == {"validate": 400}
+    assert found["examples"] == "400: 0, 1, 2, 3, 4, ..."
+    assert "source" in found["columns"]
+    assert found["files"] == 8
+
+
+def test_a_table_of_a_stage_names_neighbors(tmp_path):
+    from pyarrow import parquet
+
+    a_store(tmp_path / "store")
+    put(tmp_path / "store", examples(range(30), stage="test"), stage="test")
+    main(
+        [
+            "export",
+            str(tmp_path / "store"),
+            "parquet",
+            str(tmp_path / "rows.parquet"),
+            "--neighbors",
+            "4",
+            "--stage",
+            "test",
+        ]
+    )
+    table = parquet.read_table(tmp_path / "rows.parquet")
+    assert len(table) == 30
+    assert all(len(row["ids"]) == 4 for row in table["neighbors"].to_pylist())
+
+
+@pytest.mark.parametrize("verb", ["verify", "compact", "export", "top-k", "report"])
+def test_a_terminal_sees_progress_after_two_seconds(tmp_path, monkeypatch, verb):
+    """By the share of the files that were read; nothing of it in a file or a pipe, or where it takes less."""
+    a_store(tmp_path / "store")
+    more = {"export": ["npy", tmp_path / "rows"], "top-k": ["3"], "report": [tmp_path / "page.html", "3"]}.get(verb, [])
+    command = [verb, *map(str, [tmp_path / "store", *more])]
+
+    class Terminal(io.StringIO):
+        shown = True
+
+        def isatty(self):
+            return self.shown
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    main(command)
+    assert "%" not in terminal.getvalue()
+    monkeypatch.setattr(cli, "_PATIENCE", 0.0)
+    main([verb, *map(str, [tmp_path / "store", *more])])
+    assert f"{verb}:" in terminal.getvalue()
+    assert "%" in terminal.getvalue()
+    said, terminal.shown = terminal.getvalue(), False
+    main(command)
+    assert terminal.getvalue() == said
+
+
+def test_an_answer_is_json_whatever_is_not_a_number():
+    assert json.dumps(cli._finite({"a": [1.0, float("nan")], "b": float("inf")}), allow_nan=False)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
@@ -85,11 +176,10 @@ def test_what_is_wrong_is_said_without_a_traceback(tmp_path, arguments, code, wo
 
 
 def test_an_id_that_is_not_there_is_said(tmp_path, capsys):
-    from lightning_sketch.cli import main
-
     a_store(tmp_path / "store")
-    with pytest.raises(SystemExit) as stopped:
-        main(["top-k", str(tmp_path / "store"), "9999"])
-    assert stopped.value.code == 1
-    assert "no rows of the examples 9999" in capsys.readouterr().err
+    for asked, words in {"9999": "no rows of the examples 9999", "three": "are numbers, got 'three'"}.items():
+        with pytest.raises(SystemExit) as stopped:
+            main(["top-k", str(tmp_path / "store"), asked])
+        assert stopped.value.code == 1
+        assert words in capsys.readouterr().err
     assert len(GradientStore.open(tmp_path / "store")) == 400

@@ -254,15 +254,18 @@ class GradientStore(RowStore):
             stacklevel=3,
         )
 
-    def verify(self) -> int:
+    def verify(self, on_file: Callable[[], object] | None = None) -> int:
         """Read every file, curvatures and preconditioners too, compare its checksum, and return the number of all rows.
+
+        Args:
+            on_file: Called after each file of rows, to show progress.
 
         Raises:
             CorruptFile: if files are truncated, changed, exchanged, foreign or missing; the message names all.
         """
         wrong, rows = [], 0
         try:
-            rows = super().verify()
+            rows = super().verify(on_file)
         except CorruptFile as error:
             wrong.append(str(error))
         for path in sorted((self.path / FOLDER).glob("*.safetensors")):

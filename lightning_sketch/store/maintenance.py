@@ -38,8 +38,12 @@ _OWN = {  # the names of a store's files in its folders, whose other files are t
 }
 
 
-def verify(path: Path) -> int:
+def verify(path: Path, on_file: Callable[[], object] | None = None) -> int:
     """Read every file of rows, compare its checksum, and return the number of rows, visible or not.
+
+    Args:
+        path: The folder of the store.
+        on_file: Called after each file.
 
     Raises:
         CorruptFile: if files are truncated, changed, foreign or missing; the message names all. Nothing is repaired.
@@ -51,10 +55,12 @@ def verify(path: Path) -> int:
         nonlocal rows
         shard.check()
         rows += len(shard)
+        if on_file is not None:
+            on_file()
 
     problems = Inventory.of(snapshot, read_runs(snapshot), check).problems()
     if problems and Snapshot.read(path).number != snapshot.number:
-        return verify(path)  # compaction has removed the files meanwhile
+        return verify(path, on_file)  # compaction has removed the files meanwhile
     if problems:
         raise CorruptShard(f"{len(problems)} files of {path} are not as they were written:\n" + "\n".join(problems))
     return rows

@@ -1,7 +1,7 @@
 """A store of sketched gradients on disk, read lazily."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from operator import index
@@ -341,13 +341,16 @@ class RowStore(export.ReadFromDisk):
             queue_bytes=queue_bytes,
         )
 
-    def verify(self) -> int:
+    def verify(self, on_file: Callable[[], object] | None = None) -> int:
         """Read every file, compare its checksum, and return the number of rows, visible or not.
+
+        Args:
+            on_file: Called after each file, to show progress.
 
         Raises:
             CorruptFile: if files are truncated, changed, foreign or missing; the message names all.
         """
-        return maintenance.verify(self.path)
+        return maintenance.verify(self.path, on_file)
 
     def compact(self: Store, shard_bytes: int = 256 << 20, *, accept_loss: bool = False) -> Store:
         """Delete the rows that are not visible, merge small files, and return the store as it is then.

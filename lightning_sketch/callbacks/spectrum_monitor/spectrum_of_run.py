@@ -1,0 +1,119 @@
+"""The spectrum of a checkpoint, from the configuration file of LightningCLI that made it."""
+
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
+from lightning_sketch.callbacks.spectrum_monitor.monitor import SpectrumMonitor
+
+_READ = ("seed_everything", "trainer", "model", "data")  # what is needed of a configuration
+_ONE_DEVICE = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+_QUIET = {
+    "logger": False,
+    "callbacks": None,
+    "profiler": None,
+    "fast_dev_run": False,
+    "barebones": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
+def spectrum_of_run(
+    config: Path,
+    ckpt: str | None = None,
+    model: str | None = None,
+    data: str | None = None,
+    *,
+    num_batches: int = 4,
+    **options: Any,
+) -> Measurement:
+    """Compute the spectrum of a checkpoint as a SpectrumMonitor would, on batches of the training data.
+
+    Args:
+        config: The YAML file.
+        ckpt: The checkpoint; the initial weights if None.
+        model: The class of the model, package.module.Class, if the file does not say it.
+        data: The class of the data module, if there is one and the file does not say it.
+        num_batches: How many batches of the training data to use.
+        **options: Further arguments of `SpectrumMonitor`.
+
+    Raises:
+        ValueError: If the file does not say what the model is, or there are no training data.
+        FileNotFoundError: If there is no such file.
+        ImportError: If a class cannot be imported.
+    """
+    import yaml
+
+    if ckpt is not None and not Path(ckpt).exists():
+        raise FileNotFoundError(f"there is no checkpoint {ckpt}.")
+    read = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    found = {key: value for key, value in (read or {}).items() if key in _READ and value is not None}
+    sys.path.insert(0, "")  # classes of the working directory, as in the program that was run
+    model_class = _class_of(found, "model", model)
+    data_class = _class_of(found, "data", data)
+    if model_class is None:
+        raise ValueError(f"{config} does not say the class of the model; pass --model package.module.Class.")
+    lightning = "lightning.pytorch" if _is_of(model_class, "lightning.pytorch") else "pytorch_lightning"
+    found["trainer"] = {**found.get("trainer", {}), **_ONE_DEVICE, **_QUIET, "limit_val_batches": num_batches}
+    cli = _instantiated(lightning, found, model_class if model else None, data_class if data else None)
+    trainer, module, datamodule = cli.trainer, cli.model, getattr(cli, "datamodule", None)
+    monitor = SpectrumMonitor(stages=["validate"], num_batches=num_batches, **options)
+    trainer.callbacks.append(monitor)
+    source = module if datamodule is None else datamodule
+    plain = import_module(lightning).LightningModule
+    if type(source).train_dataloader is plain.train_dataloader:
+        raise ValueError(f"{config} has neither `data` nor a model with a train_dataloader; pass --data.")
+    source.trainer = trainer
+    source.prepare_data()
+    source.setup("fit")
+    loader = source.train_dataloader()
+    source.val_dataloader = lambda: loader  # in place of an argument, so that the hooks of a data module are called
+    if type(module).validation_step is plain.validation_step:
+        module.validation_step = lambda *_: None  # the monitor takes the loss of training_step
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*(shuffling enabled|does not have many workers|GPU available).*")
+        trainer.validate(module, datamodule=datamodule, ckpt_path=ckpt, verbose=False)
+    return monitor.history[-1]
+
+
+def _class_of(config: dict[str, Any], key: str, given: str | None) -> type | None:
+    """Return the class that an argument, or else the file, names."""
+    named = given or (config[key].get("class_path") if isinstance(config.get(key), dict) else None)
+    if named is None:
+        return None
+    package, _, name = str(named).rpartition(".")
+    try:
+        found = getattr(import_module(package), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ImportError(f"cannot import the class {named} of `{key}`: {error}; run from the folder of it.") from error
+    if given and isinstance(config.get(key), dict) and "class_path" in config[key]:
+        raise ValueError(f"the file says that `{key}` is {config[key]['class_path']}, got {given}; leave it out.")
+    return found
+
+
+def _is_of(model: type, namespace: str) -> bool:
+    return any(base.__module__.startswith(namespace + ".") for base in model.__mro__)
+
+
+def _instantiated(lightning: str, config: dict[str, Any], model: type | None, data: type | None) -> Any:
+    """Return the LightningCLI that has made the Trainer, on one device and without loggers, and the model."""
+    try:
+        cli = import_module(f"{lightning}.cli").LightningCLI
+    except ImportError as error:
+        raise ImportError(
+            f"a configuration needs jsonargparse: pip install 'lightning-sketch[cli]': {error}"
+        ) from error
+    return cli(
+        model,
+        data,
+        run=False,
+        save_config_callback=None,
+        parser_kwargs={"exit_on_error": False},
+        auto_configure_optimizers=False,
+        args=config,
+    )
