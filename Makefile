@@ -3,7 +3,7 @@ BIN := .venv/bin
 LOWEST := attribution autodiff callbacks metrics store subspace test_private.py
 PYTEST := -m pytest -n auto --dist worksteal
 
-.PHONY: quickstart test test-all test-lowest lint docs bench gpu gpu-wheels clean
+.PHONY: quickstart test test-all test-lowest lint docs dist bench gpu gpu-wheels clean
 
 quickstart: .venv/run  ## install what the main job needs, then run it
 	$(BIN)/python examples/quickstart.py
@@ -26,6 +26,12 @@ lint: .venv/dev
 
 docs: .venv/dev  ## the documentation, in site/; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+dist: .venv/dev  ## dist/: wheel and sdist, checked, and the README's first block run with the wheel alone
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/try_wheel.py dist/*.whl
 
 bench: .venv/dev  ## the benchmarks that need no peer; minutes
 	$(BIN)/python benchmarks/sketch_speed.py
@@ -52,4 +58,4 @@ gpu-wheels: .venv/dev  ## .whl/: what `make gpu` needs beside PyTorch for CUDA a
 	touch $@
 
 clean:
-	rm -rf .venv .venv-lowest .whl runs site
+	rm -rf .venv .venv-lowest .whl dist runs site
