@@ -20,6 +20,7 @@ PACKAGES = {
     "metrics": "lightning_sketch.metrics",
     "operators": "lightning_sketch.operators",
 }
+HUGGING_FACE = ["SpectrumCallback", "GradientSketchCallback"]  # which need transformers, so not in `callbacks.__all__`
 EXTENSIONS = ["autodiff.num_labels", "per_example.register_layer", "testing.SketchTests", "testing.LayerRuleTests"]
 
 
@@ -30,6 +31,9 @@ def on_files(files: Any, config: Any) -> Any:
     pages |= {f"api/{name}.md": api(package) for name, package in PACKAGES.items()}
     pages["api/index.md"] = where()
     pages["api/extensions.md"] = "# For extensions\n\n" + "\n".join(f"::: lightning_sketch.{x}\n" for x in EXTENSIONS)
+    pages["api/callbacks.md"] += "\n## Trainer of Hugging Face\n\n" + "\n".join(
+        f"::: lightning_sketch.callbacks.hugging_face.{name}\n" for name in HUGGING_FACE
+    )
     for name, text in pages.items():
         files.append(File.generated(config, name, content=text))
     for picture in (ROOT / "examples").glob("*.png"):
@@ -73,6 +77,8 @@ def where() -> str:
         for name in names_of(package):
             home = "`lightning_sketch`" if name in top else f"`{package}`"
             lines.append(f"| [`{name}`]({page}.md) | {home} |")
+    home = "`lightning_sketch.callbacks.hugging_face`"
+    lines += [f"| [`{name}`](callbacks.md) | {home} |" for name in HUGGING_FACE]
     return "\n".join(lines)
 
 

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -38,18 +38,16 @@ class StoreRun:
     """A run that writes to a store, with the appender of this rank.
 
     Args:
-        trainer: The Trainer, whose ranks all write.
+        rank: The rank of this process.
         snapshot: The store.
         run: The run.
         on_error: Whether rows that cannot be written end the training, or are left out from then on.
         failure: Why nothing can be written, with on_error="warn".
     """
 
-    def __init__(
-        self, trainer: Trainer, snapshot: Snapshot, run: Run, on_error: OnError, failure: OSError | None = None
-    ):
+    def __init__(self, rank: int, snapshot: Snapshot, run: Run, on_error: OnError, failure: OSError | None = None):
         self.snapshot, self.folder, self.spec = snapshot, snapshot.path, snapshot.spec
-        self.run, self.stage, self.rank, self.on_error = run, run.stage, trainer.global_rank, on_error
+        self.run, self.stage, self.rank, self.on_error = run, run.stage, rank, on_error
         self.warned = self.failed = False
         self.appender: RowAppender | None = None
         with self._failing():
@@ -152,15 +150,21 @@ class StoreRun:
 
 def _say_size(trainer: Trainer, name: str, run: StoreRun, every_n_train_steps: int, rows_per_step: int) -> None:
     """Print how much a fit is going to write: the size of a row, and the number of rows if that is known."""
-    row = run.spec.sketch["dim"] * DTYPES[run.spec.dtype].itemsize
-    sizes = f"{row / 1e3:.1f} kB a row"
     one_step = trainer.lightning_module.automatic_optimization  # by batch; else the module steps as often as it likes
     steps = trainer.estimated_stepping_batches if one_step else -1
+    rows: int | None = None
     if steps not in (-1, float("inf")):
         rows = max(0, int(steps) - trainer.global_step) // every_n_train_steps * rows_per_step
-        bound = "up to " if rows_per_step > 1 else ""  # the last batches of an epoch may be smaller
-        sizes = f"{bound}{rows:,} rows of {row / 1e3:.1f} kB, {rows * row / 1e6:,.1f} MB"
-    print_on_rank_zero(trainer, f"{name}: {sizes}, to {run.folder}")
+    bound = "up to " if rows_per_step > 1 else ""  # the last batches of an epoch may be smaller
+    print_on_rank_zero(trainer, f"{name}: {described_size(run, rows, bound)}, to {run.folder}")
+
+
+def described_size(run: StoreRun, rows: int | None, bound: str = "") -> str:
+    """Describe how much this number of rows will take."""
+    row = run.spec.sketch["dim"] * DTYPES[run.spec.dtype].itemsize
+    if rows is None:
+        return f"{row / 1e3:.1f} kB a row"
+    return f"{bound}{rows:,} rows of {row / 1e3:.1f} kB, {rows * row / 1e6:,.1f} MB"
 
 
 def _default_folder(trainer: Trainer, name: str) -> Path:
@@ -289,12 +293,12 @@ class StoreSession:
             if failure is not None and not (isinstance(failure, OSError) and self.on_error == "warn"):
                 raise failure
             nothing = Snapshot(Path(self.dirpath or self.name), spec, ""), Run(0, stage)
-            return StoreRun(trainer, *nothing, self.on_error, cast(OSError, failure))
+            return StoreRun(trainer.global_rank, *nothing, self.on_error, cast(OSError, failure))
         snapshot, run = decided
         self.dirpath = str(snapshot.path)
         remember(run.id, self.arguments)
         self.overwrite &= is_dev_run(trainer) or stage != "fit"
-        return StoreRun(trainer, snapshot, run, self.on_error)
+        return StoreRun(trainer.global_rank, snapshot, run, self.on_error)
 
     def _begin(
         self, trainer: Trainer, spec: StoreSpec, stage: RunStage, parent: Mapping[str, Any] | None
@@ -305,31 +309,18 @@ class StoreSession:
             ValueError: If the store has another spec, or is another one than that of the checkpoint.
             CorruptFile: If a file of the store is not what was written.
         """
-        folder = self._folder(trainer, parent)
-        resumes = parent is not None and _is_in(folder, parent)
-        if stage == "fit" and not resumes and (self.overwrite or _is_unused(folder, spec)) and _has_any(folder):
-            print_on_rank_zero(trainer, f"{self.name}: deleting the store in {folder}, to begin a new one")
-            erase(folder)
-        lost = stage == "fit" and parent is not None and not resumes
-        if lost:
-            _check_new_lineage(folder, cast(Mapping[str, Any], parent), trainer.global_step)
-        snapshot = create_store(folder, spec)
-        fits = [run.number for run in read_runs(snapshot) if run.stage == "fit"]
-        if stage == "fit" and fits and not resumes:
-            warnings.warn(
-                f"{folder} has rows of other fits, {fits}, and this one starts at step {trainer.global_step} without "
-                "them: from now on the store shows the new fit, and what is measured at its weights. "
-                "GradientStore.open(path, lineage=NUMBER) shows another one, until compact() deletes it; "
-                "overwrite=True deletes all at the start.",
-                stacklevel=2,
-            )
-        known = parent if resumes else None
-        number = int(known["attempt"]) if known else None
-        step = trainer.global_step if known and stage == "fit" else None
-        origin = str(parent.get("run")) if parent is not None and lost else None
-        optimizers = ", ".join(dict.fromkeys(type(o).__name__ for o in trainer.optimizers)) if stage == "fit" else ""
-        kept = recorded(self.arguments)
-        return snapshot, begin_run(folder, stage, number, step, trainer.world_size, origin, optimizers, kept)
+        return begin(
+            self._folder(trainer, parent),
+            spec,
+            stage,
+            parent,
+            step=trainer.global_step,
+            world_size=trainer.world_size,
+            optimizers=trainer.optimizers if stage == "fit" else [],
+            arguments=self.arguments,
+            overwrite=self.overwrite,
+            say=lambda text: print_on_rank_zero(trainer, f"{self.name}: {text}"),
+        )
 
     def _folder(self, trainer: Trainer, parent: Mapping[str, Any] | None) -> Path:
         """Return the folder of the store."""
@@ -352,6 +343,62 @@ class StoreSession:
                 if _is_in(folder, parent):
                     return folder.absolute()
         return Path(self.dirpath or os.path.abspath(_default_folder(trainer, self.name)))
+
+
+def begin(
+    folder: Path,
+    spec: StoreSpec,
+    stage: RunStage,
+    parent: Mapping[str, Any] | None,
+    *,
+    step: int,
+    world_size: int,
+    optimizers: Sequence[Any],
+    arguments: Mapping[str, Any],
+    overwrite: bool,
+    say: Callable[[str], object],
+) -> tuple[Snapshot, Run]:
+    """Create the store in a folder, or open the one that is there, and record a run; one process does so for all.
+
+    Args:
+        folder: The folder.
+        spec: The spec of the rows.
+        stage: The stage of the run.
+        parent: The store and the run that a checkpoint was saved with, if one was loaded.
+        step: The number of optimizer steps done.
+        world_size: The number of processes that will write.
+        optimizers: The optimizers that train.
+        arguments: The arguments that rows are computed with, which queries inherit.
+        overwrite: Whether a fit deletes the store that is there, unless it resumes it.
+        say: Prints one line.
+
+    Raises:
+        ValueError: If the store has another spec, or is another one than that of the checkpoint.
+        CorruptFile: If a file of the store is not what was written.
+    """
+    resumes = parent is not None and _is_in(folder, parent)
+    if stage == "fit" and not resumes and (overwrite or _is_unused(folder, spec)) and _has_any(folder):
+        say(f"deleting the store in {folder}, to begin a new one")
+        erase(folder)
+    lost = stage == "fit" and parent is not None and not resumes
+    if lost:
+        _check_new_lineage(folder, cast(Mapping[str, Any], parent), step)
+    snapshot = create_store(folder, spec)
+    fits = [run.number for run in read_runs(snapshot) if run.stage == "fit"]
+    if stage == "fit" and fits and not resumes:
+        warnings.warn(
+            f"{folder} has rows of other fits, {fits}, and this one starts at step {step} without them: from now on "
+            "the store shows the new fit, and what is measured at its weights. GradientStore.open(path, "
+            "lineage=NUMBER) shows another one, until compact() deletes it; overwrite=True deletes all at the start.",
+            stacklevel=2,
+        )
+    known = parent if resumes else None
+    number = int(known["attempt"]) if known else None
+    resumed_at = step if known and stage == "fit" else None
+    origin = str(parent.get("run")) if parent is not None and lost else None
+    kinds = ", ".join(dict.fromkeys(type(o).__name__ for o in optimizers))
+    kept = recorded(arguments)
+    return snapshot, begin_run(folder, stage, number, resumed_at, world_size, origin, kinds, kept)
 
 
 def _has_store(folder: str | Path) -> bool:

@@ -3,11 +3,13 @@
 import math
 import time
 import warnings
+from collections.abc import Callable
 
 from torch import nn
 
-from lightning_sketch._lightning import Trainer, print_on_rank_zero
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
+
+Say = Callable[[str], object]  # prints one line, on rank zero
 
 
 class Console:
@@ -33,18 +35,18 @@ class Console:
         """Count the time of training again, after a measurement."""
         self._clock, self._first = time.perf_counter(), False
 
-    def measured(self, trainer: Trainer, measurement: Measurement) -> None:
+    def measured(self, say: Say, measurement: Measurement) -> None:
         """Print what a measurement cost, and once why its number of outliers is a lower bound."""
         since = time.perf_counter() - self._clock - measurement.seconds
-        print_on_rank_zero(trainer, f"{self.name}: {self.cost(measurement, since)}")
+        say(f"{self.name}: {self.cost(measurement, since)}")
         if measurement.product_error:
-            self._say_once(trainer, "differences", self.differences(measurement))
+            self._say_once(say, "differences", self.differences(measurement))
         if math.isfinite(measurement.stable_below) or (measurement.critical and not measurement.critical.reason):
-            print_on_rank_zero(trainer, f"{self.name}: {measurement.verdict}")
+            say(f"{self.name}: {measurement.verdict}")
         elif measurement.verdict:
-            self._say_once(trainer, measurement.verdict, measurement.verdict)
+            self._say_once(say, measurement.verdict, measurement.verdict)
         if measurement.num_outliers().at_least:
-            self._say_once(trainer, "outliers", self.outliers(measurement))
+            self._say_once(say, "outliers", self.outliers(measurement))
 
     def cost(self, measurement: Measurement, since: float) -> str:
         """Describe the cost of a measurement, and how to reduce it if it was over 10 %.
@@ -89,11 +91,11 @@ class Console:
             f"largest); raise {'top_k' if count >= self.top_k else 'num_matvecs'}."
         )
 
-    def unasked(self, trainer: Trainer, stage: str) -> None:
+    def unasked(self, say: Say, stage: str) -> None:
         """Say once how to have `trainer.validate` measured, if that is what runs."""
         if stage == "validate":
             text = "trainer.validate is not measured; SpectrumMonitor(stages=['fit', 'validate']) measures there too."
-            self._say_once(trainer, "unasked", text)
+            self._say_once(say, "unasked", text)
 
     def discarded(self, count: int) -> None:
         """Warn that a new training begins a new history."""
@@ -111,16 +113,16 @@ class Console:
             stacklevel=3,
         )
 
-    def batch_norm(self, trainer: Trainer, module: nn.Module) -> None:
+    def batch_norm(self, say: Say, module: nn.Module) -> None:
         """Say once that batch norm is measured with its running statistics."""
         if any(isinstance(part, nn.modules.batchnorm._BatchNorm) and part.training for part in module.modules()):
             text = (
                 "batch norm is measured with its running statistics; mode='train' takes those of a batch, as training."
             )
-            self._say_once(trainer, "batch norm", text)
+            self._say_once(say, "batch norm", text)
 
-    def _say_once(self, trainer: Trainer, what: str, text: str) -> None:
+    def _say_once(self, say: Say, what: str, text: str) -> None:
         """Print a text with the name of the monitor, unless one about the same was printed."""
         if what not in self._said:
             self._said.add(what)
-            print_on_rank_zero(trainer, f"{self.name}: {text}")
+            say(f"{self.name}: {text}")

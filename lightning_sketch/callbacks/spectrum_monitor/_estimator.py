@@ -1,6 +1,7 @@
 """Construction of the curvature matrix of a LightningModule on probe batches, and estimation of its spectrum."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -19,7 +20,15 @@ from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.autodiff.shards import is_sharded, local, reshard
 from lightning_sketch.callbacks.spectrum_monitor._measurement import LayerCurvature, Measurement
 from lightning_sketch.callbacks.spectrum_monitor._probe_batches import ProbeBatch
-from lightning_sketch.curvature import GGN, CriticalLearningRate, EmpiricalFisher, Hessian, Preconditioned, spectrum
+from lightning_sketch.curvature import (
+    GGN,
+    CriticalLearningRate,
+    EmpiricalFisher,
+    Hessian,
+    Preconditioned,
+    Stability,
+    spectrum,
+)
 from lightning_sketch.curvature.hessian import HVP, check_hvp
 from lightning_sketch.curvature.operator import CurvatureOperator
 from lightning_sketch.curvature.result import Method
@@ -102,6 +111,16 @@ class SpectrumEstimator:
             self.curvature != "hessian"
         ):  # never negative: the smallest eigenvalues are zeros, whose number stays unknown
             self.bottom_k = 0
+
+    def compared(self, now: Stability) -> Stability:
+        """Return the stability that eigenvalues of the matrix are compared with, of the optimizer's as it is now."""
+        if self.curvature == "fisher":
+            return now._replace(edge=math.nan, reason="the empirical Fisher matrix is not the curvature of the loss")
+        if self.method == "projected":
+            return now._replace(edge=math.nan, reason="eigenvalues of a projected matrix are approximate")
+        if self.parameters != "*":
+            return now._replace(optimizer=f"{now.optimizer}, parameters {self.parameters!r} alone")
+        return now
 
     def check(self, module: nn.Module, batches: Sequence[ProbeBatch], distributed: bool) -> None:
         """Take three products as a sanity check, so that a setup that cannot work fails within seconds.

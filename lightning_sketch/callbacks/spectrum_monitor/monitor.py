@@ -1,6 +1,5 @@
 """The callback that logs the spectrum of the loss's curvature during training."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from lightning_sketch._lightning import (
     Trainer,
     log_scalars,
     muted_loggers,
+    print_on_rank_zero,
     state_key,
     steps_done,
 )
@@ -254,7 +254,7 @@ class SpectrumMonitor(CallbackBase):
         """Check the Trainer and the module, and discard the probe batches of an earlier run."""
         self._stage = next((known for known in self.stages if known == stage), None)
         if self._stage is None:
-            self._console.unasked(trainer, stage)
+            self._console.unasked(partial(print_on_rank_zero, trainer), stage)
             return
         if self._stage == "fit":
             self._continues = trainer.global_step > 0  # a second fit; a checkpoint is loaded after this hook
@@ -284,7 +284,7 @@ class SpectrumMonitor(CallbackBase):
         self._last_step = trainer.global_step
         self._console.start()
         if self.estimator.mode == "eval":
-            self._console.batch_norm(trainer, pl_module)
+            self._console.batch_norm(partial(print_on_rank_zero, trainer), pl_module)
         last = of_training(self.history)[-1:]
         logging.tell_callbacks(trainer, self._keys.values(*last) if last else self._keys.all_nan())
         logging.declare(trainer, self._keys, self.estimator)
@@ -412,16 +412,6 @@ class SpectrumMonitor(CallbackBase):
         if self._last.weights:
             self._last.before_optimizer_step(trainer, optimizer)
 
-    def _of_matrix(self, now: Stability) -> Stability:
-        """Return the stability that eigenvalues of the matrix that is measured are compared with."""
-        if self.estimator.curvature == "fisher":
-            return now._replace(edge=math.nan, reason="the empirical Fisher matrix is not the curvature of the loss")
-        if self.estimator.method == "projected":
-            return now._replace(edge=math.nan, reason="eigenvalues of a projected matrix are approximate")
-        if self.estimator.parameters != "*":
-            return now._replace(optimizer=f"{now.optimizer}, parameters {self.estimator.parameters!r} alone")
-        return now
-
     def _sanity_check(self, trainer: Trainer, pl_module: LightningModule, probes: ProbeBatches) -> None:
         """Take three products on the batches that are there, and let their errors pass."""
         with muted_loggers(trainer):
@@ -468,10 +458,10 @@ class SpectrumMonitor(CallbackBase):
             warnings.warn(f"{self.name}: no measurement at step {step}: {error}", stacklevel=2)
         else:
             measured = replace(measured, stage=self._stage or "fit")
-            now = self._of_matrix(self._last.of_clipped(self._stability))
+            now = self.estimator.compared(self._last.of_clipped(self._stability))
             self.history, measured = appended(self.history, measured, now, self.estimator.top_k)
             scalars = self._keys.values(measured)
-            self._console.measured(trainer, measured)
+            self._console.measured(partial(print_on_rank_zero, trainer), measured)
         log_scalars(trainer, scalars | {"epoch": trainer.current_epoch}, step)
         if measured is not None and trainer.is_global_zero:
             logging.log_figures(trainer.loggers, self.name, measured, self._keys.density, self.on_error)
