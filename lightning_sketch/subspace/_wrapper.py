@@ -64,8 +64,9 @@ class Wrapper(ModuleBase):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the wrapper's hyper-parameters, the arguments of `load_from_checkpoint`; then run the module's hook."""
-        own = super().hparams.items()  # without what tells how LightningCLI made it
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {k: v for k, v in own if not k.startswith("_")}
+        own = super().hparams.items()  # of how LightningCLI made it only the class, by which it resumes
+        kept = {key: value for key, value in own if key == "_class_path" or not key.startswith("_")}
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = kept
         note_kind(checkpoint["state_dict"])
         self.module.on_save_checkpoint(checkpoint)
 

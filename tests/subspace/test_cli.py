@@ -1,6 +1,8 @@
 """LightningCLI: a module inside a SubspaceModule has its own hyper-parameters, and a checkpoint of both loads."""
 
 import importlib
+import json
+import subprocess
 import sys
 
 import pytest
@@ -37,7 +39,7 @@ def wide(namespace):
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES)
-def test_the_module_inside_saves_its_own_arguments(namespace, tmp_path, monkeypatch):
+def test_the_module_inside_saves_its_own_arguments(namespace, tmp_path, monkeypatch, untyped):
     """Its width is its own `dim`, not the dimension of the subspace; so in the checkpoint that is loaded again."""
     cli = importlib.import_module(f"{namespace}.cli")
     monkeypatch.setattr(sys, "argv", ["fit"])
@@ -71,3 +73,60 @@ def test_the_module_inside_saves_its_own_arguments(namespace, tmp_path, monkeypa
 def test_a_checkpoint_says_that_it_needs_the_module(tmp_path):
     with pytest.raises(TypeError, match=r"pass module=Model\(\.\.\.\)"):
         SubspaceModule.load_from_checkpoint(tmp_path / "a.ckpt")
+
+
+PROGRAM = """
+import torch
+from pytorch_lightning import LightningDataModule, LightningModule
+from pytorch_lightning.cli import LightningCLI
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Net(LightningModule):
+    def __init__(self, width: int = 8):
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Linear(width, 3)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.net(batch[0][:, : self.hparams.width]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Data(LightningDataModule):
+    def train_dataloader(self):
+        draw = torch.Generator().manual_seed(0)
+        x, y = torch.randn(64, 4, generator=draw), torch.randint(3, (64,), generator=draw)
+        return DataLoader(TensorDataset(x, y), batch_size=16)
+
+
+if __name__ == "__main__":
+    LightningCLI()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_from_a_configuration_resumes_from_its_checkpoint(tmp_path):
+    """Two epochs and two more give the weights of four; the inner module keeps its width."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    inner = {"class_path": "program.Net", "init_args": {"width": 4}}
+    model = {"class_path": "lightning_sketch.SubspaceModule", "init_args": {"dim": 6, "module": inner}}
+    config = {"seed_everything": 1, "model": model, "data": {"class_path": "program.Data"}}
+    (tmp_path / "run.yaml").write_text(json.dumps(config))
+
+    def fit(folder, epochs, *more):
+        command = [sys.executable, "program.py", "fit", "--config", "run.yaml", "--trainer.accelerator", "cpu"]
+        command += ["--trainer.max_epochs", epochs, "--trainer.default_root_dir", folder, *more]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (path,) = (tmp_path / folder).rglob("*.ckpt")
+        return path
+
+    half = fit("half", "2")
+    resumed, whole = fit("resumed", "4", "--ckpt_path", str(half)), fit("whole", "4")
+    found, expected = (torch.load(path, weights_only=True)["state_dict"] for path in (resumed, whole))
+    assert torch.equal(found["w"], expected["w"])
+    assert not torch.equal(found["w"], torch.load(half, weights_only=True)["state_dict"]["w"])
