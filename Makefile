@@ -3,7 +3,7 @@ BIN := .venv/bin
 LOWEST := attribution autodiff callbacks metrics store subspace test_private.py
 PYTEST := -m pytest -n auto --dist worksteal
 
-.PHONY: quickstart test test-all test-lowest lint docs dist bench gpu gpu-wheels clean
+.PHONY: quickstart test test-all test-lowest lint docs notebooks dist bench gpu gpu-wheels clean
 
 quickstart: .venv/run  ## install what the main job needs, then run it
 	$(BIN)/python examples/quickstart.py
@@ -26,6 +26,9 @@ lint: .venv/dev
 
 docs: .venv/dev  ## the documentation, in site/; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: .venv/dev  ## examples/notebooks, made from the gallery and run; two minutes
+	$(BIN)/python examples/notebooks/make.py
 
 dist: .venv/dev  ## dist/: wheel and sdist, checked, and the README's first block run with the wheel alone
 	rm -rf dist

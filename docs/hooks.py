@@ -1,5 +1,6 @@
 """Makes the pages that have another source (README, benchmarks, errors, API), and turns formulas into MathML."""
 
+import ast
 import importlib
 import re
 import runpy
@@ -28,6 +29,7 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the generated pages and pictures."""
     pages = {"index.md": readme(config["repo_url"]), "benchmarks.md": (ROOT / "benchmarks/README.md").read_text()}
     pages["troubleshooting.md"] = runpy.run_path(str(ROOT / "docs/troubleshooting.py"))["page"]()
+    pages["gallery.md"] = gallery(config["repo_url"])
     pages |= {f"api/{name}.md": api(package) for name, package in PACKAGES.items()}
     pages["api/index.md"] = where()
     pages["api/extensions.md"] = "# For extensions\n\n" + "\n".join(f"::: lightning_sketch.{x}\n" for x in EXTENSIONS)
@@ -38,6 +40,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, name, content=text))
     for picture in (ROOT / "examples").glob("*.png"):
         files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
+    for picture in (ROOT / "examples/gallery").glob("*.png"):
+        files.append(File.generated(config, f"pictures/gallery/{picture.name}", abs_src_path=str(picture)))
     return files
 
 
@@ -46,6 +50,55 @@ def readme(repository: str) -> str:
     raw = repository.replace("github.com", "raw.githubusercontent.com") + "/main/examples/"
     text = (ROOT / "README.md").read_text().replace(raw, "pictures/")
     return text.replace(f"{repository}/blob/main/benchmarks/README.md", "benchmarks.md")
+
+
+GALLERY = {
+    "quickstart": "Quickstart",
+    "attribution": "Attribution",
+    "language_model": "Language model",
+    "fine_tuning": "Fine-tuning",
+    "intrinsic_dimension": "Intrinsic dimension",
+    "stability": "Stability",
+    "ddp": "DDP",
+    "fsdp2": "FSDP2",
+    "store": "Stores in DuckDB and Lance",
+    "command_line": "Command line",
+}
+
+
+def gallery(repository: str) -> str:
+    """Return the page of all examples: a card for each of one screen, their code, and the longer ones."""
+    blob, shown, cards, codes = f"{repository}/blob/main/examples", [], [], []
+    for name, title in GALLERY.items():
+        file = "quickstart.py" if name == "quickstart" else f"gallery/{name}.py"
+        says, code = first_line(ROOT / "examples" / file), (ROOT / "examples" / file).read_text()
+        picture = f"![{title}: {says}](pictures/gallery/{name}.png)"
+        cards.append(f"-   [{picture}](#{name})\n\n    **[{title}](#{name})**\n\n    {says}\n")
+        details = f'<details markdown="1"><summary>The code</summary>\n\n```python\n{code}```\n\n</details>'
+        codes.append(f"## {title} {{#{name}}}\n\n{says} [`examples/{file}`]({blob}/{file})\n\n{details}\n")
+        shown.append(file)
+    books = sorted(path.name for path in (ROOT / "examples/notebooks").glob("*.ipynb"))
+    longer = [path for path in sorted((ROOT / "examples").glob("*.py")) if path.name not in shown]
+    return "\n".join(
+        [
+            "# Gallery\n\nExamples of one screen. They run on a CPU as they are and download nothing; what they",
+            "write is in `runs/`. Times are those of one core.\n",
+            '<div class="grid cards" markdown>\n',
+            *cards,
+            "</div>\n",
+            "As notebooks, with what they print and draw: "
+            + ", ".join(f"[{book}]({blob}/notebooks/{book})" for book in books)
+            + ".\n",
+            *codes,
+            "## Longer experiments {#longer}\n",
+            *(f"- [`{path.name}`]({blob}/{path.name}): {first_line(path)}" for path in longer),
+        ]
+    )
+
+
+def first_line(path: Path) -> str:
+    """Return what an example says first of itself."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
 def names_of(package: str) -> list[str]:

@@ -51,7 +51,7 @@ def main():
     for measured in monitor.history if trainer.is_global_zero else ():
         pairs = zip(measured.top(3).tolist(), measured.residuals.tolist(), strict=False)
         largest = ", ".join(f"{value:.2f} ± {error:.1g}" for value, error in pairs)
-        print(f"epoch {measured.epoch}, loss {measured.loss:.2f}, largest eigenvalues {largest}")
+        print(f"epoch {measured.epoch}, loss {measured.loss:.2f}, eigenvalues {largest}")
 
 
 if __name__ == "__main__":

@@ -35,12 +35,13 @@ runs = {}
 for lr in (0.1, 0.3):
     seed_everything(0, verbose=False)
     monitor = SpectrumMonitor(num_batches=1, every_n_train_steps=1, at_start=True, top_k=1, bottom_k=0)
-    trainer = Trainer(max_steps=10, accelerator="cpu", callbacks=[monitor], logger=False, enable_checkpointing=False,
+    trainer = Trainer(max_steps=5, accelerator="cpu", callbacks=[monitor], logger=False, enable_checkpointing=False,
                       enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
     trainer.fit(Net(lr), DataLoader(TensorDataset(images, labels), batch_size=len(images)))
     runs[lr] = monitor.history
-    for measured in (monitor.history[0], monitor.history[-1]):
-        print(f"lr {lr}, step {measured.step:2}, loss {measured.loss:8.3g}: {measured.verdict}")
+    first, last = monitor.history[0], monitor.history[-1]
+    print(f"lr {lr}, before the first step: {first.verdict}")
+    print(f"lr {lr}, after {last.step} steps: the loss is {last.loss:.3g}, from {first.loss:.3g}")
 
 # %% Above 1, steps along the sharpest direction grow: the ratio says so at the first step, when no loss has risen yet.
 figure, (top, bottom) = plt.subplots(2, 1, figsize=(6.4, 4.6), sharex=True, layout="constrained")

@@ -42,9 +42,11 @@ def screenshot(page, path):
 
 
 def drawn(text, path):
-    """Draw the last lines of a text."""
-    figure = plt.figure(figsize=(6.4, 4), facecolor="#f6f8fa")
-    figure.text(0.03, 0.95, text, family="monospace", fontsize=8.4, va="top", color="#1f2328", linespacing=1.35)
+    """Draw a text, as large as it fits."""
+    rows, columns = len(text.splitlines()), max(map(len, text.splitlines()))
+    size = min(12, 440 / (0.61 * columns), 270 / (1.6 * rows))  # points, of a letter 0.6 times as wide as it is high
+    figure = plt.figure(figsize=(6.4, max(2.4, (1.6 * size * rows + 20) / 72)), facecolor="#f6f8fa")
+    figure.text(0.03, 0.5, text, family="monospace", fontsize=size, va="center", color="#1f2328", linespacing=1.35)
     figure.savefig(path, dpi=200)
 
 
@@ -53,16 +55,16 @@ def thumbnail(script):
         printed = run(script, folder)
         found = dict(re.findall(r"^(picture|page): (.+)$", printed, re.MULTILINE))
         path = Path(folder) / "thumbnail.png"
-        if "page" in found:
-            screenshot(Path(folder) / found["page"], path)
-        elif "picture" in found:
+        if "picture" in found:
             path = Path(folder) / found["picture"]
+        elif "page" in found:
+            screenshot(Path(folder) / found["page"], path)
         else:
             lines = [f"{line[:78]}…" if len(line) > 79 else line for line in printed.strip().splitlines()]
             drawn("\n".join(lines[:LINES]), path)
         picture = Image.open(path).convert("RGB")
         small = picture.resize((WIDTH, round(WIDTH * picture.height / picture.width)), Image.Resampling.LANCZOS)
-        small.quantize(64).save(HERE / f"{script.stem}.png", optimize=True)
+        small.quantize(256, dither=Image.Dither.NONE).save(HERE / f"{script.stem}.png", optimize=True)
 
 
 if __name__ == "__main__":
