@@ -37,6 +37,9 @@ class Model(LightningModule):
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=self.hparams.lr)
 
+    def validation_step(self, batch, batch_idx):
+        raise RuntimeError("the batches of training are not those of validation")
+
 
 class Data(LightningDataModule):
     def __init__(self, size: int = 32):

@@ -21,6 +21,8 @@ _QUIET = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
+_VALIDATION = ["validation_step", "on_validation_epoch_start", "on_validation_epoch_end"]
+_VALIDATION += ["on_validation_batch_start", "on_validation_batch_end"]
 
 
 def spectrum_of_run(
@@ -73,8 +75,8 @@ def spectrum_of_run(
     source.setup("fit")
     loader = source.train_dataloader()
     source.val_dataloader = lambda: loader  # in place of an argument, so that the hooks of a data module are called
-    if type(module).validation_step is plain.validation_step:
-        module.validation_step = lambda *_: None  # the monitor takes the loss of training_step
+    for hook in _VALIDATION:  # the monitor takes the loss of training_step, on batches that validation may not know
+        setattr(module, hook, lambda *_: None)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*(shuffling enabled|does not have many workers|GPU available).*")
         trainer.validate(module, datamodule=datamodule, ckpt_path=ckpt, verbose=False)
