@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import slow
 from torch.utils.data import Dataset, IterableDataset
 
 transformers = pytest.importorskip("transformers")
@@ -127,6 +128,7 @@ def assert_eigenvalues(measured, dense):
     assert abs(found[-1] - values[-1]) <= error[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_eigenvalues_are_those_of_the_mean_over_all_labels_of_the_drawn_examples(tmp_path, smoothing):
     """Batches of five examples differ in their numbers of labels."""
@@ -144,6 +146,7 @@ def test_eigenvalues_are_those_of_the_mean_over_all_labels_of_the_drawn_examples
         assert_eigenvalues(measured, dense_hessian(module, token_loss(batch, smoothing)))
 
 
+@pytest.mark.slow
 def test_a_classifier_weighs_examples_and_what_is_logged_is_what_was_measured(tmp_path):
     rows = Tokens().rows
     data = [{"input_ids": row, "labels": int(row[0]) % 3} for row in rows]
@@ -220,7 +223,7 @@ def outcome(trainer):
     }
 
 
-@pytest.mark.parametrize("cadence", [{"every_n_train_steps": 1, "at_start": True}, {}], ids=str)
+@pytest.mark.parametrize("cadence", [slow({"every_n_train_steps": 1, "at_start": True}), {}], ids=str)
 def test_training_is_the_same_bit_for_bit(tmp_path, cadence, untyped):
     """Dropout, shuffling, and a data set that draws from the global generators and from one of its own.
 
@@ -242,6 +245,19 @@ def test_training_is_the_same_bit_for_bit(tmp_path, cadence, untyped):
     torch.testing.assert_close(watched, alone, rtol=0, atol=0)
 
 
+@pytest.mark.slow
+def test_examples_are_the_same_in_another_training_also_where_reading_them_draws_random_numbers(tmp_path, untyped):
+    def losses(path, seed, torch_seed):
+        trainer = trainer_of(path, language_model(), Tokens(noisy=True), max_steps=1)
+        torch.manual_seed(torch_seed)
+        random.seed(torch_seed)
+        np.random.seed(torch_seed)
+        watch = SpectrumCallback(trainer, **SHORT, at_start=True, every_n_train_steps=9, seed=seed)
+        return trained(trainer, watch) and watch.history[0].loss
+
+    assert losses(tmp_path / "a", 0, 1) == losses(tmp_path / "b", 0, 2) != losses(tmp_path / "c", 1, 1)
+
+
 def test_a_measurement_ignores_the_autocast_of_training(tmp_path):
     """In bfloat16 the loss would be off by about 2^-9; float32 of this sum is exact to 1e-6."""
     data = Tokens(8)
@@ -253,6 +269,7 @@ def test_a_measurement_ignores_the_autocast_of_training(tmp_path):
     assert "forward" in vars(trainer.model)  # and autocast is back
 
 
+@pytest.mark.slow
 def test_adam_has_an_edge_with_its_preconditioner_and_none_where_the_gradient_is_clipped(tmp_path):
     def verdict(path, **arguments):
         trainer = trainer_of(path, language_model(), Tokens(), max_steps=2, optim="adamw_torch", **arguments)
@@ -350,6 +367,7 @@ def test_rows_are_unscaled_where_a_grad_scaler_scales_the_loss(tmp_path, optim):
     assert (rows.sketches - expected).norm() <= 1e-3 * expected.norm()
 
 
+@pytest.mark.slow
 def test_a_resumed_training_replaces_the_rows_after_its_checkpoint(tmp_path, monkeypatch):
     """Each step has one row, from the run that trained the weights of the end."""
     if not LATER:  # which loads the random state of NumPy as a pickle
@@ -512,6 +530,8 @@ def test_two_ranks_measure_and_record_what_one_does_on_both_their_batches(tmp_pa
         done = subprocess.run([*command, program, folder, str(ranks)], capture_output=True, text=True, timeout=3600)
         assert done.returncode == 0, done.stderr[-3000:]
         each = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+        examples = [tuple(row) for rank in each for row in rank.pop("examples")]
+        assert len(set(examples)) == len(examples) == 6
         assert each[0] == each[-1]
         found.append((each[0], GradientStore.open(folder / "gradient_sketches").read()))
     (alone, row), (both, rows) = found

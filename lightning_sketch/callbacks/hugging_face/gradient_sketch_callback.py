@@ -32,9 +32,9 @@ class GradientSketchCallback(TrainerCallback):
 
     A row is S times the gradient that the optimizer is about to use: averaged over accumulated batches and ranks,
     unscaled and clipped; with its step, epoch, learning rate, and a fingerprint of the weights.
-    `GradientStore.open(callback.dirpath)` reads them: its `top_k` and `scores` compare them with queries, which
-    `sketch_gradients(model, batches)` takes with the Trainer's own loss. A step that a GradScaler skips has no row, or
-    one that is not `finite`.
+    `GradientStore.open(callback.dirpath)` reads them: its `top_k` and `scores` with method="tracin" compare them with
+    queries at checkpoints, which `sketch_gradients(model, batches)` takes with the Trainer's own loss. A step that a
+    GradScaler skips has no row, or one that is not `finite`.
 
     The first process writes, in a thread; `kill -9` loses at most the rows of the last minute, and none before a
     checkpoint. `trainer.train(resume_from_checkpoint=...)` resumes in the same store, in which each step then has one
@@ -66,6 +66,7 @@ class GradientSketchCallback(TrainerCallback):
         trainer.train()
         store = GradientStore.open(callback.dirpath)
         queries = store.sketch_gradients(trainer.model, [batch])
+        steps = store.top_k({trainer.state.global_step: queries}, 10, method="tracin")
     """
 
     def __init__(

@@ -42,6 +42,9 @@ class SpectrumCallback(TrainerCallback):
 
     The matrix is that of the mean over fixed examples, drawn from the training data by `seed`, with the dropout of
     evaluation, in float32. A batch counts by its labels that are not -100, and without whole labels by its examples.
+    (For some causal models, GPT-2 among them, transformers 5 divides by all labels, also the first of each row, which
+    nothing predicts: the loss that it trains on rows of T labels is (T - 1) / T of this mean.)
+
     Training is unaffected: the final weights are the same, bit for bit, with and without the callback. Under DDP each
     rank has its own examples.
 
