@@ -35,6 +35,7 @@ def test_example(script, tmp_path):
         "language_model": (documents_that_taught_a_sentence_are_missed, 0),
         "padded_language_model": (words_are_taught_by_their_documents, 0),
         "select_data": (what_is_selected_is_of_the_task, 0),
+        "quickstart": (three_questions_are_answered, 1),
         "sharded_spectrum": (shards_have_a_spectrum, 0),
     }.get(script.stem, (None, 1))
     found = re.findall(r"^picture: (.+)$", done.stdout, re.MULTILINE)
@@ -42,6 +43,18 @@ def test_example(script, tmp_path):
     assert all(Path(picture).stat().st_size > 10_000 for picture in found)
     if check is not None:
         check(done.stdout)
+
+
+def three_questions_are_answered(printed):
+    """The largest eigenvalue grows twentyfold at least; images of a 2 taught a 2; a part of the numbers reads well."""
+    largest = [float(value) for value in re.findall(r"^ +\d+ +\d\.\d+ +(\d+\.\d+) ", printed, re.MULTILINE)]
+    assert len(largest) == 11
+    assert max(largest) > 20 * largest[0]
+    ((label, taught),) = re.findall(r"new image is a (\d)\? (.+)$", printed, re.MULTILINE)
+    assert re.findall(r"(\d) \(image", taught).count(label) >= 4
+    ((few, full),) = re.findall(r"256 of 3,778 read (\S+)% of new images; all of them (\S+)%$", printed, re.MULTILINE)
+    assert 70 < float(few) < float(full)
+    assert float(full) > 95
 
 
 def few_numbers_adapt_a_model_in_a_small_file(printed):
