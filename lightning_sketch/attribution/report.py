@@ -16,7 +16,8 @@ from lightning_sketch.attribution.scores import CurvatureLike, Method, TopK, top
 from lightning_sketch.store.sketched_gradients import DEFAULTS, STAGES, RowSource, SketchedGradients, Strings
 
 # What users see of the columns that the library writes; all of their own are shown.
-_HIDDEN = (DEFAULTS.keys() - {"stage", "step", "loss", "prob_true", "weight"}) | {"attempt", "example", "token"}
+_HIDDEN = DEFAULTS.keys() - {"stage", "step", "loss", "prob_true", "weight"}
+_HIDDEN |= {"attempt", "dataloader", "example", "example_ids", "part", "token"}
 _TEMPLATE = Path(__file__).with_suffix(".html")
 
 

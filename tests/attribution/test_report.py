@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from engines import QUERIES, a_store, examples
+from engines import QUERIES, a_store, examples, put
 
 from lightning_sketch.attribution import top_k
 from lightning_sketch.store import SketchedGradients
@@ -49,6 +49,16 @@ def test_what_is_shown_needs_no_network_and_cannot_leave_its_place(store, tmp_pa
     text = store.report(tmp_path / "report.html", QUERIES, train=TEXTS).read_text()
     assert not re.search(r"""(src|href)=["']?https?:|@import|url\(""", text)
     assert text.count("</script>") == 2
+
+
+def test_what_is_for_the_library_alone_is_not_shown(tmp_path):
+    """Neither ids that are unknown, nor the numbers of loaders and runs; a user's own columns are."""
+    unknown = torch.full((9, 3), -1)
+    store = put(tmp_path / "store", examples(range(9), example_ids=unknown, dataloader=torch.zeros(9).long()))
+    data = data_of(store.report(tmp_path / "report.html", QUERIES))
+    assert {name for example in data["examples"].values() for name in example["facts"]} == {
+        "stage", "prob_true", "weight", "source", "even",
+    }  # fmt: skip
 
 
 def test_images_are_pictures_of_any_layout(store, tmp_path):
