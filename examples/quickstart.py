@@ -48,15 +48,15 @@ data, unseen = random_split(digits, [1437, 360], torch.Generator().manual_seed(0
 train, val = DataLoader(IndexedDataset(data), batch_size=64, shuffle=True), DataLoader(unseen, batch_size=360)
 
 monitor, writer = SpectrumMonitor(at_start=True), GradientSketchWriter(OUT / "rows", dim=1024, overwrite=True)
-wandb = WandbLogger(project="lightning-sketch", name="quickstart", save_dir=OUT, offline=True)
-loggers = [CSVLogger(OUT, name="csv"), wandb]
+loggers = [CSVLogger(OUT, name="csv"), WandbLogger(project="lightning-sketch", save_dir=OUT, offline=True)]
 trainer = Trainer(max_epochs=10, accelerator="cpu", logger=loggers, callbacks=[monitor, writer], **QUIET)
 model = SmallConvNet()
 trainer.fit(model, train, val)
 accuracy = float(trainer.callback_metrics["val_acc"])
-print("How sharp? Eigenvalues of the Hessian:\nepoch    loss   three largest              smallest")
+print("How sharp? Eigenvalues of the Hessian (* not converged):\nepoch    loss   three largest              smallest")
 for epoch, m in enumerate(monitor.history):
-    print(f"{epoch:>5} {m.loss:7.4f}  ", " ".join(f"{value:7.3f}" for value in m.top(3)), f"{m.lambda_min:12.3f}")
+    top = " ".join(f"{v:7.3f}{' ' if ok else '*'}" for v, ok in zip(m.top(3), m.converged, strict=False))
+    print(f"{epoch:>5} {m.loss:7.4f}   {top} {m.lambda_min:10.3f}{'' if m.converged[-1] else '*'}")
 monitor.plot().savefig(OUT / "spectrum.png", dpi=150)
 print(f"picture: {OUT / 'spectrum.png'}")
 

@@ -103,7 +103,7 @@ def top_k(
     stage: Stage | None = None,
     largest: bool = True,
 ) -> dict[str, Any]:
-    """Find the examples of a store that help or hurt examples of the same store most.
+    """Find the other examples of a store that help or hurt examples of the same store most, with their scores.
 
     Args:
         store: The folder of the store.
@@ -117,13 +117,13 @@ def top_k(
     with _reading("top-k", store) as opened:
         rows = _of_stage(opened, stage)
         asked = _asked(rows, query_ids)
-        found = rows.top_k(asked.read(), k, method=method, curvature=curvature, largest=largest)
+        found = rows.top_k(asked, k + 1, method=method, curvature=curvature, largest=largest)
     examples = found.example_ids.tolist() if hasattr(found.example_ids, "tolist") else found.example_ids
-    names = asked.metadata()["example_id"].tolist()
-    return {
-        str(name): [[str(id), score] for id, score in zip(each, scores, strict=True)]
-        for name, each, scores in zip(names, examples, found.scores.tolist(), strict=True)
-    }
+    answers = {}
+    for name, ids, scores in zip(asked.columns["example_id"].tolist(), examples, found.scores.tolist(), strict=True):
+        others = [[str(id), score] for id, score in zip(ids, scores, strict=True) if id != name]  # itself is no news
+        answers[str(name)] = others[:k]
+    return answers
 
 
 def report(
@@ -155,12 +155,10 @@ def report(
     with _reading("report", store) as opened:
         rows = _of_stage(opened, stage)
         asked = _asked(rows, query_ids)
-        ids = asked.metadata()["example_id"].tolist()
+        ids = asked.columns["example_id"].tolist()
         examples = None if train is None else _examples(train, type(ids[0]))
         shown = None if examples is None else [_of(examples, id, train) for id in ids]
-        rows.report(
-            path, asked.read(), train=examples, queries_of=shown, k=k, method=method, curvature=curvature, title=title
-        )
+        rows.report(path, asked, train=examples, queries_of=shown, k=k, method=method, curvature=curvature, title=title)
     return {"path": str(path), "queries": len(ids), "rows": len(rows)}
 
 
@@ -298,8 +296,10 @@ def _of_stage(store: Any, stage: Stage | None) -> Any:
 
 
 def _asked(rows: Any, query_ids: str) -> Any:
-    """Return the rows of the examples that are asked about."""
+    """Return the last row of each of the examples that are asked about, in the order in which they are asked."""
     import torch
+
+    from lightning_sketch.store import SketchedGradients
 
     asked: list[Any] = query_ids.split(",")
     if isinstance(rows.metadata()["example_id"], torch.Tensor):
@@ -307,10 +307,15 @@ def _asked(rows: Any, query_ids: str) -> Any:
         if wrong:
             raise ValueError(f"the ids of this store are numbers, got {wrong[0]!r}; write 3,17 for two of them.")
         asked = [int(id) for id in asked]
-    found = rows.where(example_id=asked)
-    if not len(found):
-        raise ValueError(f"the store has no rows of the examples {query_ids}; `info --store STORE` says which it has.")
-    return found
+    found = rows.where(example_id=asked).read()
+    place = {id: row for row, id in enumerate(found.columns["example_id"].tolist())}
+    if missing := [str(id) for id in asked if id not in place]:
+        raise ValueError(
+            f"the store has no rows of the examples {', '.join(missing)}; `info --store STORE` says which it has."
+        )
+    order = torch.tensor([place[id] for id in asked])
+    columns = {name: column[order] for name, column in found.columns.items()}
+    return SketchedGradients(found.sketches[order], found.sketch, columns)
 
 
 def _described(store: Path) -> dict[str, Any]:

@@ -60,11 +60,13 @@ def test_a_changed_file_is_named(tmp_path):
 @pytest.mark.slow
 def test_top_k_of_examples_of_the_store(tmp_path):
     store = a_store(tmp_path / "store")
-    done = run("top-k", tmp_path / "store", "3,7", "--k", 4, "--json")
+    done = run("top-k", tmp_path / "store", "7,3", "--k", 4, "--json")
     assert done.returncode == 0, done.stderr
-    best = top_k(store.where(example_id=[3, 7]).read(), store, 4, method="cosine")
+    best = top_k(store.where(example_id=[3, 7]).read(), store, 5, method="cosine")
     found = json.loads(done.stdout)
-    assert [[int(id) for id, _ in found[name]] for name in ("3", "7")] == best.example_ids.tolist()
+    assert list(found) == ["7", "3"]
+    assert best.example_ids[:, 0].tolist() == [3, 7]  # an example is nearest to itself, and is left out
+    assert [[int(id) for id, _ in found[name]] for name in ("3", "7")] == best.example_ids[:, 1:].tolist()
     assert "3:" in run("top-k", tmp_path / "store", "3,7", "--k", 4).stdout
 
 

@@ -359,7 +359,8 @@ class Hessian(CurvatureOperator):
             cause = "an operation or a hook on a tensor has a wrong second derivative; replace it by plain operations"
         return (
             f"the Hessian by autograd differs from differences of the gradient by {100 * found.relative:.2g}%, most "
-            f"in {where}: {cause}, or use hvp='finite_differences', which needs only the gradient."
+            f"in {where}: {cause}, or use hvp='finite_differences', which needs only the gradient. "
+            "A training that has diverged, to a huge loss, may differ too."
         )
 
 

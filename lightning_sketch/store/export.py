@@ -1,5 +1,6 @@
 """Rows for other tools: pandas, Arrow, NumPy and Parquet files."""
 
+import json
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +24,8 @@ from lightning_sketch.store.sketched_gradients import (
 )
 
 _INSTALL = "pip install 'lightning-sketch[tables]'"
+SPEC = "spec.json"  # of a store
+EXPORTED = "export.json"  # the names of the files of an export
 SKETCH = "sketch"  # the column of sketches
 NEIGHBORS = "neighbors"  # the column of the nearest rows
 Blocks = Callable[[], Iterable[SketchedGradients]]  # reads all rows anew, block by block
@@ -80,8 +83,11 @@ class ReadFromDisk(ABC):
 def to_npy(blocks: Iterable[SketchedGradients], columns: Mapping[str, Column], dim: int, folder: Path) -> None:
     """Write `sketches.npy`, (rows, dim) in float32, and a file per column, with one block in memory at a time.
 
-    They are written beside and renamed when all are whole; those that were there before are removed then.
+    They are written beside and renamed when all are whole; the files of an earlier export, which `export.json` names,
+    are removed then.
     """
+    if (folder / SPEC).exists():
+        raise ValueError(f"{folder} is the folder of a store; export to another one.")
     if wrong := [name for name in columns if name == "sketches" or "/" in name]:
         raise ValueError(f"columns are files by their names, which {', '.join(wrong)} cannot be; rename them.")
     with tempfile.TemporaryDirectory(dir=_made(folder), prefix=".part-") as part:
@@ -95,10 +101,15 @@ def to_npy(blocks: Iterable[SketchedGradients], columns: Mapping[str, Column], d
             out[start : start + len(block)] = np.asarray(block)
             start += len(block)
         out.flush()
-        for old in folder.glob("*.npy"):
-            old.unlink()
-        for new in Path(part).iterdir():
-            new.replace(folder / new.name)
+        names = sorted(path.name for path in Path(part).iterdir())
+        listed = folder / EXPORTED
+        earlier = json.loads(listed.read_text()) if listed.exists() else []
+        listed.write_text(json.dumps(sorted({*earlier, *names})))
+        for old in {*earlier} - {*names}:
+            (folder / Path(old).name).unlink(missing_ok=True)
+        for name in names:
+            (Path(part) / name).replace(folder / name)
+        listed.write_text(json.dumps(names))
 
 
 def to_parquet(blocks: Blocks, path: Path, neighbors: int | None = None) -> None:

@@ -394,8 +394,9 @@ class RowStore(export.ReadFromDisk):
         """Export the rows to another format, with one block of them in memory at a time.
 
         Args:
-            kind: "npy" writes `sketches.npy`, (rows, dim) in float32, and one file per column; "parquet" one file of
-                all columns and `sketch`, for DuckDB, Polars and viewers; "lance" a Lance dataset, for `LanceRows`.
+            kind: "npy" writes `sketches.npy`, (rows, dim) in float32, and one file per column, beside what else is in
+                the folder; "parquet" one file of all columns and `sketch`, for DuckDB, Polars and viewers; "lance" a
+                Lance dataset, for `LanceRows`.
             path: The folder, the file or the dataset, which may be an address in an object store.
             append: Whether the Lance dataset may be there: rows that it lacks are added, and those that are not visible
                 in the store any more are removed; those that `where` has left out stay. Every row is there once,

@@ -818,6 +818,25 @@ def test_arrays_are_copies_where_numpy_asks_for_them(tmp_path):
         SketchedGradients(held.sketches.bfloat16(), SKETCH).__array__(copy=False)
 
 
+def test_arrays_are_exported_beside_what_others_have_there(tmp_path):
+    """A column of an earlier export that this one has not is removed; nothing else is, and no store is touched."""
+    plain = rows([1, 2])
+    named = SketchedGradients(plain.sketches, plain.sketch, {**plain.columns, "source": ["a", "b"]})
+    first = written(tmp_path / "first", named)
+    second = written(tmp_path / "second", rows([3]))
+    (tmp_path / "out").mkdir()
+    np.save(tmp_path / "out" / "embeddings.npy", np.ones(3))
+    first.export("npy", tmp_path / "out")
+    assert (tmp_path / "out" / "source.npy").exists()
+    second.export("npy", tmp_path / "out")
+    assert not (tmp_path / "out" / "source.npy").exists()
+    assert np.load(tmp_path / "out" / "sketches.npy").shape[0] == 1
+    assert np.load(tmp_path / "out" / "embeddings.npy").tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match="is the folder of a store"):
+        second.export("npy", tmp_path / "first")
+    assert len(GradientStore.open(tmp_path / "first")) == 2
+
+
 @pytest.mark.parametrize("kind", ["npy", "parquet"])
 def test_an_export_that_fails_leaves_what_was_there(tmp_path, kind):
     store = written(tmp_path / "store", rows([1]))

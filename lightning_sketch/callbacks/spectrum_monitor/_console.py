@@ -62,7 +62,8 @@ class Console:
         if measurement.step == 0 or measurement.stage != "fit":
             return line
         share = measurement.seconds / since
-        line += f", after {since:.1f} s of training" if self._first else f", {share:.0%} of the time since the last"
+        part = f"{share:.0%} of the time" if share < 2 else f"{share:.0f} times as long as the training"
+        line += f", after {since:.1f} s of training" if self._first else f", {part} since the last"
         factor = math.ceil(10 * share)
         better = f"; {self.cadence}={factor * self.every} would make it {share / factor:.0%} of the time"
         return line if share <= 0.1 else line + better
@@ -86,10 +87,11 @@ class Console:
             return "num_outliers is a lower bound, as the noise of gradients hides eigenvalues; see above."
         if not count:
             return "num_outliers is a lower bound, as no eigenvalue has converged; raise num_matvecs."
-        return (
-            f"num_outliers is a lower bound, as all {count} eigenvalues that converged are outliers (above 20 % of the "
-            f"largest); raise {'top_k' if count >= self.top_k else 'num_matvecs'}."
-        )
+        found = "the only eigenvalue that converged is an outlier"
+        if count > 1:
+            found = f"all {count} eigenvalues that converged are outliers"
+        more = "top_k" if count >= self.top_k else "num_matvecs"
+        return f"num_outliers is a lower bound, as {found} (above 20 % of the largest); raise {more}."
 
     def unasked(self, say: Say, stage: str) -> None:
         """Say once how to have `trainer.validate` measured, if that is what runs."""
