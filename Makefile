@@ -27,8 +27,9 @@ lint: .venv/dev
 docs: .venv/dev  ## the documentation, in site/; every warning is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-notebooks: .venv/dev  ## examples/notebooks, made from the gallery and run; two minutes
+notebooks: .venv/dev  ## examples/notebooks, made from the gallery and run, and the gallery's README; two minutes
 	$(BIN)/python examples/notebooks/make.py
+	$(BIN)/python docs/hooks.py
 
 dist: .venv/dev  ## dist/: wheel and sdist, checked, and the README's first block run with the wheel alone
 	rm -rf dist

@@ -96,6 +96,17 @@ def gallery(repository: str) -> str:
     )
 
 
+def gallery_table() -> str:
+    """Return examples/gallery/README.md: the pictures of the examples, for who reads the repository."""
+    lines = ["# Gallery\n\nExamples of one screen, which run on a CPU as they are and download nothing.\n"]
+    lines += ["| | |", "| --- | --- |"]
+    for name, title in GALLERY.items():
+        file = "../quickstart.py" if name == "quickstart" else f"{name}.py"
+        says = first_line(ROOT / "examples/gallery" / file)
+        lines.append(f"| [![{title}]({name}.png)]({file}) | **[{title}]({file})**<br>{says} |")
+    return "\n".join(lines) + "\n"
+
+
 def first_line(path: Path) -> str:
     """Return what an example says first of itself."""
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
@@ -138,3 +149,7 @@ def where() -> str:
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace formulas between $$ by MathML, which browsers draw themselves."""
     return re.sub(r"\$\$(.+?)\$\$", lambda found: convert(found[1], display="block"), markdown, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    (ROOT / "examples/gallery/README.md").write_text(gallery_table())

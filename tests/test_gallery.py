@@ -178,6 +178,13 @@ def test_the_documentation_has_all_examples():
     assert all(book.name in page for book in BOOKS)
 
 
+def test_the_readme_of_the_gallery_is_made_of_the_examples():
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("latex2mathml")
+    made = runpy.run_path(str(HOOKS))["gallery_table"]()
+    assert (ROOT / "examples/gallery/README.md").read_text() == made, "run `python docs/hooks.py`"
+
+
 def test_notebooks_are_those_of_the_gallery():
     """Their cells are the examples' own, and what they show names no machine."""
     jupytext, nbformat = pytest.importorskip("jupytext"), pytest.importorskip("nbformat")
