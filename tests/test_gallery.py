@@ -102,10 +102,13 @@ def tables_and_lance_have_the_rows(printed, folder):
 
 
 def commands_answer(printed, folder):
-    """Both questions find the example itself first; all rows are verified and exported."""
-    assert len(re.findall(r"^ +1  [07]$", printed, re.MULTILINE)) == 2
+    """Both questions find other images, in the order in which they are asked; all rows are verified and exported."""
+    asked = re.findall(r"^(\d):\n((?: +0\.\d+  \d+\n)+)", printed, re.MULTILINE)
+    assert [name for name, _ in asked] == ["0", "7"]
+    assert all(len(lines.splitlines()) == 4 and f"  {name}\n" not in lines for name, lines in asked)
     assert printed.count("rows: 1942") == 2
     assert (folder / "runs/command_line/rows.parquet").exists()
+    assert "data:image/png" in (folder / "runs/command_line/page.html").read_text()
     assert "torch: " in printed
     assert "Error" not in printed
 

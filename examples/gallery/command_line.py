@@ -1,9 +1,10 @@
-"""Stores on the command line: the package's verify, top-k, export and info, and what they print (20 seconds)."""
+"""Stores on the command line: verify, top-k, report, export and info, and what they print (20 seconds)."""
 
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pytorch_lightning import LightningModule, Trainer, seed_everything
@@ -49,5 +50,7 @@ trainer.validate(model, loader, verbose=False)
 store = OUT / "rows"
 run(f"lightning-sketch verify {store}")
 run(f"lightning-sketch top-k {store} 0,7 --k 4 --stage validate")
+np.save(OUT / "images.npy", digits.reshape(-1, 8, 8) / 16)
+run(f"lightning-sketch report {store} {OUT / 'page.html'} 0,7 --train {OUT / 'images.npy'} --stage validate")
 run(f"lightning-sketch export {store} parquet {OUT / 'rows.parquet'}")
 run("lightning-sketch info")  # for a bug report
