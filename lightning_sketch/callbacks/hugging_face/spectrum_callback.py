@@ -4,8 +4,6 @@ import math
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import fields
-from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,10 +11,11 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from lightning_sketch.autodiff.layout import Layout
+from lightning_sketch.autodiff.losses import OutputLossName
 from lightning_sketch.autodiff.optimizer_state import check_adaptive
+from lightning_sketch.autodiff.preserve_state import Mode
 from lightning_sketch.callbacks._optimizers import UNKNOWN
 from lightning_sketch.callbacks.hugging_face import _trainer as hf
-from lightning_sketch.callbacks.spectrum_monitor import SpectrumMonitor
 from lightning_sketch.callbacks.spectrum_monitor._console import Console
 from lightning_sketch.callbacks.spectrum_monitor._estimator import Curvature, SpectrumEstimator
 from lightning_sketch.callbacks.spectrum_monitor._logging import over_time
@@ -26,6 +25,8 @@ from lightning_sketch.callbacks.spectrum_monitor._scalars import Keys
 from lightning_sketch.callbacks.spectrum_monitor._validate import check_arguments, check_preconditioned
 from lightning_sketch.curvature import Preconditioned, stability_edge
 from lightning_sketch.curvature.critical_learning_rate import copy_weights, critical_learning_rate
+from lightning_sketch.curvature.hessian import HVP
+from lightning_sketch.curvature.result import Method
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,11 +68,22 @@ class SpectrumCallback(TrainerCallback):
         name: The prefix of the keys; that of SpectrumMonitor if None.
         on_error: What to do if a measurement fails during training: "warn" logs NaN, "raise" stops.
         preconditioner: "optimizer" for the matrix that the edge of stability of Adam and its like is one of.
-        **options: Other arguments of `SpectrumMonitor` that say how to estimate: `tol`, `mode`, `hvp`, `per_layer`,
-            `density_probes`, `micro_batch_size`, `over_batches`, `output_loss_fn` and so on.
+        method: As in `SpectrumMonitor`, as are all that follow.
+        dim: The size of the sketches.
+        tol: The largest relative residual of an eigenvalue that counts as converged.
+        density_probes: The number of further random starts, for the density of all eigenvalues.
+        per_layer: Whether to log the top eigenvalue and the trace of each layer's own block too.
+        model_fn: (module, batch) -> output, for "ggn".
+        output_loss_fn: (output, batch) -> mean loss, for "ggn".
+        num_examples: The number of examples in a batch, or batch -> this number.
+        batch_dim: The axis of the examples.
+        micro_batch_size: The maximal number of examples to differentiate at once.
+        hvp: How Hessian products are computed.
+        mode: "eval", or "train" for the curvature with live dropout.
+        noise_samples: The number of draws that a loss with random numbers is averaged over.
+        over_batches: Whether to measure how far lambda_max depends on the choice of batches.
 
     Raises:
-        TypeError: If there is no such option.
         ValueError: If an argument is out of its range. Before training, if the Trainer shards parameters, examples
             cannot be drawn, or three products on the batches fail.
 
@@ -102,23 +114,48 @@ class SpectrumCallback(TrainerCallback):
         name: str | None = None,
         on_error: Literal["warn", "raise"] = "warn",
         preconditioner: Literal["optimizer"] | None = None,
-        **options: Any,
+        method: Method = "lanczos",
+        dim: int = 1024,
+        tol: float = 1e-2,
+        density_probes: int = 0,
+        per_layer: bool | list[str] = False,
+        model_fn: Callable[[Any, Any], Any] | None = None,
+        output_loss_fn: OutputLossName | Callable[[Tensor, Any], Tensor] | None = None,
+        num_examples: int | Callable[[Any], int] | None = None,
+        batch_dim: int = 0,
+        micro_batch_size: int | None = None,
+        hvp: HVP = "auto",
+        mode: Mode = "eval",
+        noise_samples: int = 1,
+        over_batches: bool = False,
     ):
-        over_batches = options.get("over_batches", False)
         check_arguments(on_error, "train", ["fit"], every_n_epochs, every_n_train_steps, num_batches, over_batches)
         check_preconditioned(preconditioner, ["fit"], at_start)
         hf.check(trainer, "SpectrumCallback")
-        known = [field.name for field in fields(SpectrumEstimator)]
-        if unknown := set(options) - set(known):
-            raise TypeError(f"SpectrumCallback has no argument {', '.join(unknown)}; those are {', '.join(known)}.")
-        given: dict[str, Any] = {"curvature": curvature, "top_k": top_k, "bottom_k": bottom_k}
-        given |= {"num_matvecs": num_matvecs, "parameters": parameters, "seed": seed}
-        given |= {
-            "loss_fn": loss_fn or hf.loss_of(trainer),
-            "weight_fn": weight_fn or (None if loss_fn else hf.weight_of(trainer)),
-        }
-        defaults = {name: p.default for name, p in signature(SpectrumMonitor).parameters.items() if name in known}
-        self.estimator = SpectrumEstimator(**{**defaults, **options, **given})
+        self.estimator = SpectrumEstimator(
+            curvature=curvature,
+            method=method,
+            top_k=top_k,
+            bottom_k=bottom_k,
+            num_matvecs=num_matvecs,
+            dim=dim,
+            tol=tol,
+            density_probes=density_probes,
+            parameters=parameters,
+            loss_fn=loss_fn or hf.loss_of(trainer),
+            seed=seed,
+            per_layer=per_layer,
+            model_fn=model_fn,
+            output_loss_fn=output_loss_fn,
+            weight_fn=weight_fn or (None if loss_fn else hf.weight_of(trainer)),
+            num_examples=num_examples,
+            batch_dim=batch_dim,
+            micro_batch_size=micro_batch_size,
+            hvp=hvp,
+            mode=mode,
+            noise_samples=noise_samples,
+            over_batches=over_batches,
+        )
         self.trainer, self.batches, self.seed = trainer, batches, seed
         self.every_n_train_steps = every_n_train_steps
         self.every_n_epochs = every_n_epochs or (None if every_n_train_steps else 1)
