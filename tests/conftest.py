@@ -4,11 +4,14 @@ Slow tests run without the checks of types, which are half the time of small pro
 Small operations on two threads of a busy machine wait for each other, up to a hundred times as long as they work.
 """
 
+import os
+
 import jaxtyping
 import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("WANDB_MODE", "offline")  # which W&B reads once in a process, at its first run
 
 
 def pytest_collection_modifyitems(items):
