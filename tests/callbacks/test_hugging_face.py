@@ -459,7 +459,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch, unty
             with pytest.raises(ValueError, match=f"{kind.__name__} needs whole .*{name}.* Train with DDP"):
                 kind(trainer)
             monkeypatch.setattr(trainer, flag, False)
-    with pytest.raises(TypeError, match="unexpected keyword argument .matvecs"):
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
         SpectrumCallback(trainer, matvecs=3)
     with pytest.raises(ValueError, match="set every_n_epochs or every_n_train_steps, got both"):
         SpectrumCallback(trainer, every_n_epochs=1, every_n_train_steps=1)
