@@ -115,7 +115,7 @@ def top_k(
         largest: False for those that hurt most.
     """
     with _reading("top-k", store) as opened:
-        rows = _of_stage(opened, stage)
+        rows = _examples_of(opened, stage)
         asked = _asked(rows, query_ids)
         found = rows.top_k(asked, k + 1, method=method, curvature=curvature, largest=largest)
     examples = found.example_ids.tolist() if hasattr(found.example_ids, "tolist") else found.example_ids
@@ -137,7 +137,7 @@ def report(
     stage: Stage | None = None,
     title: str = "Which examples taught what",
 ) -> dict[str, Any]:
-    """Write a page to browse, with the examples that helped and that hurt examples of the same store.
+    """Write a page to browse: which other examples helped and hurt some examples of the same store.
 
     Args:
         store: The folder of the store.
@@ -153,11 +153,13 @@ def report(
         title: The title of the page.
     """
     with _reading("report", store) as opened:
-        rows = _of_stage(opened, stage)
+        rows = _examples_of(opened, stage)
         asked = _asked(rows, query_ids)
         ids = asked.columns["example_id"].tolist()
+        others = ~sum(rows.metadata()["example_id"] == id for id in ids).bool()
+        rows = rows.where(others)
         examples = None if train is None else _examples(train, type(ids[0]))
-        shown = None if examples is None else [_of(examples, id, train) for id in ids]
+        shown = [f"example {id}" if examples is None else _of(examples, id, train) for id in ids]
         rows.report(path, asked, train=examples, queries_of=shown, k=k, method=method, curvature=curvature, title=title)
     return {"path": str(path), "queries": len(ids), "rows": len(rows)}
 
@@ -175,6 +177,8 @@ def spectrum(
     save: Path | None = None,
 ) -> dict[str, Any]:
     """Compute the largest and smallest eigenvalues of the curvature of a checkpoint, on batches of its training data.
+
+    They are printed with bounds on their errors, and a ? where they have not converged.
 
     Args:
         config: The YAML file of LightningCLI that made the run, such as the config.yaml beside its checkpoints.
@@ -196,9 +200,9 @@ def spectrum(
     if save is not None:
         save_spectrum(found, save)
     return {
-        "eigenvalues": found.eigenvalues.tolist(),
-        "residuals": found.residuals.tolist(),
-        "converged": found.converged.tolist(),
+        "eigenvalues": _ends(found.eigenvalues.tolist(), top_k, bottom_k),
+        "residuals": _ends(found.residuals.tolist(), top_k, bottom_k),
+        "converged": _ends(found.converged.tolist(), top_k, bottom_k),
         "trace": found.trace,
         "trace_sem": found.trace_sem,
         "loss": found.loss,
@@ -244,6 +248,10 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         expected = isinstance(error, ValueError | OSError | RuntimeError | ImportError | KeyError)
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        if isinstance(error, FileNotFoundError) and error.filename:
+            text = f"there is no {error.filename}"
+        if "fit_curvature" in text:
+            text += " Without it --curvature fisher takes the curvature of the rows."
         kind = "" if expected and text else f"{type(error).__name__}: "
         print(f"lightning-sketch {chosen.subcommand}: {kind}{text}", file=sys.stderr)
         sys.exit(1)
@@ -295,6 +303,14 @@ def _of_stage(store: Any, stage: Stage | None) -> Any:
     return store if stage is None else store.where(stage=stage)
 
 
+def _examples_of(store: Any, stage: Stage | None) -> Any:
+    """Return the rows of examples with ids, without those of steps."""
+    from lightning_sketch.store.sketched_gradients import keys_of
+
+    rows = _of_stage(store, stage)
+    return rows.where(keys_of(rows.metadata()["example_id"]) != -1)
+
+
 def _asked(rows: Any, query_ids: str) -> Any:
     """Return the last row of each of the examples that are asked about, in the order in which they are asked."""
     import torch
@@ -344,17 +360,17 @@ def _examples(path: Path, id_type: type) -> Any:
         import numpy as np
 
         return np.load(path, mmap_mode="r")
+    if path.suffix not in (".txt", ".jsonl", ".json"):
+        raise ValueError(f"training examples are read from .txt, .jsonl, .json or .npy, got {path}; use one of these.")
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".txt":
         return text.splitlines()
     if path.suffix == ".jsonl":
         return [_text(json.loads(line)) for line in text.splitlines() if line.strip()]
-    if path.suffix == ".json":
-        found = json.loads(text)
-        if isinstance(found, list):
-            return [_text(value) for value in found]
-        return {id_type(key): _text(value) for key, value in found.items()}
-    raise ValueError(f"training examples are read from .txt, .jsonl, .json or .npy, got {path}; use one of these.")
+    found = json.loads(text)
+    if isinstance(found, list):
+        return [_text(value) for value in found]
+    return {id_type(key): _text(value) for key, value in found.items()}
 
 
 def _text(value: Any) -> Any:
@@ -385,8 +401,18 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _ends(values: list[Any], top_k: int, bottom_k: int) -> list[Any]:
+    """Return the first and the last of all values."""
+    return values[:top_k] + values[max(top_k, len(values) - bottom_k) :]
+
+
 def _plain(found: dict[str, Any]) -> str:
     lines = []
+    if "eigenvalues" in found:
+        found = found.copy()
+        each = zip(*(found.pop(name) for name in ("eigenvalues", "residuals", "converged")), strict=True)
+        lines += ["eigenvalues:"]
+        lines += [f"    {value:12.5g} ± {error:.1g}{'' if known else ' ?'}" for value, error, known in each]
     for name, value in found.items():
         if isinstance(value, dict):
             lines += [f"{name}:", *(f"    {key}: {each}" for key, each in value.items())]

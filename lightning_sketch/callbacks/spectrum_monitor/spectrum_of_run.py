@@ -62,7 +62,11 @@ def spectrum_of_run(
         raise ValueError(f"{config} does not say the class of the model; pass --model package.module.Class.")
     lightning = "lightning.pytorch" if _is_of(model_class, "lightning.pytorch") else "pytorch_lightning"
     found["trainer"] = {**found.get("trainer", {}), **_ONE_DEVICE, **_QUIET, "limit_val_batches": num_batches}
-    cli = _instantiated(lightning, found, model_class if model else None, data_class if data else None)
+    fixed = [kind if "class_path" not in found.get(key, {}) else None for key, kind in
+             {"model": model_class, "data": data_class}.items()]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # which is meant
+        cli = _instantiated(lightning, found, *fixed)
     trainer, module, datamodule = cli.trainer, cli.model, getattr(cli, "datamodule", None)
     monitor = SpectrumMonitor(stages=["validate"], num_batches=num_batches, **options)
     trainer.callbacks.append(monitor)
@@ -78,14 +82,21 @@ def spectrum_of_run(
     for hook in _VALIDATION:  # the monitor takes the loss of training_step, on batches that validation may not know
         setattr(module, hook, lambda *_: None)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*(shuffling enabled|does not have many workers|GPU available).*")
+        warnings.filterwarnings(
+            "ignore", ".*(shuffling enabled|does not have many workers|GPU available|add the following callbacks).*"
+        )
         trainer.validate(module, datamodule=datamodule, ckpt_path=ckpt, verbose=False)
     return monitor.history[-1]
 
 
 def _class_of(config: dict[str, Any], key: str, given: str | None) -> type | None:
     """Return the class that an argument, or else the file, names."""
-    named = given or (config[key].get("class_path") if isinstance(config.get(key), dict) else None)
+    said = config[key].get("class_path") if isinstance(config.get(key), dict) else None
+    if said is not None and said.startswith("__main__."):  # of the program that was run
+        if given is None:
+            raise ValueError(f"the file says that `{key}` is {said}, of a program; pass --{key} program.{said[9:]}.")
+        config[key]["class_path"] = said = given
+    named = given or said
     if named is None:
         return None
     package, _, name = str(named).rpartition(".")
@@ -93,8 +104,8 @@ def _class_of(config: dict[str, Any], key: str, given: str | None) -> type | Non
         found = getattr(import_module(package), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ImportError(f"cannot import the class {named} of `{key}`: {error}; run from the folder of it.") from error
-    if given and isinstance(config.get(key), dict) and "class_path" in config[key]:
-        raise ValueError(f"the file says that `{key}` is {config[key]['class_path']}, got {given}; leave it out.")
+    if given and said not in (None, given):
+        raise ValueError(f"the file says that `{key}` is {said}, got {given}; leave it out.")
     return found
 
 
