@@ -4,12 +4,15 @@ import contextlib
 import json
 import math
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
+
+from lightning_sketch._arguments import whole_number
 
 _PACKAGES = ["torch", "pytorch-lightning", "lightning", "torchmetrics", "safetensors", "numpy", "numba", "triton"]
 _PACKAGES += ["transformers", "wandb", "pandas", "pyarrow", "pylance", "ray"]
@@ -114,6 +117,7 @@ def top_k(
         stage: Use rows of this stage only.
         largest: False for those that hurt most.
     """
+    whole_number(k, "k", usual=10)
     with _reading("top-k", store) as opened:
         rows = _examples_of(opened, stage)
         asked = _asked(rows, query_ids)
@@ -315,11 +319,20 @@ def _asked(rows: Any, query_ids: str) -> Any:
     """Return the last row of each of the examples that are asked about, in the order in which they are asked."""
     import torch
 
-    from lightning_sketch.store import SketchedGradients
+    from lightning_sketch.store import STAGES, SketchedGradients
 
-    asked: list[Any] = query_ids.split(",")
+    asked: list[Any] = [id.strip() for id in query_ids.split(",")]
+    if not len(rows):
+        raise ValueError("the store has no rows of examples with ids; trainer.validate(model, loader) makes them.")
+    stages = rows.metadata()["stage"].unique().tolist()
+    if len(stages) > 1:
+        names = [STAGES[stage] for stage in stages]
+        raise ValueError(
+            f"the store has examples of the stages {', '.join(names)}, whose ids may be of different data; pass "
+            f"--stage {names[-1]}."
+        )
     if isinstance(rows.metadata()["example_id"], torch.Tensor):
-        wrong = [id for id in asked if not id.strip().lstrip("-").isdigit()]
+        wrong = [id for id in asked if not re.fullmatch("-?[0-9]+", id)]
         if wrong:
             raise ValueError(f"the ids of this store are numbers, got {wrong[0]!r}; write 3,17 for two of them.")
         asked = [int(id) for id in asked]
@@ -362,15 +375,24 @@ def _examples(path: Path, id_type: type) -> Any:
         return np.load(path, mmap_mode="r")
     if path.suffix not in (".txt", ".jsonl", ".json"):
         raise ValueError(f"training examples are read from .txt, .jsonl, .json or .npy, got {path}; use one of these.")
-    text = path.read_text(encoding="utf-8")
+    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # other separators may be in a text
     if path.suffix == ".txt":
-        return text.splitlines()
+        return lines
     if path.suffix == ".jsonl":
-        return [_text(json.loads(line)) for line in text.splitlines() if line.strip()]
-    found = json.loads(text)
+        return [_text(_json(line, f"line {number} of {path}")) for number, line in enumerate(lines, 1)]
+    found = _json("\n".join(lines), str(path))
     if isinstance(found, list):
         return [_text(value) for value in found]
+    if not isinstance(found, dict) or (id_type is int and not all(re.fullmatch("-?[0-9]+", key) for key in found)):
+        raise ValueError(f"{path} must have a list of examples, or an object of them by the ids of the store.")
     return {id_type(key): _text(value) for key, value in found.items()}
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON: {error}.") from error
 
 
 def _text(value: Any) -> Any:
@@ -381,8 +403,9 @@ def _of(examples: Any, id: Any, path: Any) -> Any:
     """Return the example of an id."""
     try:
         return examples[id]
-    except (KeyError, IndexError) as error:
-        raise ValueError(f"{path} has no example {id!r}, which the store has; pass the data in their order.") from error
+    except (KeyError, IndexError, TypeError) as error:
+        way = "in a .json file by their ids" if isinstance(id, str) else "in their order"
+        raise ValueError(f"{path} has no example {id!r}, which the store has; pass the data {way}.") from error
 
 
 def _version(package: str) -> str | None:

@@ -155,6 +155,37 @@ def test_a_terminal_sees_progress_after_two_seconds(tmp_path, monkeypatch, verb)
     assert terminal.getvalue() == said
 
 
+def test_a_line_of_a_file_is_one_example_whatever_is_in_it(tmp_path, capsys):
+    """Separators that Unicode knows beside the end of a line are part of a text; a blank line is no example."""
+    texts = ["a\x0cb", "c\u2028d", *(f"document {i}" for i in range(2, 400))]
+    a_store(tmp_path / "store")
+    (tmp_path / "train.txt").write_text("\n".join(texts) + "\n")
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps(text, ensure_ascii=False) for text in texts))
+    pages = []
+    for kind in ("txt", "jsonl"):
+        main(["report", str(tmp_path / "store"), str(tmp_path / kind), "7", "--train", str(tmp_path / f"train.{kind}")])
+        pages.append((tmp_path / kind).read_text())
+    assert pages[0] == pages[1]
+    assert "document 7" in pages[0]
+    (tmp_path / "train.jsonl").write_text('"a"\n\n"b"\n')
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "store"), str(tmp_path / "x"), "7", "--train", str(tmp_path / "train.jsonl")])
+    assert "line 2 of" in capsys.readouterr().err
+
+
+def test_equal_ids_of_two_stages_are_not_taken_for_one_example(tmp_path, capsys):
+    a_store(tmp_path / "store")
+    put(tmp_path / "store", examples(range(30), stage="test"), stage="test")
+    with pytest.raises(SystemExit):
+        main(["top-k", str(tmp_path / "store"), "3"])
+    assert "pass --stage test" in capsys.readouterr().err
+    main(["top-k", str(tmp_path / "store"), "3", "--stage", "test", "--json"])
+    assert all(int(id) < 30 for id, _ in json.loads(capsys.readouterr().out)["3"])
+    with pytest.raises(SystemExit):
+        main(["top-k", str(tmp_path / "store"), "3", "--k", "0", "--stage", "test"])
+    assert "need k >= 1, got 0" in capsys.readouterr().err
+
+
 def test_an_answer_is_json_whatever_is_not_a_number():
     assert json.dumps(cli._finite({"a": [1.0, float("nan")], "b": float("inf")}), allow_nan=False)
 

@@ -155,6 +155,16 @@ def test_a_program_whose_classes_are_its_own(tmp_path):
     assert close(json.loads(done.stdout), dense(ckpt, 4))
 
 
+def test_arguments_that_no_file_has_are_those_of_the_checkpoint_or_refused(tmp_path):
+    """A linked argument is not in the configuration: with its default the model would be another one."""
+    config, ckpt = trained(tmp_path)
+    config.write_text(config.read_text().replace("lr: 0.1", "lr: 0.2"))
+    command = ["-m", "lightning_sketch", "spectrum", "--config", config, "--ckpt", ckpt]
+    done = run(tmp_path, *command, "--model", "program.Model", "--data", "program.Data")
+    assert done.returncode == 1
+    assert "made with lr=0.1 (file: 0.2)" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -111,8 +111,13 @@ def _query(
     if by_token and any("loss" in answer["facts"] for answer in own):
         facts = {"loss": sum(answer["facts"].get("loss", 0.0) for answer in own) / len(own)}
     tokens = [str(token) for token in content] if by_token and content is not None else None
+    last = max(answer["token"] for answer in own) if by_token else 0
+    if tokens is not None and last >= len(tokens):
+        raise ValueError(
+            f"query {number} has rows up to token {last}, and queries_of[{number}] has {len(tokens)} tokens; pass all."
+        )
     if by_token and tokens is None:
-        tokens = [f"[{place}] " for place in range(1 + max(answer["token"] for answer in own))]
+        tokens = [f"[{place}] " for place in range(1 + last)]
     return {"number": number, "id": number, "tokens": tokens, "facts": facts, "answers": own,
             "content": tokens if by_token else shown(content)}  # fmt: skip
 

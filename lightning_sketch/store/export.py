@@ -104,6 +104,8 @@ def to_npy(blocks: Iterable[SketchedGradients], columns: Mapping[str, Column], d
         names = sorted(path.name for path in Path(part).iterdir())
         listed = folder / EXPORTED
         earlier = json.loads(listed.read_text()) if listed.exists() else []
+        if foreign := [name for name in names if name not in earlier and (folder / name).exists()]:
+            raise ValueError(f"{folder} has {', '.join(foreign)} of something else; export to another folder.")
         listed.write_text(json.dumps(sorted({*earlier, *names})))
         for old in {*earlier} - {*names}:
             (folder / Path(old).name).unlink(missing_ok=True)

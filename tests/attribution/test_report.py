@@ -51,6 +51,13 @@ def test_what_is_shown_needs_no_network_and_cannot_leave_its_place(store, tmp_pa
     assert text.count("</script>") == 2
 
 
+def test_tokens_of_queries_are_as_many_as_their_rows(store, tmp_path):
+    columns = {**QUERIES.columns, "example": torch.tensor([0, 0, 0, 1]), "token": torch.tensor([0, 1, 2, 0])}
+    queries = type(QUERIES)(QUERIES.sketches, QUERIES.sketch, columns)
+    with pytest.raises(ValueError, match=r"query 0 has rows up to token 2, and queries_of\[0\] has 2 tokens"):
+        store.report(tmp_path / "report.html", queries, queries_of=[["a", "b"], ["c"]])
+
+
 def test_what_is_for_the_library_alone_is_not_shown(tmp_path):
     """Neither ids that are unknown, nor the numbers of loaders and runs; a user's own columns are."""
     unknown = torch.full((9, 3), -1)

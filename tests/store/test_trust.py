@@ -832,6 +832,11 @@ def test_arrays_are_exported_beside_what_others_have_there(tmp_path):
     assert not (tmp_path / "out" / "source.npy").exists()
     assert np.load(tmp_path / "out" / "sketches.npy").shape[0] == 1
     assert np.load(tmp_path / "out" / "embeddings.npy").tolist() == [1, 1, 1]
+    (tmp_path / "theirs").mkdir()
+    np.save(tmp_path / "theirs" / "loss.npy", np.ones(3))
+    with pytest.raises(ValueError, match=r"has loss\.npy of something else"):
+        second.export("npy", tmp_path / "theirs")
+    assert [path.name for path in (tmp_path / "theirs").iterdir()] == ["loss.npy"]
     with pytest.raises(ValueError, match="is the folder of a store"):
         second.export("npy", tmp_path / "first")
     assert len(GradientStore.open(tmp_path / "first")) == 2

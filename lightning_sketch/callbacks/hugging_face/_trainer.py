@@ -19,6 +19,7 @@ from lightning_sketch.autodiff.losses import LossFn
 from lightning_sketch.autodiff.preserve_state import _generator, preserve_state
 from lightning_sketch.autodiff.shards import is_sharded
 
+_FEW = 64  # most parts of an object that are looked at, which are no examples
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 
 
@@ -123,19 +124,31 @@ def training_batches(trainer: Trainer, loader: Any, number: int, seed: int) -> l
 @contextmanager
 def _unchanged(owner: Any) -> Iterator[None]:
     """Restore the attributes of a data set or a collate function, and of the one inside, with random generators."""
-    kept = []
+    kept, generators = [], [_generator(each) for each in _generators(owner)]
     while hasattr(owner, "__dict__"):
         own = vars(owner)
-        kept.append((own, dict(own), [_generator(v) for v in own.values() if isinstance(v, _GENERATORS)]))
+        kept.append((own, dict(own)))
         owner = own.get("dataset", own.get("data_collator"))
     try:
         yield
     finally:
-        for own, before, generators in kept:
+        for own, before in kept:
             own.clear()
             own.update(before)
-            for restore in generators:
-                restore()
+        for restore in generators:
+            restore()
+
+
+def _generators(owner: Any, depth: int = 4) -> Iterator[Any]:
+    """Yield the random generators that an object has, also in data sets and transforms that it holds."""
+    if isinstance(owner, _GENERATORS):
+        yield owner
+    elif depth and not isinstance(owner, type | Tensor | nn.Module):
+        inside = owner if isinstance(owner, dict) else getattr(owner, "__dict__", None)
+        parts = owner if inside is None else list(inside.values())
+        if isinstance(parts, list | tuple) and len(parts) <= _FEW:
+            for part in parts:
+                yield from _generators(part, depth - 1)
 
 
 @contextmanager

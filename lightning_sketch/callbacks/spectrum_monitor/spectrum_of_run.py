@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lightning_sketch.callbacks.spectrum_monitor._measurement import Measurement
 from lightning_sketch.callbacks.spectrum_monitor.monitor import SpectrumMonitor
 
@@ -21,6 +23,7 @@ _QUIET = {
     "enable_model_summary": False,
     "use_distributed_sampler": False,
 }
+_MEANT = ["shuffling enabled", "not have many workers", "isinstance.treespec", "GPU available", "following callbacks"]
 _VALIDATION = ["validation_step", "on_validation_epoch_start", "on_validation_epoch_end"]
 _VALIDATION += ["on_validation_batch_start", "on_validation_batch_end"]
 
@@ -60,14 +63,21 @@ def spectrum_of_run(
     data_class = _class_of(found, "data", data)
     if model_class is None:
         raise ValueError(f"{config} does not say the class of the model; pass --model package.module.Class.")
+    if isinstance(found.get("data"), dict) and data_class is None:
+        raise ValueError(f"{config} does not say the class of the data; pass --data package.module.Class.")
     lightning = "lightning.pytorch" if _is_of(model_class, "lightning.pytorch") else "pytorch_lightning"
     found["trainer"] = {**found.get("trainer", {}), **_ONE_DEVICE, **_QUIET, "limit_val_batches": num_batches}
+    if found["trainer"].get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
+        warnings.warn("there is no GPU here, for which the file was made; another accelerator is used.", stacklevel=2)
+        found["trainer"]["accelerator"] = "auto"
     fixed = [kind if "class_path" not in found.get(key, {}) else None for key, kind in
              {"model": model_class, "data": data_class}.items()]  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # which is meant
         cli = _instantiated(lightning, found, *fixed)
     trainer, module, datamodule = cli.trainer, cli.model, getattr(cli, "datamodule", None)
+    if ckpt is not None:
+        _check_hyperparameters(ckpt, module)
     monitor = SpectrumMonitor(stages=["validate"], num_batches=num_batches, **options)
     trainer.callbacks.append(monitor)
     source = module if datamodule is None else datamodule
@@ -82,11 +92,24 @@ def spectrum_of_run(
     for hook in _VALIDATION:  # the monitor takes the loss of training_step, on batches that validation may not know
         setattr(module, hook, lambda *_: None)
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", ".*(shuffling enabled|does not have many workers|GPU available|add the following callbacks).*"
-        )
+        warnings.filterwarnings("ignore", f".*({'|'.join(_MEANT)}).*")
         trainer.validate(module, datamodule=datamodule, ckpt_path=ckpt, verbose=False)
     return monitor.history[-1]
+
+
+def _check_hyperparameters(ckpt: str, module: Any) -> None:
+    """Refuse a module that has other arguments than the checkpoint's, such as linked ones, which no file has."""
+    try:
+        saved = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+    except Exception:  # holds other objects: what it says is not known without running its code
+        return
+    plain = {key: value for key, value in saved.items() if isinstance(value, str | int | float | bool)}
+    now = {key: module.hparams[key] for key in plain.keys() & dict(module.hparams).keys() if not key.startswith("_")}
+    if wrong := [key for key, value in now.items() if value != plain[key]]:
+        listed = ", ".join(f"{key}={plain[key]!r} (file: {now[key]!r})" for key in sorted(wrong))
+        raise ValueError(
+            f"the checkpoint was made with {listed}, as by linked arguments; write these into `model` of the file."
+        )
 
 
 def _class_of(config: dict[str, Any], key: str, given: str | None) -> type | None:
