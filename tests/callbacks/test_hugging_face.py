@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from marks import slow
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate", reason="the Trainer of transformers needs accelerate")
@@ -243,6 +244,29 @@ def test_training_is_the_same_bit_for_bit(tmp_path, cadence, untyped):
     assert len(watch.history) == (7 if cadence else 2)
     assert len(GradientStore.open(rows.dirpath)) == 6
     torch.testing.assert_close(watched, alone, rtol=0, atol=0)
+
+
+class Augmented(Tokens):
+    """Draws from a generator that an object inside has."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = types.SimpleNamespace(draws=[np.random.default_rng(3)])
+
+    def __getitem__(self, place):
+        found = super().__getitem__(place)
+        found["input_ids"][0] = int(self.noise.draws[0].integers(11))
+        return found
+
+
+def test_generators_inside_of_data_sets_are_left_as_they_were(tmp_path, untyped):
+    def weights(path, *kinds):
+        data = ConcatDataset([Augmented(), Augmented()])
+        trainer = trainer_of(path, language_model(), data, max_steps=2)
+        return trained(trainer, *(kind(trainer) for kind in kinds)).model.state_dict()
+
+    watched = weights(tmp_path / "a", lambda t: SpectrumCallback(t, **SHORT, every_n_train_steps=9))
+    torch.testing.assert_close(watched, weights(tmp_path / "b"), rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -139,16 +140,22 @@ def _unchanged(owner: Any) -> Iterator[None]:
             restore()
 
 
-def _generators(owner: Any, depth: int = 4) -> Iterator[Any]:
-    """Yield the random generators that an object has, also in data sets and transforms that it holds."""
-    if isinstance(owner, _GENERATORS):
-        yield owner
-    elif depth and not isinstance(owner, type | Tensor | nn.Module):
+def _generators(owner: Any) -> list[Any]:
+    """Return the random generators that an object has, also in data sets and transforms that it holds."""
+    found, seen, waiting = [], set[int](), [owner]
+    while waiting:
+        owner = waiting.pop()
+        if id(owner) in seen or isinstance(owner, type | ModuleType | Tensor | nn.Module):
+            continue
+        seen.add(id(owner))
+        if isinstance(owner, _GENERATORS):
+            found.append(owner)
+            continue
         inside = owner if isinstance(owner, dict) else getattr(owner, "__dict__", None)
         parts = owner if inside is None else list(inside.values())
         if isinstance(parts, list | tuple) and len(parts) <= _FEW:
-            for part in parts:
-                yield from _generators(part, depth - 1)
+            waiting += parts
+    return found
 
 
 @contextmanager
