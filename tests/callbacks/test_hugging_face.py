@@ -259,6 +259,47 @@ class Augmented(Tokens):
         return found
 
 
+class Warmup(Trainer):
+    """Its loss counts and collects what it returns."""
+
+    count, seen = 0, None
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        self.count += 1
+        self.seen = {"train": []} if self.seen is None else self.seen
+        loss = model(**inputs).loss
+        self.seen["train"].append(self.count)
+        return loss * min(1, self.count / 50) if model.training else loss
+
+
+def test_a_loss_that_keeps_count_of_its_calls_is_trained_as_without(tmp_path, untyped):
+    def run(path, *kinds):
+        trainer = trainer_of(path, language_model(), Tokens(), Warmup, max_steps=2)
+        trainer.log_calls, plain = [], trainer.log
+        trainer.log = lambda logs, *args, **kwargs: (trainer.log_calls.append(sorted(logs)), plain(logs))[1]
+        trained(trainer, *(kind(trainer) for kind in kinds))
+        return {"weights": trainer.model.state_dict(), "count": trainer.count, "seen": trainer.seen}, trainer.log_calls
+
+    watched, calls = run(tmp_path / "a", lambda t: SpectrumCallback(t, **SHORT, every_n_train_steps=1))
+    alone, fewer = run(tmp_path / "b")
+    torch.testing.assert_close(watched, alone, rtol=0, atol=0)
+    assert alone["count"] == 2
+    assert [keys for keys in calls if "loss" in keys] == [keys for keys in fewer if "loss" in keys]
+
+
+def test_a_collate_function_may_take_examples_apart(tmp_path):
+    def collate(examples):
+        labels = torch.stack([example.pop("labels") for example in examples])
+        return {"input_ids": torch.stack([example["input_ids"] for example in examples]), "labels": labels}
+
+    data = [Tokens()[place] for place in range(24)]
+    own = {"data_collator": collate}
+    trainer = trainer_of(tmp_path, language_model(), data, own=own, max_steps=1, remove_unused_columns=False)
+    trained(trainer, SpectrumCallback(trainer, **SHORT, every_n_train_steps=1))
+    lost = sum("labels" not in example for example in data)
+    assert lost in (4, 8)  # those of the Trainer's own batch, and of one that its loader fetches before
+
+
 def test_generators_inside_of_data_sets_are_left_as_they_were(tmp_path, untyped):
     def weights(path, *kinds):
         data = ConcatDataset([Augmented(), Augmented()])

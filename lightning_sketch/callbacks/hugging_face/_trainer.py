@@ -63,6 +63,7 @@ def loss_of(trainer: Trainer) -> LossFn:
         return model_loss
 
     def loss(module: nn.Module, batch: Any) -> Tensor:
+        kept = _containers(vars(trainer))  # where a compute_loss of one's own counts or collects
         trainer.__dict__["log"] = lambda *args, **kwargs: None
         try:  # it takes the labels out of the batch
             found: Any = trainer.compute_loss(module, dict(batch) if isinstance(batch, Mapping) else batch)
@@ -73,15 +74,31 @@ def loss_of(trainer: Trainer) -> LossFn:
                 "the mean loss of the batch."
             ) from error
         finally:
-            del trainer.__dict__["log"]
+            for container, before in kept:
+                container.clear()
+                (container.update if isinstance(container, dict) else container.extend)(before)
 
     return loss
+
+
+def _containers(owner: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    """Return a dictionary, and those and the lists in it, each with a copy; data sets are left out."""
+    found: list[tuple[Any, Any]] = [(owner, dict(owner))]
+    for name, value in owner.items():
+        if name in ("train_dataset", "eval_dataset"):
+            continue
+        if isinstance(value, dict) and value is not owner:
+            found += _containers(value)
+        elif isinstance(value, list):
+            found.append((value, list(value)))
+    return found
 
 
 def weight_of(trainer: Trainer) -> Callable[[Any], float]:
     """Return the function batch -> its number of labels that count, or of examples where it has no such labels."""
     model = next((part for part in model_of(trainer).modules() if isinstance(part, PreTrainedModel)), None)
-    causal = type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())  # and what inherits from these
+    causal = any(kind.__name__ in known for kind in type(model).__mro__)
 
     def weight(batch: Any) -> float:
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
@@ -119,7 +136,12 @@ def training_batches(trainer: Trainer, loader: Any, number: int, seed: int) -> l
         most = min(len(dataset), number * size * ranks)
         mine = random.Random(seed).sample(range(len(dataset)), most)[rank::ranks]
         parts = [mine[start : start + size] for start in range(0, len(mine), size)]
-        return [loader.collate_fn([dataset[place] for place in part]) for part in parts]
+        return [loader.collate_fn([_copied(dataset[place]) for place in part]) for part in parts]
+
+
+def _copied(example: Any) -> Any:
+    """Return a copy of an example that is a dictionary, from which a collate function may take parts."""
+    return dict(example) if type(example) is dict else example
 
 
 @contextmanager
