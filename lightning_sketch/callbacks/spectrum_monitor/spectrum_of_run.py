@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def spectrum_of_run(
     if found["trainer"].get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
         warnings.warn("there is no GPU here, for which the file was made; another accelerator is used.", stacklevel=2)
         found["trainer"]["accelerator"] = "auto"
+    if found.get("seed_everything") in (None, False):
+        found["seed_everything"] = 0  # so that a loader that shuffles has the same batches each time
     fixed = [kind if "class_path" not in found.get(key, {}) else None for key, kind in
              {"model": model_class, "data": data_class}.items()]  # fmt: skip
     with warnings.catch_warnings():
@@ -77,18 +80,17 @@ def spectrum_of_run(
         cli = _instantiated(lightning, found, *fixed)
     trainer, module, datamodule = cli.trainer, cli.model, getattr(cli, "datamodule", None)
     if ckpt is not None:
-        _check_hyperparameters(ckpt, module)
+        _take_up(ckpt, module, trainer)
     monitor = SpectrumMonitor(stages=["validate"], num_batches=num_batches, **options)
     trainer.callbacks.append(monitor)
     source = module if datamodule is None else datamodule
     plain = import_module(lightning).LightningModule
     if type(source).train_dataloader is plain.train_dataloader:
         raise ValueError(f"{config} has neither `data` nor a model with a train_dataloader; pass --data.")
-    source.trainer = trainer
-    source.prepare_data()
-    source.setup("fit")
-    loader = source.train_dataloader()
-    source.val_dataloader = lambda: loader  # in place of an argument, so that the hooks of a data module are called
+    for part in (module, datamodule):
+        if part is not None:
+            part.setup = partial(_set_up_to_fit, part.setup)
+    source.val_dataloader = lambda: _one(source.train_dataloader())  # so that the hooks of a data module are called
     for hook in _VALIDATION:  # the monitor takes the loss of training_step, on batches that validation may not know
         setattr(module, hook, lambda *_: None)
     with warnings.catch_warnings():
@@ -97,12 +99,29 @@ def spectrum_of_run(
     return monitor.history[-1]
 
 
-def _check_hyperparameters(ckpt: str, module: Any) -> None:
-    """Refuse a module that has other arguments than the checkpoint's, such as linked ones, which no file has."""
+def _set_up_to_fit(setup: Any, stage: str | None = None) -> None:
+    """Set a module or its data up as for training, whose loss is measured."""
+    setup("fit")
+
+
+def _one(loader: Any) -> Any:
+    """Refuse several loaders, whose batches validation would draw one after the other."""
+    if isinstance(loader, list | tuple | dict) or type(loader).__name__ == "CombinedLoader":
+        raise ValueError("the training data have several loaders; measure by SpectrumMonitor while training.")
+    return loader
+
+
+def _take_up(ckpt: str, module: Any, trainer: Any) -> None:
+    """Take up the epoch and the step of a checkpoint, on which a loss may depend.
+
+    Refuse a module that has other arguments than the checkpoint's, such as linked ones, which no file has.
+    """
     try:
-        saved = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True).get("hyper_parameters", {})
+        read = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # holds other objects: what it says is not known without running its code
         return
+    trainer.fit_loop.load_state_dict(read["loops"]["fit_loop"])
+    saved = read.get("hyper_parameters", {})
     plain = {key: value for key, value in saved.items() if isinstance(value, str | int | float | bool)}
     now = {key: module.hparams[key] for key in plain.keys() & dict(module.hparams).keys() if not key.startswith("_")}
     if wrong := [key for key, value in now.items() if value != plain[key]]:
