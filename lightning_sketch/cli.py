@@ -354,7 +354,7 @@ def _described(store: Path) -> dict[str, Any]:
     opened = _open(store)
     columns, spec = opened.metadata(), opened.spec
     ids = columns["example_id"].tolist()
-    shown = sorted({str(id) for id in ids if id != -1}, key=lambda id: (len(id), id))
+    shown = sorted({str(id) for id in ids if id not in (-1, "")}, key=lambda id: (len(id), id))
     return {
         "rows": len(opened),
         "sketch": spec.sketch,

@@ -403,7 +403,8 @@ class RowStore(export.ReadFromDisk):
                 whenever an export was killed.
             neighbors: How many rows of the largest cosines each row of a Parquet file names in a column `neighbors`, as
                 `embedding-atlas rows.parquet --vector sketch --neighbors neighbors` reads them: `ids`, which count rows
-                from zero, its own first, and `distances`, 1 - cosine. Costs a product of all rows with all rows.
+                from zero, its own first, and `distances`, 1 - cosine. Costs a product of all rows with all rows, and
+                reads all files for each file: `compact` a store of many first.
             dtype: Type of the sketches of a new Lance dataset: "float16", with a scale per row, if the store has that,
                 else "float32", which is exact.
             storage_options: Keys of the object store, as Lance takes them.
