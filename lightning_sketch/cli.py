@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning_sketch._arguments import whole_number
+from lightning_sketch._example_files import example_of, read_examples
 
 _PACKAGES = ["torch", "pytorch-lightning", "lightning", "torchmetrics", "safetensors", "numpy", "numba", "triton"]
 _PACKAGES += ["transformers", "wandb", "pandas", "pyarrow", "pylance", "ray"]
@@ -162,8 +163,8 @@ def report(
         ids = asked.columns["example_id"].tolist()
         others = ~sum(rows.metadata()["example_id"] == id for id in ids).bool()
         rows = rows.where(others)
-        examples = None if train is None else _examples(train, type(ids[0]))
-        shown = [f"example {id}" if examples is None else _of(examples, id, train) for id in ids]
+        examples = None if train is None else read_examples(train, type(ids[0]))
+        shown = [f"example {id}" if examples is None else example_of(examples, id, train) for id in ids]
         rows.report(path, asked, train=examples, queries_of=shown, k=k, method=method, curvature=curvature, title=title)
     return {"path": str(path), "queries": len(ids), "rows": len(rows)}
 
@@ -365,47 +366,6 @@ def _described(store: Path) -> dict[str, Any]:
         "columns": sorted(columns),
         "files": _files(store),
     }
-
-
-def _examples(path: Path, id_type: type) -> Any:
-    """Read training examples from a file; the keys of JSON are strings, also where ids are numbers."""
-    if path.suffix == ".npy":
-        import numpy as np
-
-        return np.load(path, mmap_mode="r")
-    if path.suffix not in (".txt", ".jsonl", ".json"):
-        raise ValueError(f"training examples are read from .txt, .jsonl, .json or .npy, got {path}; use one of these.")
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # other separators may be in a text
-    if path.suffix == ".txt":
-        return lines
-    if path.suffix == ".jsonl":
-        return [_text(_json(line, f"line {number} of {path}")) for number, line in enumerate(lines, 1)]
-    found = _json("\n".join(lines), str(path))
-    if isinstance(found, list):
-        return [_text(value) for value in found]
-    if not isinstance(found, dict) or (id_type is int and not all(re.fullmatch("-?[0-9]+", key) for key in found)):
-        raise ValueError(f"{path} must have a list of examples, or an object of them by the ids of the store.")
-    return {id_type(key): _text(value) for key, value in found.items()}
-
-
-def _json(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON: {error}.") from error
-
-
-def _text(value: Any) -> Any:
-    return value.get("text", value) if isinstance(value, dict) else value
-
-
-def _of(examples: Any, id: Any, path: Any) -> Any:
-    """Return the example of an id."""
-    try:
-        return examples[id]
-    except (KeyError, IndexError, TypeError) as error:
-        way = "in a .json file by their ids" if isinstance(id, str) else "in their order"
-        raise ValueError(f"{path} has no example {id!r}, which the store has; pass the data {way}.") from error
 
 
 def _version(package: str) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_sketch"
 FLOORS = [
-    {"_private", "_arguments", "_files", "_eigenvalue_axes"},
+    {"_private", "_arguments", "_example_files", "_files", "_eigenvalue_axes"},
     {"_lightning", "plots", "operators"},
     {"linalg"},
     {"autodiff"},

@@ -5,6 +5,7 @@ A picture is taken as it is, a page by Chromium (needs playwright), and what is 
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,7 @@ def screenshot(page, path):
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium")
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
         tab = browser.new_page(viewport={"width": 900, "height": 600})
         tab.goto(page.resolve().as_uri())
         if (words := tab.locator("[role=button]")).count():

@@ -425,7 +425,7 @@ def _contents(value: Any, seen: set[int]) -> Callable[[], bool]:
     elif type(value) is set:
         items, inner = set(value), ()
     elif isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
-        return _generator(value)
+        return restorer_of_generator(value)
     else:
         return lambda: False
     deeper = [_contents(v, seen) for v in inner if not isinstance(v, _PLAIN)]
@@ -460,7 +460,7 @@ def _seed(generator: Any, seed: int) -> None:
         generator.seed(seed if isinstance(generator, random.Random) else seed % (1 << 32))
 
 
-def _generator(value: Any) -> Callable[[], bool]:
+def restorer_of_generator(value: Any) -> Callable[[], bool]:
     """Copy the state of a random generator that a module owns, and return a function that restores it."""
     restore: Callable[[], object]
     if isinstance(value, np.random.Generator):

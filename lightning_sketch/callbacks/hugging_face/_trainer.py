@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from lightning_sketch.autodiff.batches import num_examples, num_labels
 from lightning_sketch.autodiff.losses import LossFn
-from lightning_sketch.autodiff.preserve_state import _generator, preserve_state
+from lightning_sketch.autodiff.preserve_state import preserve_state, restorer_of_generator
 from lightning_sketch.autodiff.shards import is_sharded
 
 _FEW = 64  # most parts of an object that are looked at, which are no examples
@@ -147,7 +147,7 @@ def _copied(example: Any) -> Any:
 @contextmanager
 def _unchanged(owner: Any) -> Iterator[None]:
     """Restore the attributes of a data set or a collate function, and of the one inside, with random generators."""
-    kept, generators = [], [_generator(each) for each in _generators(owner)]
+    kept, generators = [], [restorer_of_generator(each) for each in _generators(owner)]
     while hasattr(owner, "__dict__"):
         own = vars(owner)
         kept.append((own, dict(own)))

@@ -118,9 +118,15 @@ def _take_up(ckpt: str, module: Any, trainer: Any) -> None:
     """
     try:
         read = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # holds other objects: what it says is not known without running its code
+    except Exception:  # what other objects say is not known without running their code
+        warnings.warn(
+            "the checkpoint holds objects beside tensors and numbers, so that its epoch, step and arguments are not "
+            "taken up or compared with the file's.",
+            stacklevel=3,
+        )
         return
-    trainer.fit_loop.load_state_dict(read["loops"]["fit_loop"])
+    if "loops" in read:
+        trainer.fit_loop.load_state_dict(read["loops"]["fit_loop"])
     saved = read.get("hyper_parameters", {})
     plain = {key: value for key, value in saved.items() if isinstance(value, str | int | float | bool)}
     now = {key: module.hparams[key] for key in plain.keys() & dict(module.hparams).keys() if not key.startswith("_")}
