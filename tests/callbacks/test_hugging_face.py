@@ -287,6 +287,23 @@ def test_a_loss_that_keeps_count_of_its_calls_is_trained_as_without(tmp_path, un
     assert [keys for keys in calls if "loss" in keys] == [keys for keys in fewer if "loss" in keys]
 
 
+class OwnLanguageModel(GPT2LMHeadModel):
+    """Has a name that no list of transformers has."""
+
+
+def test_a_class_of_ones_own_weighs_batches_as_the_one_that_it_inherits_from(tmp_path):
+    """By the labels that are predicted, of which padded rows have different numbers."""
+
+    def loss(path, kind):
+        model = kind(language_model().config)
+        model.load_state_dict(language_model().state_dict())
+        trainer = trainer_of(path, model, Tokens(), per_device_train_batch_size=1, max_steps=1)
+        watch = SpectrumCallback(trainer, **{**SHORT, "num_batches": 6}, at_start=True, every_n_train_steps=9)
+        return trained(trainer, watch) and watch.history[0].loss
+
+    assert loss(tmp_path / "a", OwnLanguageModel) == loss(tmp_path / "b", GPT2LMHeadModel)
+
+
 def test_a_collate_function_may_take_examples_apart(tmp_path):
     def collate(examples):
         labels = torch.stack([example.pop("labels") for example in examples])
