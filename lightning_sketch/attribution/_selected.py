@@ -239,6 +239,8 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource, keep: Tensor, weig
         _check_preconditioner(at, columns["preconditioner"][keep & (columns["stage"] == _FIT)])
     steps = torch.tensor(sorted(queries))
     if (columns["stage"][keep] == _FIT).any():
+        for step, at in queries.items():
+            _check_step(at, columns["fingerprint"][keep], columns["step"][keep] - 1, step)
         before = torch.searchsorted(steps, columns["step"] - 1, right=True) - 1
         partners = steps[before.clamp(min=0)]
     else:
@@ -255,6 +257,19 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource, keep: Tensor, weig
             _check_same_weights(at, columns["fingerprint"][own], step)
             _check_preconditioner(at, columns["preconditioner"][own])
     return _selected(train, keep, partners[keep], rates=True, weighted=weighted)
+
+
+def _check_step(queries: SketchedGradients, found: Tensor, steps: Tensor, step: int) -> None:
+    """Refuse queries at a step whose weights are known to be those of other steps.
+
+    Weights that no row has prove nothing: a batch norm has seen one batch more when the row of a step is taken.
+    """
+    own = steps[(found == queries.fingerprint) & (found != 0)].unique()
+    if len(own) and step not in own:
+        raise ValueError(
+            f"the queries of step {step} were taken at the weights of step {_few(own)}, as rows of training show; "
+            f"pass {{{int(own[0])}: queries}}, or make them at the checkpoint of step {step}."
+        )
 
 
 def _check_same_weights(queries: SketchedGradients, found: Tensor, step: int) -> None:

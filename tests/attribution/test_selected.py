@@ -136,6 +136,18 @@ def test_tracin_rows_at_checkpoints_without_queries_are_left_out_and_queries_wit
         scores(QUERIES, at_checkpoints([0, 10]), method="tracin")
 
 
+def test_tracin_queries_under_another_step_than_that_of_their_weights_are_refused():
+    """Rows of training have the weights that their step began with; weights that are equal later are no mistake."""
+    steps = torch.tensor([1, 11, 21])
+    train = random_rows(3, stage="fit", step=steps, lr=0.5, fingerprint=steps)
+    with pytest.raises(ValueError, match=r"queries of step 0 were taken at the weights of step 10.*pass {10: queries}"):
+        scores({0: QUERIES[10], 20: QUERIES[20]}, train, method="tracin")
+    elsewhere = random_rows(2, seed=5, fingerprint=99)
+    assert scores({15: elsewhere}, train, method="tracin").isfinite().all()
+    frozen = random_rows(3, stage="fit", step=steps, lr=0.5, fingerprint=torch.full((3,), 11))
+    assert scores({10: QUERIES[10], 20: random_rows(2, seed=20, fingerprint=11)}, frozen, method="tracin").isfinite().all()
+
+
 def test_tracin_weights_of_another_run_at_the_same_step_are_refused():
     with pytest.raises(ValueError, match="at step 10 the queries were taken at weights 7, rows at 11"):
         scores({10: random_rows(2, fingerprint=7)}, at_checkpoints([10]), method="tracin")
