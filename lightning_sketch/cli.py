@@ -1,6 +1,7 @@
 """The command `lightning-sketch`: what is done to a store after a run, and what a bug report needs."""
 
 import contextlib
+import csv
 import json
 import math
 import platform
@@ -111,7 +112,8 @@ def top_k(
 
     Args:
         store: The folder of the store.
-        query_ids: The ids of the examples that are asked about, separated by commas.
+        query_ids: The ids of the examples that are asked about, separated by commas; one that has a comma itself goes
+            into double quotes.
         k: How many examples to find.
         method: How rows are compared.
         curvature: The curvature for influence.
@@ -147,7 +149,8 @@ def report(
     Args:
         store: The folder of the store.
         path: The HTML file.
-        query_ids: The ids of the examples that are asked about, separated by commas.
+        query_ids: The ids of the examples that are asked about, separated by commas; one that has a comma itself goes
+            into double quotes.
         train: The training examples in the order of their ids: a .txt file with a text on each line, a .jsonl file with
             a text or an object with a `text` on each line, a .json file with a list, or with an object by ids, or a
             .npy file of images. Only ids are shown if it is left out.
@@ -322,7 +325,7 @@ def _asked(rows: Any, query_ids: str) -> Any:
 
     from lightning_sketch.store import STAGES, SketchedGradients
 
-    asked: list[Any] = [id.strip() for id in query_ids.split(",")]
+    asked: list[Any] = [id.strip() for id in next(csv.reader([query_ids], skipinitialspace=True))]
     if not len(rows):
         raise ValueError("the store has no rows of examples with ids; trainer.validate(model, loader) makes them.")
     stages = rows.metadata()["stage"].unique().tolist()

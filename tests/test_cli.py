@@ -209,6 +209,12 @@ def test_what_is_wrong_is_said_without_a_traceback(tmp_path, arguments, code, wo
     assert "Traceback" not in done.stderr
 
 
+def test_an_id_with_a_comma_goes_into_quotes(tmp_path, capsys):
+    put(tmp_path / "store", examples(range(4), example_id=["a", "b", "a,b", "c"]))
+    main(["top-k", str(tmp_path / "store"), '"a,b", c', "--k", "2", "--json"])
+    assert list(json.loads(capsys.readouterr().out)) == ["a,b", "c"]
+
+
 def test_an_id_that_is_not_there_is_said(tmp_path, capsys):
     a_store(tmp_path / "store")
     for asked, words in {"9999": "no rows of the examples 9999", "three": "are numbers, got 'three'"}.items():

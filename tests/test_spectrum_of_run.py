@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import lightning_sketch
+from lightning_sketch.callbacks.spectrum_monitor.spectrum_of_run import spectrum_of_run
 
 pytest.importorskip("jsonargparse")
 pytestmark = pytest.mark.slow
@@ -187,3 +188,20 @@ def test_what_is_wrong_is_said_without_a_traceback(tmp_path, change, words):
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not Path(tmp_path / "lightning_logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"run.yaml": "model: [1"}, "run.yaml is no YAML"),
+        ({"run.yaml": "just words"}, "run.yaml is no configuration"),
+        ({"run.yaml": "model: {}", "some.ckpt": "half a checkpoint"}, "some.ckpt is no checkpoint, or not a whole one"),
+    ],
+    ids=["yaml", "words", "checkpoint"],
+)
+def test_files_of_another_kind_are_said(tmp_path, files, words):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    ckpt = str(tmp_path / "some.ckpt") if "some.ckpt" in files else None
+    with pytest.raises(ValueError, match=words):
+        spectrum_of_run(tmp_path / "run.yaml", ckpt)

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ SPEC = "spec.json"  # of a store
 EXPORTED = "export.json"  # the names of the files of an export
 SKETCH = "sketch"  # the column of sketches
 NEIGHBORS = "neighbors"  # the column of the nearest rows
+_ROWS = 1024  # whose neighbors are looked for at a time
 Blocks = Callable[[], Iterable[SketchedGradients]]  # reads all rows anew, block by block
 
 
@@ -117,12 +118,13 @@ def to_npy(blocks: Iterable[SketchedGradients], columns: Mapping[str, Column], d
 def to_parquet(blocks: Blocks, path: Path, neighbors: int | None = None) -> None:
     """Write one Parquet file, with the columns of `to_arrow`, and one block in memory at a time; whole or not there.
 
-    With `neighbors` each row names that many nearest rows too, and two blocks are in memory at a time.
+    With `neighbors` each row names that many nearest rows too, and two blocks are in memory at a time; all blocks are
+    read once for each `_ROWS` rows.
     """
     writer: Any = None
     with tempfile.TemporaryDirectory(dir=_made(path.parent), prefix=".part-") as part:
         start = 0
-        for block in blocks():
+        for block in blocks() if neighbors is None else _joined(blocks(), _ROWS):
             table = to_arrow(block)
             if neighbors is not None:
                 if NEIGHBORS in table.column_names:
@@ -164,6 +166,18 @@ def _nearest(own: SketchedGradients, start: int, blocks: Blocks, k: int) -> Any:
     columns = {"ids": ids, "distances": distances}
     lists = [pa.FixedSizeListArray.from_arrays(c.flatten().numpy(), c.shape[1]) for c in columns.values()]
     return pa.StructArray.from_arrays(lists, list(columns))
+
+
+def _joined(blocks: Iterable[SketchedGradients], least: int) -> Iterator[SketchedGradients]:
+    """Yield the same rows in blocks of at least this many, but for the last."""
+    parts: list[SketchedGradients] = []
+    for block in blocks:
+        parts.append(block)
+        if sum(map(len, parts)) >= least:
+            yield SketchedGradients.cat(parts)
+            parts = []
+    if parts:
+        yield SketchedGradients.cat(parts)
 
 
 def _directions(rows: SketchedGradients) -> Tensor:

@@ -145,7 +145,8 @@ def test_tracin_queries_under_another_step_than_that_of_their_weights_are_refuse
     elsewhere = random_rows(2, seed=5, fingerprint=99)
     assert scores({15: elsewhere}, train, method="tracin").isfinite().all()
     frozen = random_rows(3, stage="fit", step=steps, lr=0.5, fingerprint=torch.full((3,), 11))
-    assert scores({10: QUERIES[10], 20: random_rows(2, seed=20, fingerprint=11)}, frozen, method="tracin").isfinite().all()
+    equal = {10: QUERIES[10], 20: random_rows(2, seed=20, fingerprint=11)}
+    assert scores(equal, frozen, method="tracin").isfinite().all()
 
 
 def test_tracin_weights_of_another_run_at_the_same_step_are_refused():

@@ -334,6 +334,7 @@ def test_neighbors_across_blocks_and_of_few_rows(tmp_path, monkeypatch):
     store.export("parquet", tmp_path / "whole.parquet", neighbors=7)
     plain = type(store).blocks
     monkeypatch.setattr(type(store), "blocks", lambda self: plain(self, 33))
+    monkeypatch.setattr("lightning_sketch.store.export._ROWS", 40)
     store.export("parquet", tmp_path / "parts.parquet", neighbors=7)
     whole, parts = (
         parquet.read_table(tmp_path / f"{name}.parquet")["neighbors"].to_pylist() for name in ("whole", "parts")
@@ -342,6 +343,16 @@ def test_neighbors_across_blocks_and_of_few_rows(tmp_path, monkeypatch):
     few = put(tmp_path / "few", examples(range(3)), dtype="float32")
     few.export("parquet", tmp_path / "few.parquet", neighbors=7)
     assert [len(row["ids"]) for row in parquet.read_table(tmp_path / "few.parquet")["neighbors"].to_pylist()] == [3] * 3
+
+
+def test_neighbors_of_many_small_files_take_two_passes(tmp_path, monkeypatch):
+    """One for the rows themselves, one to find their neighbors, where a pass for each file were 20."""
+    store, opened = put(tmp_path / "store", *(examples([i]) for i in range(20)), dtype="float32"), []
+    plain = type(store)._open_shard
+    monkeypatch.setattr(type(store), "_open_shard", lambda self, name: opened.append(name) or plain(self, name))
+    store.export("parquet", tmp_path / "rows.parquet", neighbors=3)
+    assert len(set(opened)) == 20
+    assert len(opened) == 40
 
 
 def test_wrong_uses_of_neighbors(tmp_path):

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+import zipfile
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -57,8 +58,15 @@ def spectrum_of_run(
 
     if ckpt is not None and not Path(ckpt).exists():
         raise FileNotFoundError(f"there is no checkpoint {ckpt}.")
-    read = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    found = {key: value for key, value in (read or {}).items() if key in _READ and value is not None}
+    if ckpt is not None and Path(ckpt).is_file() and not zipfile.is_zipfile(ckpt):
+        raise ValueError(f"{ckpt} is no checkpoint, or not a whole one; pass a file that ModelCheckpoint wrote.")
+    try:
+        read = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} is no YAML: {error}; pass the config.yaml that LightningCLI wrote.") from error
+    if not isinstance(read, dict):
+        raise ValueError(f"{config} is no configuration; pass the config.yaml that LightningCLI wrote.")
+    found = {key: value for key, value in read.items() if key in _READ and value is not None}
     sys.path.insert(0, "")  # classes of the working directory, as in the program that was run
     model_class = _class_of(found, "model", model)
     data_class = _class_of(found, "data", data)
