@@ -29,9 +29,9 @@ def report_table(
 ) -> "wandb.Table":
     """Return what `report` shows as a table of W&B, with a row for each query and each of its examples.
 
-    Its columns are `query` and its text or image, `token` for queries by token, `effect` ("helped" or "hurt"), `rank`
-    (1 for the strongest), `score`, `example` and its text or image, and what is known of both, such as `query loss` and
-    `example prob_true`; what is not known is None.
+    Its columns are `query` and `query text` or `query image`, `token` for queries by token, `effect` ("helped" or
+    "hurt"), `rank` (1 for the strongest), `score`, `example` and `example text` or `example image`, and what is known
+    of both, such as `query loss` and `example prob_true`; what is not known is None.
 
     Args:
         queries: The rows of the queries.
@@ -63,7 +63,8 @@ def report_table(
     options: dict[str, Any] = {"method": method, "curvature": curvature, "damping": damping}
     options |= {"normalize": normalize, "weighted": weighted}
     rows = list(_rows(answers(queries, store, k, train, queries_of, options)))
-    first = ["query", "query text", "token", "effect", "rank", "score", "example", "example text"]
+    first = ["query", "query text", "query image", "token", "effect", "rank", "score"]
+    first += ["example", "example text", "example image"]
     names = sorted({name for row in rows for name in row} - set(first))
     columns = [name for name in first if any(row.get(name) is not None for row in rows)] + names
     return wandb.Table([*columns], [[row.get(name) for name in columns] for row in rows])
@@ -72,15 +73,15 @@ def report_table(
 def _rows(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield for each query and example what the table says of them."""
     examples = {
-        id: {"example text": _content(known["content"]), **_prefixed("example", known["facts"])}
+        id: {**_content("example", known["content"]), **_prefixed("example", known["facts"])}
         for id, known in data["examples"].items()
     }
     for query in data["queries"]:
-        text = "".join(query["tokens"]) if query["tokens"] else _content(query["content"])
+        content = _content("query", "".join(query["tokens"]) if query["tokens"] else query["content"])
         for answer in query["answers"]:
             facts = answer.get("facts", {}) if query["tokens"] else query["facts"]
             token = None if answer["token"] is None else f"{answer['token']}: {query['tokens'][answer['token']]}"
-            own = {"query": query["number"], "query text": text, "token": token, **_prefixed("query", facts)}
+            own = {"query": query["number"], **content, "token": token, **_prefixed("query", facts)}
             for effect in ("helped", "hurt"):
                 for rank, (id, score) in enumerate(answer[effect], 1):
                     yield {**own, "effect": effect, "rank": rank, "score": score, "example": id, **examples[id]}
@@ -90,12 +91,12 @@ def _prefixed(prefix: str, facts: dict[str, Any]) -> dict[str, Any]:
     return {f"{prefix} {name}": value for name, value in facts.items()}
 
 
-def _content(content: Any) -> Any:
-    """Return a text as it is, and an image of a report as one of W&B."""
+def _content(prefix: str, content: Any) -> dict[str, Any]:
+    """Return a text as it is, and an image of a report as one of W&B, whose columns are of one kind each."""
     if not isinstance(content, dict):
-        return content
+        return {f"{prefix} text": content}
     import wandb
     from PIL import Image
 
     png = base64.b64decode(content["image"].partition(",")[2])
-    return wandb.Image(Image.open(io.BytesIO(png)), caption=content.get("alt"))
+    return {f"{prefix} image": wandb.Image(Image.open(io.BytesIO(png)), caption=content.get("alt"))}

@@ -46,6 +46,16 @@ def test_queries_by_token_name_their_token(store):
     assert "example text" not in found[0]
 
 
+def test_texts_and_pictures_have_columns_of_their_own(store):
+    """A column of W&B is of one kind, and data may be of both."""
+    train = [torch.zeros(4, 4) if i % 2 else str(i) for i in range(400)]
+    for row in records(report_table(QUERIES, store, train=train, k=20)):
+        image, text = row["example image"], row["example text"]
+        odd = int(row["example"]) % 2
+        assert text == (None if odd else row["example"])
+        assert isinstance(image, wandb.Image if odd else type(None))
+
+
 @pytest.mark.slow
 def test_a_run_without_network_holds_it_with_its_pictures(store, tmp_path):
     """What W&B wrote: the table as JSON, and a picture of the right pixels for each example that is shown."""
@@ -63,5 +73,5 @@ def test_a_run_without_network_holds_it_with_its_pictures(store, tmp_path):
     place = {name: i for i, name in enumerate(table["columns"])}
     assert len(table["data"]) == 4 * 2 * 2
     for row in table["data"]:
-        pixels = Image.open(files[row[place["example text"]]["path"]]).convert("L")
+        pixels = Image.open(files[row[place["example image"]]["path"]]).convert("L")
         assert pixels.getpixel((1, 1)) == int(row[place["example"]]) % 256
