@@ -9,7 +9,7 @@ quickstart: .venv/run  ## install what the main job needs, then run it
 	$(BIN)/python examples/quickstart.py
 
 test: .venv/dev  ## theorems of every room and the doctests: about a quarter of an hour on two cores
-	$(BIN)/python $(PYTEST) -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow" --jaxtyping-packages=lightning_sketch,beartype.beartype
 
 test-all: test  ## and what is slow: examples, several processes, crashes, whole trainings, all kinds times all shapes
 	$(BIN)/python $(PYTEST) -m slow

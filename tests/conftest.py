@@ -1,6 +1,6 @@
 """Tests marked `gpu` run where there is a CUDA device, and are skipped elsewhere; all run on one thread.
 
-Slow tests run without the checks of types, which are half the time of small products; the others have them.
+`make test` checks types, also of shapes, at each call, which takes as long as the calls; other runs do as users do.
 Small operations on two threads of a busy machine wait for each other, up to a hundred times as long as they work.
 """
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of programs that tests run
 os.environ.setdefault("WANDB_MODE", "offline")  # which W&B reads once in a process, at its first run
 
 
@@ -28,10 +29,3 @@ def untyped():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
-
-
-@pytest.fixture(autouse=True)
-def untyped_if_slow(request):
-    """Slow tests run what a user runs."""
-    if request.node.get_closest_marker("slow"):
-        request.getfixturevalue("untyped")

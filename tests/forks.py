@@ -3,13 +3,17 @@
 A fork of a server that has imported everything runs the program; what it does from there, and how it ends, is its own.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
 
 IMPORTED = ("pytest", "sklearn.datasets", "torch.distributed.fsdp", "pytorch_lightning", "torchmetrics.classification")
 ROOMS = ("attribution", "callbacks.gradient_sketch_writer", "subspace")
@@ -17,24 +21,43 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*IMPORTED, *(f"lightning_sketch.{room}" for room in ROOMS)])
 
 
-def _run(command, ends, environment):
+def _run(command, ends, environment, folder):
+    os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
     for number, end in enumerate(ends, 1):
         os.dup2(end.fileno(), number)
         end.close()
-    sys.argv = command
-    sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 1)))
+    try:
+        if command[0] == "-m":
+            sys.argv = command[1:]
+            sys.path.insert(0, str(folder))
+            runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = command
+            sys.path.insert(0, str(Path(command[0]).parent.absolute()))
+            runpy.run_path(command[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which processes of multiprocessing leave out
+
+
+def run(program, *arguments, cwd=None, env=None, timeout=3600):
+    """Run `python PROGRAM ARGUMENTS`, or `python -m MODULE ARGUMENTS`, to its end, as `subprocess.run` does."""
+    process = Started(program, *arguments, cwd=cwd, env=env)
+    output, errors = process.communicate(timeout)
+    return subprocess.CompletedProcess([program, *arguments], process.returncode, output, errors)
 
 
 class Started:
     """A process that runs `python PROGRAM ARGUMENTS`, with what tests use of `subprocess.Popen`."""
 
-    def __init__(self, program, *arguments):
+    def __init__(self, program, *arguments, cwd=None, env=None):
         (lines, out), (errors, err) = FORKS.Pipe(duplex=False), FORKS.Pipe(duplex=False)
         command = [str(word) for word in (program, *arguments)]
-        self._process = FORKS.Process(target=_run, args=(command, (out, err), dict(os.environ)))
+        environment = dict(os.environ if env is None else env)
+        self._process = FORKS.Process(target=_run, args=(command, (out, err), environment, cwd or os.getcwd()))
         self._process.start()
         for end in (out, err):
             end.close()

@@ -2,9 +2,9 @@
 
 import io
 import json
-import subprocess
 import sys
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -19,8 +19,7 @@ pytest.importorskip("jsonargparse")
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "lightning_sketch", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+    return forks.run("-m", "lightning_sketch", *arguments)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import importlib
 import os
 import re
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from forks import run
 from models import DigitsData, dataset, loader
 from pytorch_lightning import LightningModule
 from torch import nn
@@ -26,7 +26,7 @@ def test_example(script, tmp_path):
         pytest.importorskip("peft")
     quiet = {**os.environ, "WANDB_SILENT": "true", "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if script.stem == "sharded_spectrum" else []
-    done = subprocess.run([sys.executable, *launcher, script, tmp_path], capture_output=True, text=True, env=quiet)
+    done = run(*launcher, script, tmp_path, env=quiet)
     assert done.returncode == 0, done.stderr[-3000:]
     check, pictures = {
         "attribution": (influence_knows_who_taught_an_answer, 1),

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import run
 
 ROOT = Path(__file__).parents[1]
 HOOKS = ROOT / "docs/hooks.py"
@@ -135,8 +136,7 @@ def test_an_example_shows_what_it_says(name, tmp_path):
         pytest.importorskip("lance")
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2"] if name == "fsdp2" else []
     quiet = {**os.environ, "MPLBACKEND": "agg", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, SCRIPTS[name]]
-    done = subprocess.run(command, cwd=tmp_path, env=quiet, capture_output=True, text=True)
+    done = run(*launcher, SCRIPTS[name], cwd=tmp_path, env=quiet)
     assert done.returncode == 0, done.stderr[-3000:]
     written = [tmp_path / path for path in re.findall(r"^(?:picture|page): (.+)$", done.stdout, re.MULTILINE)]
     assert all(path.stat().st_size > 5_000 for path in written)

@@ -2,10 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 import torch.nn.functional as F
@@ -72,7 +71,7 @@ if __name__ == "__main__":
 
 
 def run(folder, *arguments):
-    return subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=folder)
+    return forks.run(*arguments, cwd=folder)
 
 
 def trained(folder, lightning="pytorch_lightning", classes="Model, Data"):

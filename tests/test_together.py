@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
+import forks
 import pytest
 import torch
 from marks import slow
@@ -417,8 +418,7 @@ model:
 def run(folder, *arguments):
     """Run the program with LightningCLI in a second process, and return what it prints."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "COLUMNS": "200"}
-    command = [sys.executable, str(folder / "program.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=3600, env=env)
+    done = forks.run(folder / "program.py", *arguments, cwd=folder, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

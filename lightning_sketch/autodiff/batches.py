@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -505,16 +506,17 @@ def differentiable(batch: Any, dtype: torch.dtype | None = None) -> Any:
         batch: The batch.
         dtype: The type to which narrower floating-point tensors are converted; None leaves them.
     """
+    needed = any(tensor.is_inference() or _is_narrow(tensor, dtype) for tensor in _tensors_of(batch))
+    return _with_tensors(batch, partial(_differentiable, dtype=dtype)) if needed else batch
 
-    def is_narrow(tensor: Tensor) -> bool:
-        return dtype is not None and tensor.dtype in (*HALF, torch.float32) and tensor.dtype.itemsize < dtype.itemsize
 
-    def change(tensor: Tensor) -> Tensor:
-        tensor = tensor.clone() if tensor.is_inference() else tensor
-        return tensor.to(dtype) if is_narrow(tensor) else tensor
+def _differentiable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.clone() if tensor.is_inference() else tensor
+    return tensor.to(dtype) if _is_narrow(tensor, dtype) else tensor
 
-    needed = any(tensor.is_inference() or is_narrow(tensor) for tensor in _tensors_of(batch))
-    return _with_tensors(batch, change) if needed else batch
+
+def _is_narrow(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    return dtype is not None and tensor.dtype in (*HALF, torch.float32) and tensor.dtype.itemsize < dtype.itemsize
 
 
 def shapes_of(batch: Any) -> tuple[Any, ...]:

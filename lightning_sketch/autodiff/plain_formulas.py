@@ -16,7 +16,7 @@ Not seen: operations called from C++, from TorchScript, or as torch.ops.aten.*.
 import math
 from collections.abc import Callable, Sequence
 from types import FunctionType
-from typing import Any
+from typing import Any, no_type_check
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -67,6 +67,7 @@ class PlainFormulas(TorchFunctionMode):
         if forward_ad:
             self._formulas |= _FORWARD_AD
 
+    @no_type_check  # by the tests, for which a check at each operation of a loss takes most of their time
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the formula in place of the operation, or the operation if there is none."""
         formula = self._formulas.get(func)

@@ -1,11 +1,10 @@
 """A YAML file that contains the monitor works with the LightningCLI of either namespace, in a process of its own."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import run
 
 pytest.importorskip("jsonargparse")
 
@@ -51,14 +50,8 @@ def test_fit_from_yaml(tmp_path, namespace):
     (tmp_path / "program.py").write_text(PROGRAM.format(namespace=namespace))
     options = ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", f"--trainer.default_root_dir={tmp_path}"]
     options += [f"--trainer.logger={namespace}.loggers.CSVLogger", f"--trainer.logger.save_dir={tmp_path}"]
-    ran = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py"), "fit", f"--config={CONFIG}", *options],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=3600,
-        env={"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-    )
+    env = {"PYTHONPATH": str(Path(__file__).parent), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    ran = run(tmp_path / "program.py", "fit", f"--config={CONFIG}", *options, cwd=tmp_path, env=env)
     assert ran.returncode == 0, ran.stderr[-3000:]
     (metrics,) = tmp_path.glob("lightning_logs/version_*/metrics.csv")
     with open(metrics) as file:

@@ -3,13 +3,13 @@
 import csv
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from forks import run
 from nets import Classifier, train_loader, val_loader
 from pytorch_lightning.cli import LightningCLI
 
@@ -69,14 +69,8 @@ def test_fit_from_yaml(tmp_path, namespace):
     options = ["--trainer.accelerator=cpu", "--trainer.max_epochs=2", f"--trainer.logger.save_dir={tmp_path}"]
     options.insert(0, f"--trainer.logger={namespace}.loggers.CSVLogger")
     path = os.pathsep.join([str(tmp_path), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    ran = subprocess.run(
-        [sys.executable, "program.py", "fit", "--config=config.yaml", *options],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=3600,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    env = {**os.environ, "PYTHONPATH": path}
+    ran = run("program.py", "fit", "--config=config.yaml", *options, cwd=tmp_path, env=env)
     assert ran.returncode == 0, ran.stderr[-3000:]
     with open(tmp_path / "lightning_logs" / "version_0" / "metrics.csv") as file:
         values = [float(row["val_loss"]) for row in csv.DictReader(file) if row.get("val_loss")]
