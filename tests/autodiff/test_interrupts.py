@@ -91,6 +91,7 @@ def lost(times):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that comes in a weakref's callback
 def test_no_interrupt_loses_state():
     failures, hits = lost(150)
     assert failures == 0

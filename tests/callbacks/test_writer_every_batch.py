@@ -22,7 +22,7 @@ WEIGHTS = torch.tensor([1.0, 1.0, 30.0])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("per", ["step", "example"])
-def test_of_a_thousand_batches_at_most_one_row_is_wrong_and_unmarked(tmp_path, untyped, per):
+def test_of_a_thousand_batches_at_most_one_row_is_wrong_and_unmarked(tmp_path, per):
     """Rows of training examples, or at a checkpoint; weights stand still, so that one pass tells the truth."""
     wrong = {}
     for kind, (draw, loss) in KINDS.items():

@@ -48,7 +48,7 @@ def test_rows_of_batches_that_turn_uneven_are_right_or_marked(untyped, kind):
 
 
 @pytest.mark.slow
-def test_of_two_thousand_batches_at_most_two_rows_are_wrong_and_unmarked(untyped):
+def test_of_two_thousand_batches_at_most_two_rows_are_wrong_and_unmarked():
     """By chance both witnesses of a batch may have the mean weight; a batch that shows more comes soon.
 
     Rows that nothing can show are those of a pass whose every batch looked even to its witnesses.

@@ -9,8 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from lightning_sketch.subspace import IntrinsicDimensionFinder, IntrinsicDimensionTuner, SubspaceModule
 
-# Thousands of steps of code whose types the other tests check.
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("untyped")]
+pytestmark = pytest.mark.slow
 
 STEPS, DIMS = 600, [16, 32, 64, 128, 256, 512, 1024]
 
