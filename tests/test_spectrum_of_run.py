@@ -148,6 +148,16 @@ def test_a_program_whose_configuration_names_its_classes(tmp_path):
     assert "args parameter" not in done.stderr
 
 
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="has what the file names")
+def test_a_file_that_was_made_for_another_accelerator(tmp_path):
+    config, ckpt = trained(tmp_path, classes="")
+    config.write_text(config.read_text().replace("accelerator: cpu", "accelerator: mps"))
+    done = run(tmp_path, "-m", "lightning_sketch", "spectrum", "--config", config, "--ckpt", ckpt, "--json")
+    assert done.returncode == 0, done.stderr
+    assert "there is no mps here" in done.stderr
+    assert close(json.loads(done.stdout), dense(ckpt, 4))
+
+
 def test_a_program_whose_classes_are_its_own(tmp_path):
     """As `python program.py` names them, `__main__.Model`: the arguments say where they are."""
     config, ckpt = trained(tmp_path, classes="")

@@ -76,8 +76,9 @@ def spectrum_of_run(
         raise ValueError(f"{config} does not say the class of the data; pass --data package.module.Class.")
     lightning = "lightning.pytorch" if _is_of(model_class, "lightning.pytorch") else "pytorch_lightning"
     found["trainer"] = {**found.get("trainer", {}), **_ONE_DEVICE, **_QUIET, "limit_val_batches": num_batches}
-    if found["trainer"].get("accelerator") in ("gpu", "cuda") and not torch.cuda.is_available():
-        warnings.warn("there is no GPU here, for which the file was made; another accelerator is used.", stacklevel=2)
+    asked = found["trainer"].get("accelerator", "auto")
+    if not _is_here(asked):
+        warnings.warn(f"there is no {asked} here, for which the file was made; another is used.", stacklevel=2)
         found["trainer"]["accelerator"] = "auto"
     if found.get("seed_everything") in (None, False):
         found["seed_everything"] = 0  # so that a loader that shuffles has the same batches each time
@@ -163,6 +164,11 @@ def _class_of(config: dict[str, Any], key: str, given: str | None) -> type | Non
     if given and said not in (None, given):
         raise ValueError(f"the file says that `{key}` is {said}, got {given}; leave it out.")
     return found
+
+
+def _is_here(accelerator: str) -> bool:
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    return {"cuda": cuda, "mps": mps, "gpu": cuda or mps}.get(accelerator, True)
 
 
 def _is_of(model: type, namespace: str) -> bool:
