@@ -325,7 +325,13 @@ def _asked(rows: Any, query_ids: str) -> Any:
 
     from lightning_sketch.store import STAGES, SketchedGradients
 
-    asked: list[Any] = [id.strip() for id in next(csv.reader([query_ids], skipinitialspace=True))]
+    try:
+        lines = csv.reader(query_ids.splitlines(), skipinitialspace=True, strict=True)
+        asked: list[Any] = [id.strip() for line in lines for id in line if id.strip()]
+    except csv.Error as error:
+        raise ValueError(
+            f'the ids {query_ids} cannot be told apart ({error}); write a,b for two, and """a"" b" for one with quotes.'
+        ) from error
     if not len(rows):
         raise ValueError("the store has no rows of examples with ids; trainer.validate(model, loader) makes them.")
     stages = rows.metadata()["stage"].unique().tolist()

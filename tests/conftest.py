@@ -1,10 +1,13 @@
 """Tests marked `gpu` run where there is a CUDA device, and are skipped elsewhere; all run on one thread.
 
-`make test` checks types, also of shapes, at each call, which takes as long as the calls; other runs do as users do.
+In `make test` one test of four, chosen by its name, checks types and shapes at each call, which takes longer than the
+call itself; all others run as users do.
+
 Small operations on two threads of a busy machine wait for each other, up to a hundred times as long as they work.
 """
 
 import os
+import zlib
 
 import jaxtyping
 import pytest
@@ -20,6 +23,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def one_of_four_is_typed(request):
+    jaxtyping.config.update("jaxtyping_disable", zlib.crc32(request.node.nodeid.encode()) % 4 > 0)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture

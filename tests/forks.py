@@ -13,16 +13,22 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
+ROOT = Path(__file__).parents[1]
 IMPORTED = ("pytest", "sklearn.datasets", "torch.distributed.fsdp", "pytorch_lightning", "torchmetrics.classification")
 ROOMS = ("attribution", "callbacks.gradient_sketch_writer", "subspace")
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload([*IMPORTED, *(f"lightning_sketch.{room}" for room in ROOMS)])
 
 
-def _run(command, ends, environment, folder):
+def _run(command, ends, environment, folder, alone):
     os.chdir(folder)
+    np.random.seed()
+    if alone:
+        ours = [ROOT, *(path for name in ("tests", "benchmarks") for path in (ROOT / name, *(ROOT / name).rglob("*")))]
+        sys.path = [path for path in sys.path if Path(path).resolve() not in ours]
     os.environ.clear()
     os.environ.update(environment)
     for number, end in enumerate(ends, 1):
@@ -40,12 +46,16 @@ def _run(command, ends, environment, folder):
             sys.path.insert(0, str(Path(command[0]).parent.absolute()))
             runpy.run_path(command[0], run_name="__main__")
     finally:
+        threading._shutdown()
         atexit._run_exitfuncs()  # which processes of multiprocessing leave out
 
 
 def run(program, *arguments, cwd=None, env=None, timeout=3600):
-    """Run `python PROGRAM ARGUMENTS`, or `python -m MODULE ARGUMENTS`, to its end, as `subprocess.run` does."""
-    process = Started(program, *arguments, cwd=cwd, env=env)
+    """Run `python PROGRAM ARGUMENTS`, or `python -m MODULE ARGUMENTS`, to its end, as `subprocess.run` does.
+
+    It does not find the modules of our tests, as a user's program does not; it finds modules that are imported already.
+    """
+    process = Started(program, *arguments, cwd=cwd, env=env, alone=True)
     output, errors = process.communicate(timeout)
     return subprocess.CompletedProcess([program, *arguments], process.returncode, output, errors)
 
@@ -53,11 +63,11 @@ def run(program, *arguments, cwd=None, env=None, timeout=3600):
 class Started:
     """A process that runs `python PROGRAM ARGUMENTS`, with what tests use of `subprocess.Popen`."""
 
-    def __init__(self, program, *arguments, cwd=None, env=None):
+    def __init__(self, program, *arguments, cwd=None, env=None, alone=False):
         (lines, out), (errors, err) = FORKS.Pipe(duplex=False), FORKS.Pipe(duplex=False)
         command = [str(word) for word in (program, *arguments)]
         environment = dict(os.environ if env is None else env)
-        self._process = FORKS.Process(target=_run, args=(command, (out, err), environment, cwd or os.getcwd()))
+        self._process = FORKS.Process(target=_run, args=(command, (out, err), environment, cwd or os.getcwd(), alone))
         self._process.start()
         for end in (out, err):
             end.close()

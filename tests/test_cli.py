@@ -210,8 +210,13 @@ def test_what_is_wrong_is_said_without_a_traceback(tmp_path, arguments, code, wo
 
 def test_an_id_with_a_comma_goes_into_quotes(tmp_path, capsys):
     put(tmp_path / "store", examples(range(4), example_id=["a", "b", "a,b", "c"]))
-    main(["top-k", str(tmp_path / "store"), '"a,b", c', "--k", "2", "--json"])
-    assert list(json.loads(capsys.readouterr().out)) == ["a,b", "c"]
+    for asked in ('"a,b", c', '"a,b",\nc\n'):
+        main(["top-k", str(tmp_path / "store"), asked, "--k", "2", "--json"])
+        assert list(json.loads(capsys.readouterr().out)) == ["a,b", "c"]
+    for asked in ('"a" b', '"a'):
+        with pytest.raises(SystemExit):
+            main(["top-k", str(tmp_path / "store"), asked])
+        assert "cannot be told apart" in capsys.readouterr().err
 
 
 def test_an_id_that_is_not_there_is_said(tmp_path, capsys):

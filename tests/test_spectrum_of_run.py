@@ -149,9 +149,15 @@ def test_a_program_whose_configuration_names_its_classes(tmp_path):
 
 
 @pytest.mark.skipif(torch.backends.mps.is_available(), reason="has what the file names")
-def test_a_file_that_was_made_for_another_accelerator(tmp_path):
+def test_a_file_that_was_made_for_another_accelerator_or_by_an_old_version(tmp_path):
     config, ckpt = trained(tmp_path, classes="")
-    config.write_text(config.read_text().replace("accelerator: cpu", "accelerator: mps"))
+    as_class = "accelerator:\n    class_path: pytorch_lightning.accelerators.CPUAccelerator"
+    text = config.read_text()
+    config.write_text(text.replace("accelerator: cpu", as_class))
+    torch.save(torch.load(ckpt, weights_only=False), ckpt, _use_new_zipfile_serialization=False)
+    done = run(tmp_path, "-m", "lightning_sketch", "spectrum", "--config", config, "--ckpt", ckpt, "--json")
+    assert done.returncode == 0, done.stderr
+    config.write_text(text.replace("accelerator: cpu", "accelerator: mps"))
     done = run(tmp_path, "-m", "lightning_sketch", "spectrum", "--config", config, "--ckpt", ckpt, "--json")
     assert done.returncode == 0, done.stderr
     assert "there is no mps here" in done.stderr

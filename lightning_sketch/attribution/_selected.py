@@ -239,8 +239,9 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource, keep: Tensor, weig
         _check_preconditioner(at, columns["preconditioner"][keep & (columns["stage"] == _FIT)])
     steps = torch.tensor(sorted(queries))
     if (columns["stage"][keep] == _FIT).any():
+        there = columns["stage"] == _FIT  # rows that are not finite have known weights too
         for step, at in queries.items():
-            _check_step(at, columns["fingerprint"][keep], columns["step"][keep] - 1, step)
+            _check_step(at, columns["fingerprint"][there], columns["step"][there] - 1, step)
         before = torch.searchsorted(steps, columns["step"] - 1, right=True) - 1
         partners = steps[before.clamp(min=0)]
     else:
@@ -260,15 +261,19 @@ def _select_by_step(queries: AtCheckpoints, train: RowSource, keep: Tensor, weig
 
 
 def _check_step(queries: SketchedGradients, found: Tensor, steps: Tensor, step: int) -> None:
-    """Refuse queries at a step whose weights are known to be those of other steps.
+    """Refuse queries at a step whose weights are those of another step, if weights are known to change between both.
 
     Weights that no row has prove nothing: a batch norm has seen one batch more when the row of a step is taken.
     """
-    own = steps[(found == queries.fingerprint) & (found != 0)].unique()
-    if len(own) and step not in own:
+    same = torch.isin(found, queries.columns["fingerprint"].unique()) & (found != 0)
+    if not same.any() or (same & (steps == step)).any():
+        return
+    near = int(steps[same][(steps[same] - step).abs().argmin()])
+    between = (steps >= min(near, step)) & (steps <= max(near, step)) & (found != 0)
+    if not same[between].all():
         raise ValueError(
-            f"the queries of step {step} were taken at the weights of step {_few(own)}, as rows of training show; "
-            f"pass {{{int(own[0])}: queries}}, or make them at the checkpoint of step {step}."
+            f"the queries of step {step} were taken at the weights of step {near}, as rows of training show; pass "
+            f"{{{near}: queries}}, or make them at the checkpoint of step {step}."
         )
 
 

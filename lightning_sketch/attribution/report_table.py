@@ -88,7 +88,8 @@ def _rows(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _prefixed(prefix: str, facts: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix} {name}": value for name, value in facts.items()}
+    taken = {name: f"column {name}" for name in ("image", "text")}  # where a user's column has a name of the table's
+    return {f"{prefix} {taken.get(name, name)}": value for name, value in facts.items()}
 
 
 def _content(prefix: str, content: Any) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, no_type_check
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,6 @@ class HeldTargets(TorchFunctionMode):
         self._replays, self._recorded = self._recorded is not None, self._recorded or []
         return super().__enter__()
 
-    @no_type_check  # by the tests, for which a check at each operation of a loss takes most of their time
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function, and replace its result if no gradient flows through it.
 

@@ -49,11 +49,14 @@ def test_queries_by_token_name_their_token(store):
 def test_texts_and_pictures_have_columns_of_their_own(store):
     """A column of W&B is of one kind, and data may be of both."""
     train = [torch.zeros(4, 4) if i % 2 else str(i) for i in range(400)]
+    store = store.read()
+    store = type(store)(store.sketches, store.sketch, {**store.columns, "image": ["0.png"] * len(store)})
     for row in records(report_table(QUERIES, store, train=train, k=20)):
         image, text = row["example image"], row["example text"]
         odd = int(row["example"]) % 2
         assert text == (None if odd else row["example"])
         assert isinstance(image, wandb.Image if odd else type(None))
+        assert row["example column image"] == "0.png"
 
 
 @pytest.mark.slow

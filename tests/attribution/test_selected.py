@@ -149,6 +149,28 @@ def test_tracin_queries_under_another_step_than_that_of_their_weights_are_refuse
     assert scores(equal, frozen, method="tracin").isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("step", "rows", "weights"),
+    [
+        (0, [2, 4], [11, 13]),  # a rate of zero in the first step, whose row was not written
+        (2, [1, 2], [9, 11]),  # and in the last
+        (0, [1, 2], [0, 11]),  # sharded at first, so that the weights were not known
+    ],
+)
+def test_weights_that_a_step_did_not_change_are_those_of_both_sides(step, rows, weights):
+    train = random_rows(2, stage="fit", step=torch.tensor(rows), lr=0.5, fingerprint=torch.tensor(weights))
+    assert scores({step: QUERIES[10]}, train, method="tracin").isfinite().all()
+
+
+def test_tracin_takes_queries_of_one_step_whose_buffers_differ():
+    """As two validations at a step make them, between which a batch norm has seen a batch."""
+    train = random_rows(2, stage="fit", step=torch.tensor([1, 11]), lr=0.5, fingerprint=torch.tensor([1, 11]))
+    both = random_rows(2, fingerprint=torch.tensor([11, 12]))
+    assert scores({10: both}, train, method="tracin").isfinite().all()
+    with pytest.raises(ValueError, match="queries of step 0 were taken at the weights of step 10"):
+        scores({0: both}, train, method="tracin")
+
+
 def test_tracin_weights_of_another_run_at_the_same_step_are_refused():
     with pytest.raises(ValueError, match="at step 10 the queries were taken at weights 7, rows at 11"):
         scores({10: random_rows(2, fingerprint=7)}, at_checkpoints([10]), method="tracin")

@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from forks import run
 from nets import train_loader
 from torch import nn
 
@@ -114,9 +113,9 @@ def test_a_run_from_a_configuration_resumes_from_its_checkpoint(tmp_path):
     (tmp_path / "run.yaml").write_text(json.dumps(config))
 
     def fit(folder, epochs, *more):
-        command = ["program.py", "fit", "--config", "run.yaml", "--trainer.accelerator", "cpu"]
+        command = [sys.executable, "program.py", "fit", "--config", "run.yaml", "--trainer.accelerator", "cpu"]
         command += ["--trainer.max_epochs", epochs, "--trainer.default_root_dir", folder, *more]
-        done = run(*command, cwd=tmp_path)
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         (path,) = (tmp_path / folder).rglob("*.ckpt")
         return path

@@ -1,5 +1,6 @@
 """The spectrum of a checkpoint, from the configuration file of LightningCLI that made it."""
 
+import pickle
 import sys
 import warnings
 import zipfile
@@ -58,8 +59,6 @@ def spectrum_of_run(
 
     if ckpt is not None and not Path(ckpt).exists():
         raise FileNotFoundError(f"there is no checkpoint {ckpt}.")
-    if ckpt is not None and Path(ckpt).is_file() and not zipfile.is_zipfile(ckpt):
-        raise ValueError(f"{ckpt} is no checkpoint, or not a whole one; pass a file that ModelCheckpoint wrote.")
     try:
         read = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -67,6 +66,8 @@ def spectrum_of_run(
     if not isinstance(read, dict):
         raise ValueError(f"{config} is no configuration; pass the config.yaml that LightningCLI wrote.")
     found = {key: value for key, value in read.items() if key in _READ and value is not None}
+    if ckpt is not None and not found.get("trainer", {}).get("plugins") and not _is_of_torch(Path(ckpt)):
+        raise ValueError(f"{ckpt} is no checkpoint, or not a whole one; pass a file that ModelCheckpoint wrote.")
     sys.path.insert(0, "")  # classes of the working directory, as in the program that was run
     model_class = _class_of(found, "model", model)
     data_class = _class_of(found, "data", data)
@@ -126,7 +127,7 @@ def _take_up(ckpt: str, module: Any, trainer: Any) -> None:
     Refuse a module that has other arguments than the checkpoint's, such as linked ones, which no file has.
     """
     try:
-        read = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=True)
+        read = torch.load(ckpt, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(ckpt))
     except Exception:  # what other objects say is not known without running their code
         warnings.warn(
             "the checkpoint holds objects beside tensors and numbers, so that its epoch, step and arguments are not "
@@ -166,9 +167,18 @@ def _class_of(config: dict[str, Any], key: str, given: str | None) -> type | Non
     return found
 
 
-def _is_here(accelerator: str) -> bool:
+def _is_of_torch(ckpt: Path) -> bool:
+    """Return whether a path may be what torch.save wrote, now or long ago, or a folder of shards."""
+    if ckpt.is_dir() or zipfile.is_zipfile(ckpt):
+        return True
+    with open(ckpt, "rb") as file:
+        return file.read(1) == pickle.PROTO
+
+
+def _is_here(accelerator: Any) -> bool:
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    return {"cuda": cuda, "mps": mps, "gpu": cuda or mps}.get(accelerator, True)
+    known = {"cuda": cuda, "mps": mps, "gpu": cuda or mps}
+    return not isinstance(accelerator, str) or known.get(accelerator, True)
 
 
 def _is_of(model: type, namespace: str) -> bool:
