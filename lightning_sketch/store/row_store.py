@@ -404,7 +404,7 @@ class RowStore(export.ReadFromDisk):
             neighbors: How many rows of the largest cosines each row of a Parquet file names in a column `neighbors`, as
                 `embedding-atlas rows.parquet --vector sketch --neighbors neighbors` reads them: `ids`, which count rows
                 from zero, its own first, and `distances`, 1 - cosine. Costs a product of all rows with all rows, and
-                reads all files for each file: `compact` a store of many first.
+                reads all of them once for each thousand.
             dtype: Type of the sketches of a new Lance dataset: "float16", with a scale per row, if the store has that,
                 else "float32", which is exact.
             storage_options: Keys of the object store, as Lance takes them.
