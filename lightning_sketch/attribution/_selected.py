@@ -342,8 +342,8 @@ def _selected(
         elif others and not (columns["preconditioner"][keep] == OF_STEP).all():
             warnings.warn(
                 f"the rows were trained by {', '.join(others)}: tracin ranks them, but its scale is that of steps "
-                "of SGD, lr times the gradient. Rows of training by GradientSketchWriter(preconditioner='optimizer') "
-                "have the scale of Adam's steps.",
+                "of SGD, lr times the gradient. In Lightning, rows of training by "
+                "GradientSketchWriter(preconditioner='optimizer') have the scale of Adam's steps.",
                 stacklevel=2,
             )
     if weighted:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_sketch.attribution.curvature import Damping
-from lightning_sketch.attribution.scores import CurvatureLike, Method, TopK, top_k
+from lightning_sketch.attribution.scores import CurvatureLike, Method, TopK, scored_rows, top_k
 from lightning_sketch.store.sketched_gradients import DEFAULTS, STAGES, RowSource, SketchedGradients, Strings
 
 # What users see of the columns that the library writes; all of their own are shown.
@@ -72,7 +73,11 @@ def report(
     options |= {"normalize": normalize, "weighted": weighted}
     data = answers(queries, store, k, train, queries_of, options)
     how = f"{method}{', relative (divided by lengths)' if normalize else ''}"
-    about = f"{len(store):,} rows, {how}. A positive score: without the example the loss of the query would rise."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what top_k has said
+        compared = len(scored_rows(queries, store))
+    rows = f"{compared:,} rows" if compared == len(store) else f"{compared:,} of {len(store):,} rows"
+    about = f"{rows}, {how}. A positive score: without the example the loss of the query would rise."
     text = json.dumps({"title": title, "about": about, **data}, allow_nan=False).replace("<", "\\u003c")
     found = Path(path)
     found.parent.mkdir(parents=True, exist_ok=True)

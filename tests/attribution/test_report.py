@@ -45,6 +45,14 @@ def test_it_has_the_scores_of_top_k(store, tmp_path, normalize):
         assert example["facts"]["prob_true"] == pytest.approx(float(columns["prob_true"][int(id)]))
 
 
+def test_it_says_how_many_rows_are_compared(tmp_path):
+    put(tmp_path / "store", examples(range(5)))
+    store = put(tmp_path / "store", examples(range(7), fingerprint=8))
+    assert data_of(store.report(tmp_path / "page.html", QUERIES))["about"].startswith("5 of 12 rows, ")
+    own = store.where(fingerprint=7)
+    assert data_of(own.report(tmp_path / "page.html", QUERIES))["about"].startswith("5 rows, ")
+
+
 def test_what_is_shown_needs_no_network_and_cannot_leave_its_place(store, tmp_path):
     text = store.report(tmp_path / "report.html", QUERIES, train=TEXTS).read_text()
     assert not re.search(r"""(src|href)=["']?https?:|@import|url\(""", text)
