@@ -6,6 +6,7 @@ call itself; all others run as users do.
 Small operations on two threads of a busy machine wait for each other, up to a hundred times as long as they work.
 """
 
+import gc
 import os
 import zlib
 
@@ -23,6 +24,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # else each collection goes through all modules and tests, half a second after each training run
 
 
 @pytest.fixture(autouse=True)

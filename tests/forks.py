@@ -4,6 +4,7 @@ A fork of a server that has imported everything runs the program; what it does f
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import runpy
@@ -25,6 +26,7 @@ FORKS.set_forkserver_preload([*IMPORTED, *(f"lightning_sketch.{room}" for room i
 
 def _run(command, ends, environment, folder, alone):
     os.chdir(folder)
+    gc.freeze()  # collections pass over what is imported
     np.random.seed()
     if alone:
         ours = [ROOT, *(path for name in ("tests", "benchmarks") for path in (ROOT / name, *(ROOT / name).rglob("*")))]

@@ -246,8 +246,6 @@ class Runner:
             for i, task in enumerate(tasks):
                 if i not in done and (run := self._try(task)) is not None:
                     done[i] = run
-                    with interrupts_held_back:  # Python ignores errors in what it calls while it collects
-                        gc.collect()  # modules and Trainers refer to each other, so their memory is not freed before
             if len(done) == before:
                 time.sleep(1)
         return [done[i] for i in range(len(tasks))]
@@ -311,6 +309,8 @@ class Runner:
 
     def _fit(self, trainer: Any, task: _Task, entry: Entry, checkpoint: str | None) -> Run:
         """Train a module, from a checkpoint of it if there is one, and return what is recorded of the run."""
+        with interrupts_held_back:  # Python ignores errors in what it calls while it collects
+            gc.collect()  # those of the run before refer to each other, so that their memory is not freed by itself
         train, val, datamodule = self.data
         module, finder, dim, status = task.make(), task.finder, task.dim, "done"
         if self.fitted:
