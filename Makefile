@@ -8,7 +8,7 @@ PYTEST := -m pytest -n auto --dist worksteal
 quickstart: .venv/run  ## install what the main job needs, then run it
 	$(BIN)/python examples/quickstart.py
 
-test: .venv/dev  ## theorems of every room and the doctests: about a quarter of an hour on two cores
+test: .venv/dev  ## theorems of every room and the doctests: about ten minutes on two cores
 	$(BIN)/python $(PYTEST) -m "not slow" --jaxtyping-packages=lightning_sketch,beartype.beartype
 
 test-all: test  ## and what is slow: examples, several processes, crashes, whole trainings, all kinds times all shapes
