@@ -1,5 +1,6 @@
 """The Trainers of a search: a new one for each run, and what their loggers and callbacks see."""
 
+import gc
 import weakref
 from collections import UserList
 from collections.abc import Mapping
@@ -63,8 +64,11 @@ def test_a_mapping_of_arguments_makes_trainers(tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_trainers_and_modules_of_finished_runs_are_freed(tmp_path):
+def test_trainers_and_modules_of_finished_runs_are_freed(tmp_path, request):
+    """At each training, since Python's own collections may come after the memory is needed."""
     alive = []
+    request.addfinalizer(gc.enable)
+    gc.disable()
 
     def trainer_fn(dim):
         alive.append(sum(one() is not None for one in made_before))
